@@ -1,0 +1,1 @@
+"""Where clips come from and in which order they are used."""
