@@ -1,0 +1,86 @@
+"""The experiment: the machinery's branch of the tree, and the tree itself."""
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from reactdiff.config import Branch, Diffusion, Model, Optim, PerStage, field, per_stage
+from reactdiff.data.order import VERSION
+
+
+class Data(Branch):
+    """The dataset and the order in which it is used."""
+
+    url: str = field("work/demo/shards", "Folder or s3://bucket/prefix of the dataset (made by jobs/prepare.py).", kind="placement")
+    manifest: str = field("", "Hash of the dataset state to train on; empty: the current one at the run's first start.")
+    split: str = field("train", "Split that is trained on.")
+    order: int = field(VERSION, "Version of the order of items.")
+    block: int = field(16, "Neighbouring items that are read together.", unit="items", ge=1)
+    group: int = field(64, "Blocks whose items are mixed with each other.", unit="blocks", ge=1)
+    read_ahead: int = field(3, "Steps read before they are needed.", kind="placement", unit="steps", ge=1)
+    readers: int = field(2, "Threads that read and decode on each rank.", kind="placement", ge=1)
+
+
+class Run(Branch):
+    """Where a run lives and how often it speaks."""
+
+    name: str = field("", "Name of the run; empty: `<config>-<8 hex of its identity>`.", kind="placement", pattern=r"^[A-Za-z0-9._-]{0,100}$")
+    store: str = field("work/store", "Folder or s3://bucket/prefix of runs, checkpoints and latents.", kind="placement")
+    checkpoint_every: PerStage[int] = field(per_stage(0, 0), "Progress between checkpoints; 0: once per epoch.", kind="placement", unit="items")
+    log_every: int = field(10, "Steps between logged rows.", kind="placement", unit="steps", ge=1)
+    keep: int = field(3, "Newest checkpoints kept of each stage; older ones are deleted.", kind="placement", ge=1)
+    retries: int = field(3, "Times a lost worker group is started again before the run fails.", kind="placement", ge=0)
+
+
+class Workers(Branch):
+    """The ranks: how many, with what, and how DeepSpeed ZeRO divides the state among them."""
+
+    count: int = field(2, "Number of ranks.", kind="placement", ge=1)
+    gpu: bool = field(False, "One GPU for each rank (NCCL); otherwise CPU ranks (gloo).", kind="placement")
+    cpus: float = field(1, "CPUs reserved for each rank.", kind="placement", unit="cores", gt=0)
+    threads: int = field(1, "Compute threads of each rank (part of what makes two runs bitwise equal).", kind="placement", ge=1)
+    zero: Literal[0, 1, 2, 3] = field(1, "DeepSpeed ZeRO stage: 0 nothing divided, 1 optimiser, 2 gradients too, 3 parameters too.", kind="placement")
+    micro_batch: int = field(0, "Largest number of items in one forward pass; 0: the rank's whole share of a step.", kind="placement", unit="items", ge=0)
+
+
+class Evaluation(Branch):
+    """What is scored when training is done."""
+
+    split: str = field("val", "Split that is scored.", kind="placement")
+    predictions: int = field(10, "Reactions generated for each clip and direction (K).", kind="placement", ge=1)
+    clips: int = field(0, "Clips that are scored, the first ones; 0: all.", kind="placement", unit="clips", ge=0)
+    baselines: bool = field(True, "Score the baselines beside the model.", kind="placement")
+    batch: int = field(4, "Items whose reactions are drawn together.", kind="placement", unit="items", ge=1)
+
+
+class Telemetry(Branch):
+    """The Prometheus exporter beside the driver."""
+
+    host: str = field("127.0.0.1", "Address the exporter binds to.", kind="placement")
+    port: int = field(0, "Port of the exporter; 0: any free one.", kind="placement", ge=0, le=65535)
+    targets: str = field("work/prometheus", "Folder that receives a Prometheus file_sd target while the run lives.", kind="placement")
+
+
+class Experiment(Branch):
+    """One experiment. A run's name stands for its identity fields; placement may change at any restart."""
+
+    seed: int = field(0, "Seed of weights, order, diffusion times and noise.", ge=0)
+    data: Data = Data()
+    model: Model = Model()
+    diffusion: Diffusion = Diffusion()
+    optim: Optim = Optim()
+    run: Run = Run()
+    workers: Workers = Workers()
+    evaluation: Evaluation = Evaluation()
+    telemetry: Telemetry = Telemetry()
+
+    @model_validator(mode="after")
+    def _supported(self) -> "Experiment":
+        if self.optim.precision == "bf16" and self.workers.zero == 0:
+            raise ValueError("workers.zero is 0, but optim.precision=bf16 needs fp32 master weights, which start at workers.zero=1: set workers.zero=1")
+        if self.model.latent % 2 ** (len(self.model.multipliers) - 1):
+            raise ValueError(
+                f"model.latent is {self.model.latent}, but {len(self.model.multipliers)} UNet levels (model.multipliers) halve it "
+                f"{len(self.model.multipliers) - 1} times: use a multiple of {2 ** (len(self.model.multipliers) - 1)}"
+            )
+        return self
