@@ -1,0 +1,97 @@
+"""Where work is placed: on the Ray cluster there is, or on a small one of our own on this machine."""
+
+import logging
+import os
+import secrets
+import socket
+from dataclasses import dataclass
+
+import ray
+from ray._private import ray_constants, services, utils
+
+OBJECT_STORE_BYTES = 200_000_000  # only small results pass through it; Ray's own default takes 30 % of the memory
+PROBE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the connected cluster has in all, busy or not: logical CPUs, GPUs, living nodes."""
+
+    cpus: float
+    gpus: float
+    nodes: int
+
+
+def connect(cpus: int = 0) -> Resources:
+    """Join the cluster there is, else start a local Ray that ends with this process; a second call changes nothing.
+
+    The cluster there is: the one RAY_ADDRESS names (`ray job submit` sets it; `local` means none), else the one that
+    `ray start` left running on this machine. It is joined in the user's own environment, token or not.
+
+    Args:
+        cpus: the least number of logical CPUs of a local Ray, so that two ranks also start on one core.
+
+    Raises:
+        ConnectionError: if RAY_ADDRESS names a cluster that does not answer.
+    """
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS") or _started_here()
+        if address in (None, "local"):
+            _start_local(cpus)
+        else:
+            _join(address)
+    return resources()
+
+
+def resources() -> Resources:
+    """The resources of the connected cluster."""
+    total = ray.cluster_resources()
+    return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0), sum(node["Alive"] for node in ray.nodes()))
+
+
+def _started_here() -> str | None:
+    """The address that the last `ray start` noted on this machine, if anything still listens there (`host:port`)."""
+    address = services.find_bootstrap_address(None)
+    return address if address and _listens(address) else None
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init()  # without the address: only then does Ray use the token file that `ray start` used
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"no Ray cluster answers at {address} ({'RAY_ADDRESS' if os.environ.get('RAY_ADDRESS') else 'left by `ray start`'}): "
+            "start one there with `ray start --head`, or run on this machine alone with RAY_ADDRESS=local"
+        ) from error
+
+
+def _start_local(cpus: int) -> None:
+    """Start Ray on loopback with a token of its own.
+
+    Without RAY_AUTH_TOKEN Ray would write `~/.ray/auth_token`, and from then on `ray start --head` would demand a token
+    that `ray job submit` does not send. The variable stays set: Ray caches the token for the life of the process.
+    Ray binds to every interface wherever clusters are supported; as if they were not, it binds to 127.0.0.1.
+    """
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    supported, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(cpus, utils.get_num_cpus()),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            logging_level=logging.ERROR,  # or each start warns about the token
+            _node_ip_address="127.0.0.1",
+        )
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = supported
+    logging.getLogger("ray").setLevel(logging.WARNING)
