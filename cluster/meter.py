@@ -1,4 +1,4 @@
-"""The meter of one rank: what it did and where its seconds went, as numbers that only grow.
+"""The meter of one rank and the tally of all: what was done and where the seconds went, as numbers that only grow.
 
 Nothing but the standard library is imported, so that a rank builds its meter before torch: the account opens there, and from
 then on every second lies in exactly one goodput state.
@@ -8,9 +8,10 @@ import threading
 import time
 import uuid
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypedDict
+from typing import Any, TypedDict
 
 PHASES = {"data_wait": "data_wait", "forward": "compute", "backward": "compute", "optimizer": "compute", "checkpoint": "checkpoint"}
 """The phases of a step, each with the goodput state its seconds fall in."""
@@ -69,10 +70,8 @@ class Meter:
         self._lock = threading.Lock()
         self._began = self._mark = clock()
         self._now = "startup"
-        self._seconds = dict.fromkeys(("startup", *PHASES, "other"), 0.0)
-        self._in_steps = dict.fromkeys(PHASES, 0.0)
-        self._counts = {phase: [0] * (len(BUCKETS) + 1) for phase in PHASES}
-        self._items, self._bytes, self._flops = 0, 0, 0.0
+        self._step = dict.fromkeys(PHASES, 0.0)
+        self._totals = _nothing()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -94,32 +93,27 @@ class Meter:
         """
         with self._lock:
             self._charge()
-            self._items += items
-            self._bytes += bytes
-            self._flops += flops
-            for phase, counts in self._counts.items():
-                if spent := self._seconds[phase] - self._in_steps[phase]:
-                    counts[bisect_left(BUCKETS, spent)] += 1
-                    self._in_steps[phase] = self._seconds[phase]
+            self._totals["items"] += items
+            self._totals["bytes"] += bytes
+            self._totals["flops"] += flops
+            for phase, spent in self._step.items():
+                if spent:
+                    self._totals["phases"][phase]["seconds"] += spent
+                    self._totals["phases"][phase]["counts"][bisect_left(BUCKETS, spent)] += 1
+                    self._step[phase] = 0.0
 
     def snapshot(self) -> Snapshot:
         """Everything so far, the running phase included: the states sum to `elapsed`, the seconds since the meter was built."""
         with self._lock:
             self._charge()
             assert self.gauges.keys() <= set(GAUGES), f"gauges are {', '.join(GAUGES)}, not {', '.join(self.gauges)}"
-            states = dict.fromkeys(STATES, 0.0)
-            for name, seconds in self._seconds.items():
-                states[PHASES.get(name, name)] += seconds
-            phases: dict[str, PhaseTotals] = {
-                phase: {"seconds": self._in_steps[phase], "counts": list(counts)} for phase, counts in self._counts.items()
-            }
             return {
                 "rank": self._rank,
                 "ranks": self._ranks,
                 "stage": self._stage,
                 "process": self._process,
                 "elapsed": self._mark - self._began,
-                "totals": {"items": self._items, "bytes": self._bytes, "flops": self._flops, "states": states, "phases": phases},
+                "totals": _add(self._totals, _nothing()),
                 "gauges": dict(self.gauges),
             }
 
@@ -131,5 +125,79 @@ class Meter:
 
     def _charge(self) -> None:
         now = self._clock()
-        self._seconds[self._now] += now - self._mark
+        self._totals["states"][PHASES.get(self._now, self._now)] += now - self._mark
+        if self._now in PHASES:
+            self._step[self._now] += now - self._mark
         self._mark = now
+
+
+class Tally:
+    """The sum of the meters of a run, per stage, over every process each rank ever had.
+
+    A new process counts from 0 and what the old one had counted is kept, so no sum ever falls. Seconds between the last snapshot
+    of a process and the start of its successor go to the state `startup`: the worker was allocated. The clock is the driver's.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._live: dict[int, Snapshot] = {}
+        self._heard: dict[int, float] = {}
+        self._past: defaultdict[str, Totals] = defaultdict(_nothing)
+        self._retired: set[str] = set()
+        self._gauges: dict[str, dict[str, float]] = {}
+
+    def update(self, snapshot: Snapshot) -> None:
+        """Take a snapshot; one of a replaced process, or older than what is known of its process, changes nothing."""
+        now, rank, process = self._clock(), snapshot["rank"], snapshot["process"]
+        with self._lock:
+            before = self._live.get(rank)
+            if process in self._retired or (before and before["process"] == process and before["elapsed"] > snapshot["elapsed"]):
+                return
+            if before is None or before["process"] != process:
+                self._take_over(snapshot, now)
+            self._live[rank], self._heard[rank] = snapshot, now
+            if rank == 0:
+                self._gauges[snapshot["stage"]] = snapshot["gauges"]
+
+    def stages(self) -> dict[str, Totals]:
+        """The totals of every stage so far."""
+        with self._lock:
+            sums = dict(self._past)
+            for snapshot in self._live.values():
+                sums[snapshot["stage"]] = _add(sums.get(snapshot["stage"], _nothing()), snapshot["totals"])
+            return sums
+
+    def gauges(self) -> dict[str, dict[str, float]]:
+        """The latest global numbers of every stage, as rank 0 told them."""
+        with self._lock:
+            return dict(self._gauges)
+
+    def ranks(self) -> list[Snapshot]:
+        """The latest snapshot of every rank of the present worker group."""
+        with self._lock:
+            return list(self._live.values())
+
+    def _take_over(self, snapshot: Snapshot, now: float) -> None:
+        """A process takes its rank over; ranks that its group no longer has are gone."""
+        rank = snapshot["rank"]
+        for gone in [other for other in self._live if other == rank or other >= snapshot["ranks"]]:
+            old, heard = self._live.pop(gone), self._heard.pop(gone)
+            self._retired.add(old["process"])
+            self._past[old["stage"]] = _add(self._past[old["stage"]], old["totals"])
+            if gone == rank:
+                self._past[snapshot["stage"]]["states"]["startup"] += max(0.0, now - snapshot["elapsed"] - heard)
+
+
+def _nothing() -> Totals:
+    phases: dict[str, PhaseTotals] = {phase: {"seconds": 0.0, "counts": [0] * (len(BUCKETS) + 1)} for phase in PHASES}
+    return {"items": 0, "bytes": 0, "flops": 0.0, "states": dict.fromkeys(STATES, 0.0), "phases": phases}
+
+
+def _add(one: Any, other: Any) -> Any:
+    """A new sum of two totals: of numbers, or of lists or dictionaries of totals."""
+    if isinstance(one, dict):
+        return {key: _add(value, other[key]) for key, value in one.items()}
+    if isinstance(one, list):
+        return [_add(value, more) for value, more in zip(one, other, strict=True)]
+    return one + other

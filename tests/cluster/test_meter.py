@@ -1,4 +1,4 @@
-"""The meter: every second in one state, every step in one bucket of each phase it spent time in."""
+"""The meter: every second in one state, every step in one bucket of each phase it spent time in. The tally: no sum ever falls."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.meter import BUCKETS, PHASES, STATES, Meter
+from cluster.meter import BUCKETS, PHASES, STATES, Meter, Tally
 
 
 class Clock:
@@ -148,3 +148,90 @@ def test_the_meter_can_be_built_before_anything_heavy_is_imported():
     code = "import sys; before = set(sys.modules); import cluster.meter; print(*(set(sys.modules) - before))"
     imported = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert {name.split(".")[0] for name in imported} - sys.stdlib_module_names == {"cluster"}
+
+
+def train(meter, clock, steps=1, items=2, seconds=1.0):
+    for _ in range(steps):
+        with meter.phase("forward"):
+            clock.now += seconds
+        meter.step_done(items=items)
+    return meter.snapshot()
+
+
+def test_the_tally_sums_over_ranks_and_keeps_what_replaced_processes_counted():
+    clock = Clock()
+    tally = Tally(clock)
+    for rank in (0, 1):
+        tally.update(train(Meter(rank, 2, "autoencoder", clock), clock, steps=3))
+    assert tally.stages()["autoencoder"]["items"] == 12
+    replaced = Meter(0, 2, "autoencoder", clock)
+    tally.update(replaced.snapshot())
+    assert tally.stages()["autoencoder"]["items"] == 12
+    tally.update(train(replaced, clock, steps=1))
+    totals = tally.stages()["autoencoder"]
+    assert totals["items"] == 14
+    assert totals["phases"]["forward"]["counts"][BUCKETS.index(1.0)] == 7
+
+
+def test_a_late_snapshot_changes_nothing():
+    clock = Clock()
+    tally = Tally(clock)
+    meter = Meter(0, 1, "autoencoder", clock)
+    early, late = train(meter, clock), train(meter, clock)
+    tally.update(late)
+    tally.update(early)
+    assert tally.stages()["autoencoder"]["items"] == 4
+    tally.update(train(Meter(0, 1, "autoencoder", clock), clock))
+    tally.update(late)
+    assert tally.stages()["autoencoder"]["items"] == 6
+
+
+def test_a_smaller_worker_group_drops_ranks_but_not_what_they_counted():
+    clock = Clock()
+    tally = Tally(clock)
+    for rank in range(4):
+        tally.update(train(Meter(rank, 4, "autoencoder", clock), clock))
+    tally.update(train(Meter(0, 2, "autoencoder", clock), clock))
+    assert [snapshot["rank"] for snapshot in tally.ranks()] == [1, 0]
+    assert tally.stages()["autoencoder"]["items"] == 10
+
+
+def test_a_rank_that_moves_to_the_next_stage_leaves_its_numbers_in_the_first():
+    clock = Clock()
+    tally = Tally(clock)
+    for stage in ("autoencoder", "diffusion"):
+        meter = Meter(0, 1, stage, clock)
+        meter.gauges["progress_items"] = 2.0
+        tally.update(train(meter, clock))
+    assert {stage: totals["items"] for stage, totals in tally.stages().items()} == {"autoencoder": 2, "diffusion": 2}
+    assert tally.gauges() == {"autoencoder": {"progress_items": 2.0}, "diffusion": {"progress_items": 2.0}}
+
+
+def test_the_states_account_for_every_second_a_rank_was_allocated_restart_included():
+    clock = Clock()
+    tally = Tally(clock)
+    tally.update(train(Meter(0, 1, "autoencoder", clock), clock, steps=5))
+    clock.now += 20  # killed; found out; replaced
+    meter = Meter(0, 1, "autoencoder", clock)
+    clock.now += 8  # imports
+    tally.update(train(meter, clock, steps=2))
+    states = tally.stages()["autoencoder"]["states"]
+    assert states == {"startup": 28, "data_wait": 0, "compute": 7, "checkpoint": 0, "other": 0}
+    assert sum(states.values()) == clock.now - 1000.0
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["step", "new", "late"])), max_size=40))
+def test_no_sum_ever_falls(events):
+    clock = Clock()
+    tally = Tally(clock)
+    meters = [Meter(rank, 3, "autoencoder", clock) for rank in range(3)]
+    sent, before = [], [0.0] * 3
+    for rank, event in events:
+        if event == "new":
+            meters[rank] = Meter(rank, 3, "autoencoder", clock)
+        sent.append(train(meters[rank], clock))
+        tally.update(sent[0] if event == "late" else sent[-1])
+        totals = tally.stages()["autoencoder"]
+        now = [totals["items"], sum(totals["states"].values()), sum(totals["phases"]["forward"]["counts"])]
+        assert all(new >= old for new, old in zip(now, before, strict=True))
+        before = now
