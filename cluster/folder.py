@@ -1,0 +1,160 @@
+"""A folder as a store: temporary files, hard links and renames make every write atomic."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cluster.store import PRIVATE, AlreadyExists, Entry, Meter, NotFound, Stale, StorageError, Store, checked
+
+
+class FolderStore(Store):
+    """Objects as files below a folder; the etag is a hash of the content."""
+
+    node_local = True
+
+    def __init__(self, root: Path, meter: Meter | None = None):
+        super().__init__(str(root), meter or Meter())
+        self._root = root
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FolderStore, (self._root,)
+
+    def at(self, prefix: str) -> "FolderStore":
+        """The store of the objects below this prefix."""
+        return FolderStore(self._root / checked(prefix), self._meter)
+
+    def get(self, key: str) -> tuple[bytes, str]:
+        """An object's content and its etag."""
+        with self._errors(key):
+            data = self._path(key).read_bytes()
+        self._meter.add(len(data))
+        return data, _etag(data)
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+        """Fill a writable buffer with an object's content from byte `start` on."""
+        done = 0
+        with self._errors(key), open(self._path(key), "rb", buffering=0) as file:
+            while done < len(buffer) and (count := os.preadv(file.fileno(), [buffer[done:]], start + done)):
+                done += count
+        self._meter.add(done)
+        if done < len(buffer):
+            raise StorageError(f"{self.url}/{key}: ends at byte {start + done}, but bytes {start} to {start + len(buffer)} were asked for")
+
+    def size(self, key: str) -> int:
+        """An object's size in bytes."""
+        path = self._path(key)
+        with self._errors(key):
+            if path.is_dir():
+                raise IsADirectoryError(f"{path} is a folder")
+            return path.stat().st_size
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object, whatever was there before."""
+        with self._errors(key), self._staged(key, data) as staged:
+            os.replace(staged, self._path(key))
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Write a large object from a local file, whatever was there before."""
+        with self._errors(key), self._staged(key, path) as staged:
+            os.replace(staged, self._path(key))
+
+    def create(self, key: str, data: bytes) -> str:
+        """Write an object that must not exist yet: a hard link to an existing name fails, for all racers but one."""
+        with self._errors(key), self._staged(key, data) as staged:
+            try:
+                os.link(staged, self._path(key))
+            except FileExistsError as error:
+                raise AlreadyExists(f"{self.url}/{key}: exists already") from error
+        return _etag(data)
+
+    def replace(self, key: str, data: bytes, etag: str) -> str:
+        """Overwrite the content this etag stands for, under a lock that all replacers in the same folder take."""
+        path = self._path(key)
+        with self._errors(key), self._staged(key, data) as staged, open(path.parent / f"{PRIVATE}lock", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.is_file() or _etag(path.read_bytes()) != etag:
+                raise Stale(f"{self.url}/{key}: is not the content of etag {etag} any more")
+            os.replace(staged, path)
+        return _etag(data)
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """All objects whose key begins with this text, in the order of their keys' UTF-8 bytes."""
+        checked(f"{prefix}x")
+        folder = prefix.rpartition("/")[0]
+        with self._errors(prefix):
+            yield from _walk(self._root / folder, f"{folder}/" if folder else "", prefix)
+
+    def delete(self, key: str) -> None:
+        """Remove an object; nothing happens if there is none."""
+        with self._errors(key), contextlib.suppress(FileNotFoundError):
+            self._path(key).unlink()
+
+    def _path(self, key: str) -> Path:
+        return self._root / checked(key)
+
+    @contextlib.contextmanager
+    def _staged(self, key: str, source: bytes | Path) -> Iterator[str]:
+        """A temporary file beside the key with the content safely on disk; what is left of it at the end is removed."""
+        folder = self._path(key).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, staged = tempfile.mkstemp(prefix=PRIVATE, dir=folder)
+        try:
+            with open(descriptor, "wb") as file:
+                os.fchmod(descriptor, 0o644)
+                if isinstance(source, bytes):
+                    file.write(source)
+                else:
+                    with open(source, "rb") as original:
+                        shutil.copyfileobj(original, file, 1 << 20)
+                file.flush()
+                os.fsync(descriptor)
+            yield staged
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(staged)
+        _sync(folder)
+
+    @contextlib.contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise NotFound(f"{self.url}/{key}: there is no such object") from error
+        except OSError as error:
+            raise StorageError(f"{self.url}/{key}: {error.strerror or error}") from error
+
+
+def _etag(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Make a new name in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _walk(folder: Path, key: str, prefix: str) -> Iterator[Entry]:
+    """Files below a folder in key order: a folder sorts as its name with the '/' that follows."""
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    names = {f"{entry.name}/" if entry.is_dir() else entry.name: entry for entry in entries if not entry.name.startswith(PRIVATE)}
+    for name in sorted(names, key=os.fsencode):
+        path = f"{key}{name}"
+        if name.endswith("/"):
+            if path.startswith(prefix) or prefix.startswith(path):
+                yield from _walk(folder / name, path, prefix)
+        elif path.startswith(prefix):
+            with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
+                yield Entry(path, names[name].stat().st_size)

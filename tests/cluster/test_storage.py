@@ -1,0 +1,243 @@
+"""What every store promises, on a folder and on a real S3 server."""
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cluster.folder import FolderStore
+from cluster.storage import AlreadyExists, NotFound, Stale, StorageError, Store, open_store
+from tests.cluster.faulty import FaultyProxy, faulty_proxy
+
+
+def race(racers: int, attempt) -> list:
+    """What each racer's attempt returned or raised, all let go at once."""
+    start = threading.Barrier(racers)
+
+    def run(number: int):
+        start.wait()
+        try:
+            return attempt(number)
+        except StorageError as error:
+            return error
+
+    with ThreadPoolExecutor(racers) as pool:
+        return list(pool.map(run, range(racers)))
+
+
+def test_what_was_put_is_read_whole_and_in_ranges(store: Store, tmp_path: Path) -> None:
+    content = bytes(range(256)) * 300
+    store.put("a/b c/d", content)
+    (tmp_path / "local").write_bytes(content[::-1])
+    store.put_file("a/file", tmp_path / "local")
+    assert store.read("a/b c/d") == content
+    assert store.read("a/file") == content[::-1]
+    assert store.read_range("a/b c/d", 1000, 77) == content[1000:1077]
+    assert store.read_range("a/b c/d", 5, 0) == b""
+    buffer = bytearray(20)
+    store.read_into("a/b c/d", 300, memoryview(buffer)[4:12])
+    assert buffer == bytes(4) + content[300:308] + bytes(8)
+    assert store.size("a/file") == len(content)
+    assert store.exists("a/file") and not store.exists("a") and not store.exists("nothing")
+
+
+def test_put_overwrites_and_delete_forgives(store: Store) -> None:
+    store.put("x", b"one")
+    store.put("x", b"")
+    assert store.get("x")[0] == b""
+    store.delete("x")
+    store.delete("x")
+    assert not store.exists("x")
+
+
+def test_bytes_read_are_counted_over_a_store_and_its_sub_stores(store: Store) -> None:
+    store.put("sub/x", b"0123456789")
+    below = store.at("sub")
+    below.read("x")
+    store.read_range("sub/x", 2, 3)
+    assert store.bytes_read == below.bytes_read == 13
+
+
+def test_list_is_sorted_by_bytes_and_respects_the_prefix(store: Store) -> None:
+    keys = ["a/b", "a.b", "a/b.c", "ab", "a/é", "a/z/1", "a/z/10", "a/z/2", "z"]
+    for key in keys:
+        store.put(key, key.encode())
+    assert [entry.key for entry in store.list()] == sorted(keys, key=str.encode)
+    assert [entry.key for entry in store.list("a/z/1")] == ["a/z/1", "a/z/10"]
+    assert [tuple(entry) for entry in store.at("a").list("b")] == [("b", 3), ("b.c", 5)]
+    assert list(store.list("none/")) == []
+
+
+def test_a_store_travels_to_other_processes_as_its_url(store: Store) -> None:
+    store.put("sub/x", b"content")
+    text = pickle.dumps(store.at("sub"))
+    assert len(text) < 300
+    assert pickle.loads(text).read("x") == b"content"
+    assert os.environ.get("AWS_SECRET_ACCESS_KEY", "no secret").encode() not in text
+
+
+def test_of_racing_creators_exactly_one_wins_and_its_content_stays(store: Store) -> None:
+    for round_ in range(3):
+        results = race(4, lambda number, round_=round_: (number, store.create(f"r{round_}", b"%d" % number)))
+        winners = [result for result in results if isinstance(result, tuple)]
+        assert len(winners) == 1, results
+        assert sum(isinstance(result, AlreadyExists) for result in results) == 3
+        assert store.get(f"r{round_}") == (b"%d" % winners[0][0], winners[0][1])
+
+
+def test_of_racing_replacers_exactly_one_wins_and_its_content_stays(store: Store) -> None:
+    etag = store.create("state", b"start")
+    for round_ in range(3):
+        results = race(4, lambda number, round_=round_, etag=etag: (number, store.replace("state", b"%d %d" % (round_, number), etag)))
+        winners = [result for result in results if isinstance(result, tuple)]
+        assert len(winners) == 1, results
+        assert sum(isinstance(result, Stale) for result in results) == 3
+        etag = winners[0][1]
+        assert store.get("state") == (b"%d %d" % (round_, winners[0][0]), etag)
+
+
+def test_replacing_what_is_gone_is_stale(store: Store) -> None:
+    etag = store.create("x", b"1")
+    store.delete("x")
+    with pytest.raises(Stale, match="x"):
+        store.replace("x", b"2", etag)
+    assert not store.exists("x")
+
+
+def test_a_good_store_proves_itself_and_leaves_nothing(store: Store) -> None:
+    store.prove()
+    assert list(store.list()) == []
+
+
+@pytest.mark.parametrize("forgets", ["create", "replace"])
+def test_a_store_that_ignores_conditions_is_refused(tmp_path: Path, forgets: str) -> None:
+    def ignore(self: FolderStore, key: str, data: bytes, *_: str) -> str:
+        self.put(key, data)
+        return self.get(key)[1]
+
+    forgetful = type("Forgetful", (FolderStore,), {forgets: ignore})(tmp_path)
+    with pytest.raises(StorageError, match=f"{tmp_path}: conditional puts are ignored.*If-None-Match"):
+        forgetful.prove()
+    assert list(forgetful.list()) == []
+
+
+def test_errors_name_the_url_and_the_cause(store: Store) -> None:
+    for attempt in (store.read, store.get, store.size, lambda key: store.read_range(key, 0, 1)):
+        with pytest.raises(NotFound, match=f"{store.url}/no/thing.*no such object"):
+            attempt("no/thing")
+    store.put("short", b"abc")
+    for start in (1, 100):
+        with pytest.raises(StorageError, match=f"{store.url}/short") as caught:
+            store.read_range("short", start, 10)
+        assert not isinstance(caught.value, NotFound)
+    with pytest.raises(AlreadyExists, match=f"{store.url}/short"):
+        store.create("short", b"")
+    pickle.loads(pickle.dumps(caught.value))
+
+
+@pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "../a", "a/../b", "./a", "a\\b", "a\nb", "a/.~b"])
+def test_keys_that_leave_the_store_or_are_no_names_are_refused(store: Store, key: str) -> None:
+    for attempt in (store.read, store.size, store.delete, store.at, lambda key: store.put(key, b"")):
+        with pytest.raises(ValueError, match="is no key of a store"):
+            attempt(key)
+
+
+@pytest.mark.parametrize("url", ["", "http://host/x", "s3://", "file://host/x", "s3://bucket/x?y"])
+def test_other_urls_are_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="is no store"):
+        open_store(url)
+
+
+def test_credentials_in_a_url_are_refused_and_not_repeated() -> None:
+    with pytest.raises(ValueError, match="AWS_SECRET_ACCESS_KEY") as caught:
+        open_store("s3://AKIA:hunter2@bucket/x")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_folder_urls_name_the_same_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    open_store("some where").put("x", b"1")
+    assert open_store(f"file://{tmp_path}/some%20where").read("x") == b"1"
+    assert open_store("some where").url == str(tmp_path / "some where")
+    assert open_store("some where").node_local
+
+
+def test_a_writer_killed_in_the_middle_leaves_the_old_content_and_nothing_listed(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.put("x", b"old")
+    program = (
+        "import os, sys\n"
+        "from cluster.storage import open_store\n"
+        "os.fsync = lambda descriptor: os.kill(os.getpid(), 9)\n"
+        "open_store(sys.argv[1]).put('x', b'new')\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 2, "the fault happened: a temporary file was left"
+    assert [tuple(entry) for entry in store.list()] == [("x", 3)]
+    assert store.read("x") == b"old"
+
+
+def test_a_missing_bucket_and_a_wrong_secret_fail_at_once_without_a_secret(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StorageError, match="there is no bucket 'nobody-made-this'") as caught:
+        open_store("s3://nobody-made-this/x").create("a", b"")
+    assert not isinstance(caught.value, NotFound)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    with pytest.raises(StorageError, match=f"{s3_url}/a at http://.*403") as caught:
+        open_store(s3_url).read("a")
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.fixture
+def proxy(object_store, monkeypatch: pytest.MonkeyPatch):
+    with faulty_proxy(object_store.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield proxy
+
+
+def test_a_body_that_breaks_off_is_continued_from_there(s3_url: str, proxy: FaultyProxy) -> None:
+    store, content = open_store(s3_url), os.urandom(1 << 20)
+    store.put("x", content)
+    proxy.requests.clear()
+    proxy.faults = ["cut", "cut"]
+    assert store.read_range("x", 1000, 1 << 19) == content[1000 : 1000 + (1 << 19)]
+    assert proxy.happened == ["cut", "cut"]
+    end = 1000 + (1 << 19)
+    assert proxy.requests == [f"GET bytes={end - left}-{end - 1}" for left in (1 << 19, 1 << 18, 1 << 17)]
+    proxy.faults = ["cut"]
+    assert store.read("x") == content
+    proxy.faults = ["cut"] * 9
+    with pytest.raises(StorageError, match=f"{s3_url}/x.*broke off 4 times"):
+        store.read_range("x", 0, 1 << 19)
+
+
+def test_a_busy_server_is_asked_again(s3_url: str, proxy: FaultyProxy) -> None:
+    store = open_store(s3_url)
+    proxy.faults = ["busy", "busy"]
+    store.put("x", b"1")
+    proxy.faults = ["busy"]
+    assert store.read("x") == b"1"
+    assert proxy.happened == ["busy"] * 3
+
+
+def test_a_conditional_write_whose_answer_is_lost_still_knows_that_it_won(s3_url: str, proxy: FaultyProxy) -> None:
+    store = open_store(s3_url)
+    proxy.faults = ["lose"]
+    etag = store.create("x", b"mine")
+    proxy.faults = ["lose"]
+    etag = store.replace("x", b"mine too", etag)
+    assert proxy.happened == ["lose", "lose"]
+    assert store.get("x") == (b"mine too", etag)
+    proxy.faults = ["lose"]
+    with pytest.raises(AlreadyExists):
+        store.create("x", b"mine too")
+
+
+def test_a_server_that_is_not_there_is_named(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StorageError, match=f"{s3_url}/x at http://127.0.0.1:9"):
+        open_store(s3_url).read("x")
