@@ -174,7 +174,7 @@ class S3Store(Store):
         return done, cause
 
     def _conditional(self, key: str, data: bytes, refused: StorageError, **condition: str) -> str:
-        """A conditional put. Its writer's name is kept with the content: a repetition is refused if the first, unanswered put had arrived."""
+        """A conditional put, with its writer's name beside it: a repetition is refused, too, if the first put arrived but its answer was lost."""
         writer = uuid.uuid4().hex
         for attempt in range(TRIES):
             try:
