@@ -1,0 +1,22 @@
+"""Noise and times, keyed by what they are for: the same on any device and any number of ranks."""
+
+import numpy as np
+
+from reactdiff.clip import WINDOW
+from reactdiff.data.keyed import generator, normal
+
+
+def training_noise(seed: int, position: int, windows: int, latent: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """The noise and diffusion times of the item at a place in the order.
+
+    Returns:
+        noise (windows, 50, latent) float32, standard normal; times (windows,) int64, uniform over 0 .. steps - 1.
+    """
+    noise = np.stack([normal((WINDOW, latent), seed, "training noise", position, window) for window in range(windows)])
+    times = [generator(seed, "training time", position, window).integers(steps) for window in range(windows)]
+    return noise, np.array(times, dtype=np.int64)
+
+
+def generation_noise(seed: int, key: str, direction: int, k: int, windows: int, latent: int) -> np.ndarray:
+    """The noise that reaction number k of a clip and direction starts from, (windows, 50, latent) float32, standard normal."""
+    return np.stack([normal((WINDOW, latent), seed, "generation noise", key, direction, k, window) for window in range(windows)])

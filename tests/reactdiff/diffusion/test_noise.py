@@ -1,0 +1,29 @@
+import numpy as np
+
+from reactdiff.diffusion.noise import generation_noise, training_noise
+
+
+def test_training_noise_is_a_function_of_seed_position_and_window() -> None:
+    noise, times = training_noise(0, 7, 4, 8, 20)
+    assert (noise.shape, noise.dtype, times.shape, times.dtype) == ((4, 50, 8), np.float32, (4,), np.int64)
+    longer, more = training_noise(0, 7, 6, 8, 20)
+    assert np.array_equal(longer[:4], noise) and np.array_equal(more[:4], times)
+    assert all(not np.array_equal(training_noise(seed, position, 4, 8, 20)[0][0], noise[0]) for seed, position in ((1, 7), (0, 8)))
+    assert not np.array_equal(noise[0], noise[1])
+
+
+def test_times_cover_every_step_and_noise_is_standard_normal() -> None:
+    drawn = [training_noise(3, position, 5, 4, 20) for position in range(200)]
+    counts = np.bincount(np.concatenate([times for _, times in drawn]), minlength=20)
+    assert len(counts) == 20 and counts.min() > 25 and counts.max() < 80
+    noise = np.stack([noise for noise, _ in drawn])
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+
+
+def test_every_reaction_starts_from_noise_of_its_own() -> None:
+    noise = generation_noise(0, "clip", 0, 0, 3, 8)
+    assert noise.shape == (3, 50, 8) and noise.dtype == np.float32
+    assert np.array_equal(generation_noise(0, "clip", 0, 0, 5, 8)[:3], noise)
+    others = [(1, "clip", 0, 0), (0, "other", 0, 0), (0, "clip", 1, 0), (0, "clip", 0, 1)]
+    assert all(not np.array_equal(generation_noise(*key, 3, 8)[0], noise[0]) for key in others)
+    assert not np.array_equal(noise[0], noise[1])
