@@ -88,7 +88,7 @@ class Engine:
         """The wrapped module."""
         return self._engine.module
 
-    def accumulate(self, micro_batch: Batch, items: int) -> torch.Tensor:
+    def forward(self, micro_batch: Batch, items: int) -> torch.Tensor:
         """Forward of one micro-batch, which may be empty or smaller than other ranks'.
 
         Args:
@@ -103,7 +103,7 @@ class Engine:
         return (losses * weight).sum() / max(items, 1)
 
     def backward(self, part: torch.Tensor) -> None:
-        """Backward of what `accumulate` returned; DeepSpeed averages over ranks and micro-batches, so undo that."""
+        """Backward of what `forward` returned; DeepSpeed averages over ranks and micro-batches, so undo that."""
         self._engine.backward(part * (self._ranks * self.settings.micro_batches))
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
@@ -126,6 +126,10 @@ class Engine:
     def gradient_norm(self) -> float:
         """Norm of the last step's gradient over all ranks, before clipping."""
         return self._norm
+
+    def extents(self) -> list[tuple[str, int, int]]:
+        """(name, first element, count) of every stretch this rank holds and `restore` sets."""
+        return [(name, start, master.numel()) for name, _, start, master, _ in self._own()]
 
     def fragments(self) -> Iterator[Fragment]:
         """What this rank owns of the training state, each element of the model owned by exactly one rank."""

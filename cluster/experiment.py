@@ -125,6 +125,11 @@ def identity(experiment: Experiment) -> dict[str, Any]:
     return {name: value_of(experiment, name) for name, info, _ in fields() if info.json_schema_extra["kind"] == "identity"}
 
 
+def placement(experiment: Experiment) -> dict[str, Any]:
+    """Where and how fast it is computed: the placement fields by dotted name."""
+    return {name: value_of(experiment, name) for name, info, _ in fields() if info.json_schema_extra["kind"] == "placement"}
+
+
 def ends(experiment: Experiment) -> dict[str, Any]:
     """How long training goes on: the fields that may only grow."""
     return {name: value_of(experiment, name) for name, info, _ in fields() if info.json_schema_extra["kind"] == "end"}

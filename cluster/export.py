@@ -1,0 +1,129 @@
+"""Exports: the averaged weights of a finished stage as safetensors plus what is needed to build its module again.
+
+`exports/<stage>/<hash>.safetensors` holds weights and buffers, `exports/<stage>/<progress>.json` the description; the
+description is created last, so an export is whole or absent.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+from cluster import checkpoint
+from cluster.config import Experiment
+from cluster.storage import AlreadyExists, NotFound, StorageError, Store
+from reactdiff.config import Diffusion, Model
+from reactdiff.data.sample import StreamSpec
+from reactdiff.stage import Source, stage
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Export:
+    """The description of one export; `hash` stands for its weights, `dataset` for the state of the data it was trained on."""
+
+    stage: str
+    progress: int
+    hash: str
+    dataset: str
+    seed: int
+    frames: int
+    streams: list[dict[str, Any]]
+    model: dict[str, Any]
+    diffusion: dict[str, Any]
+    version: int = VERSION
+
+    def build(self) -> nn.Module:
+        """The module of this export, in evaluation mode, its weights not yet loaded."""
+        source = Source([StreamSpec(**spec) for spec in self.streams], self.frames)
+        kind = stage(self.stage, Model.model_validate(self.model), Diffusion.model_validate(self.diffusion), source)
+        return kind.build(self.seed).eval()
+
+
+def write_export(store: Store, experiment: Experiment, name: str, source: Source, progress: int) -> Export:
+    """Export the averaged weights of a stage's checkpoint at its end.
+
+    Args:
+        store: the run's folder.
+        experiment: the run's configuration.
+        name: the stage.
+        source: streams and frames the stage was trained on.
+        progress: where the stage ended.
+
+    Raises:
+        StorageError: if there is no whole checkpoint at that progress.
+    """
+    found = next((c for c in _manifests(store, name) if c.progress == progress), None)
+    if found is None:
+        raise StorageError(f"{store.url}/checkpoints/{name} has no whole checkpoint at progress {progress}, the end of the stage; run the command again")
+    data = save(checkpoint.assemble(store, found, "average"))
+    export = Export(
+        stage=name,
+        progress=progress,
+        hash=hashlib.blake2b(data, digest_size=16).hexdigest(),
+        dataset=found.dataset,
+        seed=experiment.seed,
+        frames=source.frames,
+        streams=[asdict(spec) for spec in source.streams],
+        model=experiment.model.model_dump(mode="json"),
+        diffusion=experiment.diffusion.model_dump(mode="json"),
+    )
+    store.put(f"exports/{name}/{export.hash}.safetensors", data)
+    try:
+        store.create(f"exports/{name}/{progress:015d}.json", json.dumps(asdict(export), indent=1).encode())
+    except AlreadyExists:
+        pass  # an earlier life wrote it; the one that is there counts
+    return read_export(store, name, progress)
+
+
+def read_export(store: Store, name: str, progress: int) -> Export:
+    """The export of a stage at a progress.
+
+    Raises:
+        NotFound: if the stage has not ended there.
+    """
+    values = json.loads(store.read(f"exports/{name}/{progress:015d}.json"))
+    if values["version"] != VERSION:
+        raise StorageError(f"{store.url}/exports/{name}/{progress:015d}.json has version {values['version']}; this program reads {VERSION}")
+    return Export(**values)
+
+
+def newest_export(store: Store, name: str) -> Export:
+    """The export of a stage with the most progress.
+
+    Raises:
+        NotFound: if the stage was never finished.
+    """
+    keys = sorted(entry.key for entry in store.list(f"exports/{name}/") if entry.key.endswith(".json"))
+    if not keys:
+        raise NotFound(f"{store.url} has no export of stage {name}: the run has not finished it; train it with jobs/train.py first")
+    return read_export(store, name, int(keys[-1].rsplit("/", 1)[-1].removesuffix(".json")))
+
+
+def load_export(store: Store, export: Export) -> nn.Module:
+    """The module of an export with its weights, verified against the export's hash.
+
+    Raises:
+        StorageError: if the weights are not those the description names.
+    """
+    module = export.build()
+    module.load_state_dict(load_weights(store, export), strict=True)
+    return module
+
+
+def load_weights(store: Store, export: Export) -> dict[str, torch.Tensor]:
+    """Weights and buffers of an export by name, verified."""
+    key = f"exports/{export.stage}/{export.hash}.safetensors"
+    data = store.read(key)
+    if (found := hashlib.blake2b(data, digest_size=16).hexdigest()) != export.hash:
+        raise StorageError(f"{store.url}/{key} has hash {found}, not the one it is named by: delete exports/{export.stage}/ and run the command again")
+    return load(data)
+
+
+def _manifests(store: Store, name: str) -> list[checkpoint.Checkpoint]:
+    return [checkpoint.read_manifest(store, key) for key in checkpoint.listing(store, name)]

@@ -1,0 +1,58 @@
+"""Who brings what back: the one table that decides whether a lost worker group is started again.
+
+fault            | detected by                      | brought back by
+-----------------|----------------------------------|----------------------------------------------
+worker, machine  | Ray (actor death), peers (gloo)  | us, at once, up to run.retries times
+storage          | StorageError after its own tries | us, up to run.retries times
+out of memory    | the allocator or Ray             | the same command with a smaller workers.micro_batch
+data             | CRC32C, decoding                 | the same command once the data is mended
+non-finite       | the step's all-reduce            | the same command with other settings
+superseded       | a newer life                     | nobody: the newer life goes on
+user             | checks before and in the workers | the same command, corrected
+driver, head     | the scheduler, the user          | the same command again
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cluster.lives import Superseded
+from cluster.shards import CorruptData
+from cluster.storage import StorageError
+from cluster.worker import NonFinite
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A class of faults: its name, the exceptions that show it, whether we start the workers again."""
+
+    name: str
+    signs: tuple[type[BaseException], ...]
+    retried: bool
+
+
+TABLE = (
+    Failure("superseded", (Superseded,), False),
+    Failure("data", (CorruptData,), False),
+    Failure("non_finite", (NonFinite,), False),
+    Failure("out_of_memory", (MemoryError,), False),
+    Failure("storage", (StorageError,), True),
+    Failure("user", (ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError), False),
+)
+LOST = Failure("lost", (), True)
+"""A worker or its machine is gone: what remains when no rank names another reason."""
+
+
+def classify(errors: Iterable[BaseException]) -> tuple[Failure, BaseException]:
+    """The class of a worker group's failure and the error that shows it.
+
+    When one rank fails, its peers fail too, of a broken connection: the first class of the table that any rank shows wins.
+
+    Args:
+        errors: what the ranks raised, at least one.
+    """
+    found = list(errors)
+    for failure in TABLE:
+        for error in found:
+            if isinstance(error, failure.signs) or (failure.name == "out_of_memory" and type(error).__name__ == "OutOfMemoryError"):
+                return failure, error
+    return LOST, found[0]

@@ -1,0 +1,150 @@
+"""One stage on Ray Train: a worker group that is started, watched, and started again where the failure table says so."""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from threading import Event, Thread
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cluster.config import Workers
+from cluster.failures import Failure, classify
+from cluster.meter import Snapshot
+from cluster.worker import Job, Place, train
+
+log = logging.getLogger(__name__)
+
+HEALTH_CHECK_SECONDS = "0.5"
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Where ranks leave their latest numbers and the driver takes them."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, Snapshot] = {}
+
+    def post(self, snapshot: Snapshot) -> None:
+        """Leave a rank's numbers; its later ones replace them."""
+        self._latest[snapshot["process"]] = snapshot
+
+    def take(self) -> list[Snapshot]:
+        """Take what was left since the last call."""
+        taken, self._latest = list(self._latest.values()), {}
+        return taken
+
+
+class StageFailed(RuntimeError):
+    """A stage ended without reaching its end.
+
+    Attributes:
+        failure: the row of the failure table.
+    """
+
+    def __init__(self, message: str, failure: Failure):
+        super().__init__(message)
+        self.failure = failure
+
+
+def launch(job: Job, watch: Callable[[Snapshot], None], restarted: Callable[[str], None], scratch: str) -> dict[str, Any]:
+    """Train one stage on a group of Ray workers.
+
+    Args:
+        job: what every rank does.
+        watch: takes the ranks' numbers while they train.
+        restarted: told the failure class each time the group is started again.
+        scratch: URL Ray Train keeps its own notes under, visible to every node.
+
+    Returns:
+        What rank 0's `train` returned.
+
+    Raises:
+        StageFailed: if a failure is of a class that is not retried, or its budget is spent.
+    """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_SECONDS)
+    board = Board.remote()  # type: ignore[attr-defined]
+    spent: dict[str, int] = {}
+    with _watching(board, watch):
+        while True:
+            try:
+                return _fit(job, board, scratch)
+            except WorkerGroupError as error:
+                failure, cause = classify(error.worker_failures.values())
+                spent[failure.name] = spent.get(failure.name, 0) + 1
+                message = f"stage {job.stage} failed ({failure.name}): {_sentence(cause)}"
+                if not failure.retried or spent[failure.name] > job.experiment.run.retries:
+                    raise StageFailed(message, failure) from cause
+                log.warning("%s; starting the workers again (%d of %d)", message, spent[failure.name], job.experiment.run.retries)
+                restarted(failure.name)
+                job = replace(job, attempt=job.attempt + 1)
+
+
+def scaling(workers: Workers) -> ScalingConfig:
+    """The worker group a run asks Ray for."""
+    return ScalingConfig(num_workers=workers.count, use_gpu=workers.gpu, resources_per_worker=bundle(workers))
+
+
+def bundle(workers: Workers) -> dict[str, float]:
+    """The resources of one rank."""
+    return {"CPU": workers.cpus, **({"GPU": 1.0} if workers.gpu else {})}
+
+
+def _fit(job: Job, board: Any, scratch: str) -> dict[str, Any]:
+    trainer = TorchTrainer(
+        _rank,
+        train_loop_config={"job": job, "board": board},
+        torch_config=TorchConfig(backend="nccl" if job.experiment.workers.gpu else "gloo"),
+        scaling_config=scaling(job.experiment.workers),
+        run_config=RunConfig(
+            name=f"{job.stage}-{job.life}-{job.attempt}",
+            storage_path=scratch,
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            worker_runtime_env={"env_vars": worker_environment(job.experiment.workers)},
+        ),
+    )
+    return trainer.fit().return_value
+
+
+def worker_environment(workers: Workers) -> dict[str, str]:
+    """What a rank's process needs before torch is imported."""
+    return {"OMP_NUM_THREADS": str(workers.threads), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+
+def _rank(config: dict[str, Any]) -> dict[str, Any]:
+    context, board = ray.train.get_context(), config["board"]
+    place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    return train(config["job"], place, board.post.remote)
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no message'}"
+
+
+class _watching:
+    """Hand the board's numbers to `watch` twice a second, in a thread, until the block ends."""
+
+    def __init__(self, board: Any, watch: Callable[[Snapshot], None]):
+        self._board, self._watch, self._done = board, watch, Event()
+        self._thread = Thread(target=self._repeat, name="watch", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self._look()
+
+    def _repeat(self) -> None:
+        while not self._done.wait(0.5):
+            self._look()
+
+    def _look(self) -> None:
+        for snapshot in ray.get(self._board.take.remote()):
+            self._watch(snapshot)

@@ -1,0 +1,222 @@
+"""A run: from a configuration to weights and scores, through any number of lives.
+
+The stages follow each other: autoencoder -> latents -> diffusion -> evaluation. Each leaves something whole in the run's folder
+(an export, a dataset of latents, scores), so a later life goes on where the last one left off.
+"""
+
+import datetime
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import distributions
+from typing import Any
+
+import yaml
+
+from cluster import lives
+from cluster.config import Experiment
+from cluster.evaluate import evaluate
+from cluster.experiment import ConfigError, build, digest, ends, identity, to_yaml
+from cluster.export import Export, read_export, write_export
+from cluster.latents import encode_dataset
+from cluster.launch import StageFailed, launch
+from cluster.lives import State
+from cluster.manifest import Manifest, load_manifest
+from cluster.meter import Snapshot
+from cluster.placement import assert_visible, connect
+from cluster.progress import Display
+from cluster.storage import NotFound, Store, open_store
+from cluster.telemetry import Exporter
+from cluster.worker import Job
+from reactdiff.config import STAGES
+
+log = logging.getLogger(__name__)
+
+STEPS = ("autoencoder", "latents", "diffusion", "evaluation")
+"""What a run goes through, in order."""
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A run's name and folder, and the dataset state it is pinned to."""
+
+    name: str
+    store: Store
+    manifest: Manifest
+    fresh: bool
+
+
+def pin(experiment: Experiment, config_name: str) -> Pinned:
+    """Find the run an experiment stands for, or the place where it will be; writes nothing.
+
+    Raises:
+        ConfigError: if the name belongs to a run of another identity, or the end would shrink.
+        StorageError: if the dataset or the store cannot be read.
+    """
+    dataset = open_store(experiment.data.url)
+    current = load_manifest(dataset, experiment.data.manifest)
+    name = experiment.run.name or f"{config_name}-{digest([identity(experiment), current.identity])[:8]}"
+    store = open_store(experiment.run.store).at(f"runs/{name}")
+    try:
+        before = build(yaml.safe_load(store.read("config.yaml")), f"{store.url}/config.yaml")
+    except NotFound:
+        return Pinned(name, store, current, fresh=True)
+    _assert_same(name, before, experiment)
+    state = lives.read_state(store)
+    if state is None:
+        return Pinned(name, store, current, fresh=False)
+    if state.dataset != current.identity:
+        raise ConfigError(
+            f"run {name} is pinned to dataset {state.dataset}, but data.url={experiment.data.url} holds dataset {current.identity}: "
+            "point data.url at the run's dataset, or choose another run.name"
+        )
+    return Pinned(name, store, load_manifest(dataset, state.manifest), fresh=False)
+
+
+def _assert_same(name: str, before: Experiment, now: Experiment) -> None:
+    old, new = identity(before), identity(now)
+    differing = [f"{key} (was {json.dumps(old[key])}, now {json.dumps(new[key])})" for key in new if old[key] != new[key]]
+    if differing:
+        raise ConfigError(f"run {name} exists with another identity; differing: {', '.join(differing)}. Choose another run.name, or set these back")
+    for key, stages in ends(now).items():
+        for stage, end in stages.items():
+            if end < ends(before)[key][stage]:
+                raise ConfigError(f"{key}.{stage} is {end}, but run {name} was started with {ends(before)[key][stage]}; the end of a run may only grow")
+
+
+def execute(experiment: Experiment, config_name: str, steps: Sequence[str], display: Display) -> dict[str, Any]:
+    """Bring a run to its end, from wherever it is.
+
+    Args:
+        experiment: the configuration.
+        config_name: stem of the configuration file, the first half of a default run name.
+        steps: which of STEPS to do; what they need of earlier ones must exist.
+        display: shows progress.
+
+    Returns:
+        The scores of the evaluation by row, empty when it was not among the steps.
+
+    Raises:
+        ConfigError, StorageError: before anything is written.
+        StageFailed, Superseded, KeyboardInterrupt: after the state was written.
+    """
+    pinned = pin(experiment, config_name)
+    connect(cpus=experiment.workers.count + 1)
+    open_store(experiment.run.store).prove()
+    assert_visible(open_store(experiment.run.store), "run.store")
+    assert_visible(open_store(experiment.data.url), "data.url")
+    life = lives.open_life(pinned.store, _environment(experiment))
+    pinned.store.put("config.yaml", to_yaml(experiment).encode())
+    state = State("RUNNING", life, pinned.manifest.identity, pinned.manifest.hash)
+    lives.write_state(pinned.store, state)
+    display.say(f"run {pinned.name}, life {life}, in {pinned.store.url}")
+    exporter = Exporter(pinned.name, life, host=experiment.telemetry.host, port=experiment.telemetry.port)
+    exporter.write_target(experiment.telemetry.targets)
+    try:
+        scores = _Life(experiment, pinned, life, state, exporter, display).go(steps)
+    except lives.Superseded:
+        raise
+    except KeyboardInterrupt:
+        lives.move(pinned.store, state, status="STOPPED", why="interrupted")
+        raise
+    except BaseException as error:
+        lives.move(pinned.store, state, status="FAILED", why=str(error))
+        raise
+    finally:
+        exporter.close()
+    done = list(steps) == list(STEPS)
+    lives.move(pinned.store, state, status="DONE" if done else "STOPPED", why="" if done else f"only {', '.join(steps)} asked for")
+    return scores
+
+
+class _Life:
+    """One start of a run's driver; each method brings one step to its end, wherever it stood."""
+
+    def __init__(self, experiment: Experiment, pinned: Pinned, life: int, state: State, exporter: Exporter, display: Display):
+        self.experiment, self.store, self.clips, self.life = experiment, pinned.store, pinned.manifest, life
+        self.state, self.exporter, self.display = state, exporter, display
+        self.scores: dict[str, Any] = {}
+
+    def go(self, steps: Sequence[str]) -> dict[str, Any]:
+        for step in steps:
+            self.state = lives.move(self.store, self.state, stage=step)
+            getattr(self, step)()
+        return self.scores
+
+    def autoencoder(self) -> None:
+        self.train("autoencoder", self.experiment.data.url, self.clips)
+
+    def latents(self) -> None:
+        build_latents(self.coder(), self.display.bar("latents"))
+
+    def diffusion(self) -> None:
+        coder = self.coder()
+        self.train("diffusion", coder.url, coder.manifest())
+
+    def evaluation(self) -> None:
+        coder = self.coder()
+        self.scores = evaluate(self.experiment, self.store, coder, self.export("diffusion"), self.display)
+
+    def coder(self) -> Coder:
+        """The finished autoencoder over the run's dataset."""
+        experiment = self.experiment
+        return Coder(self.export("autoencoder"), self.store.url, experiment.data.url, self.clips.hash, experiment.run.store)
+
+    def export(self, stage: str) -> Export:
+        try:
+            return read_export(self.store, stage, self.end(stage))
+        except NotFound:
+            raise ConfigError(
+                f"run {self.store.url} has not finished stage {stage} (no export at progress {self.end(stage)}): run it without --stage, "
+                f"or with --stage {stage} first"
+            ) from None
+
+    def end(self, stage: str) -> int:
+        """Progress at the end of a stage, in items."""
+        return end_of(self.experiment, stage, self.clips)
+
+    def train(self, stage: str, dataset: str, manifest: Manifest) -> None:
+        """Train a stage to its end and export it, unless that is done."""
+        end = self.end(stage)
+        try:
+            read_export(self.store, stage, end)
+            self.display.say(f"stage {stage} is done: {end} items")
+            return
+        except NotFound:
+            pass
+        job = Job(self.experiment, stage, self.store.url, self.life, dataset, manifest.hash)
+        with self.display.stage(stage, end) as watch:
+
+            def take(snapshot: Snapshot) -> None:
+                self.exporter.update(snapshot)
+                watch(self.exporter.tally)
+
+            launch(job, take, self.exporter.restarts, f"{absolute(self.experiment.run.store)}/ray")
+        export = write_export(self.store, self.experiment, stage, Source(manifest.stream_specs, manifest.frames), end)
+        write_events(self.store, stage, self.life)
+        self.display.say(f"stage {stage}: {end} items, weights {export.hash}")
+
+
+def end_of(experiment: Experiment, stage: str, clips: Manifest) -> int:
+    """Progress at the end of a stage: epochs times the items of the training split."""
+    return int(experiment.optim.epochs[stage] * 2 * clips.clips(experiment.data.split))
+
+
+def _environment(experiment: Experiment) -> dict[str, Any]:
+    """What a life ran on and with, for whoever asks later; no secret is in it."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "git": git.stdout.strip(),
+        "packages": {d.name: d.version for d in distributions()},
+        "placement": placement(experiment),
+    }

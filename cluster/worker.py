@@ -1,0 +1,289 @@
+"""The training loop every rank runs. It needs torch.distributed and a store, not Ray."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Event, Thread
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from cluster import checkpoint, lives
+from cluster.checkpoint import Checkpoint, DamagedCheckpoint, Writer
+from cluster.config import Experiment
+from cluster.engine import Engine, Settings
+from cluster.experiment import identity
+from cluster.history import History
+from cluster.latents import read_range
+from cluster.manifest import load_manifest
+from cluster.meter import Meter, Snapshot
+from cluster.reader import Reader
+from cluster.storage import open_store
+from cluster.stream import Batch, Share, Stream
+from reactdiff.data.keyed import seed_of
+from reactdiff.data.order import Order
+from reactdiff.learning_rate import learning_rate
+from reactdiff.stage import Source, stage
+
+log = logging.getLogger(__name__)
+
+
+class NonFinite(RuntimeError):
+    """A loss or gradient is not a number any more; names the items of the step."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one worker group does: train one stage of one run to the end.
+
+    Attributes:
+        experiment: the whole configuration.
+        stage: "autoencoder" or "diffusion".
+        folder: URL of the run.
+        life: this start of the driver.
+        dataset: URL of what the stage reads: clips or latents.
+        manifest: hash of the dataset's state.
+        attempt: how often the worker group of this life was started before.
+    """
+
+    experiment: Experiment
+    stage: str
+    folder: str
+    life: int
+    dataset: str
+    manifest: str
+    attempt: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which rank this is, of how many, and where it computes."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks know after the one small all-reduce of a step."""
+
+    loss: float
+    ledger: int
+    next_valid: int
+    all_uploaded: bool
+
+
+def train(job: Job, place: Place, report: Callable[[Snapshot], None]) -> dict[str, Any]:
+    """Train a stage from its newest whole checkpoint to its end; every rank of the group calls this.
+
+    Args:
+        job: what to do.
+        place: this rank.
+        report: takes this rank's cumulative numbers, about once a second.
+
+    Returns:
+        progress, steps and loss of the last step.
+
+    Raises:
+        NonFinite, CorruptData, StorageError, lives.Superseded: the run must not go on.
+    """
+    meter = Meter(place.rank, place.ranks, job.stage)
+    make_deterministic(job.experiment.workers.threads)
+    with _reporting(meter, report):
+        return _Training(job, place, meter).run()
+
+
+def make_deterministic(threads: int) -> None:
+    """Equal inputs give equal bits on equal devices."""
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+class _Training:
+    def __init__(self, job: Job, place: Place, meter: Meter):
+        experiment, optim, workers = job.experiment, job.experiment.optim, job.experiment.workers
+        self.job, self.place, self.meter, self.optim = job, place, meter, optim
+        self.store = open_store(job.folder)
+        manifest = load_manifest(open_store(job.dataset), job.manifest)
+        self.reader = Reader(open_store(job.dataset), manifest, experiment.data.split)
+        self.order = Order(2 * self.reader.counts, experiment.seed, experiment.data.block, experiment.data.group, experiment.data.order)
+        total, batch = int(optim.epochs[job.stage] * self.order.items), optim.batch[job.stage]
+        self.share = Share(batch, total, place.ranks, place.rank)
+        kind = stage(job.stage, experiment.model, experiment.diffusion, Source(manifest.stream_specs, manifest.frames))
+        data = experiment.data
+        self.stream = Stream(self.reader, kind, self.order, self.share, experiment.seed, data.read_ahead, data.readers)
+        module = kind.build(experiment.seed)
+        if job.stage == "diffusion":
+            module.set_range(*read_range(open_store(job.dataset), manifest))
+        self.micro_batches = micro_batches(batch, place.ranks, workers.micro_batch)
+        settings = Settings(
+            workers.zero, optim.precision, self.micro_batches, optim.betas, optim.weight_decay, optim.clip, optim.ema[job.stage]
+        )
+        self.engine = Engine(module, settings, place.device)
+        self.writer = Writer(
+            self.store, _gather, place.rank, experiment.run.keep, lambda: lives.assert_newest(self.store, job.life)
+        )
+        self.history = History(self.store, job.life, job.attempt, job.stage) if place.rank == 0 else None
+
+    def run(self) -> dict[str, Any]:
+        step, loss = self.resume(), float("nan")
+        batches = self.stream.batches(step)
+        batch = self.fetch(batches)
+        valid = self.agree(torch.zeros(()), None, batch).next_valid
+        while batch is not None:
+            loss_part = self.forward_backward(batch, valid)
+            upcoming = self.fetch(batches)
+            verdict = self.agree(loss_part, batch, upcoming)
+            self.update(batch, verdict)
+            batch, valid, loss = upcoming, verdict.next_valid, verdict.loss
+        if self.writer.busy:
+            self.writer.commit()
+        self.writer.close()
+        self.stream.close()
+        return {"progress": self.share.total, "steps": self.share.steps, "loss": loss}
+
+    def resume(self) -> int:
+        """Restore the newest checkpoint that is whole on every rank; returns the step to go on with."""
+        box: list[Any] = [self.candidates() if self.place.rank == 0 else None]
+        dist.broadcast_object_list(box)
+        extents = self.engine.extents()
+        for found in box[0]:
+            try:
+                read, problem = checkpoint.reader(self.store, found, extents), ""
+            except DamagedCheckpoint as error:
+                problem = str(error)
+            if problems := [text for text in _gather(problem) if text]:
+                log.error("CHECKPOINT DAMAGED, falling back to the one before: %s", problems[0])
+                continue
+            self.engine.restore(read, found.steps)
+            self.meter.gauges["progress_items"] = found.progress
+            return found.steps
+        return 0
+
+    def candidates(self) -> list[Checkpoint]:
+        """The checkpoints this run may go on from, newest first.
+
+        One after a last step that was not a whole batch belongs to a shorter run: the one before it is the one to go on from.
+        """
+        found = []
+        for name in checkpoint.listing(self.store, self.job.stage):
+            try:
+                manifest = checkpoint.read_manifest(self.store, name)
+            except DamagedCheckpoint as error:
+                log.error("CHECKPOINT DAMAGED, falling back to the one before: %s", error)
+                continue
+            if manifest.dataset != self.job.manifest:
+                raise ValueError(
+                    f"{self.store.url}/{name} was trained on data {manifest.dataset}, but the run now reads {self.job.manifest} "
+                    f"({self.job.dataset}): give other data a run of another name (run.name)"
+                )
+            if manifest.progress == self.share.total or (manifest.progress < self.share.total and manifest.progress % self.share.batch == 0):
+                found.append(manifest)
+        return found
+
+    def fetch(self, batches: Iterator[Batch]) -> Batch | None:
+        with self.meter.phase("data_wait"):
+            return next(batches, None)
+
+    def forward_backward(self, batch: Batch, valid: int) -> torch.Tensor:
+        """The step's gradient; returns this rank's part of its mean loss."""
+        torch.manual_seed(seed_of("dropout", self.job.experiment.seed, batch.step, self.place.rank) % 2**63)
+        loss = torch.zeros((), device=self.place.device)
+        for micro_batch in batch.split(self.micro_batches):
+            on_device = {name: tensor.to(self.place.device, non_blocking=True) for name, tensor in micro_batch.items()}
+            with self.meter.phase("forward"):
+                part = self.engine.forward(on_device, valid)
+            with self.meter.phase("backward"):
+                self.engine.backward(part)
+            loss += part.detach()
+        return loss
+
+    def agree(self, loss: torch.Tensor, batch: Batch | None, upcoming: Batch | None) -> Verdict:
+        """The one small all-reduce: loss and ledger of this step, valid items of the next, uploads that have landed."""
+        mine = [float(loss), batch.ledger if batch else 0, upcoming.valid if upcoming else 0, self.writer.uploaded]
+        sums = torch.tensor(mine, dtype=torch.float64, device=self.place.device)  # sums of CRC32C stay exact below 2^53
+        dist.all_reduce(sums)
+        total = sums.tolist()
+        if not np.isfinite(total[0]):
+            assert batch is not None
+            first, last = batch.step * self.share.batch, min((batch.step + 1) * self.share.batch, self.share.total)
+            items = self.order.at(np.arange(first, last)).tolist()
+            raise NonFinite(
+                f"the loss of step {batch.step} of stage {self.job.stage} is {total[0]}; its items are {items} "
+                f"(clip = item // 2, side = item % 2) of split {self.job.experiment.data.split} of {self.job.dataset}. "
+                "Lower optim.lr, set optim.clip, or look at these clips"
+            )
+        return Verdict(total[0], int(total[1]), int(total[2]), total[3] == self.place.ranks)
+
+    def update(self, batch: Batch, verdict: Verdict) -> None:
+        """The optimiser's step, and what follows from the new progress: a row, a checkpoint."""
+        before, after = batch.step * self.share.batch, min((batch.step + 1) * self.share.batch, self.share.total)
+        rate = learning_rate(self.optim, self.job.stage, before)
+        with self.meter.phase("optimizer"):
+            self.engine.step(rate)
+        norm = self.engine.gradient_norm
+        self.meter.gauges.update(progress_items=after, loss=verdict.loss, gradient_norm=norm, learning_rate=rate)
+        self.meter.step_done(items=len(batch.positions), bytes=batch.bytes)
+        if self.history is not None and ((batch.step + 1) % self.job.experiment.run.log_every == 0 or after == self.share.total):
+            self.history.add(progress=after, step=batch.step, loss=verdict.loss, gradient_norm=norm, learning_rate=rate, ledger=verdict.ledger)
+        with self.meter.phase("checkpoint"):
+            if verdict.all_uploaded:
+                self.writer.commit()
+            if self.checkpoint_due(before, after):
+                self.checkpoint(batch.step + 1, after)
+
+    def checkpoint_due(self, before: int, after: int) -> bool:
+        """At every multiple of the cadence, at the end, and before a last step that is not a whole batch."""
+        every = self.job.experiment.run.checkpoint_every[self.job.stage] or self.order.items
+        ends = after == self.share.total or 0 < self.share.total - after < self.share.batch
+        return ends or before // every != after // every
+
+    def checkpoint(self, steps: int, progress: int) -> None:
+        self.writer.begin(
+            self.engine.fragments(),
+            dict(self.engine.stage.named_buffers()),
+            stage=self.job.stage,
+            progress=progress,
+            steps=steps,
+            life=self.job.life,
+            dataset=self.job.manifest,
+            config=identity(self.job.experiment),
+        )
+        if self.history is not None:
+            self.history.flush()
+
+
+def micro_batches(batch: int, ranks: int, largest: int) -> int:
+    """Forward passes of one step on each rank: the rank's largest share over the largest micro-batch."""
+    share = -(-batch // ranks)
+    return -(-share // largest) if largest else 1
+
+
+def _gather(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def _reporting(meter: Meter, report: Callable[[Snapshot], None]) -> Iterator[None]:
+    """Hand over a snapshot about once a second and at the end."""
+    done = Event()
+
+    def repeat() -> None:
+        while not done.wait(1.0):
+            report(meter.snapshot())
+
+    thread = Thread(target=repeat, name="report", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        report(meter.snapshot())

@@ -1,0 +1,95 @@
+"""The two stages of training: what one item of each reads, which random numbers belong to it, and the module to train.
+
+The machinery trains any stage through these three questions and knows nothing else of faces.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import nn
+
+from reactdiff.clip import PERSONS, TARGETS, speaker_listener, windows_of
+from reactdiff.config import Diffusion, Model
+from reactdiff.data.sample import StreamSpec
+from reactdiff.diffusion.noise import training_noise
+from reactdiff.model.autoencoder import Autoencoder
+from reactdiff.model.init import initialise
+from reactdiff.model.latent_diffusion import LatentDiffusion
+
+LATENT = "latent"
+"""The one stream of every person in a dataset of latents."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a stage needs to know of its dataset: input streams, and frames of every clip."""
+
+    streams: Sequence[StreamSpec]
+    frames: int
+
+
+class Stage(Protocol):
+    """A stage of training; an item is (clip, side), and its index is 2 * clip + side."""
+
+    def reads(self, side: int) -> dict[str, tuple[str, str]]:
+        """What an item of this side reads: name in the batch -> (person, stream)."""
+
+    def draw(self, seed: int, position: int) -> dict[str, np.ndarray]:
+        """The random arrays of the item at a position of the order."""
+
+    def build(self, seed: int) -> nn.Module:
+        """The module to train, its weights keyed by (seed, parameter name); its forward gives one loss per item."""
+
+
+@dataclass(frozen=True)
+class AutoencoderStage:
+    """Stage 1: from a person's own streams that person's attributes and coefficients; side is the person."""
+
+    model: Model
+    source: Source
+
+    def reads(self, side: int) -> dict[str, tuple[str, str]]:
+        """Only the streams the model is configured for, and both targets."""
+        return {name: (PERSONS[side], name) for name in (*self.model.facial, *self.model.acoustic, *TARGETS)}
+
+    def draw(self, seed: int, position: int) -> dict[str, np.ndarray]:
+        """Nothing here is random."""
+        return {}
+
+    def build(self, seed: int) -> nn.Module:
+        """The Multi-Modality Transformer and its decoder."""
+        module = Autoencoder(self.model, self.source.streams)
+        initialise(module, seed)
+        return module
+
+
+@dataclass(frozen=True)
+class DiffusionStage:
+    """Stage 2: the listener's latents given the speaker's; side is the direction."""
+
+    model: Model
+    diffusion: Diffusion
+    source: Source
+
+    def reads(self, side: int) -> dict[str, tuple[str, str]]:
+        """Both persons' latents."""
+        speaker, listener = speaker_listener(side)
+        return {"speaker": (speaker, LATENT), "listener": (listener, LATENT)}
+
+    def draw(self, seed: int, position: int) -> dict[str, np.ndarray]:
+        """Diffusion times and noise of each window."""
+        noise, times = training_noise(seed, position, windows_of(self.source.frames), self.model.latent, self.diffusion.steps)
+        return {"noise": noise, "times": times}
+
+    def build(self, seed: int) -> nn.Module:
+        """The denoiser and the condition projector, whose latent range is not yet set."""
+        module = LatentDiffusion(self.model, self.diffusion, self.source.frames)
+        initialise(module, seed)
+        return module
+
+
+def stage(name: str, model: Model, diffusion: Diffusion, source: Source) -> AutoencoderStage | DiffusionStage:
+    """The stage of a name in `reactdiff.config.STAGES`."""
+    return AutoencoderStage(model, source) if name == "autoencoder" else DiffusionStage(model, diffusion, source)

@@ -1,0 +1,74 @@
+"""Configuration: one typed tree, dotted overrides, and an identity that placement does not touch."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.experiment import ConfigError, digest, ends, fields, help_text, identity, load, to_yaml
+
+
+def test_overrides_reach_any_leaf_and_a_bare_value_sets_both_stages(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("optim: {lr: {diffusion: 2e-3}}\nmodel: {hidden: 64}\n")
+    experiment = load(file, ["optim.batch=4", "optim.lr.autoencoder=1e-3", "diffusion.schedule=linear", "run.name=first"])
+    assert (experiment.optim.lr["autoencoder"], experiment.optim.lr["diffusion"]) == (1e-3, 2e-3)
+    assert (experiment.optim.batch["autoencoder"], experiment.optim.batch["diffusion"]) == (4, 4)
+    assert (experiment.model.hidden, experiment.diffusion.schedule, experiment.run.name) == (64, "linear", "first")
+
+
+def test_what_was_written_is_what_is_read(tmp_path: Path) -> None:
+    experiment = load(None, ["optim.lr=1e-4", "model.multipliers=[1,2]", "workers.zero=3"])
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(experiment))
+    assert load(file) == experiment
+
+
+def test_identity_changes_with_science_and_not_with_placement() -> None:
+    base = digest(identity(load(None)))
+    for change in ("seed=1", "optim.lr=1e-3", "model.inter_depth=1", "data.block=8", "optim.precision=bf16"):
+        assert digest(identity(load(None, [change]))) != base, change
+    for change in ("workers.count=8", "workers.zero=3", "data.url=s3://b/x", "run.store=elsewhere", "evaluation.split=test", "optim.epochs=3"):
+        assert digest(identity(load(None, [change]))) == base, change
+    assert ends(load(None, ["optim.epochs=3"]))["optim.epochs"] == {"autoencoder": 3, "diffusion": 3}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optim.warm_up=3", r"no key optim.warm_up; did you mean optim.warmup\?"),
+        ("modle.hidden=3", r"no key modle; did you mean model\?"),
+        ("optim.lr.autoencodr=1", "did you mean optim.lr.autoencoder"),
+        ("optim.lr=-1", r"optim.lr.autoencoder is -1.0, but must be greater than 0"),
+        ("optim.lr=fast", "optim.lr.autoencoder = 'fast'"),
+        ("workers.zero=4", "workers.zero = 4: Input should be 0, 1, 2 or 3"),
+        ("data=3", "data is a branch with keys url"),
+        ("model.latent=36", "use a multiple of 8"),
+        ("optim.precision=bf16 workers.zero=0", "set workers.zero=1"),
+        ("diffusion.sampling_steps=21", r"at most diffusion.steps \(20\)"),
+        ("seed", "write key=value"),
+    ],
+)
+def test_a_wrong_override_is_refused_in_a_sentence_that_names_it(override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        load(None, override.split())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_key_in_a_file_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("optim: {learning: 3}\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml: there is no key optim.learning"):
+        load(file)
+    with pytest.raises(ConfigError, match="no configuration file"):
+        load(tmp_path / "absent.yaml")
+    file.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="is a mapping of branches"):
+        load(file)
+
+
+def test_help_explains_every_field_with_a_sentence() -> None:
+    text = help_text()
+    for name, info, _ in fields():
+        assert f"  {name} = " in text
+        assert info.description.endswith("."), name
+        assert info.json_schema_extra["kind"] in ("identity", "placement", "end"), name
