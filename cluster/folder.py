@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import shutil
 import tempfile
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cluster.store import PRIVATE, AlreadyExists, Entry, Meter, NotFound, Stale, StorageError, Store, checked
+from cluster.store import PRIVATE, AlreadyExists, Entry, Meter, NotFound, Stale, StorageError, Store, checked, content_hash
 
 
 class FolderStore(Store):
@@ -34,7 +33,7 @@ class FolderStore(Store):
         with self._errors(key):
             data = self._path(key).read_bytes()
         self._meter.add(len(data))
-        return data, _etag(data)
+        return data, content_hash(data)
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
         """Fill a writable buffer with an object's content from byte `start` on."""
@@ -71,17 +70,17 @@ class FolderStore(Store):
                 os.link(staged, self._path(key))
             except FileExistsError as error:
                 raise AlreadyExists(f"{self.url}/{key}: exists already") from error
-        return _etag(data)
+        return content_hash(data)
 
     def replace(self, key: str, data: bytes, etag: str) -> str:
         """Overwrite the content this etag stands for, under a lock that all replacers in the same folder take."""
         path = self._path(key)
         with self._errors(key), self._staged(key, data) as staged, open(path.parent / f"{PRIVATE}lock", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.is_file() or _etag(path.read_bytes()) != etag:
+            if not path.is_file() or content_hash(path.read_bytes()) != etag:
                 raise Stale(f"{self.url}/{key}: is not the content of etag {etag} any more")
             os.replace(staged, path)
-        return _etag(data)
+        return content_hash(data)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """All objects whose key begins with this text, in the order of their keys' UTF-8 bytes."""
@@ -128,10 +127,6 @@ class FolderStore(Store):
             raise NotFound(f"{self.url}/{key}: there is no such object") from error
         except OSError as error:
             raise StorageError(f"{self.url}/{key}: {error.strerror or error}") from error
-
-
-def _etag(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _sync(folder: Path) -> None:

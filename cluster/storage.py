@@ -17,9 +17,9 @@ from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
 from cluster.folder import FolderStore
-from cluster.store import AlreadyExists, Entry, Meter, NotFound, Stale, StorageError, Store, checked
+from cluster.store import AlreadyExists, Entry, Meter, NotFound, Stale, StorageError, Store, checked, content_hash
 
-__all__ = ["AlreadyExists", "Entry", "NotFound", "S3Store", "Stale", "StorageError", "Store", "open_store"]
+__all__ = ["AlreadyExists", "Entry", "NotFound", "S3Store", "Stale", "StorageError", "Store", "content_hash", "open_store"]
 
 TRIES = 4
 """Requests made before a fault that may pass is reported, without progress in between."""
@@ -174,7 +174,7 @@ class S3Store(Store):
         return done, cause
 
     def _conditional(self, key: str, data: bytes, refused: StorageError, **condition: str) -> str:
-        """A conditional put, with its writer's name beside it: a repetition is refused, too, if the first put arrived but its answer was lost."""
+        """A conditional put; its writer's name is kept beside it, so that a put whose answer was lost is known to be ours."""
         writer = uuid.uuid4().hex
         for attempt in range(TRIES):
             try:

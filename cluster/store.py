@@ -1,5 +1,6 @@
 """What a store is: named byte objects with atomic writes, and the errors every kind of store raises."""
 
+import hashlib
 import threading
 import uuid
 from abc import ABC, abstractmethod
@@ -181,6 +182,11 @@ class Store(ABC):
             f"{self.url}: conditional puts are ignored by {self.endpoint} ({what}), so two runs could overwrite each other's state; "
             "use a store that honours If-None-Match and If-Match on PutObject (AWS S3 and SeaweedFS do)"
         )
+
+
+def content_hash(data: bytes | memoryview) -> str:
+    """32 hex digits (BLAKE2b, 128 bits) that stand for these bytes."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def checked(key: str) -> str:
