@@ -1,0 +1,178 @@
+"""A real Prometheus finds a run's exporter, scrapes it, and counts exactly over restarts."""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.meter import Meter
+from cluster.telemetry import Exporter
+
+INFRA = Path(__file__).parents[2] / "infra" / "prometheus"
+PATIENCE = 60
+"""Seconds after which something that was to happen is taken not to happen; Prometheus takes up new targets every 5."""
+
+
+def program(name):
+    """The path of a program of the Debian package `prometheus`."""
+    path = shutil.which(name)
+    if path is None:
+        pytest.fail(f"{name} is not installed; run: apt-get update && apt-get install -y --no-install-recommends prometheus")
+    return path
+
+
+def promtool(*arguments, text=None):
+    return subprocess.run([program("promtool"), *arguments], cwd=INFRA, input=text, capture_output=True, text=True, timeout=PATIENCE)
+
+
+class Server:
+    """A Prometheus on a free loopback port with the project's configuration, watching a folder of its own, ten times as fast."""
+
+    def __init__(self, folder):
+        self.targets = folder / "targets"
+        self.targets.mkdir()
+        config = yaml.safe_load((INFRA / "prometheus.yml").read_text())
+        config["global"] = {"scrape_interval": "500ms", "scrape_timeout": "400ms", "evaluation_interval": "1s"}
+        config["scrape_configs"][0]["file_sd_configs"] = [{"files": [f"{self.targets}/*.json"], "refresh_interval": "1s"}]
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+        shutil.copy(INFRA / "rules.yml", folder)
+        self.log = folder / "log"
+        flags = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data", "--web.listen-address=127.0.0.1:0"]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen([program("prometheus"), *flags], stderr=log)
+        self.address = self.until(lambda: re.search(r'msg="Listening on" address=(\S+)', self.log.read_text()), bool)[1]
+
+    def until(self, look, enough):
+        """What is seen, as soon as it is enough."""
+        for _ in range(PATIENCE * 10):
+            if enough(seen := look()):
+                return seen
+            assert self.process.poll() is None, f"prometheus ended: {self.log.read_text()}"
+            time.sleep(0.1)
+        pytest.fail(f"after {PATIENCE} s of waiting there was only {seen}")
+
+    def get(self, path, **parameters):
+        with urllib.request.urlopen(f"http://{self.address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}") as answer:
+            return json.load(answer)["data"]
+
+    def values(self, expression):
+        """The values in the instant vector of an expression."""
+        return {row["value"][1] for row in self.get("query", query=expression)["result"]}
+
+    def sees(self, expression, values):
+        """Wait until an expression has these values."""
+        self.until(lambda: self.values(expression), values.__eq__)
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+
+
+@pytest.fixture
+def server(tmp_path):
+    with closing(Server(tmp_path)) as server:
+        yield server
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def group(ranks, clock):
+    return [Meter(rank, ranks, "autoencoder", clock) for rank in range(ranks)]
+
+
+def train(meters, exporter, clock, steps):
+    """Steps of 1 s and 10 items a rank, one rank after the other on the one clock; the exporter is told after each."""
+    for _ in range(steps):
+        for meter in meters:
+            for phase, seconds in (("data_wait", 0.125), ("forward", 0.25), ("backward", 0.5), ("optimizer", 0.125)):
+                with meter.phase(phase):
+                    clock.now += seconds
+            meter.step_done(items=10, bytes=100, flops=1e9)
+            meter.gauges.update(loss=0.5, gradient_norm=1.0, learning_rate=1e-4, peak_memory_bytes=1e9, peak_flops=1e12)
+            meter.gauges["progress_items"] = meter.gauges.get("progress_items", 0) + 10 * len(meters)
+            exporter.update(meter.snapshot())
+
+
+def test_items_are_exact_over_a_restart_of_the_workers_and_of_the_driver(server):
+    clock = Clock()
+    with closing(Exporter("demo", life=1, clock=clock)) as exporter:
+        exporter.write_target(server.targets)
+        train(group(2, clock), exporter, clock, steps=20)
+        server.sees("reactdiff_progress_items", {"400"})
+        exporter.restarts("preempted")
+        train(group(2, clock), exporter, clock, steps=5)
+        assert exporter.drain(PATIENCE), "the last numbers of life 1 were not scraped"
+
+    with closing(Exporter("demo", life=2, clock=clock)) as exporter:
+        exporter.write_target(server.targets)
+        meters = group(1, clock)
+        train(meters, exporter, clock, steps=10)
+        server.sees("reactdiff_progress_items{life='2'}", {"100"})
+        train(meters, exporter, clock, steps=20)
+        assert exporter.drain(PATIENCE), "the last numbers of life 2 were not scraped"
+        server.sees("reactdiff_progress_items{life='2'}", {"300"})
+
+        assert server.values("sum by (life) (max_over_time(reactdiff_items_processed_total{run='demo'}[10m]))") == {"500", "300"}
+        assert server.values("sum(max_over_time(reactdiff_items_processed_total{run='demo'}[10m]))") == {"800"}
+        assert server.values("sum by (phase) (max_over_time(reactdiff_step_seconds_count[10m])) > 0") == {"80"}
+        assert server.values("sum(max_over_time(reactdiff_restarts_total{class='preempted'}[10m]))") == {"1"}
+        # Two ranks from 0 to 50 s, but for rank 0's last second, in which rank 1 still ran; then one rank for 30 s.
+        assert server.values("sum(max_over_time(reactdiff_goodput_seconds_total[10m]))") == {str(99 + 30)}
+
+        server.sees("round(sum(run:reactdiff_goodput:share5m), 0.001)", {"1"})
+        server.sees("count(run:reactdiff_mfu:ratio_rate5m > 0)", {"1"})
+        rules = [rule for one in server.get("rules")["groups"] for rule in one["rules"]]
+        assert {rule["name"]: rule["health"] for rule in rules if rule["health"] != "ok"} == {}
+
+
+def test_up_tells_which_run_lost_its_driver(server):
+    with closing(Exporter("lost", life=7)) as exporter:
+        exporter.write_target(server.targets)
+        target = server.targets / "lost.json"
+        left = target.read_text()
+        server.sees("up{run='lost', life='7'}", {"1"})
+    target.write_text(left)  # a driver that is killed leaves its target behind
+    server.sees("up{run='lost', life='7'}", {"0"})
+
+
+def test_configuration_rules_and_their_own_tests_pass_promtool():
+    for arguments in (("check", "config", "prometheus.yml"), ("test", "rules", "rules_test.yml")):
+        done = promtool(*arguments)
+        assert done.returncode == 0, f"promtool {' '.join(arguments)}: {done.stdout}{done.stderr}"
+
+
+def test_every_rule_is_tested_and_every_metric_it_names_is_exported():
+    rules = [rule for one in yaml.safe_load((INFRA / "rules.yml").read_text())["groups"] for rule in one["rules"]]
+    tests = (INFRA / "rules_test.yml").read_text()
+    assert [name for rule in rules if (name := rule.get("record") or rule.get("alert")) not in tests] == []
+    named = {name for rule in rules for name in re.findall(r"(?<![\w:])reactdiff_\w+", rule["expr"])}
+    assert named - set(re.findall(r"^# TYPE (\S+)", exposition(), re.M)) == {"reactdiff_step_seconds_bucket"}
+
+
+def test_the_exposition_passes_promtools_lint():
+    done = promtool("check", "metrics", text=exposition())
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def exposition():
+    """What an exporter with every metric says."""
+    clock = Clock()
+    with closing(Exporter("demo", life=1, trial="t1", clock=clock)) as exporter:
+        exporter.restarts("hang")
+        train(group(1, clock), exporter, clock, steps=1)
+        with urllib.request.urlopen(f"http://127.0.0.1:{exporter.port}/metrics") as answer:
+            return answer.read().decode()
