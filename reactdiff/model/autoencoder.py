@@ -1,0 +1,70 @@
+"""Stage 1: a person's streams to latent frames, and back to that same person's attributes and coefficients."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from reactdiff import config
+from reactdiff.data.sample import StreamSpec
+from reactdiff.model.decoder import Decoder
+from reactdiff.model.mmt import MultiModalityTransformer
+
+
+class Autoencoder(nn.Module):
+    """The Multi-Modality Transformer and its decoder. Inputs of any float type are cast to that of the weights.
+
+    Args:
+        model: which streams to read, widths and depths.
+        streams: the streams the dataset has; they say how wide each one is.
+
+    Raises:
+        ValueError: if the dataset lacks a stream that `model` names, or a width does not divide into heads.
+    """
+
+    def __init__(self, model: config.Model, streams: Sequence[StreamSpec]):
+        super().__init__()
+        self.inputs = model.facial + model.acoustic
+        self.encoder = MultiModalityTransformer(model, _widths(model, streams))
+        self.decoder = Decoder(model)
+
+    def encode(self, streams: dict[str, Tensor]) -> Tensor:
+        """Stream name -> (batch, frames, width), to latents (batch, frames, latent); streams that are no inputs are not read."""
+        return self.encoder({name: streams[name].to(self._dtype) for name in self.inputs})
+
+    def decode(self, latent: Tensor) -> dict[str, Tensor]:
+        """(batch, frames, latent) -> attributes (batch, frames, 25) and coefficients (batch, frames, 58)."""
+        return self.decoder(latent.to(self._dtype))
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """10 L1(attributes) + 10 MSE(coefficients) of each item, in float32.
+
+        Args:
+            batch: the input streams (batch, frames, width) and both targets (batch, frames, 25) and (batch, frames, 58).
+
+        Returns:
+            (batch,); an empty batch has an empty loss, through which zeros flow back.
+        """
+        output = self.decode(self.encode(batch))
+        attributes, coefficients = (output[name].float() - batch[name].float() for name in ("attributes", "coefficients"))
+        return 10 * attributes.abs().mean((1, 2)) + 10 * coefficients.square().mean((1, 2))
+
+    forward = loss
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
+def _widths(model: config.Model, streams: Sequence[StreamSpec]) -> dict[str, int]:
+    """Width of every input stream, as the dataset says."""
+    there: dict[tuple[str, str], int] = {(stream.kind, stream.name): stream.width for stream in streams}
+    wanted = [("facial", name) for name in model.facial] + [("acoustic", name) for name in model.acoustic]
+    for kind, name in wanted:
+        if (kind, name) not in there:
+            known = ", ".join(f"{stream.name} ({stream.kind}, {stream.width})" for stream in streams) or "none"
+            raise ValueError(
+                f"model.{kind} names the stream {name!r}, but the dataset has no {kind} stream of that name; it has: {known}. "
+                f"Name one of these in model.{kind}, or prepare the dataset with {name!r}."
+            )
+    return {name: there[kind, name] for kind, name in wanted}

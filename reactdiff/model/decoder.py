@@ -1,0 +1,42 @@
+"""The decoder: from latent frames back to attributes and coefficients."""
+
+from torch import Tensor, nn
+
+from reactdiff import config
+from reactdiff.clip import TARGETS
+from reactdiff.model.layers import check_heads, mlp
+
+STACKS = 2
+LAYERS = 2
+
+
+class Decoder(nn.Module):
+    """Two stacks of post-norm Transformer decoder layers, and one head per target."""
+
+    def __init__(self, model: config.Model):
+        super().__init__()
+        check_heads("model.latent", model.latent, model.heads)
+        self.stacks = nn.Sequential(*(Stack(model) for _ in range(STACKS)))
+        self.heads = nn.ModuleDict({name: mlp(model.latent, 2 * model.latent, width) for name, width in TARGETS.items()})
+
+    def forward(self, latent: Tensor) -> dict[str, Tensor]:
+        """(batch, frames, latent) -> attributes (batch, frames, 25) and coefficients (batch, frames, 58)."""
+        latent = self.stacks(latent)
+        return {name: head(latent) for name, head in self.heads.items()}
+
+
+class Stack(nn.Module):
+    """Decoder layers whose first target and only memory is the input; no mask, no position, no norm at the end."""
+
+    def __init__(self, model: config.Model):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.TransformerDecoderLayer(model.latent, model.heads, 2 * model.latent, model.dropout, batch_first=True) for _ in range(LAYERS)
+        )
+
+    def forward(self, memory: Tensor) -> Tensor:
+        """(batch, frames, latent) -> (batch, frames, latent)."""
+        target = memory
+        for layer in self.layers:
+            target = layer(target, memory)
+        return target

@@ -1,0 +1,30 @@
+"""Small pieces that several networks share."""
+
+from torch import nn
+
+
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Linear - LayerNorm - SiLU - Linear, on the last axis."""
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.SiLU(), nn.Linear(hidden, outputs))
+
+
+class ZeroConv1d(nn.Conv1d):
+    """A convolution that starts at zero, so that the residual branch it ends starts as nothing."""
+
+    def reset_parameters(self) -> None:
+        """Sets weight and bias to zero."""
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+def check_heads(field: str, width: int, heads: int) -> None:
+    """Checks that attention heads can share a width.
+
+    Raises:
+        ValueError: if they cannot, naming the field of the width.
+    """
+    if width % heads:
+        raise ValueError(
+            f"{field} is {width}, which model.heads={heads} attention heads cannot share equally; make it a multiple of {heads}"
+        )
