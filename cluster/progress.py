@@ -1,0 +1,128 @@
+"""What a person watching the driver sees: a bar on a terminal, a line now and then in a log, and curves in TensorBoard."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+QUIET = 10.0
+"""Seconds between two progress lines where there is no terminal."""
+
+
+class Display:
+    """The driver's face, one stage after the other; a context manager, so that the terminal is left as it was found.
+
+    On a terminal a bar stays at the bottom; elsewhere (job logs, CI) a plain line comes at most every `QUIET` seconds. Both get
+    a line when a stage begins and ends.
+    """
+
+    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
+        self._stream = stream or sys.stdout
+        self._clock = clock
+        self._bar: Progress | None = None
+        if self._stream.isatty():
+            console = Console(file=self._stream, markup=False, highlight=False, emoji=False)
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[state]}", markup=False))
+            self._bar = Progress(*columns, console=console, transient=True)
+        self._name = ""
+        self._total, self._unsaid, self._said = 0, "", 0.0
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end()
+        if self._bar:
+            self._bar.stop()
+
+    def stage(self, name: str, total: int, start: int = 0) -> None:
+        """Begin a stage of `total` items, or go on with it, at progress `start`."""
+        self._end()
+        self._name, self._total, self._said = name, total, self._clock()
+        if self._bar:
+            self._bar.add_task(name, total=total, completed=start, state="")
+        self.say(f"{name}: {_number(total)} items" + (f", going on at {_number(start)}" if start else ""))
+
+    def update(self, progress: int, loss: float, items_per_second: float, data_wait_share: float) -> None:
+        """Show where the stage is.
+
+        Args:
+            progress: items trained so far.
+            loss: loss of the latest step.
+            items_per_second: present speed over all ranks.
+            data_wait_share: share of the ranks' time, in [0, 1], spent waiting for data.
+        """
+        left = timedelta(seconds=round((self._total - progress) / items_per_second)) if items_per_second > 0 else "unknown time"
+        state = (
+            f"{_number(progress)} of {_number(self._total)} items ({progress / self._total:.0%}), loss {loss:.4g}, "
+            f"{items_per_second:.4g} items/s, {data_wait_share:.0%} waiting for data, {left} left"
+        )
+        self._unsaid = f"{self._name}: {state}"
+        if self._bar:
+            self._bar.update(self._bar.task_ids[-1], completed=progress, state=state)
+        elif self._clock() - self._said >= QUIET:
+            self._say_state()
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar if there is one."""
+        if self._bar:
+            self._bar.console.print(text, soft_wrap=True)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def _say_state(self) -> None:
+        self.say(self._unsaid)
+        self._unsaid, self._said = "", self._clock()
+
+    def _end(self) -> None:
+        if self._unsaid:
+            self._say_state()
+        if self._bar:
+            for task in self._bar.task_ids:
+                self._bar.remove_task(task)
+
+
+class Events:
+    """The run's curves as TensorBoard events, one TensorBoard run per stage below the folder; a context manager.
+
+    The global step is the progress in items. A life that resumes at an earlier progress supersedes the rows that the one
+    before wrote after it, as TensorBoard does with what comes after a `purge_step`.
+    """
+
+    def __init__(self, folder: str | Path):
+        # Imported here: it takes more than a second, and only drivers write events.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._open = SummaryWriter
+        self._folder = Path(folder)
+        self._writers: dict[str, SummaryWriter] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def row(self, stage: str, progress: int, values: Mapping[str, float]) -> None:
+        """Add a point to each of the stage's curves."""
+        if stage not in self._writers:
+            self._writers[stage] = self._open(str(self._folder / stage), purge_step=progress)
+        for name, value in values.items():
+            self._writers[stage].add_scalar(name, value, global_step=progress)
+
+    def close(self) -> None:
+        """Write out what is left."""
+        for writer in self._writers.values():
+            writer.close()
+
+
+def _number(count: int) -> str:
+    return f"{count:,}".replace(",", " ")
