@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import ray
 from ray._private import ray_constants, services, utils
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
 OBJECT_STORE_BYTES = 200_000_000  # only small results pass through it; Ray's own default takes 30 % of the memory
 PROBE_SECONDS = 2.0
@@ -26,7 +27,7 @@ def connect(cpus: int = 0) -> Resources:
     """Join the cluster there is, else start a local Ray that ends with this process; a second call changes nothing.
 
     The cluster there is: the one RAY_ADDRESS names (`ray job submit` sets it; `local` means none), else the one that
-    `ray start` left running on this machine. It is joined in the user's own environment, token or not.
+    `ray start` left running on this machine. It is joined in the user's own environment, with the token found there.
 
     Args:
         cpus: the least number of logical CPUs of a local Ray, so that two ranks also start on one core.
@@ -50,7 +51,7 @@ def resources() -> Resources:
 
 
 def _started_here() -> str | None:
-    """The address that the last `ray start` noted on this machine, if anything still listens there (`host:port`)."""
+    """The address (`host:port`) that the last `ray start` noted on this machine, unless that cluster is dead."""
     address = services.find_bootstrap_address(None)
     return address if address and _listens(address) else None
 
@@ -58,20 +59,21 @@ def _started_here() -> str | None:
 def _listens(address: str) -> bool:
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS).close()
-    except OSError:
+        socket.create_connection((host, int(port)), PROBE_SECONDS).close()
+    except (OSError, ValueError):
         return False
     return True
 
 
 def _join(address: str) -> None:
-    try:
-        ray.init()  # without the address: only then does Ray use the token file that `ray start` used
-    except ConnectionError as error:
+    """Join, with the user's token file if there is one: a cluster without a token does not mind it."""
+    if not _listens(address):  # Ray itself would wait for ever
         raise ConnectionError(
-            f"no Ray cluster answers at {address} ({'RAY_ADDRESS' if os.environ.get('RAY_ADDRESS') else 'left by `ray start`'}): "
-            "start one there with `ray start --head`, or run on this machine alone with RAY_ADDRESS=local"
-        ) from error
+            f"RAY_ADDRESS is {address}, but no Ray cluster answers there (host:port, {PROBE_SECONDS:g} s): "
+            "start one with `ray start --head`, or run on this machine alone with RAY_ADDRESS=local"
+        )
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    ray.init(address)
 
 
 def _start_local(cpus: int) -> None:
@@ -86,7 +88,7 @@ def _start_local(cpus: int) -> None:
     try:
         ray.init(
             address="local",
-            num_cpus=max(cpus, utils.get_num_cpus()),
+            num_cpus=max(cpus, int(utils.get_num_cpus())),
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             logging_level=logging.ERROR,  # or each start warns about the token
