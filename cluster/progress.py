@@ -28,8 +28,8 @@ class Display:
         self._bar: Progress | None = None
         if self._stream.isatty():
             console = Console(file=self._stream, markup=False, highlight=False, emoji=False)
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[state]}", markup=False))
-            self._bar = Progress(*columns, console=console, transient=True)
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(None), TextColumn("{task.fields[state]}", markup=False))
+            self._bar = Progress(*columns, console=console, transient=True, expand=True)
         self._name = ""
         self._total, self._unsaid, self._said = 0, "", 0.0
 
@@ -61,11 +61,9 @@ class Display:
             data_wait_share: share of the ranks' time, in [0, 1], spent waiting for data.
         """
         left = timedelta(seconds=round((self._total - progress) / items_per_second)) if items_per_second > 0 else "unknown time"
-        state = (
-            f"{_number(progress)} of {_number(self._total)} items ({progress / self._total:.0%}), loss {loss:.4g}, "
-            f"{items_per_second:.4g} items/s, {data_wait_share:.0%} waiting for data, {left} left"
-        )
-        self._unsaid = f"{self._name}: {state}"
+        speed = f"{items_per_second:.4g} items/s, data wait {data_wait_share:.0%}, {left} left"
+        state = f"{progress / self._total:.0%}, loss {loss:.4g}, {speed}"
+        self._unsaid = f"{self._name}: {_number(progress)} of {_number(self._total)} items, {state}"
         if self._bar:
             self._bar.update(self._bar.task_ids[-1], completed=progress, state=state)
         elif self._clock() - self._said >= QUIET:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -32,7 +33,7 @@ def run(display, clock, steps, seconds):
 def terminal(monkeypatch):
     """A real pseudo-terminal: the file to write to, and a function that closes it and returns what was shown."""
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     leader, follower = os.openpty()
     shown = []
 
@@ -63,9 +64,9 @@ def test_a_log_gets_plain_lines_at_most_every_ten_seconds_and_the_last_state():
     run(Display(log, clock), clock, steps=7, seconds=3.0)
     assert log.getvalue().splitlines() == [
         "autoencoder: 2 000 items, going on at 1 000",
-        "autoencoder: 1 004 of 2 000 items (50%), loss 0.25, 10 items/s, 3% waiting for data, 0:01:40 left",
+        "autoencoder: 1 004 of 2 000 items, 50%, loss 0.25, 10 items/s, data wait 3%, 0:01:40 left",
         "checkpoint [bold] at 1 004 :smile:",
-        "autoencoder: 1 007 of 2 000 items (50%), loss 0.1429, 10 items/s, 3% waiting for data, 0:01:39 left",
+        "autoencoder: 1 007 of 2 000 items, 50%, loss 0.1429, 10 items/s, data wait 3%, 0:01:39 left",
     ]
 
 
@@ -83,7 +84,7 @@ def test_a_next_stage_says_how_the_one_before_ended():
         display.stage("diffusion", total=20)
     assert log.getvalue().splitlines() == [
         "autoencoder: 10 items",
-        "autoencoder: 10 of 10 items (100%), loss 0.5, 0 items/s, 0% waiting for data, unknown time left",
+        "autoencoder: 10 of 10 items, 100%, loss 0.5, 0 items/s, data wait 0%, unknown time left",
         "diffusion: 20 items",
     ]
 
@@ -97,9 +98,10 @@ def test_a_terminal_gets_a_bar_and_the_same_lines_around_it(terminal):
     for line in (
         "autoencoder: 2 000 items, going on at 1 000",
         "checkpoint [bold] at 1 004 :smile:",
-        "autoencoder: 1 005 of 2 000 items (50%), loss 0.2, 10 items/s, 3% waiting for data, 0:01:40 left",
+        "autoencoder: 1 005 of 2 000 items, 50%, loss 0.2, 10 items/s, data wait 3%, 0:01:40 left",
     ):
-        assert line in shown
+        assert f"\x1b[2K{line}\r\n" in shown
+    assert re.search("━.* 50%, loss 0.2, 10 items/s, data wait 3%, 0:01:40 left", shown), "bar and state fit into 80 columns"
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1, "the cursor is hidden once and shown again"
 
 
