@@ -1,0 +1,60 @@
+"""Predictions that need no model. A model is worth something only where it beats them.
+
+Each returns (clips, predictions, frames, 25) float32; random numbers are keyed by (seed, clip key, direction, prediction), so
+any part of a split can be made anywhere. An *item* is a (clip key, direction) pair.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from reactdiff.clip import ATTRIBUTES
+from reactdiff.data.keyed import generator
+
+Item = tuple[str, int]
+
+
+def noise(items: Sequence[Item], predictions: int, frames: int, seed: int) -> np.ndarray:
+    """Independent uniform numbers in [0, 1): the most diverse prediction, and the least appropriate."""
+    shape = (frames, len(ATTRIBUTES))
+    return np.stack(
+        [
+            [generator("noise", seed, key, direction, k).random(shape, dtype=np.float32) for k in range(predictions)]
+            for key, direction in items
+        ]
+    )
+
+
+def random_listener(items: Sequence[Item], targets: np.ndarray, appropriate: np.ndarray, predictions: int, seed: int) -> np.ndarray:
+    """Real reactions to other speakers: what a model scores that looks right and never listens.
+
+    Args:
+        items: n clips.
+        targets: (clips, frames, 25), the real reactions of the whole split.
+        appropriate: (n, clips) bool, the items' rows of the appropriateness matrix.
+        predictions: how many for each item, drawn with replacement.
+        seed: of the draw.
+
+    Raises:
+        ValueError: if a row leaves no clip to draw from.
+    """
+    drawn = np.empty((len(items), predictions), dtype=np.int64)
+    for row, (key, direction) in enumerate(items):
+        others = np.flatnonzero(~appropriate[row])
+        if len(others) == 0:
+            raise ValueError(
+                f"every clip is appropriate for {key} in direction {direction}: no other reaction is left to draw; use a larger split"
+            )
+        drawn[row] = [others[generator("random_listener", seed, key, direction, k).integers(len(others))] for k in range(predictions)]
+    return targets[drawn].astype(np.float32, copy=False)
+
+
+def mean_reaction(clips: int, predictions: int, frames: int, mean: np.ndarray) -> np.ndarray:
+    """The training set's mean (25,) at every frame: what a model that minimises squared error falls back to. A read-only view."""
+    return np.broadcast_to(mean.astype(np.float32, copy=False), (clips, predictions, frames, len(ATTRIBUTES)))
+
+
+def mimic(speaker: np.ndarray, predictions: int) -> np.ndarray:
+    """The speaker's own behaviour (clips, frames, 25), copied. A read-only view."""
+    clips, frames, width = speaker.shape
+    return np.broadcast_to(speaker.astype(np.float32, copy=False)[:, None], (clips, predictions, frames, width))

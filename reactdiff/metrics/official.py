@@ -1,0 +1,143 @@
+"""The official metrics of the REACT 2023 and 2024 challenges, and their repaired twins.
+
+A split is scored whole with `score`, or in parts, anywhere and in any order, with `score_part` and `merge`: the same
+numbers. Definitions, and what is wrong with the official ones: docs/metrics.md.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from reactdiff.metrics.agreement import Reaction, agreement
+from reactdiff.metrics.arrays import Targets, check_part, check_whole, used
+from reactdiff.metrics.part import Part
+from reactdiff.metrics.synchrony import offsets
+from reactdiff.metrics.warping import nearest
+
+OFFICIAL = ("FRCorr", "FRDist", "FRDiv", "FRVar", "FRDvs", "FRSyn")
+REPAIRED = ("FRCorr_per_prediction", "FRDist_per_prediction", "FRSyn_varying")
+
+Progress = Callable[[int, int], None]
+"""Called with (clips done, clips in all) after each clip."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The metrics of one set of predictions; NaN where a metric is undefined.
+
+    Attributes:
+        official: the names of `OFFICIAL`, computed as the challenge's code does.
+        repaired: the names of `REPAIRED`: FRCorr and FRDist of one prediction instead of the sum over all, and FRSyn over
+            all predictions and only those attributes that vary.
+    """
+
+    official: dict[str, float]
+    repaired: dict[str, float]
+
+    def to_dict(self) -> dict[str, dict[str, float | None]]:
+        """For JSON, which has no NaN: undefined metrics are None."""
+        return {
+            kind: {name: None if math.isnan(value) else value for name, value in values.items()}
+            for kind, values in (("official", self.official), ("repaired", self.repaired))
+        }
+
+
+def score(pred: np.ndarray, target: np.ndarray, speaker: np.ndarray, appropriate: np.ndarray, progress: Progress | None = None) -> Scores:
+    """The metrics of a whole split.
+
+    Args:
+        pred: (clips, predictions, frames, 25), generated reactions; used as float32, like all three.
+        target: (clips, frames, 25), the listeners' real reactions.
+        speaker: (clips, frames, 25), the speakers' behaviour.
+        appropriate: (clips, clips) of 0 and 1 or bool; row i marks the clips whose real reaction suits speaker i.
+        progress: told after each clip.
+
+    Raises:
+        ValueError: if the arrays do not fit together or hold a value that is not finite, before any work.
+    """
+    matrix = check_whole(pred, target, speaker, appropriate)
+    return merge([score_part(pred, target, speaker, [np.flatnonzero(row) for row in matrix], progress)])
+
+
+def score_part(
+    pred: np.ndarray, targets: Targets, speaker: np.ndarray, neighbours: Sequence[np.ndarray], progress: Progress | None = None
+) -> Part:
+    """Scores some clips of a split; memory is bounded by them and by their neighbours' reactions.
+
+    Args:
+        pred: (clips, predictions, frames, 25).
+        targets: clip -> (frames, 25), real reactions, as an array or a mapping.
+        speaker: (clips, frames, 25).
+        neighbours: for each clip of `pred`, the clips of `targets` whose reaction suits its speaker.
+        progress: told after each clip.
+
+    Raises:
+        ValueError: if the arrays do not fit together or hold a value that is not finite, before any work.
+    """
+    check_part(pred, targets, speaker, neighbours)
+    listeners = {clip: Reaction.of(targets[clip]) for clip in used(neighbours)}
+    total: Part | None = None
+    for clip, suitable in enumerate(neighbours):
+        part = _score_clip(pred[clip], speaker[clip], [listeners[other] for other in suitable.tolist()])
+        total = part if total is None else total + part
+        if progress:
+            progress(clip + 1, len(pred))
+    assert total is not None  # check_part refuses an empty part
+    return total
+
+
+def merge(parts: Iterable[Part]) -> Scores:
+    """The metrics of all clips of some parts, each of which must have been scored once.
+
+    Raises:
+        ValueError: if there are no parts, or they are of different evaluations.
+    """
+    parts = iter(parts)
+    if (first := next(parts, None)) is None:
+        raise ValueError("there are no parts to merge: score at least one clip")
+    total = functools.reduce(operator.add, parts, first)
+    predictions = len(total.mean)
+    mean = {name: value / total.clips for name, value in total.sums.items()}
+    # The mean squared difference of two different clips is twice the unbiased variance.
+    mean["FRDvs"] = 2 * total.scatter / (total.clips - 1) / total.mean.size if total.clips > 1 else math.nan
+    repaired = {
+        "FRCorr_per_prediction": mean["FRCorr"] / predictions,
+        "FRDist_per_prediction": mean["FRDist"] / predictions,
+        "FRSyn_varying": total.sums["FRSyn_varying"] / total.varying if total.varying else math.nan,
+    }
+    return Scores({name: mean[name] for name in OFFICIAL}, repaired)
+
+
+def _score_clip(pred: np.ndarray, speaker: np.ndarray, listeners: Sequence[Reaction]) -> Part:
+    predictions = Reaction.of(pred)
+    fit = agreement(predictions, listeners)
+    backwards = np.ascontiguousarray(predictions.series[..., ::-1])
+    series = [listener.series for listener in listeners]
+    lag = offsets(predictions.series, Reaction.of(speaker).series)
+    frames = pred.shape[1]
+    sums = {
+        "FRCorr": float(fit.concordance.max(axis=1).sum()),
+        "FRDist": sum(nearest(one, series, order) for one, order in zip(backwards, fit.distance.argsort(axis=1), strict=True)),
+        "FRDiv": _diversity(pred.astype(np.float32)),
+        "FRVar": float(predictions.variance.mean()) * frames / (frames - 1),
+        "FRSyn": float(lag.official[0]),
+        "FRSyn_varying": float(np.nansum(lag.varying)),
+    }
+    varying = int(np.count_nonzero(~np.isnan(lag.varying)))
+    return Part(1, sums, varying, pred.astype(np.float32).astype(np.float64), 0.0)
+
+
+def _diversity(pred: np.ndarray) -> float:
+    """The mean squared difference of two different predictions (predictions, frames, 25); 0 for a single one.
+
+    Summed by the call that the official code makes: its float32 sums are off by up to 3e-5, and so is every published value.
+    """
+    count = len(pred)
+    flat = torch.from_numpy(pred.reshape(count, -1))
+    squares = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").double() ** 2
+    return float(squares.sum()) / (count * (count - 1) * flat.shape[1]) if count > 1 else 0.0

@@ -1,0 +1,49 @@
+"""The metrics of models and baselines side by side, for people."""
+
+import math
+from collections.abc import Mapping
+
+from rich import box
+from rich.table import Table
+
+from reactdiff.metrics.official import OFFICIAL, Scores
+
+# Which way is better. The diversity metrics have no arrow: noise has the most of all three.
+ARROWS = {"FRCorr": "↑", "FRDist": "↓", "FRSyn": "↓"}
+TWINS = {"FRCorr": "FRCorr_per_prediction", "FRDist": "FRDist_per_prediction", "FRSyn": "FRSyn_varying"}
+
+
+def table(rows: Mapping[str, Scores], title: str = "Official metrics") -> Table:
+    """A line for each model or baseline with the official metrics; below, a block with their repaired twins.
+
+    Args:
+        rows: name -> scores, in the order of the lines.
+        title: above the table.
+    """
+    caption = "FRDist rewards timid reactions and FRDiv, FRVar and FRDvs noisy ones: read them together."
+    lines = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
+    lines.add_column("")
+    for metric in OFFICIAL:
+        lines.add_column(f"{metric} {ARROWS.get(metric, '')}".strip(), justify="right")
+    for name, scores in rows.items():
+        lines.add_row(name, *(_number(scores.official[metric]) for metric in OFFICIAL))
+    lines.add_section()
+    lines.add_row("repaired", *("varying" if metric == "FRSyn" else "each" if metric in TWINS else "" for metric in OFFICIAL), style="dim")
+    for name, scores in rows.items():
+        lines.add_row(name, *(_number(scores.repaired[TWINS[metric]]) if metric in TWINS else "" for metric in OFFICIAL))
+    return lines
+
+
+def gap_closed(model: float, low: float, high: float) -> float:
+    """How far a model has come from a baseline (0) to an ideal (1), on a metric of either direction.
+
+    Raises:
+        ValueError: if baseline and ideal are equal or not finite, so that there is no way to go.
+    """
+    if not math.isfinite(high - low) or high == low:
+        raise ValueError(f"there is no gap between the baseline's {low} and the ideal's {high}: give two different, finite scores")
+    return (model - low) / (high - low)
+
+
+def _number(value: float) -> str:
+    return "undefined" if math.isnan(value) else f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"

@@ -1,0 +1,55 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reactdiff.metrics.warping import nearest, squared_cost
+
+
+def walks(*shape, seed=0):
+    return np.cumsum(np.random.default_rng(seed).normal(size=shape), axis=-1).astype(np.float32)
+
+
+def backwards(series):
+    return np.ascontiguousarray(series[..., ::-1])
+
+
+def plain_cost(x, y):
+    """By recursion over all cells in order, in float64."""
+    cost = ((x[:, :, None].astype(np.float64) - y[:, None, :]) ** 2).sum(axis=0)
+    table = np.full((x.shape[1] + 1, y.shape[1] + 1), math.inf)
+    table[0, 0] = 0
+    for i, j in np.ndindex(cost.shape):
+        table[i + 1, j + 1] = cost[i, j] + min(table[i, j], table[i, j + 1], table[i + 1, j])
+    return table[-1, -1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(features=st.integers(1, 16), frames=st.integers(1, 24), seed=st.integers(0, 1000), part=st.floats(0.05, 3))
+def test_the_cost_is_exact_up_to_the_limit_and_infinite_above(features, frames, seed, part):
+    x, y = walks(2, features, frames, seed=seed)
+    cost = plain_cost(x, y)
+    found = squared_cost(x, backwards(y), part * cost)
+    if part <= 0.999:
+        assert found == math.inf
+    elif part >= 1.001:
+        assert found == pytest.approx(cost, rel=1e-6)
+
+
+def test_a_series_costs_nothing_against_itself_stretched():
+    x = walks(3, 20)
+    slow = np.repeat(x, 2, axis=1)[:, :20]
+    fast = np.concatenate([x[:, :10], np.repeat(x[:, 9:10], 10, axis=1)], axis=1)
+    assert squared_cost(slow, backwards(fast), math.inf) == 0
+
+
+def test_the_nearest_listener_does_not_depend_on_the_order():
+    prediction, *listeners = walks(5, 25, 30)
+    found = {nearest(backwards(prediction), listeners, order) for order in itertools.permutations(range(4))}
+    groups = ((slice(0, 15), 15), (slice(15, 17), 1), (slice(17, 25), 8))
+    expected = min(sum(math.sqrt(plain_cost(one[group], prediction[group])) / divisor for group, divisor in groups) for one in listeners)
+    assert len(found) == 1
+    assert found.pop() == pytest.approx(expected, rel=1e-6)
