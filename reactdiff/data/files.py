@@ -3,8 +3,7 @@
 Every reader returns an array of rows or raises a `ValueError` that states the broken rule; who asked knows clip and file.
 """
 
-import pickle
-import zipfile
+import io
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +37,10 @@ def read_csv(file: Path) -> np.ndarray:
 
 def read_npy(file: Path) -> np.ndarray:
     """The numeric array of a `.npy` file, of any shape."""
+    content = io.BytesIO(file.read_bytes())
     try:
-        with file.open("rb") as stream:
-            array = np.lib.format.read_array(stream, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        array = np.lib.format.read_array(content, allow_pickle=False)
+    except Exception as error:  # the bytes are here: whatever the parser raises, they are at fault
         raise ValueError(f"this is no whole .npy file of plain numbers ({error})") from error
     if array.dtype.kind not in "fiu":
         raise ValueError(f"the array holds {array.dtype}, not numbers")
@@ -49,11 +48,11 @@ def read_npy(file: Path) -> np.ndarray:
 
 
 def read_tensors(file: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The tensors (rows, width) float32 of a `.pth` list, by name; large files are mapped, not copied."""
-    mapped = zipfile.is_zipfile(file)  # files older than PyTorch 1.6 are no archives and are read whole
+    """The tensors (rows, width) float32 of a `.pth` list, by name."""
+    content = io.BytesIO(file.read_bytes())
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        tensors = torch.load(content, map_location="cpu", weights_only=True)
+    except Exception as error:  # as above; torch's own words advise to unpickle, so they are not repeated
         raise ValueError("this is no whole .pth file of plain tensors: it is truncated or would need unpickling") from error
     expected = f"a list of {len(names)} tensors (rows, width): {', '.join(names)}"
     if not isinstance(tensors, list | tuple) or len(tensors) != len(names):

@@ -38,6 +38,9 @@ SHORTEST_DELAY, USUAL_DELAY, LONGEST_DELAY = 0.3, 0.6, 1.5
 MISSED = 0.12
 """Chance that a listener lets an event pass."""
 
+BEFORE = 4.0
+"""Seconds of conversation before a clip begins: it is cut out of a longer one, like the real clips."""
+
 ONSET, LENGTH, CHANNEL, STRENGTH = range(4)
 
 Chance = Callable[[int, int], np.random.Generator]
@@ -73,21 +76,21 @@ class Manner:
 
 
 def turns(seconds: float, rng: np.random.Generator) -> np.ndarray:
-    """Who has the floor when, (turns, 3): start and end in seconds, and the person, 0 or 1, in turns."""
-    lengths = rng.uniform(1.6, 3.2, size=int(seconds / 1.6) + 1)
-    ends = np.cumsum(lengths)
+    """Who has the floor when, (turns, 3): start and end in seconds, and the person, 0 or 1, in turns; some precede the clip."""
+    lengths = rng.uniform(1.6, 3.2, size=int((seconds + BEFORE) / 1.6) + 1)
+    ends = np.cumsum(lengths) - BEFORE
     holders = (np.arange(len(lengths)) + rng.integers(2)) % 2
     table = np.column_stack([ends - lengths, ends, holders])
     return table[table[:, 0] < seconds]
 
 
 def speech(floor: np.ndarray, person: int, rng: np.random.Generator) -> np.ndarray:
-    """What a person does in their turns: talk throughout, and every half a second or so an event to react to."""
+    """What a person does in their turns: talk throughout, and every second or so an event to react to."""
     events = [np.empty((0, 4))]
     for start, end, holder in floor:
         if holder != person:
             continue
-        gaps = rng.uniform(0.45, 0.85, size=int((end - start) / 0.45) + 1)
+        gaps = rng.uniform(0.6, 1.1, size=int((end - start) / 0.6) + 1)
         onsets = start + np.cumsum(gaps) - gaps[0] * 0.7
         onsets = onsets[onsets < end - 0.3]
         lengths, channels = rng.uniform(0.5, 0.9, onsets.size), rng.integers(len(TRIGGERS), size=onsets.size)
@@ -99,16 +102,17 @@ def speech(floor: np.ndarray, person: int, rng: np.random.Generator) -> np.ndarr
 def jittered(events: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The same script acted once more: a little earlier or later, longer or shorter, stronger or weaker."""
     acted = events.copy()
-    acted[:, ONSET] = np.maximum(acted[:, ONSET] + 0.1 * rng.standard_normal(len(acted)).clip(-2, 2), 0)
+    acted[:, ONSET] += 0.1 * rng.standard_normal(len(acted)).clip(-2, 2)
     acted[:, [LENGTH, STRENGTH]] *= rng.uniform(0.9, 1.1, (len(acted), 2))
     return in_order(acted)
 
 
 def idle(seconds: float, rng: np.random.Generator) -> np.ndarray:
     """What a person does for no reason: about one back-channel in six seconds."""
-    count = rng.poisson(seconds / 6)
+    count = rng.poisson((seconds + BEFORE) / 6)
     channels = rng.choice([INDEX[name] for name in BACKCHANNELS], size=count)
-    return in_order(np.column_stack([rng.uniform(0, seconds, count), rng.uniform(0.5, 0.9, count), channels, rng.uniform(0.6, 1, count)]))
+    onsets = rng.uniform(-BEFORE, seconds, count)
+    return in_order(np.column_stack([onsets, rng.uniform(0.5, 0.9, count), channels, rng.uniform(0.6, 1, count)]))
 
 
 def reactions(causes: np.ndarray, manner: Manner, rng: np.random.Generator) -> np.ndarray:
