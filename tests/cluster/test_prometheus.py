@@ -8,6 +8,7 @@ import time
 import urllib.parse
 import urllib.request
 from contextlib import closing
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,11 @@ class Server:
         flags = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data", "--web.listen-address=127.0.0.1:0"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen([program("prometheus"), *flags], stderr=log)
-        self.address = self.until(lambda: re.search(r'msg="Listening on" address=(\S+)', self.log.read_text()), bool)[1]
+
+    @cached_property
+    def address(self):
+        """Where it listens: the system chose the port."""
+        return self.until(lambda: re.search(r'msg="Listening on" address=(\S+)', self.log.read_text()), bool)[1]
 
     def until(self, look, enough):
         """What is seen, as soon as it is enough."""
