@@ -97,10 +97,11 @@ def drift(frames: int, width: int, rng: np.random.Generator, fastest: float = 0.
 
 
 def smoothed(rows: np.ndarray, seconds: float = 0.2) -> np.ndarray:
-    """An exponential average over the past, (frames, width) -> (frames, width)."""
+    """An exponential average over the past, (frames, width) -> (frames, width); before the first row it was like the first."""
     taps = np.exp(-np.arange(int(8 * seconds * FRAME_RATE)) / (seconds * FRAME_RATE))
     taps /= taps.sum()
-    return np.stack([np.convolve(column, taps)[: len(rows)] for column in rows.T], axis=1)
+    before = np.repeat(rows[:1], len(taps) - 1, axis=0)
+    return np.stack([np.convolve(column, taps, mode="valid") for column in np.concatenate([before, rows]).T], axis=1)
 
 
 def coefficients_of(face: Face, rng: np.random.Generator) -> np.ndarray:

@@ -11,7 +11,8 @@ SAMPLE_RATE = 16_000
 WIDTHS = {"va": 8, "au": 64, "fer": 16}
 """Feature streams in the order of the official files, and their widths here."""
 
-LOUDEST = 0.25
+LOUDEST = 0.8
+"""Amplitude of a full, stressed syllable."""
 
 
 def features_of(face: Face, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -39,8 +40,9 @@ NETWORKS = {name: _network(name, inputs) for name, inputs in {"va": 2, "au": len
 def voice_of(face: Face, pitch: float, rng: np.random.Generator) -> np.ndarray:
     """What a microphone hears of a talking person, (640 frames,) in [-1, 1] at 16 kHz.
 
-    Harmonics of a wandering pitch fall off geometrically, `sum r^k sin(k phi) = r sin(phi) / (1 - 2 r cos(phi) + r^2)`; they swell
-    with four syllables a second while the person talks, louder, brighter and higher under stress, over breath and hiss.
+    Harmonics of a wandering pitch fall off geometrically, `sum r^k sin(k phi) = r sin(phi) / (1 - 2 r cos(phi) + r^2)` for k > 0,
+    with a peak of `r / (1 - r^2)`, here scaled to 1. They swell with four syllables a second while the person talks, louder,
+    brighter and higher under stress, over breath and hiss.
     """
     count = len(face.activations) * SAMPLE_RATE // FRAME_RATE
     seconds = np.arange(count) / SAMPLE_RATE
@@ -49,7 +51,7 @@ def voice_of(face: Face, pitch: float, rng: np.random.Generator) -> np.ndarray:
     syllable = 0.55 + 0.45 * np.sin(2 * np.pi * (4 * seconds + rng.random()))
     phase = 2 * np.pi * np.cumsum(pitch * (1 + 0.05 * np.sin(2 * np.pi * (0.7 * seconds + rng.random())) + 0.3 * stress)) / SAMPLE_RATE
     bright = 0.5 + 0.15 * syllable + 0.2 * stress.clip(0, 1)
-    buzz = bright * np.sin(phase) / (1 - 2 * bright * np.cos(phase) + bright**2)
+    buzz = (1 - bright**2) * np.sin(phase) / (1 - 2 * bright * np.cos(phase) + bright**2)
     breath = rng.standard_normal(count, dtype=np.float32)
-    loudness = talk * syllable * (0.4 + 0.6 * stress)
+    loudness = talk * syllable * (0.6 + 0.4 * stress)
     return (LOUDEST * loudness * (buzz + 0.1 * breath) + 0.002 * breath).clip(-1, 1)
