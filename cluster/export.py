@@ -18,7 +18,7 @@ from cluster.config import Experiment
 from cluster.storage import AlreadyExists, NotFound, StorageError, Store
 from reactdiff.config import Diffusion, Model
 from reactdiff.data.sample import StreamSpec
-from reactdiff.stage import Source, stage
+from reactdiff.stage import Source, build, stage
 
 VERSION = 1
 
@@ -42,7 +42,7 @@ class Export:
         """The module of this export, in evaluation mode, its weights not yet loaded."""
         source = Source([StreamSpec(**spec) for spec in self.streams], self.frames)
         kind = stage(self.stage, Model.model_validate(self.model), Diffusion.model_validate(self.diffusion), source)
-        return kind.build(self.seed).eval()
+        return build(kind, self.seed).eval()
 
 
 def write_export(store: Store, experiment: Experiment, name: str, source: Source, progress: int) -> Export:

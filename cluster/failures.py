@@ -42,6 +42,18 @@ LOST = Failure("lost", (), True)
 """A worker or its machine is gone: what remains when no rank names another reason."""
 
 
+class StageFailed(RuntimeError):
+    """A stage ended without reaching its end.
+
+    Attributes:
+        failure: the row of the failure table.
+    """
+
+    def __init__(self, message: str, failure: Failure):
+        super().__init__(message)
+        self.failure = failure
+
+
 def classify(errors: Iterable[BaseException]) -> tuple[Failure, BaseException]:
     """The class of a worker group's failure and the error that shows it.
 

@@ -14,7 +14,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.config import Workers
-from cluster.failures import Failure, classify
+from cluster.failures import StageFailed, classify
 from cluster.meter import Snapshot
 from cluster.worker import Job, Place, train
 
@@ -38,18 +38,6 @@ class Board:
         """Take what was left since the last call."""
         taken, self._latest = list(self._latest.values()), {}
         return taken
-
-
-class StageFailed(RuntimeError):
-    """A stage ended without reaching its end.
-
-    Attributes:
-        failure: the row of the failure table.
-    """
-
-    def __init__(self, message: str, failure: Failure):
-        super().__init__(message)
-        self.failure = failure
 
 
 def launch(job: Job, watch: Callable[[Snapshot], None], restarted: Callable[[str], None], scratch: str) -> dict[str, Any]:

@@ -45,11 +45,7 @@ class Display:
 
     def stage(self, name: str, total: int, start: int = 0) -> None:
         """Begin a stage of `total` items, or go on with it, at progress `start`."""
-        self._end()
-        self._name, self._total, self._said = name, total, self._clock()
-        if self._bar:
-            self._bar.add_task(name, total=total, completed=start, state="")
-        self.say(f"{name}: {_number(total)} items" + (f", going on at {_number(start)}" if start else ""))
+        self._begin(name, total, "items", start)
 
     def update(self, progress: int, loss: float, items_per_second: float, data_wait_share: float) -> None:
         """Show where the stage is.
@@ -62,12 +58,20 @@ class Display:
         """
         left = timedelta(seconds=round((self._total - progress) / items_per_second)) if items_per_second > 0 else "unknown time"
         speed = f"{items_per_second:.4g} items/s, data wait {data_wait_share:.0%}, {left} left"
-        state = f"{progress / self._total:.0%}, loss {loss:.4g}, {speed}"
-        self._unsaid = f"{self._name}: {_number(progress)} of {_number(self._total)} items, {state}"
-        if self._bar:
-            self._bar.update(self._bar.task_ids[-1], completed=progress, state=state)
-        elif self._clock() - self._said >= QUIET:
-            self._say_state()
+        self._show(progress, f"{progress / self._total:.0%}, loss {loss:.4g}, {speed}")
+
+    def counter(self, name: str, what: str) -> Callable[[int, int], None]:
+        """Begin something that counts up; call what is returned with (done, in all), the latter the same each time."""
+        begun = False
+
+        def tick(done: int, total: int) -> None:
+            nonlocal begun
+            if not begun:
+                self._begin(name, total, what)
+                begun = True
+            self._show(done, f"{done / total:.0%}")
+
+        return tick
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar if there is one."""
@@ -75,6 +79,20 @@ class Display:
             self._bar.console.print(text, soft_wrap=True)
         else:
             print(text, file=self._stream, flush=True)
+
+    def _begin(self, name: str, total: int, what: str, start: int = 0) -> None:
+        self._end()
+        self._name, self._total, self._what, self._said = name, total, what, self._clock()
+        if self._bar:
+            self._bar.add_task(name, total=total, completed=start, state="")
+        self.say(f"{name}: {_number(total)} {what}" + (f", going on at {_number(start)}" if start else ""))
+
+    def _show(self, done: int, state: str) -> None:
+        self._unsaid = f"{self._name}: {_number(done)} of {_number(self._total)} {self._what}, {state}"
+        if self._bar:
+            self._bar.update(self._bar.task_ids[-1], completed=done, state=state)
+        elif self._clock() - self._said >= QUIET:
+            self._say_state()
 
     def _say_state(self) -> None:
         self.say(self._unsaid)

@@ -6,11 +6,12 @@ The stages follow each other: autoencoder -> latents -> diffusion -> evaluation.
 
 import datetime
 import json
-import logging
 import os
 import platform
 import subprocess
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import distributions
@@ -21,21 +22,23 @@ import yaml
 from cluster import lives
 from cluster.config import Experiment
 from cluster.evaluate import evaluate
-from cluster.experiment import ConfigError, build, digest, ends, identity, to_yaml
+from cluster.experiment import ConfigError, build, digest, ends, identity, placement, to_yaml
 from cluster.export import Export, read_export, write_export
-from cluster.latents import encode_dataset
-from cluster.launch import StageFailed, launch
+from cluster.history import write_events
+from cluster.encode import build_latents
+from cluster.latents import Coder
+from cluster.launch import launch
 from cluster.lives import State
 from cluster.manifest import Manifest, load_manifest
-from cluster.meter import Snapshot
-from cluster.placement import assert_visible, connect
+from cluster.meter import Snapshot, Totals
+from cluster.placement import connect
 from cluster.progress import Display
 from cluster.storage import NotFound, Store, open_store
+from cluster.tasks import assert_visible
 from cluster.telemetry import Exporter
 from cluster.worker import Job
-from reactdiff.config import STAGES
-
-log = logging.getLogger(__name__)
+from reactdiff.metrics.official import Scores
+from reactdiff.stage import Source
 
 STEPS = ("autoencoder", "latents", "diffusion", "evaluation")
 """What a run goes through, in order."""
@@ -89,7 +92,7 @@ def _assert_same(name: str, before: Experiment, now: Experiment) -> None:
                 raise ConfigError(f"{key}.{stage} is {end}, but run {name} was started with {ends(before)[key][stage]}; the end of a run may only grow")
 
 
-def execute(experiment: Experiment, config_name: str, steps: Sequence[str], display: Display) -> dict[str, Any]:
+def execute(experiment: Experiment, config_name: str, steps: Sequence[str], display: Display) -> dict[str, Scores]:
     """Bring a run to its end, from wherever it is.
 
     Args:
@@ -134,15 +137,33 @@ def execute(experiment: Experiment, config_name: str, steps: Sequence[str], disp
     return scores
 
 
+class Speed:
+    """Items per second and share of time waiting for data, over the last ten seconds or so."""
+
+    WINDOW = 10.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._past: deque[tuple[float, int, float, float]] = deque()
+
+    def now(self, totals: Totals) -> tuple[float, float]:
+        """The speed between the oldest totals kept and these."""
+        self._past.append((self._clock(), totals["items"], totals["states"]["data_wait"], sum(totals["states"].values())))
+        while len(self._past) > 2 and self._past[-1][0] - self._past[1][0] > self.WINDOW:
+            self._past.popleft()
+        (then, items, waited, spent), (here, more, longer, all_spent) = self._past[0], self._past[-1]
+        return (more - items) / max(here - then, 1e-9), (longer - waited) / max(all_spent - spent, 1e-9)
+
+
 class _Life:
     """One start of a run's driver; each method brings one step to its end, wherever it stood."""
 
     def __init__(self, experiment: Experiment, pinned: Pinned, life: int, state: State, exporter: Exporter, display: Display):
         self.experiment, self.store, self.clips, self.life = experiment, pinned.store, pinned.manifest, life
         self.state, self.exporter, self.display = state, exporter, display
-        self.scores: dict[str, Any] = {}
+        self.scores: dict[str, Scores] = {}
 
-    def go(self, steps: Sequence[str]) -> dict[str, Any]:
+    def go(self, steps: Sequence[str]) -> dict[str, Scores]:
         for step in steps:
             self.state = lives.move(self.store, self.state, stage=step)
             getattr(self, step)()
@@ -152,20 +173,21 @@ class _Life:
         self.train("autoencoder", self.experiment.data.url, self.clips)
 
     def latents(self) -> None:
-        build_latents(self.coder(), self.display.bar("latents"))
+        build_latents(self.coder(), self.experiment.workers, self.display.counter("latents", "shards"))
 
     def diffusion(self) -> None:
         coder = self.coder()
         self.train("diffusion", coder.url, coder.manifest())
 
     def evaluation(self) -> None:
-        coder = self.coder()
-        self.scores = evaluate(self.experiment, self.store, coder, self.export("diffusion"), self.display)
+        progress = self.display.counter("evaluation", "parts")
+        self.scores = evaluate(self.experiment, self.store.url, self.coder(), self.export("diffusion"), progress)
 
     def coder(self) -> Coder:
         """The finished autoencoder over the run's dataset."""
         experiment = self.experiment
-        return Coder(self.export("autoencoder"), self.store.url, experiment.data.url, self.clips.hash, experiment.run.store)
+        export = self.export("autoencoder")
+        return Coder(export, self.store.url, experiment.data.url, self.clips.hash, experiment.run.store, experiment.data.split)
 
     def export(self, stage: str) -> Export:
         try:
@@ -190,21 +212,28 @@ class _Life:
         except NotFound:
             pass
         job = Job(self.experiment, stage, self.store.url, self.life, dataset, manifest.hash)
-        with self.display.stage(stage, end) as watch:
-
-            def take(snapshot: Snapshot) -> None:
-                self.exporter.update(snapshot)
-                watch(self.exporter.tally)
-
-            launch(job, take, self.exporter.restarts, f"{absolute(self.experiment.run.store)}/ray")
+        self.display.stage(stage, end)
+        launch(job, self.watch(stage), self.exporter.restarts, f"{self.experiment.run.store}/ray")
         export = write_export(self.store, self.experiment, stage, Source(manifest.stream_specs, manifest.frames), end)
-        write_events(self.store, stage, self.life)
+        write_events(self.store, stage)
         self.display.say(f"stage {stage}: {end} items, weights {export.hash}")
+
+    def watch(self, stage: str) -> Callable[[Snapshot], None]:
+        """Takes the ranks' numbers to the exporter and the display."""
+        speed = Speed()
+
+        def take(snapshot: Snapshot) -> None:
+            self.exporter.update(snapshot)
+            gauges = self.exporter.tally.gauges().get(stage, {})
+            if "loss" in gauges:
+                self.display.update(int(gauges["progress_items"]), gauges["loss"], *speed.now(self.exporter.tally.stages()[stage]))
+
+        return take
 
 
 def end_of(experiment: Experiment, stage: str, clips: Manifest) -> int:
     """Progress at the end of a stage: epochs times the items of the training split."""
-    return int(experiment.optim.epochs[stage] * 2 * clips.clips(experiment.data.split))
+    return int(experiment.optim.epochs[stage] * 2 * int(clips.counts(experiment.data.split).sum()))
 
 
 def _environment(experiment: Experiment) -> dict[str, Any]:

@@ -25,8 +25,9 @@ from cluster.storage import open_store
 from cluster.stream import Batch, Share, Stream
 from reactdiff.data.keyed import seed_of
 from reactdiff.data.order import Order
+from reactdiff.determinism import make_deterministic
 from reactdiff.learning_rate import learning_rate
-from reactdiff.stage import Source, stage
+from reactdiff.stage import Source, build, stage
 
 log = logging.getLogger(__name__)
 
@@ -97,13 +98,6 @@ def train(job: Job, place: Place, report: Callable[[Snapshot], None]) -> dict[st
         return _Training(job, place, meter).run()
 
 
-def make_deterministic(threads: int) -> None:
-    """Equal inputs give equal bits on equal devices."""
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-
-
 class _Training:
     def __init__(self, job: Job, place: Place, meter: Meter):
         experiment, optim, workers = job.experiment, job.experiment.optim, job.experiment.workers
@@ -117,7 +111,7 @@ class _Training:
         kind = stage(job.stage, experiment.model, experiment.diffusion, Source(manifest.stream_specs, manifest.frames))
         data = experiment.data
         self.stream = Stream(self.reader, kind, self.order, self.share, experiment.seed, data.read_ahead, data.readers)
-        module = kind.build(experiment.seed)
+        module = build(kind, experiment.seed)
         if job.stage == "diffusion":
             module.set_range(*read_range(open_store(job.dataset), manifest))
         self.micro_batches = micro_batches(batch, place.ranks, workers.micro_batch)
@@ -138,7 +132,8 @@ class _Training:
         while batch is not None:
             loss_part = self.forward_backward(batch, valid)
             upcoming = self.fetch(batches)
-            verdict = self.agree(loss_part, batch, upcoming)
+            with self.meter.phase("backward"):  # on a GPU, here the host waits for what it only queued
+                verdict = self.agree(loss_part, batch, upcoming)
             self.update(batch, verdict)
             batch, valid, loss = upcoming, verdict.next_valid, verdict.loss
         if self.writer.busy:
@@ -228,14 +223,16 @@ class _Training:
             self.engine.step(rate)
         norm = self.engine.gradient_norm
         self.meter.gauges.update(progress_items=after, loss=verdict.loss, gradient_norm=norm, learning_rate=rate)
-        self.meter.step_done(items=len(batch.positions), bytes=batch.bytes)
         if self.history is not None and ((batch.step + 1) % self.job.experiment.run.log_every == 0 or after == self.share.total):
             self.history.add(progress=after, step=batch.step, loss=verdict.loss, gradient_norm=norm, learning_rate=rate, ledger=verdict.ledger)
-        with self.meter.phase("checkpoint"):
-            if verdict.all_uploaded:
-                self.writer.commit()
-            if self.checkpoint_due(before, after):
-                self.checkpoint(batch.step + 1, after)
+        due = self.checkpoint_due(before, after)
+        if verdict.all_uploaded or due:
+            with self.meter.phase("checkpoint"):
+                if self.writer.busy:
+                    self.writer.commit()
+                if due:
+                    self.checkpoint(batch.step + 1, after)
+        self.meter.step_done(items=len(batch.positions), bytes=batch.bytes)
 
     def checkpoint_due(self, before: int, after: int) -> bool:
         """At every multiple of the cadence, at the end, and before a last step that is not a whole batch."""

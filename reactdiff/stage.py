@@ -39,8 +39,8 @@ class Stage(Protocol):
     def draw(self, seed: int, position: int) -> dict[str, np.ndarray]:
         """The random arrays of the item at a position of the order."""
 
-    def build(self, seed: int) -> nn.Module:
-        """The module to train, its weights keyed by (seed, parameter name); its forward gives one loss per item."""
+    def module(self) -> nn.Module:
+        """The module to train, its weights as they come; its forward gives one loss per item."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,9 @@ class AutoencoderStage:
         """Nothing here is random."""
         return {}
 
-    def build(self, seed: int) -> nn.Module:
+    def module(self) -> Autoencoder:
         """The Multi-Modality Transformer and its decoder."""
-        module = Autoencoder(self.model, self.source.streams)
-        initialise(module, seed)
-        return module
+        return Autoencoder(self.model, self.source.streams)
 
 
 @dataclass(frozen=True)
@@ -83,13 +81,18 @@ class DiffusionStage:
         noise, times = training_noise(seed, position, windows_of(self.source.frames), self.model.latent, self.diffusion.steps)
         return {"noise": noise, "times": times}
 
-    def build(self, seed: int) -> nn.Module:
+    def module(self) -> LatentDiffusion:
         """The denoiser and the condition projector, whose latent range is not yet set."""
-        module = LatentDiffusion(self.model, self.diffusion, self.source.frames)
-        initialise(module, seed)
-        return module
+        return LatentDiffusion(self.model, self.diffusion, self.source.frames)
 
 
 def stage(name: str, model: Model, diffusion: Diffusion, source: Source) -> AutoencoderStage | DiffusionStage:
     """The stage of a name in `reactdiff.config.STAGES`."""
     return AutoencoderStage(model, source) if name == "autoencoder" else DiffusionStage(model, diffusion, source)
+
+
+def build(stage: Stage, seed: int) -> nn.Module:
+    """A stage's module with weights keyed by (seed, parameter name)."""
+    module = stage.module()
+    initialise(module, seed)
+    return module

@@ -1,7 +1,8 @@
 """Predictions that need no model. A model is worth something only where it beats them.
 
-Each returns (clips, predictions, frames, 25) float32; random numbers are keyed by (seed, clip key, direction, prediction), so
-any part of a split can be made anywhere. An *item* is a (clip key, direction) pair.
+Each returns (clips, predictions, frames, 25) float32, but for `random_listener`, which says whose reactions these are. Random
+numbers are keyed by (seed, clip key, direction, prediction), so any part of a split can be made anywhere. An *item* is a
+(clip key, direction) pair.
 """
 
 from collections.abc import Sequence
@@ -25,15 +26,17 @@ def noise(items: Sequence[Item], predictions: int, frames: int, seed: int) -> np
     )
 
 
-def random_listener(items: Sequence[Item], targets: np.ndarray, appropriate: np.ndarray, predictions: int, seed: int) -> np.ndarray:
-    """Real reactions to other speakers: what a model scores that looks right and never listens.
+def random_listener(items: Sequence[Item], appropriate: np.ndarray, predictions: int, seed: int) -> np.ndarray:
+    """Whose real reactions to predict: other speakers' listeners, what a model scores that looks right and never listens.
 
     Args:
         items: n clips.
-        targets: (clips, frames, 25), the real reactions of the whole split.
         appropriate: (n, clips) bool, the items' rows of the appropriateness matrix.
         predictions: how many for each item, drawn with replacement.
         seed: of the draw.
+
+    Returns:
+        (n, predictions) int64, clips of the split.
 
     Raises:
         ValueError: if a row leaves no clip to draw from.
@@ -46,7 +49,7 @@ def random_listener(items: Sequence[Item], targets: np.ndarray, appropriate: np.
                 f"every clip is appropriate for {key} in direction {direction}: no other reaction is left to draw; use a larger split"
             )
         drawn[row] = [others[generator("random_listener", seed, key, direction, k).integers(len(others))] for k in range(predictions)]
-    return targets[drawn].astype(np.float32, copy=False)
+    return drawn
 
 
 def mean_reaction(clips: int, predictions: int, frames: int, mean: np.ndarray) -> np.ndarray:

@@ -1,0 +1,233 @@
+"""Evaluation: reactions to every item of a split, drawn and scored in parts over the cluster, beside the baselines.
+
+Averaged weights, noise keyed by (clip, direction, k), and parts that are kept: an interrupted evaluation goes on where it was.
+Parts and scores lie in the run's folder at `evaluation/<id>/`, where the id stands for everything the numbers depend on.
+"""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.config import Experiment
+from cluster.experiment import digest
+from cluster.export import Export, load_export
+from cluster.latents import Coder
+from cluster.manifest import load_appropriateness
+from cluster.reader import Reader
+from cluster.storage import NotFound, open_store
+from cluster.tasks import each
+from reactdiff.clip import PERSONS, speaker_listener
+from reactdiff.data import synthetic
+from reactdiff.data.keyed import generator
+from reactdiff.determinism import make_deterministic
+from reactdiff.generate import react
+from reactdiff.metrics import baselines
+from reactdiff.metrics.official import Scores, merge, score_part
+from reactdiff.metrics.part import Part
+from reactdiff.stage import LATENT
+
+VERSION = 1
+PART = 8
+"""Items of one part."""
+
+MEAN_CLIPS = 1000
+"""Training clips whose mean the mean reaction is."""
+
+MODEL = "model"
+WRONG = "wrong speaker"
+UNTRAINED = "untrained"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated: two exports on the first clips of a split. An item is (clip, direction), row clip + clips * direction."""
+
+    experiment: Experiment
+    run: str
+    coder: Coder
+    diffusion: Export
+    split: str
+    predictions: int
+    clips: int
+    mean: tuple[float, ...]
+
+    @property
+    def id(self) -> str:
+        """Stands for everything the scores depend on."""
+        facts = [VERSION, self.coder.export.hash, self.diffusion.hash, self.coder.source_hash, self.experiment.seed]
+        return digest([*facts, self.split, self.predictions, self.clips])
+
+    @cached_property
+    def rows(self) -> tuple[str, ...]:
+        """The model and what it is compared with."""
+        names = (MODEL, WRONG, UNTRAINED, "noise", "random listener", "mean reaction", "mimic")
+        simulated = "simulator" in self.coder.clips.provenance
+        return (MODEL,) if not self.experiment.evaluation.baselines else names + (("oracle",) if simulated else ())
+
+
+def evaluate(
+    experiment: Experiment, run: str, coder: Coder, diffusion: Export, progress: Callable[[int, int], None]
+) -> dict[str, Scores]:
+    """Score a run's exports as its `evaluation` branch says.
+
+    Args:
+        experiment: the run's configuration.
+        run: URL of its folder.
+        coder: its autoencoder and dataset.
+        diffusion: its export of stage 2.
+        progress: told (parts done, parts in all).
+
+    Returns:
+        Scores by row: the model and, if asked for, the baselines.
+
+    Raises:
+        ValueError: if the split is not there or has no appropriateness matrix.
+    """
+    asked, clips = experiment.evaluation, coder.clips
+    there = int(clips.counts(asked.split).sum())
+    if clips.split(asked.split).appropriateness is None:
+        raise ValueError(
+            f"split {asked.split!r} of {coder.source} has no appropriateness matrix, so it cannot be scored; "
+            f"set evaluation.split to one of {', '.join(name for name, part in clips.splits.items() if part.appropriateness)}"
+        )
+    what = Evaluation(experiment, run, coder, diffusion, asked.split, asked.predictions, min(asked.clips or there, there), _mean_attributes(coder))
+    starts = range(0, 2 * what.clips, PART)
+    calls = [(row, start) for row in what.rows for start in starts]
+    parts: dict[tuple[str, int], Part] = {}
+    for number, arrays in each(_score, calls, experiment.workers, shared=what):
+        parts[calls[number]] = Part.from_arrays(arrays)
+        progress(len(parts), len(calls))
+    scores = {row: merge(parts[row, start] for start in starts) for row in what.rows}
+    report = {"evaluation": what.id, "split": what.split, "clips": what.clips, "predictions": what.predictions}
+    values = {row: score.to_dict() for row, score in scores.items()}
+    open_store(run).put(f"evaluation/{what.split}-{what.id}.json", json.dumps({**report, "scores": values}, indent=1).encode())
+    return scores
+
+
+def _score(what: Evaluation, row: str, start: int) -> dict[str, np.ndarray]:
+    """One part of one row: made and scored, unless that is done."""
+    store, name = open_store(what.run), f"evaluation/{what.id}/{row.replace(' ', '-')}-{start:09d}"
+    try:
+        return dict(np.load(io.BytesIO(store.read(f"{name}.npz")), allow_pickle=False))
+    except NotFound:
+        pass
+    make_deterministic(what.experiment.workers.threads)
+    sight = _sight(what)
+    items = range(start, min(start + PART, 2 * what.clips))
+    predictions = _predict(sight, row, items)
+    if row == MODEL:
+        store.put(f"{name}.predictions.npy", _npy(predictions))
+    neighbours = [sight.suitable(item) for item in items]
+    targets = {int(other): sight.listener(int(other)) for other in np.unique(np.concatenate(neighbours))}
+    part = score_part(predictions, targets, np.stack([sight.speaker(item) for item in items]), neighbours)
+    buffer = io.BytesIO()
+    np.savez(buffer, **part.to_arrays())
+    store.put(f"{name}.npz", buffer.getvalue())
+    return part.to_arrays()
+
+
+class _Sight:
+    """What a task sees of the data and the models."""
+
+    def __init__(self, what: Evaluation):
+        self.what = what
+        self.reader = Reader(open_store(what.coder.source), what.coder.clips, what.split)
+        self.latents = Reader(open_store(what.coder.url), what.coder.manifest(), what.split)
+        matrix = load_appropriateness(open_store(what.coder.source), what.coder.clips, what.split)
+        assert matrix is not None
+        there, n = len(matrix) // 2, what.clips
+        chosen = np.concatenate((np.arange(n), there + np.arange(n)))
+        self.matrix = matrix[np.ix_(chosen, chosen)].astype(bool)
+
+    def split(self, item: int) -> tuple[int, int]:
+        """(clip, direction) of an item."""
+        return item % self.what.clips, item // self.what.clips
+
+    def key(self, item: int) -> tuple[str, int]:
+        clip, direction = self.split(item)
+        return self.reader.key(clip), direction
+
+    def suitable(self, item: int) -> np.ndarray:
+        """Items whose listener's reaction suits this item's speaker."""
+        return np.flatnonzero(self.matrix[item])
+
+    def stranger(self, item: int) -> int:
+        """An item whose reaction does not suit this speaker, nor this item's that one's: of another script."""
+        others = np.flatnonzero(~self.matrix[item] & ~self.matrix[:, item])
+        return int(generator("stranger", self.what.experiment.seed, *self.key(item)).choice(others)) if others.size else item
+
+    def speaker(self, item: int) -> np.ndarray:
+        return self._attributes(item, 0)
+
+    def listener(self, item: int) -> np.ndarray:
+        return self._attributes(item, 1)
+
+    def _attributes(self, item: int, role: int) -> np.ndarray:
+        clip, direction = self.split(item)
+        source = (speaker_listener(direction)[role], "attributes")
+        return self.reader.read(clip, [source]).arrays[source]
+
+    def speaker_latent(self, item: int) -> np.ndarray:
+        clip, direction = self.split(item)
+        source = (speaker_listener(direction)[0], LATENT)
+        return self.latents.read(clip, [source]).arrays[source]
+
+
+@lru_cache(maxsize=1)
+def _sight(what: Evaluation) -> _Sight:
+    return _Sight(what)
+
+
+def _predict(sight: _Sight, row: str, items: range) -> np.ndarray:
+    """Predictions of a row, (items, K, frames, 25)."""
+    what = sight.what
+    if row in (MODEL, WRONG, UNTRAINED):
+        models = _models(what, trained=row != UNTRAINED)
+        speakers = np.stack([sight.speaker_latent(sight.stranger(item) if row == WRONG else item) for item in items])
+        return react(*models, speakers, [sight.key(item) for item in items], what.predictions, what.experiment.seed)["attributes"]
+    return np.stack([_baseline(sight, row, item) for item in items])
+
+
+@lru_cache(maxsize=2)
+def _models(what: Evaluation, trained: bool) -> tuple[Any, Any]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    store = open_store(what.run)
+    pair = (load_export(store, e) if trained else e.build() for e in (what.coder.export, what.diffusion))
+    return tuple(module.eval().to(device) for module in pair)
+
+
+def _baseline(sight: _Sight, row: str, items: range) -> np.ndarray:
+    """Predictions that need no model, (items, K, frames, 25)."""
+    what, keys = sight.what, [sight.key(item) for item in items]
+    seed, count, frames = what.experiment.seed, what.predictions, what.coder.clips.frames
+    if row == "noise":
+        return baselines.noise(keys, count, frames, seed)
+    if row == "random listener":
+        drawn = baselines.random_listener(keys, sight.matrix[items.start : items.stop], count, seed)
+        return np.stack([[sight.listener(int(other)) for other in others] for others in drawn])
+    if row == "mean reaction":
+        return baselines.mean_reaction(len(items), count, frames, np.array(what.mean))
+    if row == "mimic":
+        return baselines.mimic(np.stack([sight.speaker(item) for item in items]), count)
+    assert row == "oracle"
+    return np.stack([synthetic.oracle(what.coder.clips.provenance, key, direction, count) for key, direction in keys])
+
+
+def _mean_attributes(coder: Coder) -> tuple[float, ...]:
+    """Mean of the training split's attributes over its first clips, (25,)."""
+    reader = Reader(open_store(coder.source), coder.clips, coder.split)
+    wanted = [(person, "attributes") for person in PERSONS]
+    means = [np.mean(list(reader.read(clip, wanted).arrays.values()), axis=(0, 1)) for clip in range(min(reader.clips, MEAN_CLIPS))]
+    return tuple(np.mean(means, axis=0).tolist())
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()

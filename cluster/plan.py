@@ -1,0 +1,98 @@
+"""What a run would do, worked out without starting anything: data, steps, parameters, memory, shapes, cluster."""
+
+from math import prod
+
+import torch
+from rich.console import Group
+from rich.table import Table
+
+from cluster.config import Experiment
+from cluster.manifest import Manifest
+from cluster.run import Pinned, end_of
+from cluster.worker import micro_batches
+from reactdiff.clip import WINDOW, windows_of
+from reactdiff.config import STAGES
+from reactdiff.model.shapes import parameters_by_module
+from reactdiff.stage import LATENT, Source, stage
+
+
+def memory_per_rank(parameters: int, zero: int, ranks: int, precision: str) -> dict[str, int]:
+    """Bytes of training state on each rank, without activations and communication buffers.
+
+    Args:
+        parameters: of the stage.
+        zero: DeepSpeed ZeRO stage.
+        ranks: number of ranks.
+        precision: "fp32" or "bf16".
+    """
+    width = 2 if precision == "bf16" else 4
+    own = parameters if zero == 0 else -(-parameters // ranks)
+    return {
+        "weights": width * (-(-parameters // ranks) if zero == 3 else parameters),
+        "gradients": width * (-(-parameters // ranks) if zero >= 2 else parameters),
+        "fp32 masters": 0 if zero == 0 else 4 * own,
+        "Adam moments": 8 * own,
+        "averaged weights": 4 * own,
+    }
+
+
+def plan(experiment: Experiment, pinned: Pinned) -> Group:
+    """Everything --dry-run prints.
+
+    Raises:
+        ValueError: if the model does not fit the dataset (a missing stream, a width that does not divide).
+    """
+    return Group(_data(experiment, pinned), *(_stage(experiment, pinned.manifest, name) for name in STAGES), _cluster(experiment))
+
+
+def _data(experiment: Experiment, pinned: Pinned) -> Table:
+    manifest = pinned.manifest
+    table = Table(title=f"run {pinned.name} ({'new' if pinned.fresh else 'exists'}) in {pinned.store.url}", title_justify="left")
+    for column in ("split", "clips", "items", "shards", "GB"):
+        table.add_column(column, justify="right")
+    for name, split in manifest.splits.items():
+        clips = sum(split.shards.clips)
+        table.add_row(name, f"{clips:,}", f"{2 * clips:,}", f"{len(split.shards):,}", f"{sum(split.shards.bytes) / 1e9:.3f}")
+    table.caption = f"dataset {manifest.hash} at {experiment.data.url}, {manifest.frames} frames ({windows_of(manifest.frames)} windows)"
+    return table
+
+
+def _stage(experiment: Experiment, manifest: Manifest, name: str) -> Table:
+    source = Source(manifest.stream_specs, manifest.frames)
+    with torch.device("meta"):
+        module = stage(name, experiment.model, experiment.diffusion, source).module()
+    parameters = sum(p.numel() for p in module.parameters())
+    optim, workers = experiment.optim, experiment.workers
+    end, batch = end_of(experiment, name, manifest), optim.batch[name]
+    share = -(-batch // workers.count)
+    parts = micro_batches(batch, workers.count, workers.micro_batch)
+    table = Table(title=f"stage {name}", title_justify="left", show_header=False)
+    for part, count in parameters_by_module(module):
+        table.add_row(f"parameters of {part}", f"{count:,}")
+    table.add_row("parameters", f"{parameters:,}")
+    epochs = f"{optim.epochs[name]:g} epochs x {2 * int(manifest.counts(experiment.data.split).sum()):,} items"
+    table.add_row("steps", f"{epochs} / {batch} = {-(-end // batch):,}")
+    table.add_row("items / rank and step", f"{batch} / {workers.count} ranks = {share}, in {parts} micro-batch{'es' if parts > 1 else ''}")
+    for what, size in memory_per_rank(parameters, workers.zero, workers.count, optim.precision).items():
+        table.add_row(f"{what} / rank (ZeRO-{workers.zero}, {optim.precision})", f"{size / 1e6:,.1f} MB")
+    for tensor, shape in _shapes(experiment, manifest, name).items():
+        table.add_row(f"tensor {tensor}", f"{tuple((-(-share // parts), *shape))} = {4 * prod((-(-share // parts), *shape)) / 1e6:,.1f} MB in fp32")
+    return table
+
+
+def _shapes(experiment: Experiment, manifest: Manifest, name: str) -> dict[str, tuple[int, ...]]:
+    """The tensors of one item."""
+    frames, latent = manifest.frames, experiment.model.latent
+    if name == "autoencoder":
+        widths = {spec.name: spec.width for spec in manifest.stream_specs} | manifest.targets
+        used = (*experiment.model.facial, *experiment.model.acoustic, *manifest.targets)
+        return {stream: (frames, widths[stream]) for stream in used} | {LATENT: (frames, latent)}
+    return {"speaker": (frames, latent), "listener": (frames, latent), "noise": (windows_of(frames), WINDOW, latent)}
+
+
+def _cluster(experiment: Experiment) -> Table:
+    workers = experiment.workers
+    table = Table(title="cluster", title_justify="left", show_header=False)
+    table.add_row("ranks", f"{workers.count} x ({workers.cpus:g} CPU{', 1 GPU' if workers.gpu else ''}, {workers.threads} threads)")
+    table.add_row("in all", f"{workers.count * workers.cpus:g} CPUs, {workers.count if workers.gpu else 0} GPUs")
+    return table

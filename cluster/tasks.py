@@ -1,0 +1,80 @@
+"""Many independent pieces of work over the connected cluster."""
+
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.config import Workers
+from cluster.placement import resources
+from cluster.storage import StorageError, Store, open_store
+
+
+def each(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], workers: Workers, shared: Any = None) -> Iterator[tuple[int, Any]]:
+    """Run `function(shared, *call)` for every call as a Ray task; a task whose machine is lost runs again elsewhere.
+
+    Args:
+        function: importable on every node; its result and arguments pickle.
+        calls: arguments of each call.
+        workers: a task gets what a rank gets: CPUs, threads, a GPU where ranks have one.
+        shared: put into the object store once, not once per call.
+
+    Yields:
+        (number of the call, its result), in the order they finish.
+
+    Raises:
+        Whatever a call raised.
+    """
+    task = ray.remote(function).options(
+        num_cpus=workers.cpus,
+        num_gpus=1 if workers.gpu else 0,
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(workers.threads), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}},
+    )
+    box = ray.put(shared)
+    there = resources()
+    at_once = 2 * max(1, int(there.gpus if workers.gpu else there.cpus / workers.cpus))
+    waiting = list(enumerate(calls))[::-1]
+    running: dict[Any, int] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                number, call = waiting.pop()
+                running[task.remote(box, *call)] = number
+            done, _ = ray.wait(list(running), num_returns=1)
+            yield running.pop(done[0]), ray.get(done[0])
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+
+
+def assert_visible(store: Store, key: str) -> None:
+    """Check that every node of the cluster sees what is written to a store.
+
+    Args:
+        store: a folder or bucket.
+        key: of the configuration, for the message.
+
+    Raises:
+        StorageError: if a node does not.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if not store.node_local or len(nodes) == 1:
+        return
+    probe = f"visible-{uuid.uuid4().hex}"
+    store.create(probe, b"")
+    try:
+        for node in nodes:
+            strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            if not ray.get(ray.remote(_sees).options(num_cpus=0, scheduling_strategy=strategy).remote(store.url, probe)):
+                raise StorageError(
+                    f"{key} is {store.url}, a folder that node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}) does not see: "
+                    f"set {key} to s3://bucket/prefix, or to a folder that all {len(nodes)} nodes mount"
+                )
+    finally:
+        store.delete(probe)
+
+
+def _sees(url: str, key: str) -> bool:
+    return open_store(url).exists(key)
