@@ -4,11 +4,18 @@ import logging
 import os
 import secrets
 import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
-from ray._private import ray_constants, services, utils
+from ray._private import parameter, services, utils
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.storage import StorageError, Store, open_store
 
 OBJECT_STORE_BYTES = 200_000_000  # only small results pass through it; Ray's own default takes 30 % of the memory
 PROBE_SECONDS = 2.0
@@ -50,6 +57,42 @@ def resources() -> Resources:
     return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0), sum(node["Alive"] for node in ray.nodes()))
 
 
+def assert_visible(store: Store, field: str) -> None:
+    """Make sure that what the driver writes to a store is seen on every living node.
+
+    Args:
+        store: a folder must be one that all nodes share; a bucket must be open to the credentials of each.
+        field: the configuration field that names the store, for the message.
+
+    Raises:
+        StorageError: naming the nodes that do not see it.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1:
+        return
+    probe = f"visible-{uuid.uuid4().hex}"
+    store.put(probe, b"")
+    try:
+        on = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+        seen = ray.get([_sees.options(scheduling_strategy=where).remote(store.url, probe) for where in on])
+    finally:
+        store.delete(probe)
+    if blind := [node["NodeManagerAddress"] for node, sees in zip(nodes, seen, strict=True) if not sees]:
+        raise StorageError(
+            f"{field} is {store.url}, but {len(blind)} of {len(nodes)} nodes do not see what is written there ({', '.join(blind[:5])}): "
+            f"use a folder that all nodes mount, or {field}=s3://bucket/prefix with credentials on every node"
+        )
+
+
+@ray.remote(num_cpus=0)
+def _sees(url: str, key: str) -> bool:
+    try:
+        open_store(url).size(key)
+    except StorageError:
+        return False
+    return True
+
+
 def _started_here() -> str | None:
     """The address (`host:port`) that the last `ray start` noted on this machine, unless that cluster is dead."""
     address = services.find_bootstrap_address(None)
@@ -77,23 +120,37 @@ def _join(address: str) -> None:
 
 
 def _start_local(cpus: int) -> None:
-    """Start Ray on loopback with a token of its own.
+    """Start a Ray that is nobody else's: on loopback only, with a token of its own, and on no port that a cluster needs.
 
     Without RAY_AUTH_TOKEN Ray would write `~/.ray/auth_token`, and from then on `ray start --head` would demand a token
     that `ray job submit` does not send. The variable stays set: Ray caches the token for the life of the process.
-    Ray binds to every interface wherever clusters are supported; as if they were not, it binds to 127.0.0.1.
     """
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    supported, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
-    try:
+    with _unseen():
         ray.init(
             address="local",
             num_cpus=max(cpus, int(utils.get_num_cpus())),
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             logging_level=logging.ERROR,  # or each start warns about the token
-            _node_ip_address="127.0.0.1",
         )
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = supported
     logging.getLogger("ray").setLevel(logging.WARNING)
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """Give the next Ray two parameters that `ray.init` has no argument for.
+
+    Loopback, which `ray.init` replaces by the address of the machine; and any free port for the node's agent, whose
+    fixed one a cluster on this machine needs for `ray job submit`.
+    """
+    original = parameter.RayParams.__init__
+
+    def init(self: parameter.RayParams, **given: Any) -> None:
+        original(self, **given | {"node_ip_address": "127.0.0.1", "dashboard_agent_listen_port": None})
+
+    parameter.RayParams.__init__ = init  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        parameter.RayParams.__init__ = original  # type: ignore[method-assign]

@@ -1,0 +1,113 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from cluster import placement
+
+BIN = Path(sys.executable).parent
+JOB = """
+from cluster.placement import connect
+total = connect(cpus=4)
+import ray
+
+@ray.remote
+def where():
+    import reactdiff.clip
+    return reactdiff.clip.__file__
+
+print("JOB", ray.get_runtime_context().gcs_address, int(total.cpus), ray.get(where.remote()))
+"""
+
+
+class Shell:
+    """A fresh user on this machine: a HOME, a Ray folder and a project folder of their own."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        (home / "project/jobs").mkdir(parents=True)
+        (home / "project/jobs/x.py").write_text(JOB)
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self.env = clean | {"HOME": str(home), "RAY_TMPDIR": str(home), "PATH": f"{BIN}:{clean['PATH']}"}
+
+    def run(self, *command: str, **env: str) -> str:
+        """Output of a command run in the project folder."""
+        done = subprocess.run(
+            command, env=self.env | env, cwd=self.home / "project", text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}"
+        return done.stdout
+
+    def job_address(self, **env: str) -> str:
+        """The cluster on which `python jobs/x.py` ran."""
+        return _job_address(self.run("python", "jobs/x.py", **env))
+
+    def token_files(self) -> list[Path]:
+        return list(self.home.glob(".ray/*"))
+
+
+def _job_address(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.startswith("JOB ")]
+    assert len(lines) == 1, output
+    return lines[0].split()[1]
+
+
+@pytest.fixture
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    return Shell(tmp_path_factory.mktemp("h"))  # a short path: Unix sockets allow 107 bytes
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_local_ray_has_the_cpus_asked_for_and_connecting_again_changes_nothing(local_ray: placement.Resources) -> None:
+    assert local_ray.cpus >= 4
+    assert local_ray.nodes == 1
+    assert placement.connect(cpus=64) == local_ray == placement.resources()
+
+
+def test_a_local_ray_listens_on_loopback_only(local_ray: placement.Resources) -> None:
+    processes = psutil.Process().children(recursive=True)
+    listening = {c.laddr.ip for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert len(processes) > 3
+    assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
+
+
+def test_workers_of_a_local_ray_import_the_project_from_any_folder_and_leave_no_token_behind(shell: Shell) -> None:
+    assert shell.job_address().startswith("127.0.0.1:")
+    assert shell.token_files() == []
+
+
+def test_a_ray_address_where_nothing_answers_is_refused_with_the_way_out(shell: Shell) -> None:
+    with pytest.raises(AssertionError, match=r"RAY_ADDRESS is 127\.0\.0\.1:1, but .*ray start --head.* RAY_ADDRESS=local"):
+        shell.run("python", "jobs/x.py", RAY_ADDRESS="127.0.0.1:1")
+
+
+@pytest.mark.slow
+def test_ray_start_and_job_submit_work_after_and_beside_local_runs(shell: Shell, local_ray: placement.Resources) -> None:
+    shell.job_address()
+    port, dashboard = _free_port(), _free_port()
+    head = subprocess.Popen(
+        ["ray", "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}"], env=shell.env, start_new_session=True, text=True
+    )
+    try:
+        assert head.wait(timeout=120) == 0
+        joined = shell.job_address()
+        submitted = shell.run(*f"ray job submit --address http://127.0.0.1:{dashboard} --working-dir . -- python jobs/x.py".split())
+        alone = shell.job_address(RAY_ADDRESS="local")
+    finally:
+        os.killpg(head.pid, signal.SIGKILL)  # the cluster stays in the process group of `ray start`
+    assert joined.endswith(f":{port}") and _job_address(submitted) == joined
+    assert alone.startswith("127.0.0.1:") and not alone.endswith(f":{port}")
+    assert shell.job_address().startswith("127.0.0.1:"), "a dead cluster, still noted by `ray start`, was not passed over"
+    assert shell.token_files() == []
+    assert ray.is_initialized()
