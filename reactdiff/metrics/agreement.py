@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 
 from reactdiff.metrics.warping import GROUPS
@@ -27,8 +28,7 @@ class Reaction:
         """From attributes (..., frames, 25)."""
         series = np.ascontiguousarray(np.swapaxes(attributes, -1, -2), dtype=np.float32)
         mean = series.mean(axis=-1, dtype=np.float64)
-        centred = series - mean[..., None]
-        return cls(series, mean, np.vecdot(centred, centred) / series.shape[-1])
+        return cls(series, mean, _covariance(series, mean, series))
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,32 @@ def agreement(predictions: Reaction, listeners: Sequence[Reaction]) -> Agreement
         predictions: series (predictions, 25, frames).
         listeners: series (25, frames) each.
     """
-    frames = predictions.series.shape[-1]
-    # r sd_t sd_p is the covariance; as the predictions are centred, the listeners need not be.
-    centred = predictions.series - predictions.mean[..., None]
-    products = [np.vecdot(centred, listener.series.astype(np.float64)) for listener in listeners]
-    covariance = np.stack(products, axis=1) / frames  # (predictions, listeners, 25)
+    # r sd_t sd_p is the covariance; clipping r to [-1, 1], as the official code does, would change rounding only.
+    each = [_covariance(predictions.series, predictions.mean, listener.series) for listener in listeners]
+    covariance = np.stack(each, axis=1)  # (predictions, listeners, 25)
     mean, variance = (np.stack([getattr(listener, name) for listener in listeners]) for name in ("mean", "variance"))
     covariance = np.where(variance > 0, covariance, 0.0)
     spread = predictions.variance[:, None] + variance + (predictions.mean[:, None] - mean) ** 2
     concordance = (2 * covariance / (spread + 1e-8)).mean(axis=-1)
-    squared = frames * np.maximum(spread - 2 * covariance, 0)  # squared distance of the unwarped series, by attribute
+    squared = predictions.series.shape[-1] * np.maximum(spread - 2 * covariance, 0)  # squared distance of the unwarped series, by attribute
     distance = sum(np.sqrt(squared[..., group].sum(axis=-1)) / divisor for group, divisor in GROUPS)
     return Agreement(concordance, np.asarray(distance))
+
+
+def _covariance(x: np.ndarray, x_mean: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Population covariance over time of x (..., 25, frames) with y, of the same shape or (25, frames)."""
+    frames = x.shape[-1]
+    return _centred_products(x.reshape(-1, frames), x_mean.ravel(), y.reshape(-1, frames)).reshape(x_mean.shape) / frames
+
+
+@numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
+def _centred_products(x: np.ndarray, x_mean: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Sums over time of (x - mean) y in float64, row by row; y's rows are repeated. As x is centred, y need not be."""
+    sums = np.zeros(len(x))
+    for row in range(len(x)):
+        xs, ys, mean = x[row], y[row % len(y)], x_mean[row]
+        total = 0.0
+        for t in range(x.shape[1]):
+            total += (np.float64(xs[t]) - mean) * np.float64(ys[t])
+        sums[row] = total
+    return sums
