@@ -102,13 +102,14 @@ def load_authors(module: nn.Module, sources: Sources, state: Mapping[str, Tensor
         )
     for name, parameter in module.named_parameters():
         value = torch.cat([state[source] for source in sources[name]])
-        if value.shape != parameter.shape:
+        # Some of their 1x1 convolutions are linear layers here: the same numbers without the last axis.
+        if tuple(value.shape) not in (tuple(parameter.shape), (*parameter.shape, 1)):
             raise ValueError(
                 f"the authors' {' + '.join(sources[name])} has shape {tuple(value.shape)}, but {name} is {tuple(parameter.shape)}; "
                 "give model.* and the dataset's streams the widths of the file"
             )
         with torch.no_grad():
-            parameter.copy_(value)
+            parameter.copy_(value.view_as(parameter))
     return unused
 
 

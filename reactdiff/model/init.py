@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as AttentionOutput
 
 from reactdiff.data.keyed import generator
-from reactdiff.model.layers import ZeroConv1d
+from reactdiff.model.layers import StartsAtZero
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def _bounds(layer: nn.Module) -> dict[str, float | None]:
     match layer:
         case nn.LayerNorm() | nn.GroupNorm():
             return {"weight": None, "bias": 0}
-        case ZeroConv1d():
+        case StartsAtZero():
             return {"weight": 0, "bias": 0}
         case AttentionOutput():
             return {"weight": 1 / math.sqrt(layer.in_features), "bias": 0}

@@ -8,14 +8,21 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.SiLU(), nn.Linear(hidden, outputs))
 
 
-class ZeroConv1d(nn.Conv1d):
-    """A convolution that starts at zero, so that the residual branch it ends starts as nothing."""
+class StartsAtZero(nn.Module):
+    """What ends a residual branch, so that the branch starts as nothing."""
 
     def reset_parameters(self) -> None:
-        """Sets weight and bias to zero."""
-        nn.init.zeros_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        """Sets every parameter to zero."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
+class ZeroConv1d(StartsAtZero, nn.Conv1d):
+    """A convolution that starts at zero."""
+
+
+class ZeroLinear(StartsAtZero, nn.Linear):
+    """A linear layer that starts at zero."""
 
 
 def check_heads(field: str, width: int, heads: int) -> None:

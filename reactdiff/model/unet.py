@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reactdiff.model.layers import ZeroConv1d
+from reactdiff.model.layers import ZeroConv1d, ZeroLinear
 
 GROUPS = 32
 DOWN_BLOCKS = 2
@@ -124,13 +124,14 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm = nn.GroupNorm(GROUPS, channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.out = ZeroConv1d(channels, channels, 1)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = ZeroLinear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, length) -> (batch, channels, length)."""
-        q, k, v = self.qkv(self.norm(x)).transpose(1, 2)[:, None].chunk(3, dim=-1)
-        return x + self.out(F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2))
+        # Features last, as fused attention wants them; a linear layer there is a 1x1 convolution.
+        q, k, v = self.qkv(self.norm(x).transpose(1, 2))[:, None].chunk(3, dim=-1)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v)[:, 0]).transpose(1, 2)
 
 
 class Halve(nn.Module):
