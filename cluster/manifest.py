@@ -81,7 +81,7 @@ class Split(_Part):
         subjects: JSON {"a": [...], "b": [...]} of who is seen in each clip, in the order of clips, where it is known.
     """
 
-    shards: Shards
+    shards: Shards = Shards()
     appropriateness: File | None = None
     subjects: File | None = None
 

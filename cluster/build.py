@@ -1,0 +1,185 @@
+"""One shard of a dataset, built from a tree of clips or found built: the task that `prepare` runs many times."""
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from crc32c import crc32c
+
+from cluster.shards import ShardInfo, encode_npy, members, read_index, write_shard
+from cluster.storage import NotFound, content_hash, open_store
+from reactdiff.clip import PERSONS, TARGETS
+from reactdiff.data.files import ClipError
+from reactdiff.data.sample import Clip, StreamSpec
+
+VERSION = 1
+"""Of what is written for the same clips."""
+
+
+class Pair(Protocol):
+    """One clip of a tree that has not been read yet."""
+
+    @property
+    def key(self) -> str:
+        """The clip's key."""
+
+
+class Tree(Protocol):
+    """Where clips come from, for example `reactdiff.data.react2024.Tree`; it pickles."""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+
+    @property
+    def streams(self) -> tuple[StreamSpec, ...]:
+        """The input streams of every person."""
+
+    @property
+    def frames(self) -> int:
+        """Frames of every clip."""
+
+    def pairs(self, split: str) -> Sequence[Any]:
+        """The clips of a split (`Pair`), in order."""
+
+    def read(self, pair: Any) -> Clip:
+        """One clip, or a `ClipError`."""
+
+    def appropriateness(self, split: str) -> np.ndarray | None:
+        """The (2n, 2n) bool matrix of a split."""
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the data comes from."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What all shards of one preparation share: the tree, the dataset's URL, and whether a refused clip ends it all."""
+
+    tree: Tree
+    url: str
+    strict: bool
+
+    @property
+    def arrays(self) -> list[str]:
+        """Names of each person's arrays."""
+        return [*(stream.name for stream in self.tree.streams), *TARGETS]
+
+    def content(self, pairs: Sequence[Pair]) -> str:
+        """What names the content of a shard of these clips."""
+        streams = [asdict(stream) for stream in self.tree.streams]
+        return content_hash(json.dumps([VERSION, self.strict, self.tree.frames, streams, [pair.key for pair in pairs]]).encode())
+
+
+@dataclass(frozen=True)
+class Built:
+    """The record of a finished shard.
+
+    Attributes:
+        info: what the manifest keeps.
+        refused: key and reason of each clip that was left out.
+        subjects: who is seen in each clip, person -> names or None, in the order of clips.
+    """
+
+    info: ShardInfo
+    refused: list[tuple[str, str]]
+    subjects: dict[str, list[str | None]]
+
+    def encode(self) -> bytes:
+        """The record as JSON."""
+        return json.dumps(asdict(self)).encode()
+
+    @staticmethod
+    def decode(data: bytes) -> "Built":
+        """The record that `encode` wrote."""
+        record = json.loads(data)
+        return Built(ShardInfo(**record["info"]), [tuple(entry) for entry in record["refused"]], record["subjects"])
+
+
+def build(source: Source, name: str, pairs: Sequence[Pair]) -> Built:
+    """Build a shard of all usable clips, unless its record says that this is done. The record is written last.
+
+    Nothing is written of a shard without clips, or of one with a refused clip where `strict`.
+
+    Raises:
+        ValueError: if the shard there was made of other data.
+        StorageError: if it cannot be written.
+    """
+    store, record = open_store(source.url), f"{name}.done.json"
+    try:
+        found = Built.decode(store.read(record))
+    except NotFound:
+        pass
+    else:
+        compare(source, name, found.info, pairs)
+        return found
+    refused: list[tuple[str, str]] = []
+    subjects: dict[str, list[str | None]] = {person: [] for person in PERSONS}
+    with tempfile.TemporaryDirectory(prefix="shard-") as folder:
+        path = Path(folder) / "shard.tar"
+        built = Built(write_shard(path, _usable(source.tree, pairs, refused, subjects), source.arrays), refused, subjects)
+        if not built.info.clips or (refused and source.strict):
+            return built
+        store.put_file(f"{name}.tar", path)
+        store.put_file(f"{name}.index.npy", path.with_suffix(".index.npy"))
+    store.put(record, built.encode())
+    return built
+
+
+def compare(source: Source, name: str, info: ShardInfo, pairs: Sequence[Pair]) -> None:
+    """Read the first clip of a shard from the tree again: a shard is never rewritten, so its clips must still be these.
+
+    Raises:
+        ValueError: if the clip differs, naming it, or if the shard is not whole.
+    """
+    store = open_store(source.url)
+    if (size := store.size(f"{name}.tar")) != info.bytes:
+        raise ValueError(f"{source.url}/{name}.tar has {size} bytes, but was written with {info.bytes}; restore it from a copy")
+    row = read_index(store, name, info.index)[0]
+    pair = next(pair for pair in pairs if pair.key.encode() == bytes(row["key"]))
+    clip = checked(source.tree, pair)
+    for member, crc in zip(members(source.arrays)[:-1], row["crc"], strict=False):  # the JSON may change: rows of a CSV move
+        person, array, _ = member.split(".")
+        if crc32c(encode_npy(clip.people[person][array])) != crc:
+            raise ValueError(
+                f"{source.url}/{name}.tar was prepared from other data: clip {clip.key}, member {member} differs from the tree's. "
+                "Shards are never rewritten: prepare to another URL, or delete this dataset first"
+            )
+
+
+def checked(tree: Tree, pair: Pair) -> Clip:
+    """A clip that has every array in the dataset's shape and dtype, and finite numbers only.
+
+    Raises:
+        ClipError: naming the clip, the array and the rule.
+    """
+    clip = tree.read(pair)
+    shapes: dict[str, tuple[np.dtype, tuple[int, int]]] = {s.name: (np.dtype(np.float16), (tree.frames, s.width)) for s in tree.streams}
+    shapes |= {name: (np.dtype(np.float32), (tree.frames, width)) for name, width in TARGETS.items()}
+    for person in PERSONS:
+        for name, (dtype, shape) in shapes.items():
+            array, where = clip.people[person].get(name), f"{person}.{name}"
+            if array is None or array.shape != shape or array.dtype != dtype:
+                found = "missing" if array is None else f"{array.dtype} {array.shape}"
+                raise ClipError(clip.key, where, f"it is {found}, but in this dataset it is {dtype} {shape}")
+            if not np.isfinite(array).all():
+                row, column = np.argwhere(~np.isfinite(array))[0]
+                raise ClipError(clip.key, where, f"row {row}, column {column} is {array[row, column]}; all numbers must be finite")
+    return clip
+
+
+def _usable(tree: Tree, pairs: Sequence[Pair], refused: list[tuple[str, str]], subjects: dict[str, list[str | None]]) -> Iterator[Clip]:
+    """The clips that can be used, one at a time; the others are noted in `refused`."""
+    for pair in pairs:
+        try:
+            clip = checked(tree, pair)
+        except ClipError as error:
+            refused.append((pair.key, str(error)))
+        else:
+            for person in PERSONS:
+                subjects[person].append(clip.meta.get("subjects", {}).get(person))
+            yield clip

@@ -1,0 +1,276 @@
+"""From a tree of clips to a dataset: shards as Ray tasks, the manifest last. The same command again goes on, or adds new clips.
+
+Published shards are never rewritten. A clip that is in the dataset already is not read again, but for the first one of each
+shard, which must still be the same; clips that are new in the tree, or were refused before, become new shards behind the old.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ray.exceptions import RayTaskError
+
+from cluster.build import Built, Pair, Source, Tree, build, compare
+from cluster.config import Workers
+from cluster.manifest import CURRENT, File, Manifest, Split, Stream, current, load_manifest, publish, read_part
+from cluster.shards import encode_npy, members, read_index, shard_name
+from cluster.storage import AlreadyExists, Stale, Store, content_hash
+from cluster.tasks import each
+from reactdiff.clip import PERSONS, TARGETS
+
+TRAIN = "train"
+"""The one split that is not for evaluation and needs no appropriateness matrix."""
+
+Progress = Callable[[int, int], None]
+Keys = dict[str, list[list[str]]]
+"""split -> for each shard, the keys of its clips."""
+
+
+class Refused(ValueError):
+    """Clips that cannot be used, where every clip should be.
+
+    Attributes:
+        clips: split, key and reason of each.
+    """
+
+    def __init__(self, clips: list[tuple[str, str, str]]):
+        super().__init__(clips)
+        self.clips = clips
+
+    def __str__(self) -> str:
+        split, _, reason = self.clips[0]
+        return (
+            f"{len(self.clips)} clips cannot be used, the first in split {split}: {reason}; repair them, or leave them out without --strict"
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a preparation came to: the dataset's state, clips added to each split, and (split, key, reason) of those left out."""
+
+    manifest: Manifest
+    added: dict[str, int]
+    refused: list[tuple[str, str, str]]
+
+
+def prepare(tree: Tree, store: Store, *, clips_per_shard: int, strict: bool, progress: Progress) -> Prepared:
+    """Make or grow the dataset in `store` so that it holds every usable clip of the tree.
+
+    Args:
+        tree: where clips come from.
+        store: where the dataset is, or will be.
+        clips_per_shard: of new shards; the last of a split is shorter.
+        strict: refuse everything if any clip is refused.
+        progress: called with (clips done, clips to do).
+
+    Raises:
+        Refused: if a clip is, and `strict`; nothing is published then.
+        ValueError: if the dataset there is of another shape or of other clips, if no clip can be used, or if leaving clips
+            out leaves a row of an appropriateness matrix without a 1.
+        StorageError: if the store fails.
+    """
+    store.prove()
+    work = _Preparation(Source(tree, store.url, strict), store, *_before(store))
+    work.assert_grows()
+    matrices = {split: tree.appropriateness(split) for split in tree.splits if split != TRAIN}
+    work.compare()
+    plans = work.plan(clips_per_shard)
+    results = work.build(plans, progress)
+    refused = [(plan.split, *entry) for plan, result in results for entry in result.refused]
+    if refused and strict:
+        raise Refused(refused)
+    splits = {split: work.split(split, results, matrices.get(split)) for split in tree.splits}
+    if not any(len(split.shards) for split in splits.values()):
+        raise ValueError(f"no clip of the tree can be used; {refused[0][2] if refused else 'it has none'}")
+    added = {split: sum(part.shards.clips) - len(work.order(split)) for split, part in splits.items()}
+    return Prepared(work.publish(splits), added, refused)
+
+
+def _before(store: Store) -> tuple[Manifest | None, str, Keys]:
+    """The dataset as it is: its state, the etag that replaces it, and its clips."""
+    if not store.exists(CURRENT):
+        return None, "", {}
+    manifest, etag = current(store)
+    keys = {}
+    for split, part in manifest.splits.items():
+        indices = [read_index(store, manifest.shard(split, i), part.shards.info(i).index) for i in range(len(part.shards))]
+        keys[split] = [[bytes(key).decode() for key in index["key"]] for index in indices]
+    return manifest, etag, keys
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A shard to be built."""
+
+    split: str
+    number: int
+    pairs: list[Pair]
+
+
+Results = list[tuple[_Plan, Built]]
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """One preparation: the tree, the store, and the dataset as it was before."""
+
+    source: Source
+    store: Store
+    old: Manifest | None
+    etag: str
+    keys: Keys
+
+    @property
+    def tree(self) -> Tree:
+        return self.source.tree
+
+    def order(self, split: str) -> list[str]:
+        """The keys of a split's clips before, in their order."""
+        return [key for shard in self.keys.get(split, []) for key in shard]
+
+    def before(self, split: str) -> Split:
+        """A split's state before."""
+        return self.old.splits.get(split, Split()) if self.old else Split()
+
+    def assert_grows(self) -> None:
+        """A dataset only grows: same shape, and no clip missing."""
+        if self.old is None:
+            return
+        for what, old, new in (("frames", self.old.frames, self.tree.frames), ("streams", self.old.stream_specs, tuple(self.tree.streams))):
+            if old != new:
+                raise ValueError(f"the dataset at {self.store.url} has {what} {old}, but the tree has {new}: prepare it to another URL")
+        for split in self.old.splits:
+            names = {pair.key for pair in self.tree.pairs(split)} if split in self.tree.splits else set()
+            if gone := [key for key in self.order(split) if key not in names]:
+                raise ValueError(
+                    f"split {split} of the dataset at {self.store.url} has {len(gone)} clips that the tree lacks, for example {gone[0]}: "
+                    "a dataset only grows; prepare this tree to another URL"
+                )
+
+    def compare(self) -> None:
+        """The first clip of every shard must still be what the tree has."""
+        calls = []
+        for split, shards in self.keys.items():
+            pairs = {pair.key: pair for pair in self.tree.pairs(split)}
+            part = self.before(split).shards
+            calls += [(shard_name(split, part.number[i]), part.info(i), [pairs[keys[0]]]) for i, keys in enumerate(shards)]
+        _run(compare, calls, self.source, lambda number: None)
+
+    def plan(self, clips_per_shard: int) -> list[_Plan]:
+        """New clips cut into shards, each with a number that this content has claimed: no two preparations write to one shard."""
+        plans = []
+        for split in self.tree.splits:
+            held, number = set(self.order(split)), max(self.before(split).shards.number, default=-1) + 1
+            new = [pair for pair in self.tree.pairs(split) if pair.key not in held]
+            for start in range(0, len(new), clips_per_shard):
+                pairs = new[start : start + clips_per_shard]
+                while not _claim(self.store, shard_name(split, number), self.source.content(pairs)):
+                    number += 1
+                plans.append(_Plan(split, number, pairs))
+                number += 1
+        return plans
+
+    def build(self, plans: list[_Plan], progress: Progress) -> Results:
+        """Build every planned shard."""
+        total, done = sum(len(plan.pairs) for plan in plans), 0
+
+        def count(number: int) -> None:
+            nonlocal done
+            done += len(plans[number].pairs)
+            progress(done, total)
+
+        calls = [(shard_name(plan.split, plan.number), plan.pairs) for plan in plans]
+        return list(zip(plans, _run(build, calls, self.source, count), strict=True))
+
+    def split(self, split: str, results: Results, matrix: np.ndarray | None) -> Split:
+        """A split's new state: the old clips in their order, then the new ones."""
+        old, new = self.before(split), [(plan, result) for plan, result in results if plan.split == split]
+        order = self.order(split)
+        for plan, result in new:
+            left_out = {key for key, _ in result.refused}
+            order += [pair.key for pair in plan.pairs if pair.key not in left_out]
+        return Split(
+            shards=old.shards.plus({plan.number: result.info for plan, result in new if result.info.clips}),
+            appropriateness=None if matrix is None else self._put(split, "appropriateness", encode_npy(self._cut(split, matrix, order))),
+            subjects=self._subjects(split, [result for _, result in new]),
+        )
+
+    def publish(self, splits: dict[str, Split]) -> Manifest:
+        """The state that is current in the end: the old one, if nothing but its origin would change."""
+        streams, old = self.tree.streams, self.old
+        manifest = Manifest(
+            origin=old.identity if old else "",
+            kind="clips",
+            frames=self.tree.frames,
+            streams=[Stream(name=stream.name, kind=stream.kind, width=stream.width) for stream in streams],
+            targets=TARGETS,
+            members=list(members(self.source.arrays)),
+            splits=splits,
+            provenance=self.tree.provenance(),
+        )
+        if old and manifest.model_copy(update={"origin": old.origin}).encode() == old.encode():
+            return old
+        try:
+            publish(self.store, manifest, self.etag)
+        except (AlreadyExists, Stale):
+            if load_manifest(self.store).hash != manifest.hash:  # not merely the same preparation at the same moment
+                raise
+        return manifest
+
+    def _cut(self, split: str, matrix: np.ndarray, order: list[str]) -> np.ndarray:
+        """The rows and columns of these clips, plain then mirrored."""
+        place = {pair.key: row for row, pair in enumerate(self.tree.pairs(split))}
+        plain = np.array([place[key] for key in order], dtype=np.int64)
+        taken = np.concatenate([plain, plain + len(place)])
+        cut = matrix[np.ix_(taken, taken)]
+        if (empty := np.flatnonzero(~cut.any(axis=1))).size:
+            rows = ", ".join(f"{order[row % len(order)]} ({'plain' if row < len(order) else 'mirrored'})" for row in empty[:10])
+            raise ValueError(
+                f"split {split}: without the refused clips {empty.size} rows of its appropriateness matrix have no 1 left: {rows}. "
+                f"Repair the refused clips, or remove these from {split}.csv, too"
+            )
+        return cut
+
+    def _subjects(self, split: str, new: list[Built]) -> File | None:
+        """Who is seen in each clip; None where the tree does not tell for all."""
+        file = self.before(split).subjects
+        if self.order(split) and file is None:
+            return None
+        names = json.loads(read_part(self.store, file)) if file else {person: [] for person in PERSONS}
+        for result in new:
+            for person in PERSONS:
+                names[person] += result.subjects[person]
+        if any(name is None for person in PERSONS for name in names[person]):
+            return None
+        return self._put(split, "subjects", json.dumps(names, sort_keys=True).encode())
+
+    def _put(self, split: str, name: str, data: bytes) -> File:
+        digest = content_hash(data)
+        part = File(file=f"{split}/{name}-{digest}.{'json' if name == 'subjects' else 'npy'}", hash=digest)
+        self.store.put(part.file, data)
+        return part
+
+
+def _claim(store: Store, name: str, content: str) -> bool:
+    """Whether this shard is for this content, from now on or since an earlier attempt."""
+    key, claim = f"{name}.plan.json", json.dumps({"content": content}).encode()
+    try:
+        store.create(key, claim)
+    except AlreadyExists:
+        return store.read(key) == claim
+    return True
+
+
+def _run(function: Callable[..., Any], calls: list[tuple[Any, ...]], source: Source, done: Callable[[int], None]) -> list[Any]:
+    """The results of all calls, in order; the error of a task as the task raised it."""
+    results: list[Any] = [None] * len(calls)
+    if calls:
+        try:
+            for number, result in each(function, calls, Workers(), shared=source):
+                results[number] = result
+                done(number)
+        except RayTaskError as error:
+            raise error.cause from error
+    return results
