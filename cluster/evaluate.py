@@ -8,11 +8,12 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from cluster.config import Experiment
 from cluster.experiment import digest
@@ -30,6 +31,8 @@ from reactdiff.generate import react
 from reactdiff.metrics import baselines
 from reactdiff.metrics.official import Scores, merge, score_part
 from reactdiff.metrics.part import Part
+from reactdiff.model.autoencoder import Autoencoder
+from reactdiff.model.latent_diffusion import LatentDiffusion
 from reactdiff.stage import LATENT
 
 VERSION = 1
@@ -145,6 +148,19 @@ class _Sight:
         chosen = np.concatenate((np.arange(n), there + np.arange(n)))
         self.matrix = matrix[np.ix_(chosen, chosen)].astype(bool)
 
+    @cached_property
+    def trained(self) -> tuple[Autoencoder, LatentDiffusion]:
+        store = open_store(self.what.run)
+        return self._ready(load_export(store, self.what.coder.export), load_export(store, self.what.diffusion))
+
+    @cached_property
+    def untrained(self) -> tuple[Autoencoder, LatentDiffusion]:
+        return self._ready(self.what.coder.export.build(), self.what.diffusion.build())
+
+    def _ready(self, *modules: nn.Module) -> Any:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return tuple(module.eval().to(device) for module in modules)
+
     def split(self, item: int) -> tuple[int, int]:
         """(clip, direction) of an item."""
         return item % self.what.clips, item // self.what.clips
@@ -179,27 +195,25 @@ class _Sight:
         return self.latents.read(clip, [source]).arrays[source]
 
 
-@lru_cache(maxsize=1)
+_seen: dict[str, _Sight] = {}
+"""What this process looked at last: a worker process does many parts of one evaluation."""
+
+
 def _sight(what: Evaluation) -> _Sight:
-    return _Sight(what)
+    if what.id not in _seen:
+        _seen.clear()
+        _seen[what.id] = _Sight(what)
+    return _seen[what.id]
 
 
 def _predict(sight: _Sight, row: str, items: range) -> np.ndarray:
     """Predictions of a row, (items, K, frames, 25)."""
     what = sight.what
     if row in (MODEL, WRONG, UNTRAINED):
-        models = _models(what, trained=row != UNTRAINED)
+        models = sight.untrained if row == UNTRAINED else sight.trained
         speakers = np.stack([sight.speaker_latent(sight.stranger(item) if row == WRONG else item) for item in items])
         return react(*models, speakers, [sight.key(item) for item in items], what.predictions, what.experiment.seed)["attributes"]
-    return np.stack([_baseline(sight, row, item) for item in items])
-
-
-@lru_cache(maxsize=2)
-def _models(what: Evaluation, trained: bool) -> tuple[Any, Any]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    store = open_store(what.run)
-    pair = (load_export(store, e) if trained else e.build() for e in (what.coder.export, what.diffusion))
-    return tuple(module.eval().to(device) for module in pair)
+    return _baseline(sight, row, items)
 
 
 def _baseline(sight: _Sight, row: str, items: range) -> np.ndarray:

@@ -31,10 +31,9 @@ from cluster.launch import launch
 from cluster.lives import State
 from cluster.manifest import Manifest, load_manifest
 from cluster.meter import Snapshot, Totals
-from cluster.placement import connect
+from cluster.placement import assert_visible, connect
 from cluster.progress import Display
 from cluster.storage import NotFound, Store, open_store
-from cluster.tasks import assert_visible
 from cluster.telemetry import Exporter
 from cluster.worker import Job
 from reactdiff.metrics.official import Scores
@@ -42,6 +41,10 @@ from reactdiff.stage import Source
 
 STEPS = ("autoencoder", "latents", "diffusion", "evaluation")
 """What a run goes through, in order."""
+
+
+LAST_SCRAPE = 15.0
+"""Seconds a Prometheus that scrapes the run is given to take its last numbers."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ def execute(experiment: Experiment, config_name: str, steps: Sequence[str], disp
         lives.move(pinned.store, state, status="FAILED", why=str(error))
         raise
     finally:
+        exporter.drain(LAST_SCRAPE)
         exporter.close()
     done = list(steps) == list(STEPS)
     lives.move(pinned.store, state, status="DONE" if done else "STOPPED", why="" if done else f"only {', '.join(steps)} asked for")
@@ -225,7 +229,7 @@ class _Life:
         def take(snapshot: Snapshot) -> None:
             self.exporter.update(snapshot)
             gauges = self.exporter.tally.gauges().get(stage, {})
-            if "loss" in gauges:
+            if snapshot["rank"] == 0 and "loss" in gauges:
                 self.display.update(int(gauges["progress_items"]), gauges["loss"], *speed.now(self.exporter.tally.stages()[stage]))
 
         return take

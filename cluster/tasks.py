@@ -1,15 +1,12 @@
 """Many independent pieces of work over the connected cluster."""
 
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import Workers
 from cluster.placement import resources
-from cluster.storage import StorageError, Store, open_store
 
 
 def each(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], workers: Workers, shared: Any = None) -> Iterator[tuple[int, Any]]:
@@ -47,34 +44,3 @@ def each(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], workers
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
-
-
-def assert_visible(store: Store, key: str) -> None:
-    """Check that every node of the cluster sees what is written to a store.
-
-    Args:
-        store: a folder or bucket.
-        key: of the configuration, for the message.
-
-    Raises:
-        StorageError: if a node does not.
-    """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if not store.node_local or len(nodes) == 1:
-        return
-    probe = f"visible-{uuid.uuid4().hex}"
-    store.create(probe, b"")
-    try:
-        for node in nodes:
-            strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            if not ray.get(ray.remote(_sees).options(num_cpus=0, scheduling_strategy=strategy).remote(store.url, probe)):
-                raise StorageError(
-                    f"{key} is {store.url}, a folder that node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}) does not see: "
-                    f"set {key} to s3://bucket/prefix, or to a folder that all {len(nodes)} nodes mount"
-                )
-    finally:
-        store.delete(probe)
-
-
-def _sees(url: str, key: str) -> bool:
-    return open_store(url).exists(key)

@@ -1,0 +1,49 @@
+"""Train a run: autoencoder -> latents -> diffusion -> evaluation. Without --config it makes and runs the demo.
+
+The same command resumes: kill it at any time and type it again. A finished run says so and ends.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster import command
+from cluster.experiment import help_text, load
+from cluster.plan import plan
+from cluster.progress import Display
+from cluster.run import STEPS, execute, pin
+from reactdiff.metrics.report import table
+
+DEMO = Path(__file__).parent / "configs" / "demo.yaml"
+
+
+def main() -> int:
+    """Parse the command line and bring the run to its end."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="keys of an experiment, each settable in YAML or as KEY=VALUE:\n" + help_text(),
+    )
+    parser.add_argument("--config", type=Path, help="YAML file of the experiment; default: the demo, whose data are made first")
+    parser.add_argument("--stage", choices=("all", *STEPS), default="all", help="one stage only; default: all, in this order")
+    parser.add_argument("--dry-run", action="store_true", help="check configuration and data, print what would run, start nothing")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change one key, for example optim.lr=1e-4")
+    arguments = parser.parse_args()
+    config = arguments.config or DEMO
+    experiment = command.anchored(load(config, arguments.overrides))
+    if arguments.dry_run:
+        Console().print(plan(experiment, pin(experiment, config.stem)))
+        return 0
+    with Display() as display:
+        if arguments.config is None:
+            make_demo(experiment.data.url, display)
+        scores = execute(experiment, config.stem, STEPS if arguments.stage == "all" else (arguments.stage,), display)
+    if scores:
+        Console().print(table(scores))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))
