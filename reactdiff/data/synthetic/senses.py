@@ -44,12 +44,16 @@ def voice_of(face: Face, pitch: float, rng: np.random.Generator) -> np.ndarray:
     with a peak of `r / (1 - r^2)`, here scaled to 1. They swell with four syllables a second while the person talks, louder,
     brighter and higher under stress, over breath and hiss.
     """
-    count = len(face.activations) * SAMPLE_RATE // FRAME_RATE
-    seconds = np.arange(count) / SAMPLE_RATE
-    frame = seconds * FRAME_RATE
-    talk, stress = (np.interp(frame, np.arange(len(face.pose)), face.activations[:, INDEX[name]]) for name in ("talk", "stress"))
-    syllable = 0.55 + 0.45 * np.sin(2 * np.pi * (4 * seconds + rng.random()))
-    phase = 2 * np.pi * np.cumsum(pitch * (1 + 0.05 * np.sin(2 * np.pi * (0.7 * seconds + rng.random())) + 0.3 * stress)) / SAMPLE_RATE
+    count = len(face.pose) * SAMPLE_RATE // FRAME_RATE
+    seconds = np.arange(count, dtype=np.float32) / SAMPLE_RATE
+    frames = np.arange(len(face.pose))
+    talk, stress = (
+        np.interp(seconds * FRAME_RATE, frames, face.activations[:, INDEX[name]]).astype(np.float32) for name in ("talk", "stress")
+    )
+    syllable = 0.55 + 0.45 * np.sin(2 * np.pi * (4 * seconds + rng.random(dtype=np.float32)))
+    tune = 1 + 0.05 * np.sin(2 * np.pi * (0.7 * seconds + rng.random(dtype=np.float32))) + 0.3 * stress
+    turns = np.cumsum(pitch / SAMPLE_RATE * tune, dtype=np.float64)
+    phase = (2 * np.pi * (turns % 1)).astype(np.float32)
     bright = 0.5 + 0.15 * syllable + 0.2 * stress.clip(0, 1)
     buzz = (1 - bright**2) * np.sin(phase) / (1 - 2 * bright * np.cos(phase) + bright**2)
     breath = rng.standard_normal(count, dtype=np.float32)
