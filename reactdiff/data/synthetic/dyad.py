@@ -125,7 +125,7 @@ def reactions(causes: np.ndarray, manner: Manner, rng: np.random.Generator) -> n
     strengths = REACTIONS[manner.style][causes[:, CHANNEL].astype(int)]
     strengths = strengths * (causes[:, STRENGTH] * manner.warmth)[:, None] * (chance[:, :1] >= MISSED)
     cause, channel = np.nonzero(strengths)
-    delays = np.maximum(manner.delay + 0.2 * (chance[:, 1] - 0.5), SHORTEST_DELAY)
+    delays = np.clip(manner.delay + 0.2 * (chance[:, 1] - 0.5), SHORTEST_DELAY, LONGEST_DELAY)
     onsets = causes[cause, ONSET] + delays[cause]
     lengths = causes[cause, LENGTH] * (0.9 + 0.4 * chance[cause, 2])
     return in_order(np.column_stack([onsets, lengths, channel, strengths[cause, channel] * (0.9 + 0.2 * chance[cause, 3])]))

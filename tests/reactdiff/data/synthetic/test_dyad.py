@@ -10,6 +10,7 @@ from reactdiff.data.synthetic.dyad import (
     COMMON,
     INDEX,
     LENGTH,
+    LONGEST_DELAY,
     ONSET,
     REACTIONS,
     SHORTEST_DELAY,
@@ -58,7 +59,7 @@ def test_no_reaction_comes_before_the_shortest_delay_and_none_after_the_longest(
         delay = Manner.draw(rng).delay
         answers = reactions(causes, Manner(style, delay, 1.0), rng)
         delays = answers[:, ONSET] % 3.0
-        assert SHORTEST_DELAY - 1e-9 <= delays.min() and delays.max() <= 1.6
+        assert SHORTEST_DELAY - 1e-9 <= delays.min() and delays.max() <= LONGEST_DELAY + 1e-9
 
 
 def test_an_eighth_of_the_events_is_let_pass():
@@ -110,7 +111,7 @@ def test_both_persons_react_to_each_other():
         for mine, others in (both, both[::-1]):
             silent = [row for row in mine if CHANNELS[int(row[CHANNEL])] in BACKCHANNELS]
             causes = others[others[:, CHANNEL] < len(TRIGGERS), ONSET]
-            answered = [row for row in silent if ((row[ONSET] - causes >= SHORTEST_DELAY) & (row[ONSET] - causes <= 1.6)).any()]
+            answered = [row for row in silent if ((row[ONSET] - causes >= SHORTEST_DELAY) & (row[ONSET] - causes <= LONGEST_DELAY)).any()]
             assert len(answered) > len(silent) / 2
 
 
