@@ -1,0 +1,116 @@
+"""What `ray up ray_config.yaml` would ask EC2 for: Ray's own checks, and a simulated EC2, without a network."""
+
+import copy
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import yaml
+from botocore.exceptions import ParamValidationError
+from jsonschema import ValidationError
+from moto import mock_aws
+from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+from ray.autoscaler._private.commands import _bootstrap_config
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.tags import NODE_KIND_HEAD, NODE_KIND_WORKER, TAG_RAY_NODE_KIND, TAG_RAY_NODE_NAME, TAG_RAY_USER_NODE_TYPE
+
+ROOT = Path(__file__).parents[2]
+Config = dict[str, Any]
+
+
+@pytest.fixture
+def config() -> Config:
+    return yaml.safe_load((ROOT / "ray_config.yaml").read_text())
+
+
+@pytest.fixture
+def ec2(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A simulated EC2 with the instance profiles and the security group that the configuration names; nothing else answers."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a test of the cloud configuration tried to reach a network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    for name, value in {"HOME": str(tmp_path), "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / ".ssh").mkdir()
+    with mock_aws():
+        region = config["provider"]["region"]
+        client, iam = boto3.client("ec2", region), boto3.client("iam", region)
+        vpc = client.describe_vpcs()["Vpcs"][0]["VpcId"]
+        group = client.create_security_group(GroupName="reactdiff", Description="all within", VpcId=vpc)["GroupId"]
+        for profile in ("reactdiff-head", "reactdiff-worker"):
+            iam.create_instance_profile(InstanceProfileName=profile)
+        image = client.describe_images()["Images"][0]["ImageId"]
+        for kind in config["available_node_types"].values():
+            kind["node_config"] |= {"SecurityGroupIds": [group], "ImageId": image}
+        yield client
+
+
+def started(config: Config, ec2: Any, kind: str) -> Config:
+    """The instance that EC2 describes after Ray has started one of this node type."""
+    ready = _bootstrap_config(prepare_config(copy.deepcopy(config)), no_config_cache=True)
+    role = NODE_KIND_HEAD if kind == config["head_node_type"] else NODE_KIND_WORKER
+    tags = {TAG_RAY_NODE_KIND: role, TAG_RAY_USER_NODE_TYPE: kind, TAG_RAY_NODE_NAME: f"ray-{kind}"}
+    AWSNodeProvider(ready["provider"], config["cluster_name"]).create_node(ready["available_node_types"][kind]["node_config"], tags, 1)
+    return ec2.describe_instances()["Reservations"][0]["Instances"][0]
+
+
+def test_ray_accepts_the_configuration(config: Config) -> None:
+    validate_config(prepare_config(config))
+
+
+def test_ray_refuses_a_misspelt_key(config: Config) -> None:
+    config["available_node_types"]["gpu_spot"]["max_worker"] = 8
+    with pytest.raises(ValidationError, match="max_worker"):
+        validate_config(prepare_config(config))
+
+
+def test_everything_that_is_mounted_lies_here(config: Config) -> None:
+    assert [source for source in config["file_mounts"].values() if not (ROOT / source).exists()] == []
+    assert {"constraints.txt", "pyproject.toml"} <= {path.name for path in (ROOT / config["file_mounts"]["~/reactdiff"]).iterdir()}
+
+
+def test_only_gpu_workers_train(config: Config) -> None:
+    kinds = config["available_node_types"]
+    assert kinds["head"]["resources"] == {"CPU": 0}
+    assert kinds["gpu_spot"]["resources"] == kinds["gpu_on_demand"]["resources"]
+    assert kinds["gpu_spot"]["resources"]["GPU"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "profile", "lifecycle"),
+    [("head", "reactdiff-head", None), ("gpu_spot", "reactdiff-worker", "spot"), ("gpu_on_demand", "reactdiff-worker", None)],
+)
+def test_ec2_starts_each_machine_with_its_role_its_market_and_our_tags(
+    config: Config, ec2: Any, kind: str, profile: str, lifecycle: str | None
+) -> None:
+    instance = started(config, ec2, kind)
+    assert instance["InstanceType"] == config["available_node_types"][kind]["node_config"]["InstanceType"]
+    assert instance["IamInstanceProfile"]["Arn"].endswith(f"/{profile}")
+    assert instance.get("InstanceLifecycle") == lifecycle
+    assert instance["MetadataOptions"]["HttpTokens"] == "required"
+    assert [group["GroupName"] for group in instance["SecurityGroups"]] == ["reactdiff"]
+    assert {"Key": "project", "Value": "reactdiff"} in instance["Tags"]
+    volume = ec2.describe_volumes()["Volumes"][0]
+    assert (volume["VolumeType"], volume["Size"]) == ("gp3", 200)
+    assert {"Key": "project", "Value": "reactdiff"} in volume["Tags"]
+
+
+@pytest.mark.slow
+def test_ec2_refuses_a_misspelt_key_of_a_machine(config: Config, ec2: Any) -> None:
+    config["available_node_types"]["gpu_spot"]["node_config"]["InstanceTyp"] = "g5.xlarge"
+    with pytest.raises(ParamValidationError, match="InstanceTyp"):
+        started(config, ec2, "gpu_spot")
+
+
+@pytest.mark.slow
+def test_the_offered_resources_are_those_of_the_machine(config: Config, ec2: Any) -> None:
+    kind = config["available_node_types"]["gpu_spot"]
+    machine = ec2.describe_instance_types(InstanceTypes=[kind["node_config"]["InstanceType"]])["InstanceTypes"][0]
+    gpu = machine["GpuInfo"]["Gpus"][0]
+    assert kind["resources"] == {"CPU": machine["VCpuInfo"]["DefaultVCpus"], "GPU": gpu["Count"], f"accelerator_type:{gpu['Name']}": 1}
