@@ -11,12 +11,20 @@ from rich.console import Console
 
 from cluster import command
 from cluster.experiment import help_text, load
+from cluster.manifest import CURRENT
+from cluster.placement import connect
 from cluster.plan import plan
+from cluster.prepare import prepare
 from cluster.progress import Display
 from cluster.run import STEPS, execute, pin
+from cluster.storage import open_store
+from reactdiff.data.react2024 import Tree
+from reactdiff.data.synthetic import Simulation, write_tree
 from reactdiff.metrics.report import table
 
 DEMO = Path(__file__).parent / "configs" / "demo.yaml"
+DYADS = Simulation(seed=0, frames=200, clips={"train": 200, "val": 12, "gate": 12, "test": 32})
+"""The demo's data."""
 
 
 def main() -> int:
@@ -43,6 +51,18 @@ def main() -> int:
     if scores:
         Console().print(table(scores))
     return 0
+
+
+def make_demo(url: str, display: Display) -> None:
+    """Simulate the demo's tree and pack it into shards at this URL, unless the dataset is there."""
+    store = open_store(url)
+    if store.exists(CURRENT):
+        return
+    tree = command.home() / "work" / "demo" / "tree"
+    display.say(f"the demo's dataset is not at {url} yet: simulating dyads in {tree}, then packing them into shards")
+    write_tree(DYADS, tree, display.counter("simulate", "clips"))
+    connect()
+    prepare(Tree(tree), store, clips_per_shard=16, strict=True, progress=display.counter("prepare", "clips"))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,3 +25,21 @@ def local_ray() -> "Iterator[Resources]":
 
     yield connect(cpus=4)
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small simulated dataset; not to be changed."""
+    from tests.tiny import make_shards
+
+    return make_shards(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small run that `jobs/train.py` brought to DONE; not to be changed. Its store is two folders up."""
+    from tests.tiny import job, settings
+
+    store = tmp_path_factory.mktemp("finished")
+    job("train", "--config", Path(__file__).parent.parent / "jobs/configs/demo.yaml", "run.name=tiny", *settings(shards, store))
+    return store / "runs" / "tiny"
