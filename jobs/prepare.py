@@ -17,30 +17,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from cluster import command
 from cluster.placement import connect
 from cluster.prepare import Prepared, Refused, prepare
-from cluster.storage import StorageError, open_store
+from cluster.storage import open_store
 from reactdiff.data.react2024 import Tree
 from reactdiff.data.synthetic import Simulation, write_tree
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line and do the verb; the exit code is 0 if and only if the data is there, whole."""
+    """Parse the command line and do the verb."""
     options = _parser().parse_args(arguments)
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
-    try:
-        if options.verb == "simulate":
-            _simulate(options, console)
-        else:
-            _react2024(options, console)
-    except Refused as error:
-        _list_refused(error.clips, console)
-        return _fail(error)
-    except (ValueError, StorageError, ConnectionError) as error:
-        return _fail(error)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    (_simulate if options.verb == "simulate" else _react2024)(options, console)
     return 0
 
 
@@ -73,24 +62,30 @@ def _parser() -> argparse.ArgumentParser:
 def _simulate(options: argparse.Namespace, console: Console) -> None:
     simulation = Simulation(seed=options.seed, frames=options.frames, clips=options.clips)
     with _progress("simulating clips", console) as progress:
-        write_tree(simulation, options.root, progress)
+        write_tree(simulation, command.absolute(options.root), progress)
     counts = ", ".join(f"{count} {split}" for split, count in simulation.clips.items())
     console.print(f"{options.root}: {counts} clips of {simulation.frames} frames, seed {simulation.seed}")
     console.print(f"next: python jobs/prepare.py react2024 {options.root} URL")
 
 
 def _react2024(options: argparse.Namespace, console: Console) -> None:
-    tree, store = Tree(options.root), open_store(options.url)
+    tree, store = Tree(command.absolute(options.root)), open_store(command.absolute(options.url))
+    console.print(f"{options.root}: clips of {tree.frames} frames, streams {', '.join(f'{s.name} {s.width}' for s in tree.streams)}")
     connect()
-    with _progress("preparing clips", console) as progress:
-        done = prepare(tree, store, clips_per_shard=options.clips_per_shard, strict=options.strict, progress=progress)
+    try:
+        with _progress("preparing clips", console) as progress:
+            done = prepare(tree, store, clips_per_shard=options.clips_per_shard, strict=options.strict, progress=progress)
+    except Refused as error:
+        _list_refused(error.clips, console)
+        raise
     if done.refused:
         _list_refused(done.refused, console)
     _summarise(done, store.url, console)
 
 
 def _summarise(done: Prepared, url: str, console: Console) -> None:
-    table = Table(title=f"dataset {url}, state {done.manifest.hash}", title_justify="left")
+    console.print(f"dataset {url}, state {done.manifest.hash}")
+    table = Table()
     for column in ("split", "clips", "added", "shards", "MB", "refused"):
         table.add_column(column, justify="left" if column == "split" else "right")
     for split, part in done.manifest.splits.items():
@@ -103,7 +98,8 @@ def _summarise(done: Prepared, url: str, console: Console) -> None:
 
 
 def _list_refused(clips: Sequence[tuple[str, str, str]], console: Console) -> None:
-    table = Table(title="clips that cannot be used", title_justify="left")
+    console.print("clips that cannot be used:")
+    table = Table()
     table.add_column("split")
     table.add_column("reason", overflow="fold")
     for split, _, reason in clips:
@@ -120,11 +116,6 @@ def _progress(what: str, console: Console) -> Iterator[Callable[[int, int], None
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _fail(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-
-
 def _clips(text: str) -> dict[str, int]:
     try:
         return {split: int(count) for split, count in (part.split("=") for part in text.split(","))}
@@ -139,4 +130,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.placement import Resources
 from cluster.storage import Store, open_store
 from infra.objectstore import ObjectStore
 
@@ -20,6 +21,12 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
         for name, value in server.environment.items():
             patch.setenv(name, value)
         yield server
+
+
+@pytest.fixture(scope="session")
+def local_ray(object_store: ObjectStore, local_ray: Resources) -> Resources:
+    """The local Ray of all tests, started after the S3 server: its workers inherit the variables that lead there."""
+    return local_ray
 
 
 @pytest.fixture

@@ -2,33 +2,19 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 
 from cluster.manifest import load_appropriateness, load_manifest, read_part
-from cluster.placement import connect
 from cluster.prepare import Prepared, Refused, prepare
 from cluster.reader import Reader
 from cluster.storage import Store, open_store
-from infra.objectstore import ObjectStore
 from reactdiff.data.react2024 import Tree
 from reactdiff.data.synthetic import Simulation, write_tree
 
 SIMULATION = Simulation(frames=50, clips={"train": 5, "val": 4}, sharing=2)
-
-
-@pytest.fixture(scope="module")
-def local_ray(object_store: ObjectStore) -> Iterator[None]:
-    """A small Ray on this machine, whose workers know the S3 server."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ADDRESS", "local")
-        connect(cpus=2)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
