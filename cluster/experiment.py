@@ -26,7 +26,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Experiment:
     """
     tree: dict[str, Any] = {}
     if path is not None:
-        _merge(tree, _read_yaml(Path(path)), str(path))
+        _merge(tree, read_yaml(path), str(path))
     for text in overrides:
         key, sign, value = text.partition("=")
         if not sign:
@@ -46,15 +46,20 @@ def build(tree: dict[str, Any], source: str) -> Experiment:
         raise ConfigError(f"{where}: {first['msg'].removeprefix('Value error, ')} (--help explains every key)") from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping that a configuration file holds.
+
+    Raises:
+        ConfigError: if there is no such file, or it holds anything else.
+    """
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration file {path}; the ones of this project are in jobs/configs/") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds a {type(tree).__name__}, but an experiment is a mapping of branches (model:, optim:, ...)")
+        raise ConfigError(f"{path} holds a {type(tree).__name__}, but a configuration is a mapping of branches (model:, optim:, ...)")
     return tree
 
 

@@ -95,7 +95,7 @@ def _assert_same(name: str, before: Experiment, now: Experiment) -> None:
                 raise ConfigError(f"{key}.{stage} is {end}, but run {name} was started with {ends(before)[key][stage]}; the end of a run may only grow")
 
 
-def execute(experiment: Experiment, config_name: str, steps: Sequence[str], display: Display) -> dict[str, Scores]:
+def execute(experiment: Experiment, config_name: str, steps: Sequence[str], display: Display, trial: str = "") -> dict[str, Scores]:
     """Bring a run to its end, from wherever it is.
 
     Args:
@@ -103,6 +103,7 @@ def execute(experiment: Experiment, config_name: str, steps: Sequence[str], disp
         config_name: stem of the configuration file, the first half of a default run name.
         steps: which of STEPS to do; what they need of earlier ones must exist.
         display: shows progress.
+        trial: of a sweep that this run is, for Prometheus.
 
     Returns:
         The scores of the evaluation by row, empty when it was not among the steps.
@@ -121,7 +122,7 @@ def execute(experiment: Experiment, config_name: str, steps: Sequence[str], disp
     state = State("RUNNING", life, pinned.manifest.identity, pinned.manifest.hash)
     lives.write_state(pinned.store, state)
     display.say(f"run {pinned.name}, life {life}, in {pinned.store.url}")
-    exporter = Exporter(pinned.name, life, host=experiment.telemetry.host, port=experiment.telemetry.port)
+    exporter = Exporter(pinned.name, life, trial, host=experiment.telemetry.host, port=experiment.telemetry.port)
     exporter.write_target(experiment.telemetry.targets)
     try:
         scores = _Life(experiment, pinned, life, state, exporter, display).go(steps)
@@ -217,7 +218,7 @@ class _Life:
             pass
         job = Job(self.experiment, stage, self.store.url, self.life, dataset, manifest.hash)
         self.display.stage(stage, end)
-        launch(job, self.watch(stage), self.exporter.restarts, f"{self.experiment.run.store}/ray")
+        launch(job, self.watch(stage), self.exporter.restarts, f"{self.store.url}/ray")
         export = write_export(self.store, self.experiment, stage, Source(manifest.stream_specs, manifest.frames), end)
         write_events(self.store, stage)
         self.display.say(f"stage {stage}: {end} items, weights {export.hash}")

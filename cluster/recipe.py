@@ -1,0 +1,78 @@
+"""Files that build on an experiment, of a sweep or of retraining: a few keys of their own, and which experiment they mean."""
+
+import difflib
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, PrivateAttr, ValidationError
+
+from cluster.config import Experiment
+from cluster.experiment import ConfigError, load, read_yaml
+from reactdiff.config import Branch
+from reactdiff.metrics.official import OFFICIAL, REPAIRED
+
+NAME = r"^[A-Za-z0-9._-]{1,60}$"
+
+
+class Recipe(Branch):
+    """What such files share."""
+
+    name: str = Field(pattern=NAME, description="Name of the sweep or model; names of runs begin with it.")
+    experiment: str | dict[str, Any] = Field({}, description="YAML file of the experiment, relative to this file, or the tree itself.")
+    overrides: dict[str, Any] = Field({}, description="Dotted keys of the experiment and their values, laid over it.")
+    _source: Path = PrivateAttr(Path())
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The recipe in a file.
+
+        Raises:
+            ConfigError: for an unreadable file, an unknown key (with the nearest name) or a value that breaks a rule.
+        """
+        tree = read_yaml(path)
+        for key in tree:
+            if key not in cls.model_fields:
+                raise ConfigError(f"{path}: there is no key {key}{nearest(key, cls.model_fields)}")
+        try:
+            recipe = cls.model_validate(tree)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            value = "" if first["type"] == "missing" else f" = {first['input']!r}"
+            raise ConfigError(f"{path}: {key}{value}: {first['msg'].removeprefix('Value error, ')}") from None
+        recipe._source = path
+        return recipe
+
+    def load(self, *layers: Sequence[str]) -> Experiment:
+        """The experiment: file or tree, then the overrides, then layers of `key=value`.
+
+        Raises:
+            ConfigError: as `cluster.experiment.load`.
+        """
+        tree = self.experiment if isinstance(self.experiment, dict) else {}
+        path = None if isinstance(self.experiment, dict) else self._source.parent / self.experiment
+        return load(path, [*assignments(tree), *assignments(self.overrides), *(text for layer in layers for text in layer)])
+
+
+def assignments(values: dict[str, Any]) -> list[str]:
+    """The `key=value` texts of dotted keys and plain (JSON) values."""
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def nearest(name: str, names: Collection[str]) -> str:
+    """The end of a sentence about an unknown name: the one that was probably meant, or all there are."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"
+
+
+def known_metric(name: str) -> str:
+    """The name itself, if it is a metric's.
+
+    Raises:
+        ValueError: if it is none, with the nearest one.
+    """
+    if name not in OFFICIAL + REPAIRED:
+        raise ValueError(f"there is no metric {name}{nearest(name, OFFICIAL + REPAIRED)}")
+    return name
