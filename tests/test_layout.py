@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MACHINERY = {"ray", "deepspeed", "boto3", "botocore", "prometheus_client", "webdataset", "optuna"}
+MACHINERY = {"ray", "deepspeed", "boto3", "botocore", "prometheus_client", "webdataset"}
 BELOW = {"reactdiff": {"cluster", "jobs", "infra"}, "cluster": {"jobs", "infra"}}
 WRITTEN = ["*.py", "*.md", "*.yaml", "*.yml", "*.toml", "*.json", "*.txt", "Makefile", ".ci/run"]
 OUTSIDE = re.compile(r"\.\./shared|(?<![\w.~}:/])/(?:home|root|Users|work)/\w")
