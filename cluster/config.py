@@ -1,6 +1,6 @@
 """The experiment: the machinery's branch of the tree, and the tree itself."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
@@ -73,6 +73,10 @@ class Experiment(Branch):
     workers: Workers = Workers()
     evaluation: Evaluation = Evaluation()
     telemetry: Telemetry = Telemetry()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels as plain values: pydantic's generic classes do not pickle."""
+        return Experiment.model_validate, (self.model_dump(mode="json"),)
 
     @model_validator(mode="after")
     def _supported(self) -> "Experiment":

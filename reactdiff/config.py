@@ -6,7 +6,7 @@ training goes on; may only grow). A default lives here once and nowhere else.
 
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 STAGES = ("autoencoder", "diffusion")
 Kind = Literal["identity", "placement", "end"]
@@ -53,11 +53,11 @@ class Model(Branch):
     latent: int = field(256, "Width of one latent frame.", unit="features", gt=0)
     heads: int = field(4, "Attention heads of every unit and decoder layer.", gt=0)
     intra_depth: int = field(2, "Rounds of intra-class attention over the facial streams.", ge=0)
-    inter_depth: int = field(2, "Rounds of inter-class attention from face to voice.", ge=0)
+    inter_depth: int = field(2, "Rounds of inter-class attention from face to voice.", gt=0)
     dropout: float = field(0.1, "Dropout of the decoder layers while training.", unit="probability", ge=0, lt=1)
     channels: int = field(256, "Channels of the UNet's first level; a multiple of 32.", gt=0, multiple_of=32)
-    multipliers: tuple[int, ...] = field((1, 2, 4, 8), "Channel multiplier of each UNet level.", min_length=1)
-    condition: int = field(1024, "Width of the projected speaker condition; a multiple of 32.", unit="features", gt=0, multiple_of=32)
+    multipliers: tuple[PositiveInt, ...] = field((1, 2, 4, 8), "Channel multiplier of each UNet level.", min_length=1)
+    condition: int = field(1024, "Width of the projected speaker condition; a multiple of 32, at least 64.", unit="features", ge=64, multiple_of=32)
 
 
 class Diffusion(Branch):

@@ -1,0 +1,34 @@
+"""Train one stage on gloo ranks without Ray, as the tests of the loop do."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster import history
+from cluster.config import Experiment
+from cluster.manifest import load_manifest
+from cluster.storage import open_store
+from cluster.worker import Job, Place, train
+from tests.cluster.ranks import on_ranks
+
+
+def train_on(ranks: int, experiment: Experiment, folder: Path | str, life: int = 1, stage: str = "autoencoder") -> list[dict[str, Any]]:
+    """Train a stage in this run folder to its end; returns the rows of its history."""
+    on_ranks(ranks, train_here, experiment, str(folder), life, stage)
+    return history.rows(open_store(str(folder)), stage)
+
+
+def train_here(rank: int, ranks: int, experiment: Experiment, folder: str, life: int, stage: str) -> dict[str, Any]:
+    """What one rank does."""
+    manifest = load_manifest(open_store(experiment.data.url)).hash
+    job = Job(experiment, stage, folder, life, experiment.data.url, manifest)
+    return train(job, Place(rank, ranks, torch.device("cpu")), lambda snapshot: None)
+
+
+def parts(folder: Path | str, stage: str = "autoencoder") -> list[str]:
+    """Content hashes of the parts of the newest checkpoint: equal if and only if weights, moments and averages are bitwise equal."""
+    from cluster import checkpoint
+
+    store = open_store(str(folder))
+    return [part.hash for part in checkpoint.read_manifest(store, checkpoint.listing(store, stage)[0]).parts]
