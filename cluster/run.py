@@ -23,7 +23,7 @@ from cluster import lives
 from cluster.config import Experiment
 from cluster.evaluate import evaluate
 from cluster.experiment import ConfigError, build, digest, ends, identity, placement, to_yaml
-from cluster.export import Export, read_export, write_export
+from cluster.export import read_export, write_export
 from cluster.history import write_events
 from cluster.encode import build_latents
 from cluster.latents import Coder
@@ -31,6 +31,7 @@ from cluster.launch import launch
 from cluster.lives import State
 from cluster.manifest import Manifest, load_manifest
 from cluster.meter import Snapshot, Totals
+from cluster.opened import OpenedRun
 from cluster.placement import assert_visible, connect
 from cluster.progress import Display
 from cluster.storage import NotFound, Store, open_store
@@ -166,6 +167,7 @@ class _Life:
     def __init__(self, experiment: Experiment, pinned: Pinned, life: int, state: State, exporter: Exporter, display: Display):
         self.experiment, self.store, self.clips, self.life = experiment, pinned.store, pinned.manifest, life
         self.state, self.exporter, self.display = state, exporter, display
+        self.opened = OpenedRun(experiment, pinned.store, pinned.manifest)
         self.scores: dict[str, Scores] = {}
 
     def go(self, steps: Sequence[str]) -> dict[str, Scores]:
@@ -185,23 +187,23 @@ class _Life:
         self.train("diffusion", coder.url, coder.manifest())
 
     def evaluation(self) -> None:
-        progress = self.display.counter("evaluation", "parts")
-        self.scores = evaluate(self.experiment, self.store.url, self.coder(), self.export("diffusion"), progress)
+        progress, coder = self.display.counter("evaluation", "parts"), self.coder()
+        self.assert_finished("diffusion")
+        self.scores = evaluate(self.experiment, self.store.url, coder, self.opened.diffusion(), progress)
 
     def coder(self) -> Coder:
         """The finished autoencoder over the run's dataset."""
-        experiment = self.experiment
-        export = self.export("autoencoder")
-        return Coder(export, self.store.url, experiment.data.url, self.clips.hash, experiment.run.store, experiment.data.split)
+        self.assert_finished("autoencoder")
+        return self.opened.coder()
 
-    def export(self, stage: str) -> Export:
-        try:
-            return read_export(self.store, stage, self.end(stage))
-        except NotFound:
+    def assert_finished(self, stage: str) -> None:
+        """Refuse to go on from a stage that has not reached its end."""
+        export = self.opened.export(stage)
+        if export.progress != self.end(stage):
             raise ConfigError(
-                f"run {self.store.url} has not finished stage {stage} (no export at progress {self.end(stage)}): run it without --stage, "
-                f"or with --stage {stage} first"
-            ) from None
+                f"run {self.store.url} has not finished stage {stage} (it ends at progress {self.end(stage)}, the newest export is of "
+                f"{export.progress}): run it without --stage, or with --stage {stage} first"
+            )
 
     def end(self, stage: str) -> int:
         """Progress at the end of a stage, in items."""

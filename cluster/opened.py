@@ -1,0 +1,100 @@
+"""A run that is there, opened for its results: configuration, dataset state, exports and models."""
+
+from dataclasses import dataclass
+
+import torch
+import yaml
+
+from cluster.command import absolute
+from cluster.config import Experiment
+from cluster.experiment import build
+from cluster.export import Export, load_export, newest_export
+from cluster.latents import Coder
+from cluster.lives import read_state
+from cluster.manifest import CURRENT, Manifest, load_manifest
+from cluster.storage import NotFound, Store, open_store
+from reactdiff.model.autoencoder import Autoencoder
+from reactdiff.model.latent_diffusion import LatentDiffusion
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run and what its stages have left so far.
+
+    Attributes:
+        experiment: its configuration.
+        store: its folder.
+        clips: the state of the dataset it is pinned to.
+    """
+
+    experiment: Experiment
+    store: Store
+    clips: Manifest
+
+    def export(self, stage: str) -> Export:
+        """The newest export of a stage.
+
+        Raises:
+            NotFound: if the run has not finished the stage.
+        """
+        return newest_export(self.store, stage)
+
+    def coder(self) -> Coder:
+        """The finished autoencoder over the run's dataset.
+
+        Raises:
+            NotFound: if it is not finished.
+        """
+        data = self.experiment.data
+        return Coder(self.export("autoencoder"), self.store.url, data.url, self.clips.hash, self.experiment.run.store, data.split)
+
+    def diffusion(self) -> Export:
+        """The finished diffusion, which draws latents of the autoencoder that `coder` decodes with.
+
+        Raises:
+            NotFound: if it is not finished.
+            ValueError: if it was trained on another autoencoder's latents.
+        """
+        coder, export = self.coder(), self.export("diffusion")
+        if open_store(coder.url).exists(CURRENT) and (latents := coder.manifest().hash) != export.dataset:
+            raise ValueError(
+                f"the diffusion of {self.store.url} (progress {export.progress}) was trained on latents {export.dataset}, but its newest "
+                f"autoencoder (progress {coder.export.progress}) made {latents}: train the two in a run of another name (run.name)"
+            )
+        return export
+
+    def models(self) -> tuple[Autoencoder, LatentDiffusion]:
+        """Both models with their averaged weights, in evaluation mode, on the GPU if there is one."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        autoencoder, diffusion = (load_export(self.store, export).to(device) for export in (self.coder().export, self.diffusion()))
+        assert isinstance(autoencoder, Autoencoder) and isinstance(diffusion, LatentDiffusion)
+        return autoencoder, diffusion
+
+
+def open_run(run: str, store: str) -> OpenedRun:
+    """Open a run that was started before.
+
+    Args:
+        run: its name, or its folder or URL, which ends in `runs/NAME` wherever the store is now.
+        store: folder or URL of the store that a mere name is looked up in.
+
+    Raises:
+        ValueError: if there is no such run, or its dataset is gone.
+    """
+    url = absolute(run if "/" in run else f"{store}/runs/{run}").rstrip("/")
+    home, runs, name = url.rpartition("/runs/")
+    if not runs or "/" in name:
+        raise ValueError(f"{run!r} is no run: give its name, or its folder or URL, which ends in runs/NAME")
+    folder = open_store(home).at(f"runs/{name}")
+    try:
+        tree = yaml.safe_load(folder.read("config.yaml"))
+    except NotFound:
+        raise ValueError(
+            f"there is no run at {url} (no config.yaml): correct its name or --store, or train it: "
+            f"python jobs/train.py --config FILE run.name={name} run.store={home}"
+        ) from None
+    experiment = build(tree, f"{url}/config.yaml")
+    experiment = experiment.model_copy(update={"run": experiment.run.model_copy(update={"name": name, "store": home})})
+    if (state := read_state(folder)) is None:
+        raise ValueError(f"run {url} ended before it began (no state.json): start it again with jobs/train.py")
+    return OpenedRun(experiment, folder, load_manifest(open_store(experiment.data.url), state.manifest))
