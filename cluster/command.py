@@ -1,5 +1,6 @@
-"""What every job shares: one sentence for an error, the exit code, and where relative folders lie."""
+"""What every job shares: one sentence for an error, the exit code, numbers on the command line, and where relative folders lie."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -23,6 +24,17 @@ def run(main: Callable[[], int]) -> int:
     except (ValueError, StorageError, StageFailed, Superseded, ConnectionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as argparse wants it.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least 1")
+    return int(text)
 
 
 def home() -> Path:

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     react.add_argument("root", metavar="ROOT", help="folder that holds train.csv, val.csv, ... (docs/data.md has the layout)")
     react.add_argument("url", metavar="URL", help="folder or s3://bucket/prefix of the dataset")
     react.add_argument("--strict", action="store_true", help="fail, and publish nothing, if any clip cannot be used")
-    react.add_argument("--clips-per-shard", type=_positive, default=64, metavar="N", help="clips of each new shard (default: 64)")
+    react.add_argument("--clips-per-shard", type=command.positive, default=64, metavar="N", help="clips of each new shard (default: 64)")
     return parser
 
 
@@ -121,12 +121,6 @@ def _clips(text: str) -> dict[str, int]:
         return {split: int(count) for split, count in (part.split("=") for part in text.split(","))}
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} should be like train=400,val=60,test=60") from None
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":
