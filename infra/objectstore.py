@@ -101,9 +101,12 @@ class ObjectStore:
         config.write_text(json.dumps({"identities": [user]}))
         ports = _free_ports([f"{part}.port{kind}" for part in ("s3", "master", "volume", "filer", "admin") for kind in ("", ".grpc")])
         self.endpoint, self._filer = (f"http://127.0.0.1:{ports[f'{part}.port']}" for part in ("s3", "filer"))
+        command = [_weed(), *_arguments(data, config, ports)]
+        # Without AWS_*: the server would take the keys it finds there for those of another user.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
         with open(log, "ab") as output:
             self._server = subprocess.Popen(
-                [_weed(), *_arguments(data, config, ports)], stdout=output, stderr=output, cwd=self.root, preexec_fn=_die_with(os.getpid())
+                command, stdout=output, stderr=output, cwd=self.root, env=environment, preexec_fn=_die_with(os.getpid())
             )
         self._wait(f"{self.endpoint}/healthz", log, seconds=30)
 
