@@ -27,6 +27,7 @@ def each(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], workers
     task = ray.remote(function).options(
         num_cpus=workers.cpus,
         num_gpus=1 if workers.gpu else 0,
+        scheduling_strategy="DEFAULT",  # anywhere: the driver of a sweep's trial sits in a placement group without room for tasks
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(workers.threads), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}},
     )
     box = ray.put(shared)
