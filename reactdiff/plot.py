@@ -1,0 +1,121 @@
+"""Pictures of reactions: what the speaker shows, what the real listener did, and what was generated."""
+
+import io
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from reactdiff.clip import ACTION_UNITS, ATTRIBUTES, AU, EXPRESSION, EXPRESSIONS, FRAME_RATE
+
+SHOWN = {
+    "valence": "valence",
+    "arousal": "arousal",
+    "AU4": "AU4\nfrown",
+    "AU6": "AU6\ncheeks",
+    "AU12": "AU12\nsmile",
+    "AU25": "AU25\nlips part",
+}
+"""The listener's curves, by attribute, and their labels."""
+
+# Okabe and Ito's eight colours, which colour-blind readers tell apart; the commonest expression is the quietest.
+COLOURS = ("#c8c8c8", "#e69f00", "#0072b2", "#f0e442", "#56b4e9", "#009e73", "#d55e00", "#cc79a7")
+REAL, GENERATED, INK, PALE = "#000000", "#5b7fa6", "#444444", "#999999"
+
+BESIDE_TITLE: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 2, "frameon": False, "fontsize": 9}
+
+
+def reactions_png(title: str, speaker: np.ndarray, listener: np.ndarray, reactions: np.ndarray) -> bytes:
+    """A PNG of K reactions over the real one, below the speaker's visible behaviour, on one clock in seconds.
+
+    Args:
+        title: above it.
+        speaker: attributes the reactions answer, (frames, 25).
+        listener: the real reaction, (frames, 25).
+        reactions: generated, (K, frames, 25).
+    """
+    count = len(reactions)
+    strips = 0.15 * (count + 1) + 0.1
+    heights = [0.3, 0.9, 1.9, *[0.62] * len(SHOWN), strips]
+    figure = Figure(figsize=(11, sum(heights) + 2.3), layout="constrained")
+    figure.suptitle(title, fontsize=13, x=0.01, ha="left")
+    panels = figure.subplots(len(heights), sharex=True, height_ratios=heights)
+    _strips(panels[0], speaker[None], ["expression"])
+    panels[0].set_title("Speaker", loc="left", fontsize=11, fontweight="bold")
+    panels[0].legend(handles=_affect(panels[1], speaker), **BESIDE_TITLE)
+    _action_units(panels[2], speaker)
+    for panel, name in zip(panels[3:], SHOWN, strict=False):
+        _curves(panel, name, listener, reactions)
+    panels[3].set_title(f"Listener: the real reaction and {count} generated", loc="left", fontsize=11, fontweight="bold")
+    panels[3].legend(**BESIDE_TITLE)
+    _strips(panels[-1], np.concatenate((listener[None], reactions)), ["real", *(str(k) for k in range(count))])
+    panels[-1].axhline(0.5, color="white", linewidth=2)
+    panels[-1].set_ylabel("expression", rotation=0, ha="right", va="center", fontsize=9)
+    panels[-1].set_xlabel("seconds")
+    panels[-1].set_xlim(0, speaker.shape[0] / FRAME_RATE)
+    patches = [Patch(color=colour, label=name) for colour, name in zip(COLOURS, EXPRESSIONS, strict=True)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=9)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130)
+    return picture.getvalue()
+
+
+def _strips(panel: Axes, faces: np.ndarray, labels: list[str]) -> None:
+    """A row for each face (rows, frames, 25): the colour of its likeliest expression, paler the less likely it is."""
+    probabilities = faces[..., EXPRESSION]
+    palette = np.array([to_rgb(colour) for colour in COLOURS])
+    strength = np.clip(probabilities.max(-1, keepdims=True), 0, 1)
+    image = 1 - strength * (1 - palette[probabilities.argmax(-1)])
+    panel.imshow(image, aspect="auto", interpolation="nearest", extent=(0, faces.shape[1] / FRAME_RATE, len(faces) - 0.5, -0.5))
+    panel.set_yticks(range(len(labels)), labels, fontsize=8 if len(labels) <= 12 else 5)
+    _quiet(panel)
+
+
+def _affect(panel: Axes, speaker: np.ndarray) -> list[Line2D]:
+    """Valence and arousal of the speaker; returns the two lines."""
+    columns = speaker[:, [ATTRIBUTES.index("valence"), ATTRIBUTES.index("arousal")]]
+    lines = panel.plot(_seconds(speaker), columns, linewidth=1.2, label=["valence", "arousal"])
+    for line, colour, style in zip(lines, (REAL, PALE), ("-", "--"), strict=True):
+        line.set(color=colour, linestyle=style)
+    panel.axhline(0, color=INK, linewidth=0.4)
+    panel.set_ylim(-1.08, 1.08)
+    panel.set_yticks((-1, 0, 1))
+    panel.set_ylabel("affect", rotation=0, ha="right", va="center", fontsize=9)
+    _quiet(panel)
+    return lines
+
+
+def _action_units(panel: Axes, speaker: np.ndarray) -> None:
+    """A row for each action unit of the speaker: white is off, dark is on."""
+    end = len(speaker) / FRAME_RATE
+    rows = len(ACTION_UNITS)
+    panel.imshow(speaker[:, AU].T, aspect="auto", interpolation="nearest", cmap="Greys", vmin=0, vmax=1, extent=(0, end, rows - 0.5, -0.5))
+    panel.set_yticks(range(rows), ACTION_UNITS, fontsize=7)
+    _quiet(panel)
+
+
+def _curves(panel: Axes, name: str, listener: np.ndarray, reactions: np.ndarray) -> None:
+    """One attribute of the real and of all generated reactions."""
+    column, seconds = ATTRIBUTES.index(name), _seconds(listener)
+    lines = panel.plot(seconds, reactions[:, :, column].T, color=GENERATED, linewidth=0.7, alpha=0.45)
+    lines[0].set_label("generated")
+    panel.plot(seconds, listener[:, column], color=REAL, linewidth=1.1, label="real")
+    low = -1 if name in ("valence", "arousal") else 0
+    panel.set_ylim(low - 0.08, 1.08)
+    panel.set_yticks((low, 1))
+    panel.set_ylabel(SHOWN[name], rotation=0, ha="right", va="center", fontsize=9)
+    _quiet(panel)
+
+
+def _seconds(attributes: np.ndarray) -> np.ndarray:
+    return np.arange(len(attributes)) / FRAME_RATE
+
+
+def _quiet(panel: Axes) -> None:
+    """Take away what does not carry data."""
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.tick_params(length=2, colors=INK)
