@@ -10,10 +10,11 @@ from cluster.config import Experiment
 from cluster.manifest import Manifest
 from cluster.run import Pinned, end_of
 from cluster.worker import micro_batches
-from reactdiff.clip import WINDOW, windows_of
+from reactdiff.clip import windows_of
 from reactdiff.config import STAGES
 from reactdiff.model.shapes import parameters_by_module
-from reactdiff.stage import LATENT, Source, stage
+from reactdiff.model.flops import training_flops
+from reactdiff.stage import Source, empty_batch, shapes, stage
 
 
 def memory_per_rank(parameters: int, zero: int, ranks: int, precision: str) -> dict[str, int]:
@@ -59,8 +60,9 @@ def _data(experiment: Experiment, pinned: Pinned) -> Table:
 
 def _stage(experiment: Experiment, manifest: Manifest, name: str) -> Table:
     source = Source(manifest.stream_specs, manifest.frames)
+    kind = stage(name, experiment.model, experiment.diffusion, source)
     with torch.device("meta"):
-        module = stage(name, experiment.model, experiment.diffusion, source).module()
+        module = kind.module()
     parameters = sum(p.numel() for p in module.parameters())
     optim, workers = experiment.optim, experiment.workers
     end, batch = end_of(experiment, name, manifest), optim.batch[name]
@@ -70,24 +72,16 @@ def _stage(experiment: Experiment, manifest: Manifest, name: str) -> Table:
     for part, count in parameters_by_module(module):
         table.add_row(f"parameters of {part}", f"{count:,}")
     table.add_row("parameters", f"{parameters:,}")
+    flops = training_flops(module, empty_batch(kind, experiment.model, source, 1, "meta"))
+    table.add_row("operations / item", f"{flops / 1e9:,.1f} GFLOP, forward and backward")
     epochs = f"{optim.epochs[name]:g} epochs x {2 * int(manifest.counts(experiment.data.split).sum()):,} items"
     table.add_row("steps", f"{epochs} / {batch} = {-(-end // batch):,}")
     table.add_row("items / rank and step", f"{batch} / {workers.count} ranks = {share}, in {parts} micro-batch{'es' if parts > 1 else ''}")
     for what, size in memory_per_rank(parameters, workers.zero, workers.count, optim.precision).items():
         table.add_row(f"{what} / rank (ZeRO-{workers.zero}, {optim.precision})", f"{size / 1e6:,.1f} MB")
-    for tensor, shape in _shapes(experiment, manifest, name).items():
+    for tensor, shape in shapes(kind, experiment.model, source).items():
         table.add_row(f"tensor {tensor}", f"{tuple((-(-share // parts), *shape))} = {4 * prod((-(-share // parts), *shape)) / 1e6:,.1f} MB in fp32")
     return table
-
-
-def _shapes(experiment: Experiment, manifest: Manifest, name: str) -> dict[str, tuple[int, ...]]:
-    """The tensors of one item."""
-    frames, latent = manifest.frames, experiment.model.latent
-    if name == "autoencoder":
-        widths = {spec.name: spec.width for spec in manifest.stream_specs} | manifest.targets
-        used = (*experiment.model.facial, *experiment.model.acoustic, *manifest.targets)
-        return {stream: (frames, widths[stream]) for stream in used} | {LATENT: (frames, latent)}
-    return {"speaker": (frames, latent), "listener": (frames, latent), "noise": (windows_of(frames), WINDOW, latent)}
 
 
 def _cluster(experiment: Experiment) -> Table:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from ray.exceptions import RayTaskError
-
 from cluster.build import Built, Pair, Source, Tree, build, compare
 from cluster.config import Workers
 from cluster.manifest import CURRENT, File, Manifest, Split, Stream, current, load_manifest, publish, read_part
@@ -267,10 +265,7 @@ def _run(function: Callable[..., Any], calls: list[tuple[Any, ...]], source: Sou
     """The results of all calls, in order; the error of a task as the task raised it."""
     results: list[Any] = [None] * len(calls)
     if calls:
-        try:
-            for number, result in each(function, calls, Workers(), shared=source):
-                results[number] = result
-                done(number)
-        except RayTaskError as error:
-            raise error.cause from error
+        for number, result in each(function, calls, Workers(), shared=source):
+            results[number] = result
+            done(number)
     return results

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
 from cluster.config import Workers
 from cluster.placement import resources
@@ -42,6 +43,8 @@ def each(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], workers
                 running[task.remote(box, *call)] = number
             done, _ = ray.wait(list(running), num_returns=1)
             yield running.pop(done[0]), ray.get(done[0])
+    except RayTaskError as error:
+        raise error.cause from error
     finally:
         for reference in running:
             ray.cancel(reference, force=True)

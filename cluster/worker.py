@@ -14,6 +14,7 @@ import torch.distributed as dist
 from cluster import checkpoint, lives
 from cluster.checkpoint import Checkpoint, DamagedCheckpoint, Writer
 from cluster.config import Experiment
+from cluster.device import peak_flops, peak_memory
 from cluster.engine import Engine, Settings
 from cluster.experiment import identity
 from cluster.history import History
@@ -27,7 +28,8 @@ from reactdiff.data.keyed import seed_of
 from reactdiff.data.order import Order
 from reactdiff.determinism import make_deterministic
 from reactdiff.learning_rate import learning_rate
-from reactdiff.stage import Source, build, stage
+from reactdiff.model.flops import training_flops
+from reactdiff.stage import Source, build, empty_batch, stage
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +110,11 @@ class _Training:
         self.order = Order(2 * self.reader.counts, experiment.seed, experiment.data.block, experiment.data.group, experiment.data.order)
         total, batch = int(optim.epochs[job.stage] * self.order.items), optim.batch[job.stage]
         self.share = Share(batch, total, place.ranks, place.rank)
-        kind = stage(job.stage, experiment.model, experiment.diffusion, Source(manifest.stream_specs, manifest.frames))
+        source = Source(manifest.stream_specs, manifest.frames)
+        kind = stage(job.stage, experiment.model, experiment.diffusion, source)
+        with torch.device("meta"):
+            self.flops = training_flops(kind.module(), empty_batch(kind, experiment.model, source, 1, "meta"))
+        meter.gauges["peak_flops"] = peak_flops(place.device, optim.precision)
         data = experiment.data
         self.stream = Stream(self.reader, kind, self.order, self.share, experiment.seed, data.read_ahead, data.readers)
         module = build(kind, experiment.seed)
@@ -232,7 +238,9 @@ class _Training:
                     self.writer.commit()
                 if due:
                     self.checkpoint(batch.step + 1, after)
-        self.meter.step_done(items=len(batch.positions), bytes=batch.bytes)
+        self.meter.gauges["peak_memory_bytes"] = peak_memory(self.place.device)
+        items = len(batch.positions)
+        self.meter.step_done(items=items, bytes=batch.bytes, flops=items * self.flops)
 
     def checkpoint_due(self, before: int, after: int) -> bool:
         """At every multiple of the cadence, at the end, and before a last step that is not a whole batch."""

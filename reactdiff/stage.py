@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import nn
 
 from reactdiff.clip import PERSONS, TARGETS, speaker_listener, windows_of
@@ -96,3 +97,16 @@ def build(stage: Stage, seed: int) -> nn.Module:
     module = stage.module()
     initialise(module, seed)
     return module
+
+
+def shapes(stage: Stage, model: Model, source: Source) -> dict[str, tuple[int, ...]]:
+    """The tensors of one item as its batch names them, without the leading axis of items."""
+    widths = {spec.name: spec.width for spec in source.streams} | TARGETS | {LATENT: model.latent}
+    read = {name: (source.frames, widths[stream]) for name, (_, stream) in stage.reads(0).items()}
+    return read | {name: array.shape for name, array in stage.draw(0, 0).items()}
+
+
+def empty_batch(stage: Stage, model: Model, source: Source, items: int, device: str) -> dict[str, torch.Tensor]:
+    """A batch of zeros of the right shapes and types, for counting and measuring."""
+    batch = {name: torch.zeros(items, *shape, device=device) for name, shape in shapes(stage, model, source).items()}
+    return {name: tensor.long() if name == "times" else tensor for name, tensor in batch.items()}

@@ -1,5 +1,6 @@
 """Train one stage on gloo ranks without Ray, as the tests of the loop do."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ def train_on(ranks: int, experiment: Experiment, folder: Path | str, life: int =
 
 
 def train_here(rank: int, ranks: int, experiment: Experiment, folder: str, life: int, stage: str) -> dict[str, Any]:
-    """What one rank does."""
+    """What one rank does; what it logs goes to `<folder>.log`, since its stderr is the fork server's."""
+    logging.getLogger("cluster").addHandler(logging.FileHandler(f"{folder}.log"))
     manifest = load_manifest(open_store(experiment.data.url)).hash
     job = Job(experiment, stage, folder, life, experiment.data.url, manifest)
     return train(job, Place(rank, ranks, torch.device("cpu")), lambda snapshot: None)

@@ -1,0 +1,114 @@
+"""How fast a rank trains, against the same module in a plain PyTorch loop on the same device."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from cluster.config import Experiment
+from cluster.device import peak_flops, peak_memory
+from cluster.engine import Engine, Settings
+from cluster.worker import micro_batches
+from reactdiff.determinism import make_deterministic
+from reactdiff.model.flops import training_flops
+from reactdiff.stage import Source, build, empty_batch, stage
+
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured of one stage.
+
+    Attributes:
+        items_per_second: through the ZeRO engine.
+        plain: the same in a plain PyTorch loop: torch.optim.AdamW, no averaged weights, the same kernels.
+        mfu: share of the device's peak, 0 where that is not known.
+        peak_memory: bytes.
+    """
+
+    items_per_second: float
+    plain: float
+    mfu: float
+    peak_memory: int
+
+
+def bench_training(experiment: Experiment, name: str, source: Source, steps: int) -> Speed:
+    """Train one stage on this process alone, on random data that is there already: compute, not input, is measured.
+
+    Args:
+        experiment: its configuration; `workers` counts as one rank.
+        name: the stage.
+        source: widths and frames.
+        steps: measured optimiser steps of each rival, in turns.
+    """
+    make_deterministic(experiment.workers.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    optim, parts = experiment.optim, micro_batches(experiment.optim.batch[name], 1, experiment.workers.micro_batch)
+    kind = stage(name, experiment.model, experiment.diffusion, source)
+    batch = {key: _random(tensor).to(device) for key, tensor in empty_batch(kind, experiment.model, source, optim.batch[name], "cpu").items()}
+    with torch.device("meta"):
+        flops = training_flops(kind.module(), empty_batch(kind, experiment.model, source, 1, "meta"))
+    settings = Settings(experiment.workers.zero, optim.precision, parts, optim.betas, optim.weight_decay, optim.clip, optim.ema[name])
+    ours = _timed(_engine_step(Engine(build(kind, experiment.seed), settings, device), batch, optim.batch[name], parts), steps, device)
+    memory = peak_memory(device)
+    plain = _timed(_plain_step(build(kind, experiment.seed).to(device), batch, experiment, parts), steps, device)
+    speed = optim.batch[name] / ours
+    peak = peak_flops(device, optim.precision)
+    return Speed(speed, optim.batch[name] / plain, speed * flops / peak if peak else 0.0, memory)
+
+
+def _engine_step(engine: Engine, batch: dict[str, torch.Tensor], items: int, parts: int) -> Callable[[], None]:
+    weighted = batch | {"weight": torch.ones(items, device=engine.device)}
+
+    def step() -> None:
+        for part in range(parts):
+            size = slice(part * items // parts, (part + 1) * items // parts)
+            engine.backward(engine.forward({key: tensor[size] for key, tensor in weighted.items()}, items))
+        engine.step(1e-4)
+
+    return step
+
+
+def _plain_step(module: torch.nn.Module, batch: dict[str, torch.Tensor], experiment: Experiment, parts: int) -> Callable[[], None]:
+    half = experiment.optim.precision == "bf16"
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=experiment.optim.weight_decay)
+    items = len(next(iter(batch.values())))
+
+    def step() -> None:
+        for part in range(parts):
+            size = slice(part * items // parts, (part + 1) * items // parts)
+            with torch.autocast(next(module.parameters()).device.type, torch.bfloat16, enabled=half):
+                loss = module({key: tensor[size] for key, tensor in batch.items()}).sum() / items
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _timed(step: Callable[[], None], steps: int, device: torch.device) -> float:
+    """Seconds of one step, the median."""
+    seconds = []
+    for _ in range(WARM_UP + steps):
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds[WARM_UP:])[steps // 2]
+
+
+def _random(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.long else torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)) * 0.3
+
+
+def alone() -> None:
+    """Make this process a group of one rank."""
+    if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

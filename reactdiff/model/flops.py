@@ -1,0 +1,17 @@
+"""Floating point operations of training, counted on the module itself."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def training_flops(module: nn.Module, item: dict[str, Tensor]) -> int:
+    """Operations of forward and backward for one item: three times those of its forward pass (matrix products only).
+
+    Args:
+        module: on the meta device; its forward gives the loss of a batch.
+        item: a batch of one item, on the meta device.
+    """
+    with FlopCounterMode(display=False) as counter:
+        module(item)
+    return 3 * counter.get_total_flops()
