@@ -1,0 +1,140 @@
+"""One tick of scheduled retraining: when the dataset has grown, train a candidate on it and let the gate decide.
+
+A tick that dies is repeated by the same call: its run resumes, its scores are kept, and the decision is taken once.
+"""
+
+import datetime
+from collections.abc import Sequence
+
+import yaml
+from pydantic import Field
+
+from cluster import command, gate, registry
+from cluster.config import Evaluation, Experiment
+from cluster.encode import build_latents
+from cluster.evaluate import MODEL, evaluate
+from cluster.experiment import build
+from cluster.export import read_export
+from cluster.gate import Metrics, Rule, frozen_clips, judge
+from cluster.latents import Coder
+from cluster.manifest import Manifest, load_manifest
+from cluster.progress import Display
+from cluster.recipe import Recipe, assignments
+from cluster.registry import Decision, Version
+from cluster.run import STEPS, end_of, execute
+from cluster.storage import AlreadyExists, StorageError, Store, open_store
+from reactdiff.config import STAGES
+
+
+class Retraining(Recipe):
+    """The keys of a retraining's file."""
+
+    rule: Rule = Field(default_factory=lambda: Rule.model_validate({}), description="When a candidate is better than the champion.")
+
+
+def folder(retraining: Retraining, overrides: Sequence[str]) -> Store:
+    """The registry's folder in the experiment's store."""
+    return open_store(command.anchored(retraining.load(overrides)).run.store).at(f"registry/{retraining.name}")
+
+
+def tick(retraining: Retraining, overrides: Sequence[str], display: Display) -> Decision | None:
+    """Train and judge a candidate if the dataset has a state that was not judged yet.
+
+    Returns:
+        The decision, None if there is nothing new.
+
+    Raises:
+        ConfigError, ValueError, StorageError: before anything starts.
+        StageFailed, Superseded, KeyboardInterrupt: as `cluster.run.execute`; nothing is decided then.
+    """
+    experiment = command.anchored(retraining.load(overrides))
+    store, dataset = folder(retraining, overrides), open_store(experiment.data.url)
+    registry.show(store)
+    manifest = load_manifest(dataset)
+    if before := registry.decided(store, manifest.hash):
+        state = f"the dataset's current state {manifest.hash}"
+        display.say(f"nothing new: decision {before.number} on {state} stands ({before.outcome}: {before.why})")
+        return None
+    clips = frozen_clips(dataset, manifest, _state(dataset, registry.newest(store)), experiment.data.split)
+    name = f"{retraining.name}-{manifest.hash[:8]}"
+    candidate = command.anchored(retraining.load(overrides, assignments({"data.manifest": manifest.hash, "run.name": name})))
+    candidate = candidate.model_copy(update={"evaluation": _asked(candidate, clips)})
+    store.prove()
+    execute(candidate, name, STEPS, display)
+    return _decide(retraining.rule, candidate, manifest, store, display)
+
+
+def now() -> str:
+    """The time for the record; nothing depends on it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _decide(rule: Rule, experiment: Experiment, manifest: Manifest, store: Store, display: Display) -> Decision:
+    """Judge the candidate against the champion; again, if another tick decides something in between."""
+    dataset, candidate = open_store(experiment.data.url), _version(experiment, manifest)
+    while True:
+        if before := registry.decided(store, manifest.hash):
+            return before  # another tick judged the same candidate
+        last = registry.newest(store)
+        champion = last.champion if last else None
+        clips = frozen_clips(dataset, manifest, _state(dataset, last), experiment.data.split)
+        new = _scores(candidate, experiment, clips, display)
+        old = _scores(champion, experiment, clips, display) if champion else None
+        better, why = judge(rule, new, old)
+        decision = Decision(
+            outcome="promoted" if better else "kept",
+            champion=candidate if better else champion,
+            why=why,
+            candidate=candidate,
+            before=champion,
+            compared={"rule": rule.model_dump(), **_asked(experiment, clips).model_dump(), "candidate": new, "champion": old},
+            at=now(),
+        )
+        try:
+            return registry.append(store, decision, last)
+        except AlreadyExists:
+            continue
+
+
+def _state(dataset: Store, last: Decision | None) -> Manifest | None:
+    """The dataset state the champion was trained on."""
+    if last is None or last.champion is None:
+        return None
+    try:
+        return load_manifest(dataset, last.champion.manifest)
+    except ValueError as error:
+        raise ValueError(
+            f"champion {last.champion.run} cannot be compared: {error}. Point data.url at the dataset it was trained on, "
+            "or give this model another name"
+        ) from error
+
+
+def _asked(experiment: Experiment, clips: int) -> Evaluation:
+    """The evaluation of the gate."""
+    return experiment.evaluation.model_copy(update={"split": gate.SPLIT, "clips": clips, "baselines": False})
+
+
+def _version(experiment: Experiment, manifest: Manifest) -> Version:
+    """The finished run of a candidate."""
+    store = _run(experiment, experiment.run.name)
+    exports = {stage: read_export(store, stage, end_of(experiment, stage, manifest)) for stage in STAGES}
+    progress, weights = ({stage: getattr(export, what) for stage, export in exports.items()} for what in ("progress", "hash"))
+    return Version(experiment.run.name, manifest.hash, progress, weights)
+
+
+def _run(experiment: Experiment, name: str) -> Store:
+    return open_store(experiment.run.store).at(f"runs/{name}")
+
+
+def _scores(version: Version, experiment: Experiment, clips: int, display: Display) -> Metrics:
+    """A version's metrics on the gate; what was scored before is kept, whoever was champion."""
+    store = _run(experiment, version.run)
+    exports = {stage: read_export(store, stage, version.progress[stage]) for stage in STAGES}
+    if (found := {stage: export.hash for stage, export in exports.items()}) != version.weights:
+        raise StorageError(f"{store.url} has exports {found}, but the registry knows {version.weights}: restore the run from a copy")
+    trained = build(yaml.safe_load(store.read("config.yaml")), f"{store.url}/config.yaml")
+    coder = Coder(exports["autoencoder"], store.url, experiment.data.url, version.manifest, experiment.run.store, trained.data.split)
+    build_latents(coder, experiment.workers, display.counter(f"latents of {version.run}", "shards"))
+    judged = trained.model_copy(update={"evaluation": _asked(experiment, clips), "workers": experiment.workers})
+    scores = evaluate(judged, store.url, coder, exports["diffusion"], display.counter(f"gate, {version.run}", "parts"))[MODEL].to_dict()
+    return scores["official"] | scores["repaired"]

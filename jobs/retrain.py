@@ -1,0 +1,41 @@
+"""One tick of scheduled retraining: if the dataset has grown, train a candidate on it; it becomes champion only if it is better.
+
+  python jobs/retrain.py                                           (jobs/configs/retrain.yaml, over the demo's data)
+  python jobs/retrain.py --config jobs/configs/retrain.yaml data.url=s3://bucket/shards run.store=s3://bucket/store
+  python jobs/retrain.py --rollback                                (the champion before the present one again)
+
+Candidate and champion are judged on the same clips of the gate split. Everything is in <run.store>/registry/<name>/:
+champion.json names the run to deploy, decisions/ says what was compared and why. Kill it at any time and type it again. Exit
+code 0: promoted, kept, or nothing new.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from cluster import command, registry
+from cluster.progress import Display
+from cluster.retrain import Retraining, folder, now, tick
+
+CONFIG = Path(__file__).parent / "configs" / "retrain.yaml"
+
+
+def main() -> int:
+    """Parse the command line and do one tick, or roll back."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=CONFIG, help="YAML file of the retraining (default: jobs/configs/retrain.yaml)")
+    parser.add_argument("--rollback", action="store_true", help="take back the last promotion; trains nothing")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change one key of the experiment, for example optim.epochs=2")
+    arguments = parser.parse_args()
+    retraining, overrides = Retraining.read(arguments.config), arguments.overrides
+    store = folder(retraining, overrides)
+    with Display() as display:
+        decision = registry.roll_back(store, now()) if arguments.rollback else tick(retraining, overrides, display)
+    if decision is not None:
+        print(f"decision {decision.number}: {decision.outcome}, {decision.why}")
+        print(f"champion of {store.url} is {decision.champion.run if decision.champion else 'nobody'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))
