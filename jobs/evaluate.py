@@ -75,7 +75,6 @@ def _score_run(options: argparse.Namespace, display: Display) -> tuple[dict[str,
     coder, diffusion = run.coder(), run.diffusion()
     asked = {name: getattr(options, name) for name in ("split", "predictions", "clips") if getattr(options, name)}
     evaluation = run.experiment.evaluation.model_copy(update=asked)
-    run.clips.split(evaluation.split)
     there = connect(math.ceil(run.experiment.workers.cpus))
     # What was trained on GPUs may be scored on a machine that has none.
     workers = run.experiment.workers.model_copy(update={"gpu": run.experiment.workers.gpu and there.gpus > 0})
