@@ -49,7 +49,8 @@ def bench_training(experiment: Experiment, name: str, source: Source, steps: int
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     optim, parts = experiment.optim, micro_batches(experiment.optim.batch[name], 1, experiment.workers.micro_batch)
     kind = stage(name, experiment.model, experiment.diffusion, source)
-    batch = {key: _random(tensor).to(device) for key, tensor in empty_batch(kind, experiment.model, source, optim.batch[name], "cpu").items()}
+    empty = empty_batch(kind, experiment.model, source, optim.batch[name], "cpu")
+    batch = {key: _random(tensor).to(device) for key, tensor in empty.items()}
     with torch.device("meta"):
         flops = training_flops(kind.module(), empty_batch(kind, experiment.model, source, 1, "meta"))
     settings = Settings(experiment.workers.zero, optim.precision, parts, optim.betas, optim.weight_decay, optim.clip, optim.ema[name])

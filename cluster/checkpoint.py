@@ -77,7 +77,7 @@ class Checkpoint:
             values = json.loads(data)
             if values["version"] != VERSION:
                 raise DamagedCheckpoint(f"{where} has version {values['version']}, this program reads version {VERSION}")
-            parts = [Part(p["hash"], p["bytes"], [(name, start, count) for name, start, count in p["extents"]]) for p in values.pop("parts")]
+            parts = [Part(part["hash"], part["bytes"], [tuple(extent) for extent in part["extents"]]) for part in values.pop("parts")]
             return cls(parts=parts, **values)
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedCheckpoint(f"{where} is no checkpoint manifest: {error}") from None
@@ -136,7 +136,8 @@ def reader(store: Store, checkpoint: Checkpoint, extents: Iterable[Extent]) -> R
                         into = kinds.setdefault(kind, torch.zeros(count))
                         into[low - start : high - start] = tensors[_tensor(name, at, kind)][low - at : high - at]
     if missing:
-        raise DamagedCheckpoint(f"{store.url}/checkpoints/{checkpoint.stage}/{checkpoint.file} leaves {missing} weights of this model uncovered")
+        where = f"{store.url}/checkpoints/{checkpoint.stage}/{checkpoint.file}"
+        raise DamagedCheckpoint(f"{where} leaves {missing} weights of this model uncovered")
     return lambda name, start, count: next(kinds for s, c, kinds in wanted[name] if (s, c) == (start, count))
 
 

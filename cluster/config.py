@@ -24,9 +24,9 @@ class Data(Branch):
 class Run(Branch):
     """Where a run lives and how often it speaks."""
 
-    name: str = field("", "Name of the run; empty: `<config>-<8 hex of its identity>`.", kind="placement", pattern=r"^[A-Za-z0-9._-]{0,100}$")
+    name: str = field("", "Name; empty: `<config>-<8 hex of its identity>`.", kind="placement", pattern=r"^[A-Za-z0-9._-]{0,100}$")
     store: str = field("work/store", "Folder or s3://bucket/prefix of runs, checkpoints and latents.", kind="placement")
-    checkpoint_every: PerStage[int] = field(per_stage(0, 0), "Progress between checkpoints; 0: once per epoch.", kind="placement", unit="items")
+    checkpoint_every: PerStage[int] = field(per_stage(0, 0), "Progress between checkpoints; 0: an epoch.", kind="placement", unit="items")
     log_every: int = field(10, "Steps between logged rows.", kind="placement", unit="steps", ge=1)
     keep: int = field(3, "Newest checkpoints kept of each stage; older ones are deleted.", kind="placement", ge=1)
     retries: int = field(3, "Times a lost worker group is started again before the run fails.", kind="placement", ge=0)
@@ -39,8 +39,10 @@ class Workers(Branch):
     gpu: bool = field(False, "One GPU for each rank (NCCL); otherwise CPU ranks (gloo).", kind="placement")
     cpus: float = field(1, "CPUs reserved for each rank.", kind="placement", unit="cores", gt=0)
     threads: int = field(1, "Compute threads of each rank (part of what makes two runs bitwise equal).", kind="placement", ge=1)
-    zero: Literal[0, 1, 2, 3] = field(1, "DeepSpeed ZeRO stage: 0 nothing divided, 1 optimiser, 2 gradients too, 3 parameters too.", kind="placement")
-    micro_batch: int = field(0, "Largest number of items in one forward pass; 0: the rank's whole share of a step.", kind="placement", unit="items", ge=0)
+    zero: Literal[0, 1, 2, 3] = field(1, "ZeRO stage: 0 divides nothing, 1 optimiser, 2 gradients too, 3 weights too.", kind="placement")
+    micro_batch: int = field(
+        0, "Most items in one forward pass; 0: the rank's whole share of a step.", kind="placement", unit="items", ge=0
+    )
 
 
 class Evaluation(Branch):
@@ -81,7 +83,7 @@ class Experiment(Branch):
     @model_validator(mode="after")
     def _supported(self) -> "Experiment":
         if self.optim.precision == "bf16" and self.workers.zero == 0:
-            raise ValueError("workers.zero is 0, but optim.precision=bf16 needs fp32 master weights, which start at workers.zero=1: set workers.zero=1")
+            raise ValueError("workers.zero is 0, but optim.precision=bf16 needs the fp32 masters of ZeRO-1 and above: set workers.zero=1")
         if self.model.latent % 2 ** (len(self.model.multipliers) - 1):
             raise ValueError(
                 f"model.latent is {self.model.latent}, but {len(self.model.multipliers)} UNet levels (model.multipliers) halve it "

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import numpy as np
+
 from cluster.config import Workers
 from cluster.latents import RANGE, Coder, encode_shard, range_file, wider
 from cluster.manifest import File, Manifest, Shards, Split, load_manifest, publish
@@ -54,9 +56,11 @@ def build_latents(coder: Coder, workers: Workers, progress: Callable[[int, int],
 
 
 def _merge_ranges(target: Store, names: list[str]) -> File:
-    bounds = None
+    bounds: np.ndarray | None = None
     for name in names:
         bounds = wider(bounds, decode_npy(target.read(range_file(name))))
+    if bounds is None:
+        raise ValueError(f"the split the latents' range is taken from has no shards ({target.url}); set data.split to one that has clips")
     data = encode_npy(bounds)
     part = File(file=f"range-{content_hash(data)}.npy", hash=content_hash(data))
     target.put(part.file, data)

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,7 +82,7 @@ class Engine:
         self._average = {(name, start): view.detach().clone() for name, _, start, view, _ in self._own()}
         self._norm = 0.0
         # A bf16 engine takes its masters from rounded weights; give every stage and precision the same fp32 start.
-        self.restore(lambda name, start, count: dict.fromkeys(("master", "average"), initial[name].reshape(-1)[start : start + count]), steps=0)
+        self.restore(lambda name, at, count: dict.fromkeys(("master", "average"), initial[name].reshape(-1)[at : at + count]), steps=0)
 
     @property
     def stage(self) -> nn.Module:
@@ -168,8 +169,8 @@ class Engine:
                 flat, start = zero.fp32_partitioned_groups_flat[group], length * zero._get_param_partition_rank(p)
                 count = max(0, min(length, p.ds_numel - start))
                 if count:
-                    state = zero.optimizer.state[flat]
-                    yield name, tuple(p.ds_shape), start, flat.narrow(0, offset, count), {m: state[m].narrow(0, offset, count) for m in MOMENTS}
+                    moments = {m: zero.optimizer.state[flat][m].narrow(0, offset, count) for m in MOMENTS}
+                    yield name, tuple(p.ds_shape), start, flat.narrow(0, offset, count), moments
             elif hasattr(p, "_hp_mapping"):  # ZeRO-1 and 2: a parameter may lie on several ranks, or not on this one
                 if (mapping := p._hp_mapping) is not None:
                     yield name, tuple(p.shape), mapping.lp_fragment_address.start, mapping.hp_fragment, dict(mapping.optim_fragment)
@@ -178,8 +179,8 @@ class Engine:
                 yield name, tuple(p.shape), 0, p.data.view(-1), {m: state[m].view(-1) for m in MOMENTS}
 
 
-def _deepspeed_config(settings: Settings) -> dict:
-    config = {
+def _deepspeed_config(settings: Settings) -> dict[str, Any]:
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: batches may differ from rank to rank
         "gradient_accumulation_steps": settings.micro_batches,
         "gradient_clipping": settings.clip,

@@ -74,9 +74,7 @@ class Evaluation:
         return (MODEL,) if not self.experiment.evaluation.baselines else names + (("oracle",) if simulated else ())
 
 
-def evaluate(
-    experiment: Experiment, run: str, coder: Coder, diffusion: Export, progress: Callable[[int, int], None]
-) -> dict[str, Scores]:
+def evaluate(experiment: Experiment, run: str, coder: Coder, diffusion: Export, progress: Callable[[int, int], None]) -> dict[str, Scores]:
     """Score a run's exports as its `evaluation` branch says.
 
     Args:
@@ -99,7 +97,8 @@ def evaluate(
             f"split {asked.split!r} of {coder.source} has no appropriateness matrix, so it cannot be scored; "
             f"set evaluation.split to one of {', '.join(name for name, part in clips.splits.items() if part.appropriateness)}"
         )
-    what = Evaluation(experiment, run, coder, diffusion, asked.split, asked.predictions, min(asked.clips or there, there), _mean_attributes(coder))
+    clips_scored = min(asked.clips or there, there)
+    what = Evaluation(experiment, run, coder, diffusion, asked.split, asked.predictions, clips_scored, _mean_attributes(coder))
     starts = range(0, 2 * what.clips, PART)
     calls = [(row, start) for row in what.rows for start in starts]
     parts: dict[tuple[str, int], Part] = {}
@@ -130,7 +129,7 @@ def _score(what: Evaluation, row: str, start: int) -> dict[str, np.ndarray]:
     targets = {int(other): sight.listener(int(other)) for other in np.unique(np.concatenate(neighbours))}
     part = score_part(predictions, targets, np.stack([sight.speaker(item) for item in items]), neighbours)
     buffer = io.BytesIO()
-    np.savez(buffer, **part.to_arrays())
+    np.savez(buffer, allow_pickle=False, **part.to_arrays())
     store.put(f"{name}.npz", buffer.getvalue())
     return part.to_arrays()
 

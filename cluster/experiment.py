@@ -99,7 +99,8 @@ def _merge(tree: dict[str, Any], new: dict[str, Any], source: str, model: type[B
 
 def _nearest(key: str, prefix: str, model: type[BaseModel]) -> str:
     siblings = difflib.get_close_matches(key, list(model.model_fields), n=1)
-    names = [f"{prefix}{sibling}" for sibling in siblings] or difflib.get_close_matches(f"{prefix}{key}", [name for name, *_ in fields()], n=1)
+    everywhere = [name for name, *_ in fields()]
+    names = [f"{prefix}{sibling}" for sibling in siblings] or difflib.get_close_matches(f"{prefix}{key}", everywhere, n=1)
     return f"; did you mean {names[0]}?" if names else f"; {prefix.rstrip('.') or 'the tree'} has {', '.join(model.model_fields)}"
 
 

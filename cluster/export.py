@@ -60,7 +60,8 @@ def write_export(store: Store, experiment: Experiment, name: str, source: Source
     """
     found = next((c for c in _manifests(store, name) if c.progress == progress), None)
     if found is None:
-        raise StorageError(f"{store.url}/checkpoints/{name} has no whole checkpoint at progress {progress}, the end of the stage; run the command again")
+        where = f"{store.url}/checkpoints/{name}"
+        raise StorageError(f"{where} has no whole checkpoint at progress {progress}, the end of the stage; run the command again")
     data = save(checkpoint.assemble(store, found, "average"))
     export = Export(
         stage=name,
@@ -121,7 +122,7 @@ def load_weights(store: Store, export: Export) -> dict[str, torch.Tensor]:
     key = f"exports/{export.stage}/{export.hash}.safetensors"
     data = store.read(key)
     if (found := hashlib.blake2b(data, digest_size=16).hexdigest()) != export.hash:
-        raise StorageError(f"{store.url}/{key} has hash {found}, not the one it is named by: delete exports/{export.stage}/ and run the command again")
+        raise StorageError(f"{store.url}/{key} has hash {found}: it is damaged; delete exports/{export.stage}/ and run the command again")
     return load(data)
 
 

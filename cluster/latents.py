@@ -23,9 +23,11 @@ from cluster.storage import NotFound, Store, open_store
 from reactdiff.clip import PERSONS
 from reactdiff.data.sample import Clip
 from reactdiff.determinism import make_deterministic
+from reactdiff.model.autoencoder import Autoencoder
 from reactdiff.stage import LATENT
 
-ENCODING = {"version": 1, "persons at once": 2, "threads": 1, "dtype": "float16"}
+THREADS = 1
+ENCODING = {"version": 1, "persons at once": 2, "threads": THREADS, "dtype": "float16"}
 """How persons are encoded; part of what a dataset of latents is named by."""
 
 RANGE = "range"
@@ -77,7 +79,7 @@ def read_range(store: Store, manifest: Manifest) -> tuple[torch.Tensor, torch.Te
     return low, high
 
 
-def encode(autoencoder: torch.nn.Module, reader: Reader, clip: int) -> dict[str, np.ndarray]:
+def encode(autoencoder: Autoencoder, reader: Reader, clip: int) -> dict[str, np.ndarray]:
     """Both persons' latents of a clip: person -> (frames, latent) float16. Both are encoded at once, always."""
     names = autoencoder.inputs
     read = reader.read(clip, [(person, name) for person in PERSONS for name in names])
@@ -95,16 +97,19 @@ def encode_shard(coder: Coder, split: str, position: int) -> dict:
         return json.loads(target.read(_done(name)))
     except NotFound:
         pass
-    make_deterministic(ENCODING["threads"])
+    make_deterministic(THREADS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autoencoder = load_export(open_store(coder.run), coder.export).to(device)
+    assert isinstance(autoencoder, Autoencoder)
     reader = Reader(open_store(coder.source), coder.clips, split)
     first = int(reader.counts[:position].sum())
-    clips, bounds = [], None
+    clips: list[Clip] = []
+    bounds: np.ndarray | None = None
     for clip in range(first, first + int(reader.counts[position])):
         latents = encode(autoencoder, reader, clip)
         clips.append(Clip(reader.key(clip), {person: {LATENT: latent} for person, latent in latents.items()}))
         bounds = wider(bounds, np.stack([f(list(latents.values()), axis=0) for f in (np.min, np.max)]))
+    assert bounds is not None, "a shard has at least one clip"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard.tar"
         info = write_shard(path, clips, [LATENT])

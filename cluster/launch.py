@@ -85,18 +85,18 @@ def bundle(workers: Workers) -> dict[str, float]:
 
 def _fit(job: Job, board: Any, scratch: str) -> dict[str, Any]:
     trainer = TorchTrainer(
-        _rank,
+        _rank,  # type: ignore[arg-type]
         train_loop_config={"job": job, "board": board},
         torch_config=TorchConfig(backend="nccl" if job.experiment.workers.gpu else "gloo"),
         scaling_config=scaling(job.experiment.workers),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]
             name=f"{job.stage}-{job.life}-{job.attempt}",
             storage_path=scratch,
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
             worker_runtime_env={"env_vars": worker_environment(job.experiment.workers)},
         ),
     )
-    return trainer.fit().return_value
+    return trainer.fit().return_value  # type: ignore[attr-defined]
 
 
 def worker_environment(workers: Workers) -> dict[str, str]:

@@ -12,8 +12,8 @@ from cluster.run import Pinned, end_of
 from cluster.worker import micro_batches
 from reactdiff.clip import windows_of
 from reactdiff.config import STAGES
-from reactdiff.model.shapes import parameters_by_module
 from reactdiff.model.flops import training_flops
+from reactdiff.model.shapes import parameters_by_module
 from reactdiff.stage import Source, empty_batch, shapes, stage
 
 
@@ -80,7 +80,8 @@ def _stage(experiment: Experiment, manifest: Manifest, name: str) -> Table:
     for what, size in memory_per_rank(parameters, workers.zero, workers.count, optim.precision).items():
         table.add_row(f"{what} / rank (ZeRO-{workers.zero}, {optim.precision})", f"{size / 1e6:,.1f} MB")
     for tensor, shape in shapes(kind, experiment.model, source).items():
-        table.add_row(f"tensor {tensor}", f"{tuple((-(-share // parts), *shape))} = {4 * prod((-(-share // parts), *shape)) / 1e6:,.1f} MB in fp32")
+        whole = (-(-share // parts), *shape)
+        table.add_row(f"tensor {tensor}", f"{whole} = {4 * prod(whole) / 1e6:,.1f} MB in fp32")
     return table
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from cluster.build import Built, Pair, Source, Tree, build, compare
 from cluster.config import Workers
 from cluster.manifest import CURRENT, File, Manifest, Split, Stream, current, load_manifest, publish, read_part

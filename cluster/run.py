@@ -21,11 +21,11 @@ import yaml
 
 from cluster import lives
 from cluster.config import Experiment
+from cluster.encode import build_latents
 from cluster.evaluate import evaluate
 from cluster.experiment import ConfigError, build, digest, ends, identity, placement, to_yaml
 from cluster.export import read_export, write_export
 from cluster.history import write_events
-from cluster.encode import build_latents
 from cluster.latents import Coder
 from cluster.launch import launch
 from cluster.lives import State
@@ -89,11 +89,14 @@ def _assert_same(name: str, before: Experiment, now: Experiment) -> None:
     old, new = identity(before), identity(now)
     differing = [f"{key} (was {json.dumps(old[key])}, now {json.dumps(new[key])})" for key in new if old[key] != new[key]]
     if differing:
-        raise ConfigError(f"run {name} exists with another identity; differing: {', '.join(differing)}. Choose another run.name, or set these back")
+        raise ConfigError(
+            f"run {name} exists with another identity; differing: {', '.join(differing)}. Choose another run.name, or set these back"
+        )
     for key, stages in ends(now).items():
         for stage, end in stages.items():
             if end < ends(before)[key][stage]:
-                raise ConfigError(f"{key}.{stage} is {end}, but run {name} was started with {ends(before)[key][stage]}; the end of a run may only grow")
+                was = ends(before)[key][stage]
+                raise ConfigError(f"{key}.{stage} is {end}, but run {name} was started with {was}; the end of a run may only grow")
 
 
 def execute(experiment: Experiment, config_name: str, steps: Sequence[str], display: Display, trial: str = "") -> dict[str, Scores]:

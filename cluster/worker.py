@@ -29,6 +29,7 @@ from reactdiff.data.order import Order
 from reactdiff.determinism import make_deterministic
 from reactdiff.learning_rate import learning_rate
 from reactdiff.model.flops import training_flops
+from reactdiff.model.latent_diffusion import LatentDiffusion
 from reactdiff.stage import Source, build, empty_batch, stage
 
 log = logging.getLogger(__name__)
@@ -119,15 +120,14 @@ class _Training:
         self.stream = Stream(self.reader, kind, self.order, self.share, experiment.seed, data.read_ahead, data.readers)
         module = build(kind, experiment.seed)
         if job.stage == "diffusion":
+            assert isinstance(module, LatentDiffusion)
             module.set_range(*read_range(open_store(job.dataset), manifest))
         self.micro_batches = micro_batches(batch, place.ranks, workers.micro_batch)
         settings = Settings(
             workers.zero, optim.precision, self.micro_batches, optim.betas, optim.weight_decay, optim.clip, optim.ema[job.stage]
         )
         self.engine = Engine(module, settings, place.device)
-        self.writer = Writer(
-            self.store, _gather, place.rank, experiment.run.keep, lambda: lives.assert_newest(self.store, job.life)
-        )
+        self.writer = Writer(self.store, _gather, place.rank, experiment.run.keep, lambda: lives.assert_newest(self.store, job.life))
         self.history = History(self.store, job.life, job.attempt, job.stage) if place.rank == 0 else None
 
     def run(self) -> dict[str, Any]:
@@ -183,7 +183,8 @@ class _Training:
                     f"{self.store.url}/{name} was trained on data {manifest.dataset}, but the run now reads {self.job.manifest} "
                     f"({self.job.dataset}): give other data a run of another name (run.name)"
                 )
-            if manifest.progress == self.share.total or (manifest.progress < self.share.total and manifest.progress % self.share.batch == 0):
+            whole_batches = manifest.progress < self.share.total and manifest.progress % self.share.batch == 0
+            if whole_batches or manifest.progress == self.share.total:
                 found.append(manifest)
         return found
 
@@ -229,8 +230,10 @@ class _Training:
             self.engine.step(rate)
         norm = self.engine.gradient_norm
         self.meter.gauges.update(progress_items=after, loss=verdict.loss, gradient_norm=norm, learning_rate=rate)
-        if self.history is not None and ((batch.step + 1) % self.job.experiment.run.log_every == 0 or after == self.share.total):
-            self.history.add(progress=after, step=batch.step, loss=verdict.loss, gradient_norm=norm, learning_rate=rate, ledger=verdict.ledger)
+        logged = (batch.step + 1) % self.job.experiment.run.log_every == 0 or after == self.share.total
+        if self.history is not None and logged:
+            row = {"loss": verdict.loss, "gradient_norm": norm, "learning_rate": rate, "ledger": verdict.ledger}
+            self.history.add(progress=after, step=batch.step, **row)
         due = self.checkpoint_due(before, after)
         if verdict.all_uploaded or due:
             with self.meter.phase("checkpoint"):

@@ -1,7 +1,7 @@
 """Measure: each verb prints figures beside a named rival's, measured in the same run.
 
-  python jobs/bench.py train                                          the demo's widths
-  python jobs/bench.py train --config jobs/configs/react2024.yaml     the authors' widths
+python jobs/bench.py train                                          the demo's widths
+python jobs/bench.py train --config jobs/configs/react2024.yaml     the authors' widths
 """
 
 import argparse
@@ -21,24 +21,23 @@ from reactdiff.stage import Source
 
 CONFIGS = Path(__file__).parent / "configs"
 AUTHORS = Source(
-    tuple(
-        StreamSpec(name, kind, width)
-        for name, kind, width in (
-            ("va", "facial", 64),
-            ("au", "facial", 25088),
-            ("fer", "facial", 1408),
-            ("mfcc", "acoustic", 26),
-            ("w2v", "acoustic", 1536),
-        )
+    (
+        StreamSpec("va", "facial", 64),
+        StreamSpec("au", "facial", 25088),
+        StreamSpec("fer", "facial", 1408),
+        StreamSpec("mfcc", "acoustic", 26),
+        StreamSpec("w2v", "acoustic", 1536),
     ),
     750,
 )
 """The authors' feature streams."""
 
 SIMULATED = Source(
-    tuple(
-        StreamSpec(name, kind, width)
-        for name, kind, width in (("au", "facial", 64), ("va", "facial", 8), ("fer", "facial", 16), ("mfcc", "acoustic", 26))
+    (
+        StreamSpec("va", "facial", 8),
+        StreamSpec("au", "facial", 64),
+        StreamSpec("fer", "facial", 16),
+        StreamSpec("mfcc", "acoustic", 26),
     ),
     200,
 )

@@ -47,8 +47,8 @@ def per_stage(autoencoder: Any, diffusion: Any) -> dict[str, Any]:
 class Model(Branch):
     """Widths and depths of the Multi-Modality Transformer and the denoiser; stream widths come from the dataset."""
 
-    facial: tuple[str, ...] = field(("au", "fer", "va"), "Facial streams; the first asks, the others are attended to in this order.", min_length=1)
-    acoustic: tuple[str, ...] = field(("w2v", "mfcc"), "Acoustic streams; the first asks, the others are attended to in this order.", min_length=1)
+    facial: tuple[str, ...] = field(("au", "fer", "va"), "Facial streams; the first asks, the others answer in this order.", min_length=1)
+    acoustic: tuple[str, ...] = field(("w2v", "mfcc"), "Acoustic streams; the first asks, the others answer in this order.", min_length=1)
     hidden: int = field(1024, "Width of the attention units.", unit="features", gt=0)
     latent: int = field(256, "Width of one latent frame.", unit="features", gt=0)
     heads: int = field(4, "Attention heads of every unit and decoder layer.", gt=0)
@@ -57,7 +57,7 @@ class Model(Branch):
     dropout: float = field(0.1, "Dropout of the decoder layers while training.", unit="probability", ge=0, lt=1)
     channels: int = field(256, "Channels of the UNet's first level; a multiple of 32.", gt=0, multiple_of=32)
     multipliers: tuple[PositiveInt, ...] = field((1, 2, 4, 8), "Channel multiplier of each UNet level.", min_length=1)
-    condition: int = field(1024, "Width of the projected speaker condition; a multiple of 32, at least 64.", unit="features", ge=64, multiple_of=32)
+    condition: int = field(1024, "Width of the speaker condition; a multiple of 32, at least 64.", unit="features", ge=64, multiple_of=32)
 
 
 class Diffusion(Branch):
@@ -81,11 +81,11 @@ class Diffusion(Branch):
 class Optim(Branch):
     """AdamW and what is scheduled over progress; a per-stage field takes one value or `{autoencoder: .., diffusion: ..}`."""
 
-    epochs: PerStage[float] = field(per_stage(200, 200), "Passes over the training items; may only grow between starts.", kind="end", unit="epochs")
+    epochs: PerStage[float] = field(per_stage(200, 200), "Passes over the training items; may only grow.", kind="end", unit="epochs")
     batch: PerStage[int] = field(per_stage(16, 16), "Items of one optimiser step over all ranks.", unit="items")
     lr: PerStage[float] = field(per_stage(1e-4, 5e-5), "Peak learning rate of AdamW.", unit="1/step")
     warmup: PerStage[int] = field(per_stage(0, 0), "Progress over which the learning rate rises linearly from 0.", unit="items")
-    decay: PerStage[int] = field(per_stage(0, 0), "Progress at which a cosine decay from the peak ends at 1 % of it; 0 keeps it constant.", unit="items")
+    decay: PerStage[int] = field(per_stage(0, 0), "Progress at which a cosine decay ends at 1 % of the peak; 0: constant.", unit="items")
     betas: tuple[float, float] = field((0.9, 0.999), "AdamW's moment decays.")
     weight_decay: float = field(5e-4, "AdamW's decoupled weight decay.", unit="1/step", ge=0)
     clip: float = field(0.0, "Largest gradient norm, 0 for none.", ge=0)
@@ -102,5 +102,7 @@ class Optim(Branch):
             if not 0 <= self.ema[stage] < 1:
                 raise ValueError(f"optim.ema.{stage} is {self.ema[stage]}, but must lie in [0, 1)")
             if self.decay[stage] and self.decay[stage] <= self.warmup[stage]:
-                raise ValueError(f"optim.decay.{stage} is {self.decay[stage]} items, but must lie after optim.warmup.{stage} ({self.warmup[stage]})")
+                raise ValueError(
+                    f"optim.decay.{stage} is {self.decay[stage]}, but must lie after optim.warmup.{stage} ({self.warmup[stage]})"
+                )
         return self

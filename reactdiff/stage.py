@@ -102,7 +102,7 @@ def build(stage: Stage, seed: int) -> nn.Module:
 def shapes(stage: Stage, model: Model, source: Source) -> dict[str, tuple[int, ...]]:
     """The tensors of one item as its batch names them, without the leading axis of items."""
     widths = {spec.name: spec.width for spec in source.streams} | TARGETS | {LATENT: model.latent}
-    read = {name: (source.frames, widths[stream]) for name, (_, stream) in stage.reads(0).items()}
+    read: dict[str, tuple[int, ...]] = {name: (source.frames, widths[stream]) for name, (_, stream) in stage.reads(0).items()}
     return read | {name: array.shape for name, array in stage.draw(0, 0).items()}
 
 

@@ -33,7 +33,7 @@ class Order:
 
     def __init__(self, counts: Sequence[int] | np.ndarray, seed: int, block: int, group: int, version: int = VERSION):
         if version != VERSION:
-            raise ValueError(f"order version {version} is unknown; this program knows version {VERSION}: use the release that started the run")
+            raise ValueError(f"order version {version} is unknown; this program knows {VERSION}: use the release that started the run")
         if block < 1 or group < 1:
             raise ValueError(f"block is {block} and group is {group}, but both must be at least 1")
         sizes = np.asarray(counts, dtype=np.int64)

@@ -1,6 +1,5 @@
 """Floating point operations of training, counted on the module itself."""
 
-import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -27,7 +27,7 @@ def test_identity_changes_with_science_and_not_with_placement() -> None:
     base = digest(identity(load(None)))
     for change in ("seed=1", "optim.lr=1e-3", "model.inter_depth=1", "data.block=8", "optim.precision=bf16"):
         assert digest(identity(load(None, [change]))) != base, change
-    for change in ("workers.count=8", "workers.zero=3", "data.url=s3://b/x", "run.store=elsewhere", "evaluation.split=test", "optim.epochs=3"):
+    for change in ("workers.count=8", "workers.zero=3", "data.url=s3://b/x", "run.store=far", "evaluation.split=test", "optim.epochs=3"):
         assert digest(identity(load(None, [change]))) == base, change
     assert ends(load(None, ["optim.epochs=3"]))["optim.epochs"] == {"autoencoder": 3, "diffusion": 3}
 
