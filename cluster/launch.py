@@ -101,7 +101,11 @@ def _fit(job: Job, board: Any, scratch: str) -> dict[str, Any]:
 
 def worker_environment(workers: Workers) -> dict[str, str]:
     """What a rank's process needs before torch is imported."""
-    return {"OMP_NUM_THREADS": str(workers.threads), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    return {
+        "OMP_NUM_THREADS": str(workers.threads),
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger",  # DeepSpeed's, at every collective
+    }
 
 
 def _rank(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The smallest real things: a simulated dataset in shards, an experiment on it, a finished run of it."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +41,6 @@ def make_shards(folder: Path) -> Path:
     """A dataset of 20 training and 8 test clips in `folder`/shards, through jobs/prepare.py."""
     job("prepare", "simulate", folder / "tree", "--clips", "train=20,test=8", "--frames", str(FRAMES))
     job("prepare", "react2024", folder / "tree", folder / "shards", "--clips-per-shard", "6")
-    shutil.rmtree(folder / "tree" / "train" / "Audio_files", ignore_errors=True)
     return folder / "shards"
 
 

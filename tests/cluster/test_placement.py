@@ -3,6 +3,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -36,13 +38,29 @@ class Shell:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.env = clean | {"HOME": str(home), "RAY_TMPDIR": str(home), "PATH": f"{BIN}:{clean['PATH']}"}
 
-    def run(self, *command: str, **env: str) -> str:
-        """Output of a command run in the project folder."""
-        done = subprocess.run(
-            command, env=self.env | env, cwd=self.home / "project", text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120
-        )
+    def run(self, *command: str, cwd: Path | None = None, timeout: float = 120, **env: str) -> str:
+        """Output of a command run in the project folder, or in another one."""
+        options = {"cwd": cwd or self.home / "project", "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = subprocess.run(command, env=self.env | env, timeout=timeout, **options)
         assert done.returncode == 0, f"{command}: {done.stdout}"
         return done.stdout
+
+    @contextmanager
+    def cluster(self) -> Iterator[tuple[int, int]]:
+        """`ray start --head`; gives the ports of the cluster and of its dashboard."""
+        port, dashboard = _free_port(), _free_port()
+        command = ["ray", "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}"]
+        head = subprocess.Popen(command, env=self.env, start_new_session=True, text=True)
+        try:
+            assert head.wait(timeout=120) == 0
+            yield port, dashboard
+        finally:
+            os.killpg(head.pid, signal.SIGKILL)  # the cluster stays in the process group of `ray start`
+
+    def submit(self, dashboard: int, *command: str, cwd: Path | None = None, timeout: float = 120) -> str:
+        """`ray job submit --working-dir . -- COMMAND`; its output."""
+        address = f"http://127.0.0.1:{dashboard}"
+        return self.run("ray", "job", "submit", "--address", address, "--working-dir", ".", "--", *command, cwd=cwd, timeout=timeout)
 
     def job_address(self, **env: str) -> str:
         """The cluster on which `python jobs/x.py` ran."""
@@ -95,17 +113,10 @@ def test_a_ray_address_where_nothing_answers_is_refused_with_the_way_out(shell: 
 @pytest.mark.slow
 def test_ray_start_and_job_submit_work_after_and_beside_local_runs(shell: Shell, local_ray: placement.Resources) -> None:
     shell.job_address()
-    port, dashboard = _free_port(), _free_port()
-    head = subprocess.Popen(
-        ["ray", "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}"], env=shell.env, start_new_session=True, text=True
-    )
-    try:
-        assert head.wait(timeout=120) == 0
+    with shell.cluster() as (port, dashboard):
         joined = shell.job_address()
-        submitted = shell.run(*f"ray job submit --address http://127.0.0.1:{dashboard} --working-dir . -- python jobs/x.py".split())
+        submitted = shell.submit(dashboard, "python", "jobs/x.py")
         alone = shell.job_address(RAY_ADDRESS="local")
-    finally:
-        os.killpg(head.pid, signal.SIGKILL)  # the cluster stays in the process group of `ray start`
     assert joined.endswith(f":{port}") and _job_address(submitted) == joined
     assert alone.startswith("127.0.0.1:") and not alone.endswith(f":{port}")
     assert shell.job_address().startswith("127.0.0.1:"), "a dead cluster, still noted by `ray start`, was not passed over"
