@@ -58,7 +58,7 @@ def judge(rule: Rule, candidate: Metrics, champion: Metrics | None) -> tuple[boo
     if old is None:
         return True, f"{rule.metric} is {new:.4f}, and undefined for the champion"
     gain = new - old if rule.mode == "max" else old - new
-    sentence = f"{rule.metric} is {new:.4f} against {old:.4f}, better by {gain:.4f} where more than {rule.margin:g} is asked for"
+    sentence = f"{rule.metric} is {new:.4f} against {old:.4f}, a gain of {gain:.4f} where more than {rule.margin:g} is asked for"
     worse = [text for name, guard in rule.guards.items() if (text := _breach(name, guard, candidate[name], champion[name]))]
     return gain > rule.margin and not worse, "; ".join([sentence, *worse])
 

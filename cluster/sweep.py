@@ -6,7 +6,6 @@ the rest. All trials use one state of the dataset, the current one at the sweep'
 
 import itertools
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -129,21 +128,20 @@ def search(sweep: Sweep, overrides: Sequence[str], display: Display) -> list[Out
         ConfigError, ValueError: before anything starts, as `trials`.
     """
     every, store = trials(sweep, overrides), folder(sweep, overrides)
-    experiment = every[0].experiment
-    connect(cpus=sweep.concurrent * experiment.workers.count + 1)
-    store.prove()
-    try:
-        store.create("sweep.json", json.dumps({"manifest": experiment.data.manifest}).encode())
-    except AlreadyExists:
-        pass  # the first start pinned the dataset
     waiting = [trial for trial in every if not store.exists(trial.record)]
     done = len(every) - len(waiting)
     display.say(f"sweep {sweep.name}: {len(every)} trials, {done} of them done, {sweep.concurrent} at a time, in {store.url}")
+    manifest = every[0].experiment.data.manifest
+    store.prove()
+    try:
+        store.create("sweep.json", json.dumps({"manifest": manifest}).encode())
+    except AlreadyExists:
+        pass  # the first start pinned the dataset
     errors = _tune(sweep, waiting, store) if waiting else {}
     outcomes = [_failed(outcome(trial, store), errors.get(trial.run)) for trial in every]
     store.put("trials.json", json.dumps([_row(one) for one in outcomes], indent=1).encode())
     if (winner := best(sweep, outcomes)) is not None:
-        store.put("best.yaml", to_yaml(_experiment(sweep, overrides, winner.trial.parameters, experiment.data.manifest)).encode())
+        store.put("best.yaml", to_yaml(_experiment(sweep, overrides, winner.trial.parameters, manifest)).encode())
     return outcomes
 
 
@@ -197,6 +195,7 @@ def _experiment(sweep: Sweep, overrides: Sequence[str], parameters: dict[str, An
 
 def _tune(sweep: Sweep, waiting: list[Trial], store: Store) -> dict[str, Exception]:
     """Run these trials; each is a process beside the ranks it starts, and reserves next to nothing. Returns the errors by run."""
+    connect(cpus=sweep.concurrent * waiting[0].experiment.workers.count + 1)
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # an interruption ends this process, as that of any job does
     function = tune.with_parameters(_trial, trials={trial.run: trial for trial in waiting}, url=store.url)
     results = tune.Tuner(
@@ -213,12 +212,10 @@ def _trial(config: dict[str, str], trials: dict[str, Trial], url: str) -> None:
     """The driver of one trial, as Tune starts it."""
     trial = trials[config["run"]]
     with Display() as display:
-        scores = execute(trial.experiment, trial.run, STEPS, display, trial.text)[MODEL]
-    values = scores.official | scores.repaired
-    plain = {name: None if math.isnan(value) else value for name, value in values.items()}
-    record = {"run": trial.run, "parameters": trial.parameters, "scores": plain}
+        scores = execute(trial.experiment, trial.run, STEPS, display, trial.text)[MODEL].to_dict()
+    record = {"run": trial.run, "parameters": trial.parameters, "scores": scores["official"] | scores["repaired"]}
     open_store(url).put(trial.record, json.dumps(record, indent=1).encode())
-    tune.report(values)
+    tune.report(record["scores"])
 
 
 def _row(one: Outcome) -> dict[str, Any]:
