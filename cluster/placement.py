@@ -57,12 +57,13 @@ def resources() -> Resources:
     return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0), sum(node["Alive"] for node in ray.nodes()))
 
 
-def assert_visible(store: Store, field: str) -> None:
-    """Make sure that what the driver writes to a store is seen on every living node.
+def assert_visible(store: Store, field: str, key: str = "") -> None:
+    """Make sure that what the driver sees or writes in a store is seen on every living node.
 
     Args:
         store: a folder must be one that all nodes share; a bucket must be open to the credentials of each.
         field: the configuration field that names the store, for the message.
+        key: an object that is there, for a store that is only read; without one something is written and deleted again.
 
     Raises:
         StorageError: naming the nodes that do not see it.
@@ -70,13 +71,15 @@ def assert_visible(store: Store, field: str) -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) == 1:
         return
-    probe = f"visible-{uuid.uuid4().hex}"
-    store.put(probe, b"")
+    probe = key or f"visible-{uuid.uuid4().hex}"
+    if not key:
+        store.put(probe, b"")
     try:
         on = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
         seen = ray.get([_sees.options(scheduling_strategy=where).remote(store.url, probe) for where in on])
     finally:
-        store.delete(probe)
+        if not key:
+            store.delete(probe)
     if blind := [node["NodeManagerAddress"] for node, sees in zip(nodes, seen, strict=True) if not sees]:
         raise StorageError(
             f"{field} is {store.url}, but {len(blind)} of {len(nodes)} nodes do not see what is written there ({', '.join(blind[:5])}): "
@@ -133,8 +136,14 @@ def _start_local(cpus: int) -> None:
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             logging_level=logging.ERROR,  # or each start warns about the token
+            runtime_env={"worker_process_setup_hook": _calm},
         )
     logging.getLogger("ray").setLevel(logging.WARNING)
+
+
+def _calm() -> None:
+    """In each process of a local Ray: without a dashboard Ray Train's watcher of its own controller cannot see, and says so."""
+    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from cluster.history import write_events
 from cluster.latents import Coder
 from cluster.launch import launch
 from cluster.lives import State
-from cluster.manifest import Manifest, load_manifest
+from cluster.manifest import CURRENT, Manifest, load_manifest
 from cluster.meter import Snapshot, Totals
 from cluster.opened import OpenedRun
 from cluster.placement import assert_visible, connect
@@ -120,7 +120,7 @@ def execute(experiment: Experiment, config_name: str, steps: Sequence[str], disp
     connect(cpus=experiment.workers.count + 1)
     open_store(experiment.run.store).prove()
     assert_visible(open_store(experiment.run.store), "run.store")
-    assert_visible(open_store(experiment.data.url), "data.url")
+    assert_visible(open_store(experiment.data.url), "data.url", CURRENT)
     life = lives.open_life(pinned.store, _environment(experiment))
     pinned.store.put("config.yaml", to_yaml(experiment).encode())
     state = State("RUNNING", life, pinned.manifest.identity, pinned.manifest.hash)
