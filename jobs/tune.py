@@ -41,7 +41,9 @@ def main() -> int:
         outcomes = search(sweep, overrides, display)
     console.print(table(sweep, outcomes))
     if best(sweep, outcomes) is not None:
-        console.print(f"the best one, on the experiment's own split: python jobs/train.py --config {store.url}/best.yaml")
+        fetch = f"aws s3 cp {store.url}/best.yaml . && " if "://" in store.url else ""
+        command_line = f"{fetch}python jobs/train.py --config {'' if fetch else store.url + '/'}best.yaml"
+        console.print(f"the best one, on the experiment's own split: {command_line}")
     if undone := [one.trial.run for one in outcomes if one.state != "DONE"]:
         what = f"{len(undone)} of {len(outcomes)} trials are not done ({', '.join(undone)})"
         print(f"error: {what}; the same command goes on with them", file=sys.stderr)
