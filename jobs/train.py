@@ -23,7 +23,7 @@ from reactdiff.data.synthetic import Simulation, write_tree
 from reactdiff.metrics.report import table
 
 DEMO = Path(__file__).parent / "configs" / "demo.yaml"
-DYADS = Simulation(seed=0, frames=200, clips={"train": 200, "val": 12, "gate": 12, "test": 32})
+DYADS = Simulation(seed=0, frames=200, clips={"train": 400, "val": 24, "gate": 16, "test": 30})
 """The demo's data."""
 
 
