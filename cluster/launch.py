@@ -10,6 +10,7 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -138,5 +139,9 @@ class _watching:
             self._look()
 
     def _look(self) -> None:
-        for snapshot in ray.get(self._board.take.remote()):
+        try:
+            snapshots = ray.get(self._board.take.remote())
+        except RayError:
+            return  # Ray is ending; numbers to look at are not worth an error beside the real one
+        for snapshot in snapshots:
             self._watch(snapshot)

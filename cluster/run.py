@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from cluster import lives
+from cluster import checkpoint, lives
 from cluster.config import Experiment
 from cluster.encode import build_latents
 from cluster.evaluate import evaluate
@@ -74,6 +74,12 @@ def pin(experiment: Experiment, config_name: str) -> Pinned:
     except NotFound:
         return Pinned(name, store, current, fresh=True)
     _assert_same(name, before, experiment)
+    was, now = (one.optim.epochs["autoencoder"] for one in (before, experiment))
+    if now > was and checkpoint.listing(store, "diffusion"):
+        raise ConfigError(
+            f"optim.epochs.autoencoder is {now:g}, but stage diffusion of run {name} was trained on the latents of {was:g} epochs: "
+            "grow optim.epochs.diffusion alone, or choose another run.name"
+        )
     state = lives.read_state(store)
     if state is None:
         return Pinned(name, store, current, fresh=False)
@@ -128,21 +134,22 @@ def execute(experiment: Experiment, config_name: str, steps: Sequence[str], disp
     display.say(f"run {pinned.name}, life {life}, in {pinned.store.url}")
     exporter = Exporter(pinned.name, life, trial, host=experiment.telemetry.host, port=experiment.telemetry.port)
     exporter.write_target(experiment.telemetry.targets)
+    running = _Life(experiment, pinned, life, state, exporter, display)
     try:
-        scores = _Life(experiment, pinned, life, state, exporter, display).go(steps)
+        scores = running.go(steps)
     except lives.Superseded:
         raise
-    except KeyboardInterrupt:
-        lives.move(pinned.store, state, status="STOPPED", why="interrupted")
+    except (KeyboardInterrupt, SystemExit):  # Ray turns SIGTERM into SystemExit
+        running.now(status="STOPPED", why="told to end")
         raise
     except BaseException as error:
-        lives.move(pinned.store, state, status="FAILED", why=str(error))
+        running.now(status="FAILED", why=str(error))
         raise
     finally:
         exporter.drain(LAST_SCRAPE)
         exporter.close()
-    done = list(steps) == list(STEPS)
-    lives.move(pinned.store, state, status="DONE" if done else "STOPPED", why="" if done else f"only {', '.join(steps)} asked for")
+    done = tuple(steps) == STEPS
+    running.now(status="DONE" if done else "STOPPED", why="" if done else f"only {', '.join(steps)} asked for")
     return scores
 
 
@@ -175,7 +182,7 @@ class _Life:
 
     def go(self, steps: Sequence[str]) -> dict[str, Scores]:
         for step in steps:
-            self.state = lives.move(self.store, self.state, stage=step)
+            self.now(stage=step)
             getattr(self, step)()
         return self.scores
 
@@ -193,6 +200,10 @@ class _Life:
         progress, coder = self.display.counter("evaluation", "parts"), self.coder()
         self.assert_finished("diffusion")
         self.scores = evaluate(self.experiment, self.store.url, coder, self.opened.diffusion(), progress)
+
+    def now(self, **changes: str) -> None:
+        """Write the run's changed state."""
+        self.state = lives.move(self.store, self.state, **changes)
 
     def coder(self) -> Coder:
         """The finished autoencoder over the run's dataset."""

@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--stage", choices=("all", *STEPS), default="all", help="one stage only; default: all, in this order")
     parser.add_argument("--dry-run", action="store_true", help="check configuration and data, print what would run, start nothing")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change one key, for example optim.lr=1e-4")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     config = arguments.config or DEMO
     experiment = command.anchored(load(config, arguments.overrides))
     if arguments.dry_run:

@@ -10,7 +10,7 @@ DEMO = ROOT / "jobs/configs/demo.yaml"
 
 def test_a_run_ends_done_with_exports_scores_and_curves(finished: Path) -> None:
     state = json.loads((finished / "state.json").read_text())
-    assert (state["status"], state["life"]) == ("DONE", 1)
+    assert (state["status"], state["life"], state["stage"]) == ("DONE", 1, "evaluation")
     for stage in ("autoencoder", "diffusion"):
         assert list((finished / "exports" / stage).glob("*.safetensors"))
         assert list((finished / "tensorboard" / stage).glob("events*"))
@@ -36,6 +36,12 @@ def test_a_run_name_with_another_identity_is_refused_with_the_differing_field(fi
 def test_a_shorter_end_is_refused(finished: Path, shards: Path) -> None:
     done = job("train", "--config", DEMO, "run.name=tiny", *settings(shards, finished.parent.parent), "optim.epochs=0.5", check=False)
     assert done.returncode == 1 and "the end of a run may only grow" in done.stderr
+
+
+def test_a_longer_autoencoder_under_a_trained_diffusion_is_refused(finished: Path, shards: Path) -> None:
+    here = [*settings(shards, finished.parent.parent), "optim.epochs=2"]
+    done = job("train", "--config", DEMO, "run.name=tiny", *here, check=False)
+    assert done.returncode == 1 and "grow optim.epochs.diffusion alone" in done.stderr
 
 
 def test_a_wrong_key_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
