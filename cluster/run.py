@@ -32,7 +32,7 @@ from cluster.lives import State
 from cluster.manifest import CURRENT, Manifest, load_manifest
 from cluster.meter import Snapshot, Totals
 from cluster.opened import OpenedRun
-from cluster.placement import assert_visible, connect
+from cluster.placement import Resources, assert_visible, connect
 from cluster.progress import Display
 from cluster.storage import NotFound, Store, open_store
 from cluster.telemetry import Exporter
@@ -123,7 +123,7 @@ def execute(experiment: Experiment, config_name: str, steps: Sequence[str], disp
         StageFailed, Superseded, KeyboardInterrupt: after the state was written.
     """
     pinned = pin(experiment, config_name)
-    connect(cpus=experiment.workers.count + 1)
+    _say_what_lacks(experiment, connect(cpus=experiment.workers.count + 1), display)
     open_store(experiment.run.store).prove()
     assert_visible(open_store(experiment.run.store), "run.store")
     assert_visible(open_store(experiment.data.url), "data.url", CURRENT)
@@ -151,6 +151,20 @@ def execute(experiment: Experiment, config_name: str, steps: Sequence[str], disp
     done = tuple(steps) == STEPS
     running.now(status="DONE" if done else "STOPPED", why="" if done else f"only {', '.join(steps)} asked for")
     return scores
+
+
+def _say_what_lacks(experiment: Experiment, there: Resources, display: Display) -> None:
+    """Ray waits for resources that a cluster may still get; who waits should know for what."""
+    workers = experiment.workers
+    for what, needed, present in (
+        ("CPUs", workers.count * workers.cpus, there.cpus),
+        ("GPUs", workers.count * workers.gpu, there.gpus),
+    ):
+        if needed > present:
+            display.say(
+                f"the cluster has {present:g} {what} and {workers.count} ranks ask for {needed:g}: waiting until its autoscaler adds them; "
+                "if it has none, stop this and lower workers.count"
+            )
 
 
 class Speed:

@@ -22,7 +22,7 @@ def test_a_run_ends_done_with_exports_scores_and_curves(finished: Path) -> None:
 def test_a_finished_run_says_so_and_ends(finished: Path, shards: Path) -> None:
     store = finished.parent.parent
     done = job("train", "--config", DEMO, "run.name=tiny", *settings(shards, store))
-    assert "stage autoencoder is done" in done.stdout and "model" in done.stdout
+    assert "stage autoencoder is done" in done.stdout and "from random listener (0 %) to oracle (100 %): model" in done.stdout
 
 
 def test_a_run_name_with_another_identity_is_refused_with_the_differing_field(finished: Path, shards: Path) -> None:
