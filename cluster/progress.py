@@ -73,6 +73,11 @@ class Display:
 
         return tick
 
+    def end(self, text: str) -> None:
+        """End what is shown, and say what came of it."""
+        self._end()
+        self.say(text)
+
     def say(self, text: str) -> None:
         """A line of its own, above the bar if there is one."""
         if self._bar:

@@ -204,7 +204,8 @@ class _Life:
         self.train("autoencoder", self.experiment.data.url, self.clips)
 
     def latents(self) -> None:
-        build_latents(self.coder(), self.experiment.workers, self.display.counter("latents", "shards"))
+        made = build_latents(self.coder(), self.experiment.workers, self.display.counter("latents", "shards"))
+        self.display.end(f"latents {made.hash}")
 
     def diffusion(self) -> None:
         coder = self.coder()
@@ -251,7 +252,7 @@ class _Life:
         launch(job, self.watch(stage), self.exporter.restarts, f"{self.store.url}/ray")
         export = write_export(self.store, self.experiment, stage, Source(manifest.stream_specs, manifest.frames), end)
         write_events(self.store, stage)
-        self.display.say(f"stage {stage}: {end} items, weights {export.hash}")
+        self.display.end(f"stage {stage}: {end} items, weights {export.hash}")
 
     def watch(self, stage: str) -> Callable[[Snapshot], None]:
         """Takes the ranks' numbers to the exporter and the display."""

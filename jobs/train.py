@@ -67,7 +67,8 @@ def make_demo(url: str, display: Display) -> None:
     display.say(f"the demo's dataset is not at {url} yet: simulating dyads in {tree}, then packing them into shards")
     write_tree(DYADS, tree, display.counter("simulate", "clips"))
     connect()
-    prepare(Tree(tree), store, clips_per_shard=16, strict=True, progress=display.counter("prepare", "clips"))
+    made = prepare(Tree(tree), store, clips_per_shard=16, strict=True, progress=display.counter("prepare", "clips"))
+    display.end(f"dataset {made.manifest.hash} at {url}")
 
 
 if __name__ == "__main__":
