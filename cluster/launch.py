@@ -11,7 +11,7 @@ import ray
 import ray.train
 import ray.train.torch
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.config import Workers
@@ -93,6 +93,7 @@ def _fit(job: Job, board: Any, scratch: str) -> dict[str, Any]:
         run_config=RunConfig(  # type: ignore[call-arg]
             name=f"{job.stage}-{job.life}-{job.attempt}",
             storage_path=scratch,
+            logging_config=LoggingConfig(log_level="WARNING"),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
             worker_runtime_env={"env_vars": worker_environment(job.experiment.workers)},
         ),

@@ -1,8 +1,15 @@
 """jobs/train.py as a user runs it."""
 
 import json
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import pytest
+
+from cluster import command
+from jobs import train
 from tests.tiny import ROOT, job, settings
 
 DEMO = ROOT / "jobs/configs/demo.yaml"
@@ -25,44 +32,71 @@ def test_a_finished_run_says_so_and_ends(finished: Path, shards: Path) -> None:
     assert "stage autoencoder is done" in done.stdout and "from random listener (0 %) to oracle (100 %): model" in done.stdout
 
 
-def test_a_run_name_with_another_identity_is_refused_with_the_differing_field(finished: Path, shards: Path) -> None:
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """What the job says on stderr when it refuses to start; in this process, since nothing is started."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    assert command.run(train.main) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1, "one paragraph"
+    return said
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    return partial(refused, capsys, monkeypatch)
+
+
+def test_a_run_name_with_another_identity_is_refused_with_the_differing_field(finished: Path, shards: Path, refusal) -> None:
     before = sorted(path.name for path in (finished / "lives").iterdir())
-    done = job("train", "--config", DEMO, "run.name=tiny", *settings(shards, finished.parent.parent), "model.hidden=64", check=False)
-    assert done.returncode == 1
-    assert "run tiny exists with another identity; differing: model.hidden (was 32, now 64)" in done.stderr
+    said = refusal("--config", str(DEMO), "run.name=tiny", *settings(shards, finished.parent.parent), "model.hidden=64")
+    assert "run tiny exists with another identity; differing: model.hidden (was 32, now 64)" in said
     assert sorted(path.name for path in (finished / "lives").iterdir()) == before
 
 
-def test_a_shorter_end_is_refused(finished: Path, shards: Path) -> None:
-    done = job("train", "--config", DEMO, "run.name=tiny", *settings(shards, finished.parent.parent), "optim.epochs=0.5", check=False)
-    assert done.returncode == 1 and "the end of a run may only grow" in done.stderr
+@pytest.mark.parametrize(
+    ("end", "why"),
+    [("optim.epochs=0.5", "the end of a run may only grow"), ("optim.epochs=2", "grow optim.epochs.diffusion alone")],
+)
+def test_an_end_that_would_shrink_or_leave_other_latents_behind_is_refused(
+    finished: Path, shards: Path, refusal, end: str, why: str
+) -> None:
+    assert why in refusal("--config", str(DEMO), "run.name=tiny", *settings(shards, finished.parent.parent), end)
 
 
-def test_a_longer_autoencoder_under_a_trained_diffusion_is_refused(finished: Path, shards: Path) -> None:
-    here = [*settings(shards, finished.parent.parent), "optim.epochs=2"]
-    done = job("train", "--config", DEMO, "run.name=tiny", *here, check=False)
-    assert done.returncode == 1 and "grow optim.epochs.diffusion alone" in done.stderr
+def test_a_wrong_key_is_refused_with_the_nearest_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "there is no key optim.warm_up; did you mean optim.warmup?" in refusal("optim.warm_up=1")
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_key_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
-    done = job("train", "optim.learnrate=1", check=False, cwd=tmp_path)
-    assert done.returncode == 1 and "there is no key optim.learnrate" in done.stderr and list(tmp_path.iterdir()) == []
-
-
-def test_a_missing_dataset_names_url_key_and_the_command_that_makes_one(tmp_path: Path) -> None:
-    done = job("train", "--config", DEMO, f"data.url={tmp_path}/none", f"run.store={tmp_path}/store", check=False)
-    assert done.returncode == 1
-    assert f"no dataset at {tmp_path}/none" in done.stderr and "jobs/prepare.py react2024" in done.stderr and "data.url" in done.stderr
+def test_a_missing_dataset_names_url_key_and_the_command_that_makes_one(tmp_path: Path, refusal) -> None:
+    said = refusal("--config", str(DEMO), f"data.url={tmp_path}/none", f"run.store={tmp_path}/store")
+    assert f"no dataset at {tmp_path}/none" in said and "jobs/prepare.py react2024" in said and "data.url" in said
     assert not (tmp_path / "store").exists()
 
 
-def test_a_dry_run_prints_the_plan_and_starts_nothing(shards: Path, tmp_path: Path) -> None:
-    done = job("train", "--config", DEMO, "--dry-run", *settings(shards, tmp_path / "store"), "workers.count=3", "workers.zero=3")
-    for said in ("parameters of encoder", "1 epochs x 40 items / 6 = 7", "6 / 3 ranks = 2", "ZeRO-3", "tensor au", "3 CPUs, 0 GPUs"):
-        assert said in done.stdout, said
+def test_a_dry_run_prints_the_plan_and_starts_nothing(shards: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    here = [*settings(shards, tmp_path / "store"), "workers.count=3", "workers.zero=3"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(DEMO), *here, "--dry-run"])
+    monkeypatch.setenv("COLUMNS", "160")
+    assert train.main() == 0
+    printed = capsys.readouterr().out
+    for said in (
+        "parameters of encoder",
+        "1 epochs x 40 items / 6 = 7",
+        "6 / 3 ranks = 2",
+        "ZeRO-3",
+        "tensor au",
+        "3 CPUs, 0 GPUs",
+        "GFLOP",
+    ):
+        assert said in printed, said
     assert not (tmp_path / "store").exists()
 
 
-def test_help_teaches_every_key() -> None:
-    text = job("train", "--help").stdout
+def test_help_teaches_every_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit):
+        train.main()
+    text = capsys.readouterr().out
     assert "optim.lr" in text and "Peak learning rate" in text and "--dry-run" in text
