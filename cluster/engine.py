@@ -20,6 +20,9 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.ops
 
+BUCKET = 50_000_000
+"""Most elements that are reduced or gathered in one collective."""
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("master", *MOMENTS, "average")
 """What a checkpoint keeps of each parameter: fp32 weight, Adam's two moments, averaged weight (EMA)."""
@@ -75,7 +78,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=stage.to(device),
             model_parameters=[p for p in stage.parameters() if p.requires_grad],
-            config=_deepspeed_config(settings),
+            config=_deepspeed_config(settings, sum(p.numel() for p in stage.parameters())),
             dist_init_required=False,
         )
         _make_adam_state(self._engine)
@@ -179,15 +182,17 @@ class Engine:
                 yield name, tuple(p.shape), 0, p.data.view(-1), {m: state[m].view(-1) for m in MOMENTS}
 
 
-def _deepspeed_config(settings: Settings) -> dict[str, Any]:
+def _deepspeed_config(settings: Settings, parameters: int) -> dict[str, Any]:
+    # A bucket is allocated anew for each backward: one larger than the model would cost more than the backward itself.
+    bucket = min(BUCKET, parameters)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: batches may differ from rank to rank
         "gradient_accumulation_steps": settings.micro_batches,
         "gradient_clipping": settings.clip,
         "zero_optimization": {
             "stage": settings.zero,
-            "reduce_bucket_size": 50_000_000,
-            "allgather_bucket_size": 50_000_000,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
             "stage3_param_persistence_threshold": 0,
         },
         "optimizer": {
