@@ -20,7 +20,8 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.ops
 
-BUCKET = 50_000_000
+ALIGNED = 1024  # DeepSpeed wants buckets that divide evenly
+BUCKET = 50 * 1024 * ALIGNED
 """Most elements that are reduced or gathered in one collective."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -184,7 +185,7 @@ class Engine:
 
 def _deepspeed_config(settings: Settings, parameters: int) -> dict[str, Any]:
     # A bucket is allocated anew for each backward: one larger than the model would cost more than the backward itself.
-    bucket = min(BUCKET, parameters)
+    bucket = min(BUCKET, -(-parameters // ALIGNED) * ALIGNED)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: batches may differ from rank to rank
         "gradient_accumulation_steps": settings.micro_batches,
