@@ -235,7 +235,12 @@ def _prune(store: Store, stage: str, keep: int) -> None:
     names = listing(store, stage)
     for name in names[keep:]:
         store.delete(name)
-    named = {f"checkpoints/{stage}/{part.file}" for name in names[:keep] for part in read_manifest(store, name).parts}
+    named: set[str] = set()
+    for name in names[:keep]:
+        try:
+            named |= {f"checkpoints/{stage}/{part.file}" for part in read_manifest(store, name).parts}
+        except DamagedCheckpoint as error:
+            log.error("CHECKPOINT DAMAGED, its parts are not kept: %s", error)
     for entry in list(store.list(f"checkpoints/{stage}/parts/")):
         if entry.key not in named:
             store.delete(entry.key)
