@@ -26,6 +26,9 @@ class Run(Branch):
 
     name: str = field("", "Name; empty: `<config>-<8 hex of its identity>`.", kind="placement", pattern=r"^[A-Za-z0-9._-]{0,100}$")
     store: str = field("work/store", "Folder or s3://bucket/prefix of runs, checkpoints and latents.", kind="placement")
+    autoencoder: str = field(
+        "", "A finished run (name, folder or URL) whose autoencoder is taken instead of training one.", kind="identity"
+    )
     checkpoint_every: PerStage[int] = field(per_stage(0, 0), "Progress between checkpoints; 0: an epoch.", kind="placement", unit="items")
     log_every: int = field(10, "Steps between logged rows.", kind="placement", unit="steps", ge=1)
     keep: int = field(3, "Newest checkpoints kept of each stage; older ones are deleted.", kind="placement", ge=1)
@@ -52,7 +55,13 @@ class Evaluation(Branch):
     predictions: int = field(10, "Reactions generated for each clip and direction (K).", kind="placement", ge=1)
     clips: int = field(0, "Clips that are scored, the first ones; 0: all.", kind="placement", unit="clips", ge=0)
     baselines: bool = field(True, "Score the baselines beside the model.", kind="placement")
-    batch: int = field(4, "Items whose reactions are drawn together.", kind="placement", unit="items", ge=1)
+    watch: int = field(
+        0,
+        "Clips of split val that are scored at every checkpoint while the last stage trains; 0: none.",
+        kind="placement",
+        unit="clips",
+        ge=0,
+    )
 
 
 class Telemetry(Branch):
@@ -84,7 +93,11 @@ class Experiment(Branch):
     def _supported(self) -> "Experiment":
         if self.optim.precision == "bf16" and self.workers.zero == 0:
             raise ValueError("workers.zero is 0, but optim.precision=bf16 needs the fp32 masters of ZeRO-1 and above: set workers.zero=1")
-        if self.model.latent % 2 ** (len(self.model.multipliers) - 1):
+        if (
+            self.model.family == "reactdiff"
+            and self.model.denoiser == "unet"
+            and self.model.latent % 2 ** (len(self.model.multipliers) - 1)
+        ):
             raise ValueError(
                 f"model.latent is {self.model.latent}, but {len(self.model.multipliers)} UNet levels (model.multipliers) halve it "
                 f"{len(self.model.multipliers) - 1} times: use a multiple of {2 ** (len(self.model.multipliers) - 1)}"

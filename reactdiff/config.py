@@ -45,36 +45,90 @@ def per_stage(autoencoder: Any, diffusion: Any) -> dict[str, Any]:
 
 
 class Model(Branch):
-    """Widths and depths of the Multi-Modality Transformer and the denoiser; stream widths come from the dataset."""
+    """Which model, its widths and depths; stream widths come from the dataset."""
 
-    facial: tuple[str, ...] = field(("au", "fer", "va"), "Facial streams; the first asks, the others answer in this order.", min_length=1)
-    acoustic: tuple[str, ...] = field(("w2v", "mfcc"), "Acoustic streams; the first asks, the others answer in this order.", min_length=1)
+    family: Literal["reactdiff", "perfrdiff", "trans-vae"] = field(
+        "reactdiff", "The model: ReactDiff, or a peer it is compared with (PerFRDiff's window denoiser, Trans-VAE)."
+    )
+    facial: tuple[str, ...] = field(
+        ("au", "fer", "va"), "Facial streams; the first asks, the others answer in this order. Empty: voice only."
+    )
+    acoustic: tuple[str, ...] = field(
+        ("w2v", "mfcc"), "Acoustic streams; the first asks, the others answer in this order. Empty: face only."
+    )
+    online: bool = field(False, "A reaction frame sees only the windows of the speaker before its own.")
     hidden: int = field(1024, "Width of the attention units.", unit="features", gt=0)
     latent: int = field(256, "Width of one latent frame.", unit="features", gt=0)
-    heads: int = field(4, "Attention heads of every unit and decoder layer.", gt=0)
+    heads: int = field(4, "Attention heads of every unit and layer but the UNet's.", gt=0)
+    intra: bool = field(True, "Intra-class attention; without it the projected streams of a class are added.")
     intra_depth: int = field(2, "Rounds of intra-class attention over the facial streams.", ge=0)
+    inter: bool = field(True, "Inter-class attention; without it face and voice are added.")
     inter_depth: int = field(2, "Rounds of inter-class attention from face to voice.", gt=0)
-    dropout: float = field(0.1, "Dropout of the decoder layers while training.", unit="probability", ge=0, lt=1)
+    dropout: float = field(0.1, "Dropout of decoder layers while training.", unit="probability", ge=0, lt=1)
+    bounded: bool = field(
+        False, "Action units in [0, 1], valence and arousal in [-1, 1], expressions that sum to 1; the authors' heads are linear."
+    )
+    denoiser: Literal["unet", "transformer"] = field(
+        "unet", "ReactDiff's denoiser: the authors' UNet, window by window, or a transformer over all frames."
+    )
     channels: int = field(256, "Channels of the UNet's first level; a multiple of 32.", gt=0, multiple_of=32)
     multipliers: tuple[PositiveInt, ...] = field((1, 2, 4, 8), "Channel multiplier of each UNet level.", min_length=1)
-    condition: int = field(1024, "Width of the speaker condition; a multiple of 32, at least 64.", unit="features", ge=64, multiple_of=32)
+    blocks: int = field(2, "Residual blocks at each UNet level on the way down; one more on the way up.", gt=0)
+    condition: int = field(
+        1024, "Width of the UNet's speaker condition; a multiple of 32, at least 64.", unit="features", ge=64, multiple_of=32
+    )
+    width: int = field(512, "Width of the transformer denoiser, and of a peer's transformers.", unit="features", gt=0, multiple_of=4)
+    layers: int = field(8, "Layers of the transformer denoiser, and of a peer's transformers.", gt=0)
+    context: int = field(
+        2, "Windows that a frame of the transformer denoiser sees beside its own, before and (offline) after.", unit="windows", gt=0
+    )
+    init_from: tuple[str, ...] = field(
+        (),
+        "Weights to start from: a finished run (name, folder or URL), or the authors' files [STAGE1.pth, STAGE2.pth, PROJECTOR.pth].",
+        max_length=3,
+    )
+
+    @model_validator(mode="after")
+    def _sensible(self) -> "Model":
+        if not self.facial and not self.acoustic:
+            raise ValueError("model.facial and model.acoustic are both empty: name at least one stream")
+        if self.family == "perfrdiff" and not self.online:
+            raise ValueError(
+                "model.family=perfrdiff generates from the window before, so it is online by construction: set model.online=true"
+            )
+        if self.family == "trans-vae" and self.online:
+            raise ValueError("model.family=trans-vae hears the whole clip before it reacts: set model.online=false")
+        return self
 
 
 class Diffusion(Branch):
     """The diffusion process in latent space."""
 
     steps: int = field(20, "Diffusion steps T of the training process.", unit="steps", gt=0)
-    schedule: Literal["cosine", "linear"] = field("cosine", "Noise schedule.")
-    prediction: Literal["epsilon", "x0"] = field("epsilon", "What the denoiser predicts: the noise or the clean latent.")
-    sampling_steps: int = field(20, "DDIM steps of one generation; at most diffusion.steps.", unit="steps", gt=0)
+    schedule: Literal["cosine", "linear", "sqrt", "sigmoid", "karras"] = field("cosine", "Noise schedule.")
+    prediction: Literal["epsilon", "x0", "v"] = field(
+        "epsilon", "What the denoiser predicts: the noise, the clean latent, or v between them."
+    )
+    weighting: Literal["uniform", "min-snr", "elbo"] = field(
+        "uniform", "How the loss is weighted over diffusion times; the mean weight is 1."
+    )
+    condition_dropout: float = field(
+        0.0, "Probability that the speaker is hidden from a window in training, which guidance needs.", unit="probability", ge=0, lt=1
+    )
+    sampler: Literal["ddim", "ddpm", "dpm++"] = field("ddim", "Sampler of a generation; dpm++ is DPM-Solver++(2M).")
+    sampling_steps: int = field(20, "Calls of the denoiser in one generation; any number.", unit="steps", gt=0)
+    guidance: float = field(1.0, "Classifier-free guidance: 1 is none, above it the speaker counts for more.", ge=0)
     normalisation: Literal["feature", "frame"] = field(
         "feature", "Latents are mapped to [-1, 1] by the training set's range per feature, or per frame and feature (the authors' choice)."
     )
 
     @model_validator(mode="after")
-    def _enough_steps(self) -> "Diffusion":
-        if self.sampling_steps > self.steps:
-            raise ValueError(f"diffusion.sampling_steps is {self.sampling_steps}, but must be at most diffusion.steps ({self.steps})")
+    def _guidable(self) -> "Diffusion":
+        if self.guidance != 1 and self.condition_dropout == 0:
+            raise ValueError(
+                f"diffusion.guidance is {self.guidance}, but a denoiser that was never trained without the speaker cannot be guided: "
+                "set diffusion.condition_dropout, 0.1 for example, or diffusion.guidance=1"
+            )
         return self
 
 
