@@ -17,6 +17,16 @@ def training_noise(seed: int, position: int, windows: int, latent: int, steps: i
     return noise, np.array(times, dtype=np.int64)
 
 
-def generation_noise(seed: int, key: str, direction: int, k: int, windows: int, latent: int) -> np.ndarray:
-    """The noise that reaction number k of a clip and direction starts from, (windows, 50, latent) float32, standard normal."""
-    return np.stack([normal((WINDOW, latent), seed, "generation noise", key, direction, k, window) for window in range(windows)])
+def training_hearing(seed: int, position: int, windows: int, dropout: float) -> np.ndarray:
+    """Which windows of the item at a place in the order hear their speaker, (windows,) float32: 1, or 0 with probability `dropout`."""
+    draws = [generator(seed, "training hearing", position, window).random() for window in range(windows)]
+    return (np.array(draws) >= dropout).astype(np.float32)
+
+
+def generation_noise(seed: int, key: str, direction: int, k: int, windows: int, latent: int, step: int = 0) -> np.ndarray:
+    """The noise of reaction number k of a clip and direction, (windows, 50, latent) float32, standard normal.
+
+    Step 0 is the noise it starts from; a sampler that adds noise on its way asks for later ones.
+    """
+    later = (step,) if step else ()
+    return np.stack([normal((WINDOW, latent), seed, "generation noise", key, direction, k, window, *later) for window in range(windows)])

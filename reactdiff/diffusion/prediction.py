@@ -5,17 +5,21 @@ All of them speak of x_t = alpha x_0 + sigma noise, with alpha = sqrt(abar_t) an
 
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 
 class Prediction(Protocol):
-    """A parameterisation: the regression target, and the way back from a prediction to x_0."""
+    """A parameterisation: the regression target, the way back from a prediction to x_0, and what a squared error is worth."""
 
     def target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """What the denoiser should have said."""
 
     def clean(self, noisy: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """The x_0 that a prediction implies."""
+
+    def clean_error(self, snr: np.ndarray) -> np.ndarray:
+        """The squared error of x_0 that a squared error of 1 means; turns a loss weight for x_0 into one for this prediction."""
 
 
 class Epsilon:
@@ -29,6 +33,10 @@ class Epsilon:
         """x_0 = (x_t - sigma epsilon) / alpha."""
         return (noisy - sigma * prediction) / alpha
 
+    def clean_error(self, snr: np.ndarray) -> np.ndarray:
+        """sigma^2 / alpha^2."""
+        return 1 / snr
+
 
 class Clean:
     """The clean latent x_0."""
@@ -41,10 +49,30 @@ class Clean:
         """The prediction itself."""
         return prediction
 
+    def clean_error(self, snr: np.ndarray) -> np.ndarray:
+        """1."""
+        return np.ones_like(snr)
+
+
+class Velocity:
+    """v = alpha noise - sigma x_0 (Salimans and Ho, 2022, appendix D): the noise where all is clean, minus x_0 where all is noise."""
+
+    def target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """V of the clean latent and the noise."""
+        return alpha * noise - sigma * clean
+
+    def clean(self, noisy: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """x_0 = alpha x_t - sigma v."""
+        return alpha * noisy - sigma * prediction
+
+    def clean_error(self, snr: np.ndarray) -> np.ndarray:
+        """sigma^2."""
+        return 1 / (snr + 1)
+
 
 def noise_of(noisy: Tensor, clean: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """The noise that leads from x_0 to x_t: (x_t - alpha x_0) / sigma."""
     return (noisy - alpha * clean) / sigma
 
 
-PREDICTIONS: dict[str, Prediction] = {"epsilon": Epsilon(), "x0": Clean()}
+PREDICTIONS: dict[str, Prediction] = {"epsilon": Epsilon(), "x0": Clean(), "v": Velocity()}
