@@ -17,6 +17,7 @@ def initialise(module: nn.Module, seed: int) -> None:
 
     Linear and convolution: U(-b, b) with b = 1 / sqrt(fan in), weight and bias (He et al., 2015, as PyTorch sets it). Packed
     projections of attention: Glorot uniform; the biases before and after attention 0. Norms: 1 and 0. What starts at zero stays at zero.
+    Recurrent cells: U(-b, b) with b = 1 / sqrt(state). Embeddings: uniform, with the variance 1 of PyTorch's normal.
 
     Raises:
         TypeError: if a layer is of a kind that has no rule here.
@@ -42,6 +43,10 @@ def _bounds(layer: nn.Module) -> dict[str, float | None]:
             return dict.fromkeys(("weight", "bias"), 1 / math.sqrt(layer.weight[0].numel()))
         case nn.MultiheadAttention():
             return {"in_proj_weight": math.sqrt(6 / (4 * layer.embed_dim)), "in_proj_bias": 0}
+        case nn.GRUCell():
+            return dict.fromkeys(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), 1 / math.sqrt(layer.hidden_size))
+        case nn.Embedding():
+            return {"weight": math.sqrt(3)}
     return {}
 
 
