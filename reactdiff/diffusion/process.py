@@ -53,7 +53,7 @@ class Process:
         Returns:
             Both in the dtype of `like`, of shape (*times.shape, 1, .., 1) with as many dimensions as `like`.
         """
-        log_snr = self.log_snr(times).reshape(*times.shape, *[1] * (like.dim() - times.dim()))
+        log_snr = self.log_snr(times).reshape(times.shape + (1,) * (like.dim() - times.dim()))
         return log_snr.sigmoid().sqrt().to(like.dtype), (-log_snr).sigmoid().sqrt().to(like.dtype)
 
     def q_sample(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
