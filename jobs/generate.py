@@ -1,8 +1,9 @@
-"""Generate reactions to a clip with a finished run: arrays, tables and a picture.
+"""Generate reactions to a clip with a finished run, or with the authors' published weights: arrays, tables and a picture.
 
   python jobs/generate.py demo-1a2b3c4d --clip KEY                   10 reactions of the listener, in reactions/
   python jobs/generate.py demo-1a2b3c4d --clip KEY --direction both  of each person to the other
   python jobs/generate.py s3://bucket/store/runs/demo-1a2b3c4d --clip KEY --split val --count 3 --out s3://bucket/reactions
+  python jobs/generate.py --import-checkpoint STAGE1.pth STAGE2.pth PROJECTOR.pth --clip KEY data.url=work/react2024/shards
 
 In direction 0 person a speaks and b listens, in direction 1 the other way round. For each direction you get
   KEY-0.npz     attributes (K, frames, 25) and coefficients (K, frames, 58), with the names of their columns
@@ -12,6 +13,11 @@ In direction 0 person a speaks and b listens, in direction 1 the other way round
 Which reactions come depends on the run's weights and seed, the clip, the direction and the number of the reaction: the same
 command writes the same files again, and they are the ones that jobs/evaluate.py scores. An unknown KEY is answered with the nearest
 ones. No cluster is started; a GPU is used if there is one.
+
+--import-checkpoint takes the authors' files as they are, {"state_dict", "statistics", ...} of stage 1 and {"state_dict", ...} of
+stage 2. They are read as tensors and never unpickled. Widths come from the files; streams, dataset, split and seed from --config
+and KEY=VALUE, whose model and process must be the authors'. Their stage 2 file lacks the projector of the speaker: without a third
+file (linear.1.weight, linear.1.bias, linear.2.weight, linear.2.bias) it is random, and reactions do not follow the speaker.
 """
 
 import argparse
@@ -19,61 +25,130 @@ import difflib
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
 from cluster import command
-from cluster.config import Run
+from cluster.config import Experiment, Run
+from cluster.device import best_device
+from cluster.experiment import load
 from cluster.latents import encode
+from cluster.manifest import Manifest, load_manifest
 from cluster.opened import open_run
 from cluster.reader import Reader
 from cluster.storage import open_store
 from reactdiff.clip import PERSONS, speaker_listener
 from reactdiff.determinism import make_deterministic
-from reactdiff.generate import react
+from reactdiff.generate import Reactor
+from reactdiff.model.authors import FILES, UNTRAINED, load_published
 from reactdiff.plot import reactions_png
 from reactdiff.reactions import to_csv, to_npz
 
+PUBLISHED = Path(__file__).parent / "configs" / "react2024.yaml"
 DIRECTIONS = {"0": (0,), "1": (1,), "both": (0, 1)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, draw the reactions, and write them."""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first product on a GPU
-    run = open_run(options.run, options.store)
-    make_deterministic(run.experiment.workers.threads)
-    reader = Reader(open_store(run.experiment.data.url), run.clips, options.split or run.experiment.evaluation.split)
+    opened = open_files(options) if options.import_checkpoint else open_run(options.run, options.store)
+    experiment = opened.experiment
+    make_deterministic(experiment.workers.threads)
+    reader = Reader(open_store(experiment.data.url), opened.clips, options.split or experiment.evaluation.split)
     clip = find(reader, options.clip)
-    autoencoder, diffusion = run.models()
-    latents = encode(autoencoder, reader, clip)
+    model = opened.model()
+    latents = encode(model.codec, reader, clip)
     faces = reader.read(clip, [(person, "attributes") for person in PERSONS]).arrays
     out, console = open_store(command.absolute(options.out)), Console(markup=False, highlight=False, soft_wrap=True)
     for direction in DIRECTIONS[options.direction]:
         speaker, listener = speaker_listener(direction)
         # Each direction by itself: what is drawn beside it must not change the rounding.
-        drawn = react(autoencoder, diffusion, latents[speaker][None], [(options.clip, direction)], options.count, run.experiment.seed)
+        drawn = model.react(latents[speaker][None], [(options.clip, direction)], options.count, experiment.seed)
         attributes, coefficients = drawn["attributes"][0], drawn["coefficients"][0]
         name = f"{options.clip}-{direction}"
         out.put(f"{name}.npz", to_npz(attributes, coefficients))
         for k, reaction in enumerate(attributes):
             out.put(f"{name}-{k}.csv", to_csv(reaction))
-        title = f"{options.clip}: {speaker} speaks, {listener} listens (run {run.experiment.run.name})"
+        whose = "the authors' weights" if options.import_checkpoint else f"run {experiment.run.name}"
+        title = f"{options.clip}: {speaker} speaks, {listener} listens ({whose})"
         out.put(f"{name}.png", reactions_png(title, faces[speaker, "attributes"], faces[listener, "attributes"], attributes))
         console.print(f"{out.url}/{name}.npz, .png and {options.count} tables {name}-*.csv: {speaker} speaks, {listener} listens")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+@dataclass(frozen=True)
+class OpenedFiles:
+    """The authors' files, opened over a dataset as a run is.
+
+    Attributes:
+        experiment: names the streams, the dataset and the seed.
+        clips: the dataset's state.
+        files: stage 1, stage 2 and, where it is known, the projector.
+    """
+
+    experiment: Experiment
+    clips: Manifest
+    files: Sequence[Path]
+
+    def model(self) -> Reactor:
+        """What generates reactions, on the GPU if there is one; what the files lack is said on stderr.
+
+        Raises:
+            ValueError: if the files are not the authors', or do not fit the configuration or the dataset.
+        """
+        model, diffusion, streams = self.experiment.model, self.experiment.diffusion, self.clips.stream_specs
+        stage1, stage2, *projector = self.files
+        made = load_published(model, diffusion, streams, stage1, stage2, projector[0] if projector else None, self.experiment.seed)
+        if (known := len(made.diffusion.minimum)) < self.clips.frames:
+            raise ValueError(
+                f"{stage1} has the latents' range of {known} frames, but clips of {self.experiment.data.url} have {self.clips.frames}: "
+                f"give a dataset (data.url) with clips of at most {known} frames"
+            )
+        if made.ignored:
+            print(f"ignored {len(made.ignored)} weights that the authors' model never uses: {made.ignored[0]}, ...", file=sys.stderr)
+        if not made.projector:
+            print(f"WARNING: {UNTRAINED}", file=sys.stderr)
+        return Reactor(made.autoencoder.to(best_device()), made.diffusion.to(best_device()))
+
+
+def open_files(options: argparse.Namespace) -> OpenedFiles:
+    """The files of --import-checkpoint over the dataset of --config and KEY=VALUE."""
+    experiment = command.anchored(load(options.config, options.overrides))
+    clips = load_manifest(open_store(experiment.data.url), experiment.data.manifest)
+    return OpenedFiles(experiment, clips, [Path(command.absolute(file)) for file in options.import_checkpoint])
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="name of a run, or its folder or URL (.../runs/NAME)")
+    parser.add_argument("run", nargs="?", metavar="RUN", help="name of a run, or its folder or URL (.../runs/NAME)")
+    parser.add_argument("--import-checkpoint", nargs="+", metavar="FILE", help=f"instead of RUN, the authors' files in this order: {FILES}")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML of model and dataset for --import-checkpoint (default: react2024.yaml)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change one key of it, for example data.url=URL")
     parser.add_argument("--clip", required=True, metavar="KEY", help="key of the clip")
-    parser.add_argument("--split", help="split that holds the clip (default: the run's evaluation.split)")
+    parser.add_argument("--split", help="split that holds the clip (default: evaluation.split of the run or the configuration)")
     parser.add_argument("--direction", choices=DIRECTIONS, default="0", help="0: a speaks, b listens; 1: the other way round (default: 0)")
     parser.add_argument("--count", type=command.positive, default=10, metavar="K", help="reactions in each direction (default: 10)")
     parser.add_argument("--out", default="reactions", metavar="URL", help="folder or s3://bucket/prefix of the files (default: reactions)")
     parser.add_argument("--store", default=Run().store, metavar="URL", help="where a run's mere name is looked up (default: %(default)s)")
-    return parser
+    options = parser.parse_intermixed_args(arguments)
+    if options.import_checkpoint:
+        # What follows the option may be overrides too, and without RUN the first of them stands in its place.
+        words = [*options.import_checkpoint, *filter(None, [options.run]), *options.overrides]
+        options.import_checkpoint = [word for word in words if "=" not in word]
+        options.overrides = [word for word in words if "=" in word]
+        options.config = options.config or PUBLISHED
+        if not 2 <= len(options.import_checkpoint) <= 3:
+            parser.error(f"--import-checkpoint takes {FILES} instead of RUN, not {' '.join(options.import_checkpoint)}")
+    elif not options.run:
+        parser.error(f"name a RUN to generate with, or --import-checkpoint {FILES}")
+    elif options.config or options.overrides:
+        parser.error("a run has its own configuration; --config and KEY=VALUE go with --import-checkpoint")
+    return options
 
 
 def find(reader: Reader, key: str) -> int:

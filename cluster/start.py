@@ -1,0 +1,115 @@
+"""Warm starts: what training starts from where `model.init_from` names other weights than the keyed initialisation.
+
+A life that has a checkpoint goes on from that, whatever is here. Only weights are taken: the latents' range belongs to the
+dataset of latents that the new run is trained on.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cluster.command import absolute
+from cluster.config import Experiment
+from cluster.export import load_weights
+from cluster.opened import OpenedRun, open_run
+from reactdiff.model.authors import FILES, UNTRAINED, assert_authors, fill_autoencoder, fill_diffusion
+from reactdiff.model.autoencoder import Autoencoder
+from reactdiff.model.latent_diffusion import LatentDiffusion
+from reactdiff.model.pth import read_pth
+from reactdiff.stage import stages_of
+
+SUFFIX = ".pth"
+"""How the names of the authors' files end; anything else is a run."""
+
+
+def check(experiment: Experiment) -> list[str]:
+    """Where each stage that is trained starts, a sentence each; empty where nothing is to be said.
+
+    Raises:
+        ValueError, StorageError: if a parent or file is missing or cannot be read, or the model cannot take the authors' weights.
+    """
+    return [text for stage in stages_of(experiment.model)[bool(experiment.run.autoencoder) :] if (text := _origin(stage, experiment))]
+
+
+def warm_start(module: nn.Module, stage: str, experiment: Experiment, log: Callable[[str], None]) -> None:
+    """Give a stage's module the weights that `model.init_from` names; without any, it is left as it is.
+
+    Args:
+        module: what `reactdiff.stage.build` made; its buffers stay as they are.
+        stage: in `reactdiff.config.STAGES`.
+        experiment: its configuration.
+        log: told where the weights are from.
+
+    Raises:
+        ValueError: if the weights do not fit, naming the parameter and both shapes.
+        StorageError: if the parent run has not finished the stage, or its weights are damaged.
+    """
+    if not (origin := _origin(stage, experiment)):
+        return
+    if _is_run(experiment):
+        parent = _parent(experiment)
+        weights = load_weights(parent.store, parent.export(stage))
+        _copy(module, weights, f"stage {stage} of {parent.store.url}")
+    else:
+        first, *more = (read_pth(path) for path in _files(experiment))
+        if isinstance(module, Autoencoder):
+            fill_autoencoder(module, first)
+        elif isinstance(module, LatentDiffusion) and more:
+            fill_diffusion(module, more[0], more[1] if len(more) > 1 else None)
+    log(origin)
+
+
+def _origin(stage: str, experiment: Experiment) -> str:
+    """Where a stage's weights are from, in a sentence, after a look that they are there."""
+    if not experiment.model.init_from:
+        return ""
+    if _is_run(experiment):
+        parent = _parent(experiment)
+        export = parent.export(stage)
+        return f"stage {stage} starts from run {parent.store.url} at progress {export.progress}, weights {export.hash}"
+    assert_authors(experiment.model)
+    files = [read_pth(path).path for path in _files(experiment)]
+    own = files[:1] if stage == "autoencoder" else files[1:]
+    if not own:
+        return f"stage {stage} starts from its keyed initialisation: model.init_from has no STAGE2.pth"
+    says = f"stage {stage} starts from the authors' {' and '.join(map(str, own))}"
+    return says if stage == "autoencoder" or len(own) == 2 else f"{says}. {UNTRAINED}"
+
+
+def _is_run(experiment: Experiment) -> bool:
+    names = experiment.model.init_from
+    files = [name for name in names if name.endswith(SUFFIX)]
+    if len(names) > 1 and len(files) < len(names):
+        raise ValueError(f"model.init_from is {list(names)}: give it one finished run (name, folder or URL), or the authors' files {FILES}")
+    return not files
+
+
+def _parent(experiment: Experiment) -> OpenedRun:
+    return open_run(experiment.model.init_from[0], experiment.run.store)
+
+
+def _files(experiment: Experiment) -> list[Path]:
+    return [Path(absolute(name)) for name in experiment.model.init_from]
+
+
+def _copy(module: nn.Module, weights: dict[str, Tensor], whose: str) -> None:
+    """Take every parameter, and nothing else, from exported weights."""
+    parameters = dict(module.named_parameters())
+    there = set(weights) - {name for name, _ in module.named_buffers()}
+    missing, unknown = sorted(set(parameters) - there), sorted(there - set(parameters))
+    if missing or unknown:
+        raise ValueError(
+            f"model.init_from: the weights of {whose} do not fit this model: {len(missing)} missing {missing[:3]}, "
+            f"{len(unknown)} unknown {unknown[:3]}; give model.* the parent's family, streams and depths"
+        )
+    for name, parameter in parameters.items():
+        if weights[name].shape != parameter.shape:
+            raise ValueError(
+                f"model.init_from: {name} of {whose} has shape {tuple(weights[name].shape)}, but here it is {tuple(parameter.shape)}; "
+                "give model.* and the dataset's streams the parent's widths"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
