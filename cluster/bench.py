@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 
 from cluster.config import Experiment
-from cluster.device import peak_flops, peak_memory
+from cluster.device import best_device, peak_flops, peak_memory
 from cluster.engine import Engine, Settings
 from cluster.worker import micro_batches
 from reactdiff.determinism import make_deterministic
 from reactdiff.model.flops import training_flops
-from reactdiff.stage import Source, build, empty_batch, stage
+from reactdiff.stage import AutoencoderStage, Source, build, empty_batch, stage
 
 WARM_UP = 3
 
@@ -46,13 +46,15 @@ def bench_training(experiment: Experiment, name: str, source: Source, steps: int
         steps: measured optimiser steps of each rival, in turns.
     """
     make_deterministic(experiment.workers.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     optim, parts = experiment.optim, micro_batches(experiment.optim.batch[name], 1, experiment.workers.micro_batch)
+    if name == "diffusion":
+        source = AutoencoderStage(experiment.model, source).encoded()
     kind = stage(name, experiment.model, experiment.diffusion, source)
-    empty = empty_batch(kind, experiment.model, source, optim.batch[name], "cpu")
+    empty = empty_batch(kind, optim.batch[name], "cpu")
     batch = {key: _random(tensor).to(device) for key, tensor in empty.items()}
     with torch.device("meta"):
-        flops = training_flops(kind.module(), empty_batch(kind, experiment.model, source, 1, "meta"))
+        flops = training_flops(kind.module(), empty_batch(kind, 1, "meta"))
     settings = Settings(experiment.workers.zero, optim.precision, parts, optim.betas, optim.weight_decay, optim.clip, optim.ema[name])
     ours = _timed(_engine_step(Engine(build(kind, experiment.seed), settings, device), batch, optim.batch[name], parts), steps, device)
     memory = peak_memory(device)

@@ -9,6 +9,11 @@ PEAK = {"H100": (989e12, 67e12), "H200": (989e12, 67e12), "A100": (312e12, 19.5e
 """Device -> peak operations per second in bf16 and in fp32 without TF32, dense, from the makers' data sheets."""
 
 
+def best_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def peak_flops(device: torch.device, precision: str) -> float:
     """Peak operations per second of a device, 0 where it is not known (a CPU)."""
     if device.type != "cuda":

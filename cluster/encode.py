@@ -6,7 +6,7 @@ import numpy as np
 
 from cluster.config import Workers
 from cluster.latents import RANGE, Coder, encode_shard, range_file, wider
-from cluster.manifest import File, Manifest, Shards, Split, load_manifest, publish
+from cluster.manifest import File, Manifest, Shards, Split, Stream, load_manifest, publish
 from cluster.shards import ShardInfo, decode_npy, encode_npy, members
 from cluster.storage import AlreadyExists, Store, content_hash, open_store
 from cluster.tasks import each
@@ -38,7 +38,7 @@ def build_latents(coder: Coder, workers: Workers, progress: Callable[[int, int],
     manifest = Manifest(
         kind="latents",
         frames=coder.clips.frames,
-        streams=[],
+        streams=[Stream(name=LATENT, kind="latent", width=coder.width)],
         targets={},
         members=list(members([LATENT])),
         splits=splits,

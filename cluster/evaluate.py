@@ -9,15 +9,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from cluster.config import Experiment
 from cluster.experiment import digest
-from cluster.export import Export, load_export
+from cluster.export import Export, load_reactor, untrained_reactor
 from cluster.latents import Coder
 from cluster.manifest import load_appropriateness
 from cluster.reader import Reader
@@ -27,12 +24,10 @@ from reactdiff.clip import PERSONS, speaker_listener
 from reactdiff.data import synthetic
 from reactdiff.data.keyed import generator
 from reactdiff.determinism import make_deterministic
-from reactdiff.generate import react
+from reactdiff.generate import Reactor
 from reactdiff.metrics import baselines
 from reactdiff.metrics.official import Scores, merge, score_part
 from reactdiff.metrics.part import Part
-from reactdiff.model.autoencoder import Autoencoder
-from reactdiff.model.latent_diffusion import LatentDiffusion
 from reactdiff.stage import LATENT
 
 VERSION = 1
@@ -54,7 +49,7 @@ class Evaluation:
     experiment: Experiment
     run: str
     coder: Coder
-    diffusion: Export
+    diffusion: Export | None
     split: str
     predictions: int
     clips: int
@@ -63,7 +58,7 @@ class Evaluation:
     @property
     def id(self) -> str:
         """Stands for everything the scores depend on."""
-        facts = [VERSION, self.coder.export.hash, self.diffusion.hash, self.coder.source_hash, self.experiment.seed]
+        facts = [VERSION, self.coder.export.hash, self.diffusion and self.diffusion.hash, self.coder.source_hash, self.experiment.seed]
         return digest([*facts, self.split, self.predictions, self.clips])
 
     @cached_property
@@ -74,14 +69,16 @@ class Evaluation:
         return (MODEL,) if not self.experiment.evaluation.baselines else names + (("oracle",) if simulated else ())
 
 
-def evaluate(experiment: Experiment, run: str, coder: Coder, diffusion: Export, progress: Callable[[int, int], None]) -> dict[str, Scores]:
+def evaluate(
+    experiment: Experiment, run: str, coder: Coder, diffusion: Export | None, progress: Callable[[int, int], None]
+) -> dict[str, Scores]:
     """Score a run's exports as its `evaluation` branch says.
 
     Args:
         experiment: the run's configuration.
         run: URL of its folder.
         coder: its autoencoder and dataset.
-        diffusion: its export of stage 2.
+        diffusion: its export of stage 2, if its family has one.
         progress: told (parts done, parts in all).
 
     Returns:
@@ -148,17 +145,12 @@ class _Sight:
         self.matrix = matrix[np.ix_(chosen, chosen)].astype(bool)
 
     @cached_property
-    def trained(self) -> tuple[Autoencoder, LatentDiffusion]:
-        store = open_store(self.what.run)
-        return self._ready(load_export(store, self.what.coder.export), load_export(store, self.what.diffusion))
+    def trained(self) -> Reactor:
+        return load_reactor(open_store(self.what.run), self.what.coder.export, self.what.diffusion)
 
     @cached_property
-    def untrained(self) -> tuple[Autoencoder, LatentDiffusion]:
-        return self._ready(self.what.coder.export.build(), self.what.diffusion.build())
-
-    def _ready(self, *modules: nn.Module) -> Any:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return tuple(module.eval().to(device) for module in modules)
+    def untrained(self) -> Reactor:
+        return untrained_reactor(self.what.coder.export, self.what.diffusion)
 
     def split(self, item: int) -> tuple[int, int]:
         """(clip, direction) of an item."""
@@ -209,9 +201,9 @@ def _predict(sight: _Sight, row: str, items: range) -> np.ndarray:
     """Predictions of a row, (items, K, frames, 25)."""
     what = sight.what
     if row in (MODEL, WRONG, UNTRAINED):
-        models = sight.untrained if row == UNTRAINED else sight.trained
+        reactor = sight.untrained if row == UNTRAINED else sight.trained
         speakers = np.stack([sight.speaker_latent(sight.stranger(item) if row == WRONG else item) for item in items])
-        return react(*models, speakers, [sight.key(item) for item in items], what.predictions, what.experiment.seed)["attributes"]
+        return reactor.react(speakers, [sight.key(item) for item in items], what.predictions, what.experiment.seed)["attributes"]
     return _baseline(sight, row, items)
 
 

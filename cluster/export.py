@@ -15,12 +15,16 @@ from torch import nn
 
 from cluster import checkpoint
 from cluster.config import Experiment
+from cluster.device import best_device
 from cluster.storage import AlreadyExists, NotFound, StorageError, Store
 from reactdiff.config import Diffusion, Model
 from reactdiff.data.sample import StreamSpec
-from reactdiff.stage import Source, build, stage
+from reactdiff.generate import Reactor
+from reactdiff.model.codec import Codec
+from reactdiff.model.latent_diffusion import LatentDiffusion
+from reactdiff.stage import Source, Stage, build, stage
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,15 @@ class Export:
     diffusion: dict[str, Any]
     version: int = VERSION
 
+    @property
+    def kind(self) -> Stage:
+        """The stage that was trained."""
+        source = Source([StreamSpec(**spec) for spec in self.streams], self.frames)
+        return stage(self.stage, Model.model_validate(self.model), Diffusion.model_validate(self.diffusion), source)
+
     def build(self) -> nn.Module:
         """The module of this export, in evaluation mode, its weights not yet loaded."""
-        source = Source([StreamSpec(**spec) for spec in self.streams], self.frames)
-        kind = stage(self.stage, Model.model_validate(self.model), Diffusion.model_validate(self.diffusion), source)
-        return build(kind, self.seed).eval()
+        return build(self.kind, self.seed).eval()
 
 
 def write_export(store: Store, experiment: Experiment, name: str, source: Source, progress: int) -> Export:
@@ -107,14 +115,36 @@ def newest_export(store: Store, name: str) -> Export:
 
 
 def load_export(store: Store, export: Export) -> nn.Module:
-    """The module of an export with its weights, verified against the export's hash.
+    """The module of an export with its weights, verified against the export's hash, on the GPU if there is one.
 
     Raises:
         StorageError: if the weights are not those the description names.
     """
     module = export.build()
     module.load_state_dict(load_weights(store, export), strict=True)
-    return module
+    return module.to(best_device())
+
+
+def load_codec(store: Store, export: Export) -> Codec:
+    """The same of stage 1."""
+    codec = load_export(store, export)
+    assert isinstance(codec, Codec)
+    return codec
+
+
+def load_reactor(store: Store, codec: Export, diffusion: Export | None) -> Reactor:
+    """What generates reactions, of the exports of all stages its family has."""
+    return _reactor(load_export(store, codec), load_export(store, diffusion) if diffusion else None)
+
+
+def untrained_reactor(codec: Export, diffusion: Export | None) -> Reactor:
+    """The same with the weights that training began with."""
+    return _reactor(codec.build().to(best_device()), diffusion.build().to(best_device()) if diffusion else None)
+
+
+def _reactor(codec: nn.Module, diffusion: nn.Module | None) -> Reactor:
+    assert isinstance(codec, Codec) and (diffusion is None or isinstance(diffusion, LatentDiffusion))
+    return Reactor(codec, diffusion)
 
 
 def load_weights(store: Store, export: Export) -> dict[str, torch.Tensor]:

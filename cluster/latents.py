@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from cluster.experiment import digest
-from cluster.export import Export, load_export
+from cluster.export import Export, load_codec
 from cluster.manifest import File, Manifest, load_manifest, read_part
 from cluster.reader import Reader
 from cluster.shards import decode_npy, encode_npy, write_shard
@@ -23,11 +23,11 @@ from cluster.storage import NotFound, Store, open_store
 from reactdiff.clip import PERSONS
 from reactdiff.data.sample import Clip
 from reactdiff.determinism import make_deterministic
-from reactdiff.model.autoencoder import Autoencoder
-from reactdiff.stage import LATENT
+from reactdiff.model.codec import Codec
+from reactdiff.stage import LATENT, AutoencoderStage
 
 THREADS = 1
-ENCODING = {"version": 1, "persons at once": 2, "threads": THREADS, "dtype": "float16"}
+ENCODING = {"version": 2, "persons at once": 2, "threads": THREADS, "dtype": "float16"}
 """How persons are encoded; part of what a dataset of latents is named by."""
 
 RANGE = "range"
@@ -55,6 +55,13 @@ class Coder:
     split: str
 
     @property
+    def width(self) -> int:
+        """Features of an encoded frame."""
+        kind = self.export.kind
+        assert isinstance(kind, AutoencoderStage)
+        return kind.encoded().width(LATENT)
+
+    @property
     def url(self) -> str:
         """Where the latents are, or will be."""
         return f"{self.store}/latents/{digest([self.export.hash, self.source_hash, self.split, ENCODING])}"
@@ -79,14 +86,13 @@ def read_range(store: Store, manifest: Manifest) -> tuple[torch.Tensor, torch.Te
     return low, high
 
 
-def encode(autoencoder: Autoencoder, reader: Reader, clip: int) -> dict[str, np.ndarray]:
+def encode(codec: Codec, reader: Reader, clip: int) -> dict[str, np.ndarray]:
     """Both persons' latents of a clip: person -> (frames, latent) float16. Both are encoded at once, always."""
-    names = autoencoder.inputs
+    names = codec.inputs
     read = reader.read(clip, [(person, name) for person in PERSONS for name in names])
-    device = next(autoencoder.parameters()).device
-    streams = {name: torch.from_numpy(np.stack([read.arrays[person, name] for person in PERSONS])).to(device) for name in names}
+    streams = {name: torch.from_numpy(np.stack([read.arrays[person, name] for person in PERSONS])).to(codec.device) for name in names}
     with torch.no_grad():
-        latents = autoencoder.encode(streams).float().cpu().numpy()
+        latents = codec.encode(streams).float().cpu().numpy()
     return {person: latent.astype(np.float16) for person, latent in zip(PERSONS, latents, strict=True)}
 
 
@@ -98,15 +104,13 @@ def encode_shard(coder: Coder, split: str, position: int) -> dict:
     except NotFound:
         pass
     make_deterministic(THREADS)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    autoencoder = load_export(open_store(coder.run), coder.export).to(device)
-    assert isinstance(autoencoder, Autoencoder)
+    codec = load_codec(open_store(coder.run), coder.export)
     reader = Reader(open_store(coder.source), coder.clips, split)
     first = int(reader.counts[:position].sum())
     clips: list[Clip] = []
     bounds: np.ndarray | None = None
     for clip in range(first, first + int(reader.counts[position])):
-        latents = encode(autoencoder, reader, clip)
+        latents = encode(codec, reader, clip)
         clips.append(Clip(reader.key(clip), {person: {LATENT: latent} for person, latent in latents.items()}))
         bounds = wider(bounds, np.stack([f(list(latents.values()), axis=0) for f in (np.min, np.max)]))
     assert bounds is not None, "a shard has at least one clip"

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_
 
 from cluster.shards import ShardInfo, decode_npy, shard_name
 from cluster.storage import NotFound, Store, content_hash
-from reactdiff.data.sample import StreamSpec
+from reactdiff.data.sample import StreamKind, StreamSpec
 
 CURRENT = "dataset.json"
 HASH = 32
@@ -90,7 +90,7 @@ class Stream(_Part):
     """One input stream of every person."""
 
     name: str
-    kind: Literal["facial", "acoustic"]
+    kind: StreamKind
     width: int
 
 

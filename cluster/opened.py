@@ -2,19 +2,18 @@
 
 from dataclasses import dataclass
 
-import torch
 import yaml
 
 from cluster.command import absolute
 from cluster.config import Experiment
 from cluster.experiment import build
-from cluster.export import Export, load_export, newest_export
+from cluster.export import Export, load_reactor, newest_export
 from cluster.latents import Coder
 from cluster.lives import read_state
 from cluster.manifest import CURRENT, Manifest, load_manifest
 from cluster.storage import NotFound, Store, open_store
-from reactdiff.model.autoencoder import Autoencoder
-from reactdiff.model.latent_diffusion import LatentDiffusion
+from reactdiff.generate import Reactor
+from reactdiff.stage import stages_of
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,15 @@ class OpenedRun:
         data = self.experiment.data
         return Coder(self.export("autoencoder"), self.store.url, data.url, self.clips.hash, self.experiment.run.store, data.split)
 
-    def diffusion(self) -> Export:
-        """The finished diffusion, which draws latents of the autoencoder that `coder` decodes with.
+    def diffusion(self) -> Export | None:
+        """The finished diffusion, which draws latents of the autoencoder that `coder` decodes with; None in a family without one.
 
         Raises:
             NotFound: if it is not finished.
             ValueError: if it was trained on another autoencoder's latents.
         """
+        if "diffusion" not in stages_of(self.experiment.model):
+            return None
         coder, export = self.coder(), self.export("diffusion")
         if open_store(coder.url).exists(CURRENT) and (latents := coder.manifest().hash) != export.dataset:
             raise ValueError(
@@ -63,12 +64,13 @@ class OpenedRun:
             )
         return export
 
-    def models(self) -> tuple[Autoencoder, LatentDiffusion]:
-        """Both models with their averaged weights, in evaluation mode, on the GPU if there is one."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        autoencoder, diffusion = (load_export(self.store, export).to(device) for export in (self.coder().export, self.diffusion()))
-        assert isinstance(autoencoder, Autoencoder) and isinstance(diffusion, LatentDiffusion)
-        return autoencoder, diffusion
+    def model(self) -> Reactor:
+        """What generates reactions: the averaged weights of all stages, in evaluation mode, on the GPU if there is one."""
+        return load_reactor(self.store, self.coder().export, self.diffusion())
+
+    def models(self):  # type: ignore  # TEMP
+        one = self.model()
+        return one.codec, one.diffusion
 
 
 def open_run(run: str, store: str) -> OpenedRun:

@@ -11,10 +11,9 @@ from cluster.manifest import Manifest
 from cluster.run import Pinned, end_of
 from cluster.worker import micro_batches
 from reactdiff.clip import windows_of
-from reactdiff.config import STAGES
 from reactdiff.model.flops import training_flops
 from reactdiff.model.shapes import parameters_by_module
-from reactdiff.stage import Source, empty_batch, shapes, stage
+from reactdiff.stage import AutoencoderStage, Source, empty_batch, shapes, stage, stages_of
 
 
 def memory_per_rank(parameters: int, zero: int, ranks: int, precision: str) -> dict[str, int]:
@@ -43,7 +42,11 @@ def plan(experiment: Experiment, pinned: Pinned) -> Group:
     Raises:
         ValueError: if the model does not fit the dataset (a missing stream, a width that does not divide).
     """
-    return Group(_data(experiment, pinned), *(_stage(experiment, pinned.manifest, name) for name in STAGES), _cluster(experiment))
+    return Group(
+        _data(experiment, pinned),
+        *(_stage(experiment, pinned.manifest, name) for name in stages_of(experiment.model)),
+        _cluster(experiment),
+    )
 
 
 def _data(experiment: Experiment, pinned: Pinned) -> Table:
@@ -60,6 +63,8 @@ def _data(experiment: Experiment, pinned: Pinned) -> Table:
 
 def _stage(experiment: Experiment, manifest: Manifest, name: str) -> Table:
     source = Source(manifest.stream_specs, manifest.frames)
+    if name == "diffusion":
+        source = AutoencoderStage(experiment.model, source).encoded()
     kind = stage(name, experiment.model, experiment.diffusion, source)
     with torch.device("meta"):
         module = kind.module()
@@ -72,14 +77,14 @@ def _stage(experiment: Experiment, manifest: Manifest, name: str) -> Table:
     for part, count in parameters_by_module(module):
         table.add_row(f"parameters of {part}", f"{count:,}")
     table.add_row("parameters", f"{parameters:,}")
-    flops = training_flops(module, empty_batch(kind, experiment.model, source, 1, "meta"))
+    flops = training_flops(module, empty_batch(kind, 1, "meta"))
     table.add_row("operations / item", f"{flops / 1e9:,.1f} GFLOP, forward and backward")
     epochs = f"{optim.epochs[name]:g} epochs x {2 * int(manifest.counts(experiment.data.split).sum()):,} items"
     table.add_row("steps", f"{epochs} / {batch} = {-(-end // batch):,}")
     table.add_row("items / rank and step", f"{batch} / {workers.count} ranks = {share}, in {parts} micro-batch{'es' if parts > 1 else ''}")
     for what, size in memory_per_rank(parameters, workers.zero, workers.count, optim.precision).items():
         table.add_row(f"{what} / rank (ZeRO-{workers.zero}, {optim.precision})", f"{size / 1e6:,.1f} MB")
-    for tensor, shape in shapes(kind, experiment.model, source).items():
+    for tensor, shape in shapes(kind).items():
         whole = (-(-share // parts), *shape)
         table.add_row(f"tensor {tensor}", f"{whole} = {4 * prod(whole) / 1e6:,.1f} MB in fp32")
     return table

@@ -23,7 +23,7 @@ from cluster.recipe import Recipe, assignments
 from cluster.registry import Decision, Version
 from cluster.run import STEPS, end_of, execute
 from cluster.storage import AlreadyExists, StorageError, Store, open_store
-from reactdiff.config import STAGES
+from reactdiff.stage import stages_of
 
 
 class Retraining(Recipe):
@@ -117,7 +117,7 @@ def _asked(experiment: Experiment, clips: int) -> Evaluation:
 def _version(experiment: Experiment, manifest: Manifest) -> Version:
     """The finished run of a candidate."""
     store = _run(experiment, experiment.run.name)
-    exports = {stage: read_export(store, stage, end_of(experiment, stage, manifest)) for stage in STAGES}
+    exports = {stage: read_export(store, stage, end_of(experiment, stage, manifest)) for stage in stages_of(experiment.model)}
     progress, weights = ({stage: getattr(export, what) for stage, export in exports.items()} for what in ("progress", "hash"))
     return Version(experiment.run.name, manifest.hash, progress, weights)
 
@@ -129,12 +129,12 @@ def _run(experiment: Experiment, name: str) -> Store:
 def _scores(version: Version, experiment: Experiment, clips: int, display: Display) -> Metrics:
     """A version's metrics on the gate; what was scored before is kept, whoever was champion."""
     store = _run(experiment, version.run)
-    exports = {stage: read_export(store, stage, version.progress[stage]) for stage in STAGES}
+    exports = {stage: read_export(store, stage, version.progress[stage]) for stage in version.progress}
     if (found := {stage: export.hash for stage, export in exports.items()}) != version.weights:
         raise StorageError(f"{store.url} has exports {found}, but the registry knows {version.weights}: restore the run from a copy")
     trained = build(yaml.safe_load(store.read("config.yaml")), f"{store.url}/config.yaml")
     coder = Coder(exports["autoencoder"], store.url, experiment.data.url, version.manifest, experiment.run.store, trained.data.split)
     build_latents(coder, experiment.workers, display.counter(f"latents of {version.run}", "shards"))
     judged = trained.model_copy(update={"evaluation": _asked(experiment, clips), "workers": experiment.workers})
-    scores = evaluate(judged, store.url, coder, exports["diffusion"], display.counter(f"gate, {version.run}", "parts"))[MODEL].to_dict()
+    scores = evaluate(judged, store.url, coder, exports.get("diffusion"), display.counter(f"gate, {version.run}", "parts"))[MODEL].to_dict()
     return scores["official"] | scores["repaired"]

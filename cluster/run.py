@@ -38,7 +38,7 @@ from cluster.storage import NotFound, Store, open_store
 from cluster.telemetry import Exporter
 from cluster.worker import Job
 from reactdiff.metrics.official import Scores
-from reactdiff.stage import Source
+from reactdiff.stage import Source, stages_of
 
 STEPS = ("autoencoder", "latents", "diffusion", "evaluation")
 """What a run goes through, in order."""
@@ -208,12 +208,16 @@ class _Life:
         self.display.end(f"latents {made.hash}")
 
     def diffusion(self) -> None:
+        if "diffusion" not in stages_of(self.experiment.model):
+            self.display.say(f"family {self.experiment.model.family} has no stage diffusion")
+            return
         coder = self.coder()
         self.train("diffusion", coder.url, coder.manifest())
 
     def evaluation(self) -> None:
         progress, coder = self.display.counter("evaluation", "parts"), self.coder()
-        self.assert_finished("diffusion")
+        for stage in stages_of(self.experiment.model):
+            self.assert_finished(stage)
         self.scores = evaluate(self.experiment, self.store.url, coder, self.opened.diffusion(), progress)
 
     def now(self, **changes: str) -> None:

@@ -17,7 +17,7 @@ from cluster.bench import alone, bench_training
 from cluster.experiment import load
 from reactdiff.config import STAGES
 from reactdiff.data.sample import StreamSpec
-from reactdiff.stage import Source
+from reactdiff.stage import Source, stages_of
 
 CONFIGS = Path(__file__).parent / "configs"
 AUTHORS = Source(
@@ -61,7 +61,7 @@ def main() -> int:
     table = Table(title=f"training on {device}, ZeRO-{experiment.workers.zero}, {experiment.optim.precision}", title_justify="left")
     for column in ("stage", "items/s", "plain PyTorch", "ratio", "MFU", "peak memory"):
         table.add_column(column, justify="right")
-    for name in arguments.stage or STAGES:
+    for name in arguments.stage or stages_of(experiment.model):
         speed = bench_training(experiment, name, source, arguments.steps)
         mfu = f"{speed.mfu:.1%}" if speed.mfu else "-"
         ratio, memory = f"{speed.items_per_second / speed.plain:.2f}", f"{speed.peak_memory / 1e9:.2f} GB"

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-StreamKind = Literal["facial", "acoustic"]
+StreamKind = Literal["facial", "acoustic", "latent"]
 
 
 @dataclass(frozen=True)

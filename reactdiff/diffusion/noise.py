@@ -28,5 +28,10 @@ def generation_noise(seed: int, key: str, direction: int, k: int, windows: int, 
 
     Step 0 is the noise it starts from; a sampler that adds noise on its way asks for later ones.
     """
+    return np.stack([window_noise(seed, key, direction, k, window, latent, step) for window in range(windows)])
+
+
+def window_noise(seed: int, key: str, direction: int, k: int, window: int, latent: int, step: int = 0) -> np.ndarray:
+    """That of one window, (50, latent)."""
     later = (step,) if step else ()
-    return np.stack([normal((WINDOW, latent), seed, "generation noise", key, direction, k, window, *later) for window in range(windows)])
+    return normal((WINDOW, latent), seed, "generation noise", key, direction, k, window, *later)

@@ -3,16 +3,20 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reactdiff import config
+from reactdiff.clip import WINDOW, windows_of
 from reactdiff.data.sample import StreamSpec
+from reactdiff.model.codec import Codec
 from reactdiff.model.decoder import Decoder
 from reactdiff.model.mmt import MultiModalityTransformer
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(Codec):
     """The Multi-Modality Transformer and its decoder. Inputs of any float type are cast to that of the weights.
+
+    Attention runs over all frames of a clip; online it runs over each window by itself, so that nothing later is seen.
 
     Args:
         model: which streams to read, widths and depths.
@@ -24,17 +28,19 @@ class Autoencoder(nn.Module):
 
     def __init__(self, model: config.Model, streams: Sequence[StreamSpec]):
         super().__init__()
-        self.inputs = model.facial + model.acoustic
-        self.encoder = MultiModalityTransformer(model, _widths(model, streams))
+        self.inputs, self.width, self.online = model.facial + model.acoustic, model.latent, model.online
+        self.encoder = MultiModalityTransformer(model, widths_of(model, streams))
         self.decoder = Decoder(model)
 
     def encode(self, streams: dict[str, Tensor]) -> Tensor:
         """Stream name -> (batch, frames, width), to latents (batch, frames, latent); streams that are no inputs are not read."""
-        return self.encoder({name: streams[name].to(self._dtype) for name in self.inputs})
+        frames = streams[self.inputs[0]].shape[1]
+        return self._join(self.encoder({name: self._cut(streams[name].to(self._dtype)) for name in self.inputs}), frames)
 
     def decode(self, latent: Tensor) -> dict[str, Tensor]:
         """(batch, frames, latent) -> attributes (batch, frames, 25) and coefficients (batch, frames, 58)."""
-        return self.decoder(latent.to(self._dtype))
+        decoded = self.decoder(self._cut(latent.to(self._dtype)))
+        return {name: self._join(target, latent.shape[1]) for name, target in decoded.items()}
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """10 L1(attributes) + 10 MSE(coefficients) of each item, in float32.
@@ -51,12 +57,20 @@ class Autoencoder(nn.Module):
 
     forward = loss
 
+    def _cut(self, x: Tensor) -> Tensor:
+        """Online, (batch, frames, width) -> (batch * windows, 50, width); offline, clips stay whole."""
+        return x.unflatten(1, (windows_of(x.shape[1]), WINDOW)).flatten(0, 1) if self.online else x
+
+    def _join(self, x: Tensor, frames: int) -> Tensor:
+        """The inverse of `_cut`."""
+        return x.reshape(x.shape[0] * x.shape[1] // frames, frames, x.shape[-1])
+
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
 
-def _widths(model: config.Model, streams: Sequence[StreamSpec]) -> dict[str, int]:
+def widths_of(model: config.Model, streams: Sequence[StreamSpec]) -> dict[str, int]:
     """Width of every input stream, as the dataset says."""
     there: dict[tuple[str, str], int] = {(stream.kind, stream.name): stream.width for stream in streams}
     wanted = [("facial", name) for name in model.facial] + [("acoustic", name) for name in model.acoustic]

@@ -25,13 +25,15 @@ class ZeroLinear(StartsAtZero, nn.Linear):
     """A linear layer that starts at zero."""
 
 
-def check_heads(field: str, width: int, heads: int) -> None:
-    """Checks that attention heads can share a width.
+def check_heads(field: str, width: int, heads: int, even: bool = False) -> None:
+    """Checks that attention heads can share a width, and that each share is even where it must be.
 
     Raises:
         ValueError: if they cannot, naming the field of the width.
     """
-    if width % heads:
+    unit = 2 * heads if even else heads
+    if width % unit:
         raise ValueError(
-            f"{field} is {width}, which model.heads={heads} attention heads cannot share equally; make it a multiple of {heads}"
+            f"{field} is {width}, which model.heads={heads} attention heads cannot share {'evenly' if even else 'equally'}; "
+            f"make it a multiple of {unit}"
         )

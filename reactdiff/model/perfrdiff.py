@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from reactdiff import config
 from reactdiff.clip import TARGETS, WINDOW, windows_of
 from reactdiff.data.sample import StreamSpec
-from reactdiff.model.autoencoder import _widths
+from reactdiff.model.autoencoder import widths_of
+from reactdiff.model.codec import Codec
 from reactdiff.model.layers import ZeroLinear, check_heads
 from reactdiff.model.unet import sinusoid
 
@@ -20,7 +21,7 @@ HIDDEN_TOKENS = 0.2
 """Probability that a kind of token is hidden from a window in training."""
 
 
-class AttributeAutoencoder(nn.Module):
+class AttributeAutoencoder(Codec):
     """Stage 1: a recurrent autoencoder (GRU; Cho et al., 2014) of windows of 50 frames of attributes.
 
     The encoding of a person is its attributes, coefficients and acoustic streams as they are, then the latent of each window
@@ -45,7 +46,7 @@ class AttributeAutoencoder(nn.Module):
         super().__init__()
         if not model.acoustic:
             raise ValueError("model.acoustic is empty, but model.family=perfrdiff listens to the speaker: name at least one stream in it")
-        acoustic = _widths(model.model_copy(update={"facial": ()}), streams)
+        acoustic = widths_of(model.model_copy(update={"facial": ()}), streams)
         self.inputs = ("attributes", "coefficients", *model.acoustic)
         self.width = sum(_parts(model, sum(acoustic.values())))
         self.encoder = nn.GRUCell(self.target, model.latent)

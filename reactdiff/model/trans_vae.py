@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from reactdiff import config
 from reactdiff.clip import TARGETS
 from reactdiff.data.sample import StreamSpec
-from reactdiff.model.autoencoder import _widths
+from reactdiff.model.autoencoder import widths_of
+from reactdiff.model.codec import Codec
 from reactdiff.model.layers import check_heads, mlp
 from reactdiff.model.unet import sinusoid
 
@@ -16,7 +17,7 @@ KL_WEIGHT = 2e-3
 """Weight of the divergence, a mean over the latent's features: the challenge's 2e-4, times the 10 of the reconstruction."""
 
 
-class TransVAE(nn.Module):
+class TransVAE(Codec):
     """A variational autoencoder (Kingma and Welling, 2014) from speaker to listener, trained in one stage.
 
     The posterior q(z | speaker) never sees the listener, so training and generation draw from the same distribution.
@@ -36,7 +37,7 @@ class TransVAE(nn.Module):
     def __init__(self, model: config.Model, streams: Sequence[StreamSpec]):
         super().__init__()
         check_heads("model.width", model.width, model.heads)
-        widths = _widths(model, streams)
+        widths = widths_of(model, streams)
         self.inputs = model.facial + model.acoustic
         self.width = 2 * model.latent
         self.embed = nn.ModuleList(nn.Linear(widths[name], model.width) for name in self.inputs)
@@ -52,7 +53,7 @@ class TransVAE(nn.Module):
     def encode(self, streams: dict[str, Tensor]) -> Tensor:
         """Stream name -> (batch, frames, width), to [mean | log-variance] (batch, frames, 2 latent) float32, the same at every frame."""
         frames = streams[self.inputs[0]].shape[1]
-        return torch.cat(self._posterior(streams), dim=-1)[:, None].expand(-1, frames, -1)
+        return torch.cat(self._posterior(streams), dim=-1)[:, None].repeat(1, frames, 1)
 
     @torch.no_grad()
     def react(self, encoding: Tensor, noise: Tensor) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from reactdiff.model.layers import ZeroConv1d, ZeroLinear
 
 GROUPS = 32
-DOWN_BLOCKS = 2
 
 
 class UNet(nn.Module):
@@ -23,12 +22,13 @@ class UNet(nn.Module):
         channels: channels of the first level, a multiple of 32; the sinusoid of time is as wide.
         multipliers: channels of each level, as multiples of `channels`.
         condition: width of the condition.
+        blocks: residual blocks of each level on the way down.
 
     Raises:
         ValueError: if the length cannot be halved between all levels.
     """
 
-    def __init__(self, frames: int, length: int, channels: int, multipliers: tuple[int, ...], condition: int):
+    def __init__(self, frames: int, length: int, channels: int, multipliers: tuple[int, ...], condition: int, blocks: int):
         super().__init__()
         deepest = len(multipliers) - 1
         if length % 2**deepest:
@@ -42,7 +42,7 @@ class UNet(nn.Module):
         self.down = nn.ModuleList()
         width, skips = channels, [channels]
         for level, multiplier in enumerate(multipliers):
-            for _ in range(DOWN_BLOCKS):
+            for _ in range(blocks):
                 self.down.append(Block(width, channels * multiplier, embedding, level < deepest))
                 width = channels * multiplier
                 skips.append(width)
@@ -52,8 +52,8 @@ class UNet(nn.Module):
         self.middle = nn.ModuleList(Block(width, width, embedding, attends) for attends in (True, False))
         self.up = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(multipliers))):
-            for number in range(DOWN_BLOCKS + 1):
-                doubles = level > 0 and number == DOWN_BLOCKS
+            for number in range(blocks + 1):
+                doubles = level > 0 and number == blocks
                 self.up.append(Block(width + skips.pop(), channels * multiplier, embedding, level < deepest, doubles))
                 width = channels * multiplier
         self.norm = nn.GroupNorm(GROUPS, width)

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from reactdiff import config
+from reactdiff.clip import AU, EXPRESSION, VALENCE_AROUSAL
 from reactdiff.data.sample import StreamSpec
+from reactdiff.model.attention import AttentionUnit
 from reactdiff.model.autoencoder import Autoencoder
 from tests.reactdiff.model.small import LATENT, MODEL, STREAMS, assert_empty_batch_flows_back_as_zeros, autoencoder, clips
 
@@ -83,3 +85,48 @@ def test_a_stream_the_dataset_lacks_is_named_with_those_it_has() -> None:
 def test_a_width_that_heads_cannot_share_is_refused(field: str) -> None:
     with pytest.raises(ValueError, match=rf"model\.{field} is 18, which model\.heads=4"):
         Autoencoder(MODEL.model_copy(update={field: 18}), STREAMS)
+
+
+@torch.no_grad()
+def test_online_no_window_knows_another() -> None:
+    module, streams = autoencoder(online=True), clips(2, 150)
+    changed = {name: torch.cat((stream[:, :100], stream[:, 100:] + 1), dim=1) for name, stream in streams.items()}
+    before, after = module.encode(streams), module.encode(changed)
+    assert torch.equal(before[:, :100], after[:, :100]) and not torch.allclose(before[:, 100:], after[:, 100:], atol=1e-3)
+    alone = module.encode({name: stream[:, 50:100] for name, stream in streams.items()})
+    torch.testing.assert_close(before[:, 50:100], alone, rtol=1e-4, atol=1e-5)
+    decoded, one = module.decode(before), module.decode(before[:, 50:100])
+    assert all(torch.allclose(decoded[name][:, 50:100], one[name], atol=1e-5) for name in one)
+
+
+@pytest.mark.parametrize(
+    "change, units",
+    [
+        ({}, {"facial", "acoustic", "inter"}),
+        ({"intra": False}, {"inter"}),
+        ({"inter": False}, {"facial", "acoustic"}),
+        ({"acoustic": ()}, {"facial"}),
+        ({"facial": ()}, {"acoustic"}),
+    ],
+    ids=["whole", "no intra", "no inter", "face", "voice"],
+)
+@torch.no_grad()
+def test_an_ablation_leaves_out_its_attention_and_nothing_else(change: dict[str, object], units: set[str]) -> None:
+    module, streams = autoencoder(**change), clips(1, 50)
+    names = [name for name, layer in module.encoder.named_modules() if isinstance(layer, AttentionUnit)]
+    assert {name.partition(".")[0] for name in names} == units
+    latent = module.encode(streams)
+    assert module(streams).shape == (1,) and latent.shape == (1, 50, LATENT)
+    for name in ("au", "fer", "va", "mfcc"):
+        moved = not torch.allclose(module.encode(streams | {name: streams[name] + torch.randn(streams[name].shape)}), latent, atol=1e-5)
+        assert moved == (name in module.inputs), f"every stream that is read matters: {name}"
+
+
+@torch.no_grad()
+def test_bounded_heads_give_only_possible_attributes() -> None:
+    attributes = autoencoder(bounded=True).decode(100 * torch.randn(2, 50, LATENT))["attributes"]
+    assert attributes[..., AU].min() >= 0 and attributes[..., AU].max() <= 1
+    assert attributes[..., VALENCE_AROUSAL].abs().max() <= 1
+    torch.testing.assert_close(attributes[..., EXPRESSION].sum(-1), torch.ones(2, 50))
+    free = autoencoder().decode(100 * torch.randn(2, 50, LATENT))["attributes"]
+    assert free.min() < -1 or free.max() > 1

@@ -68,7 +68,11 @@ def test_the_denoiser_predicts_the_authors_epsilon(stage_2: tuple[Case, LatentDi
 def test_twenty_steps_of_ddim_end_at_the_authors_sample(stage_2: tuple[Case, LatentDiffusion]) -> None:
     case, diffusion = stage_2
     condition = torch.from_numpy(case.expected["condition"])
-    sample = ddim(diffusion.process, lambda x, times: diffusion.denoiser(x, times, condition), windows(case, "noise"), 20)
+
+    def predict(noisy: torch.Tensor, time: float) -> torch.Tensor:
+        return diffusion.denoiser(noisy, torch.full((len(noisy),), time), condition)
+
+    sample = ddim(diffusion.process, predict, lambda _: windows(case, "noise"), 20)
     assert difference(sample, case.expected["ddim20_sample"]) < SAMPLE_TOLERANCE
 
 
