@@ -1,19 +1,32 @@
-"""jobs/generate.py as people use it: the reactions that the evaluation scores, as files."""
+"""jobs/generate.py as people use it: the reactions that the evaluation scores, as files; and those of the authors' weights."""
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from cluster.build import Source, build
 from cluster.command import run
+from cluster.latents import encode
+from cluster.manifest import Manifest, Shards, Split, Stream, load_manifest, publish
 from cluster.opened import open_run
 from cluster.reader import Reader
+from cluster.shards import members
 from cluster.storage import open_store
 from jobs.generate import main
+from reactdiff.clip import PERSONS, TARGETS, WINDOW
+from reactdiff.config import Diffusion
 from reactdiff.data.files import read_csv
+from reactdiff.data.keyed import normal
+from reactdiff.data.sample import Clip
+from reactdiff.generate import Reactor
+from reactdiff.model.authors import autoencoder_sources, load_published
+from tests.reactdiff.model.published import write_files
+from tests.reactdiff.model.rule import DATA, Case
 from tests.tiny import FRAMES, job
 
 CLIP = 5
@@ -82,6 +95,145 @@ def test_an_unknown_clip_is_answered_with_the_nearest_keys(
     assert not (tmp_path / "out").exists()
 
 
+@dataclass(frozen=True)
+class Authors:
+    """A fixture as people have it: the inputs in the shards of a dataset, the weights in the authors' files.
+
+    Attributes:
+        case: the fixture.
+        data: URL of the dataset; person a of its clip `fixture` has the fixture's streams, as far as float16 goes.
+        files: stage 1, stage 2 and the projector.
+        shift: the files' range is [shift - 1, shift + 1]. With it the fixture's own latent is, normalised, its `speaker_latent`,
+            so that one clip leads through all of the fixture's outputs.
+    """
+
+    case: Case
+    data: Path
+    files: tuple[Path, Path, Path]
+    shift: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def authors(tmp_path_factory: pytest.TempPathFactory) -> Authors:
+    case, folder = Case(DATA / "parity_small.npz"), tmp_path_factory.mktemp("authors")
+    speaker = case.input("speaker_latent", case.frames // WINDOW, WINDOW, case.latent).reshape(case.frames, case.latent)
+    shift = torch.from_numpy(case.expected["latent"][0]) - speaker
+    pack(case, folder / "shards")
+    return Authors(case, folder / "shards", write_files(case, folder, shift - 1, shift + 1), shift)
+
+
+def pack(case: Case, folder: Path) -> None:
+    """A dataset of one clip in split val."""
+    streams = {"a": {s.name: case.input(s.name, case.frames, s.width).numpy() for s in case.streams}}
+    streams["b"] = {name: normal(array.shape, "listener", name) for name, array in streams["a"].items()}
+    targets = {name: np.zeros((case.frames, width), np.float32) for name, width in TARGETS.items()}
+    clip = Clip("fixture", {p: {name: array.astype(np.float16) for name, array in streams[p].items()} | targets for p in PERSONS})
+
+    class Tree:
+        splits, frames = ("val",), case.frames
+        streams = tuple(case.streams)
+
+        def read(self, pair: Clip) -> Clip:
+            return pair
+
+    source = Source(Tree(), str(folder), strict=True)  # type: ignore[arg-type]
+    shards = Shards().plus({0: build(source, "val/000000", [clip]).info})
+    described = [Stream(**asdict(stream)) for stream in case.streams]
+    arrays = list(members(source.arrays))
+    manifest = Manifest(
+        kind="clips", frames=case.frames, streams=described, targets=TARGETS, members=arrays, splits={"val": Split(shards=shards)}
+    )
+    publish(open_store(str(folder)), manifest)
+
+
+def imported(authors: Authors, *more: object, files: int = 3) -> int:
+    """The exit code of `generate.py --import-checkpoint`, widths and all else left to the files and the default configuration."""
+    overrides = (f"data.url={authors.data}", "workers.threads=1")
+    return generate("--import-checkpoint", *authors.files[:files], "--clip", "fixture", *overrides, "--count", 2, *more)
+
+
+def test_the_authors_files_give_what_the_library_gives_on_the_same_inputs(
+    authors: Authors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bit for bit on one thread, with the noise keyed by the seed that is asked for."""
+    assert imported(authors, "seed=7", "--direction", "both", "--out", tmp_path) == 0
+    assert "ignored 2 weights that the authors' model never uses" in (error := capsys.readouterr().err) and "UNTRAINED" not in error
+    store, model = open_store(str(authors.data)), authors.case.model
+    manifest = load_manifest(store)
+    made = load_published(model, Diffusion(normalisation="frame"), authors.case.streams, *authors.files)
+    latents = encode(made.autoencoder, Reader(store, manifest, "val"), 0)
+    # Rounding of inputs and latents to float16 is all that parts the clip from the fixture.
+    assert 0 < np.abs(latents["a"] - authors.case.expected["latent"][0]).max() < 3e-3
+    for direction, speaker in enumerate(PERSONS):
+        expected = Reactor(made.autoencoder, made.diffusion).react(latents[speaker][None], [("fixture", direction)], 2, seed=7)
+        arrays = np.load(tmp_path / f"fixture-{direction}.npz")
+        assert all(np.array_equal(arrays[name], expected[name][0]) for name in ("attributes", "coefficients"))
+
+
+def test_the_authors_files_reproduce_the_fixture_from_its_inputs_to_its_sample(
+    authors: Authors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fixture's streams, noise and weights lead to the fixture's last DDIM sample, decoded.
+
+    The fixture's outputs hang together here: `latent` of the streams is, in the files' range, `speaker_latent`, which gives
+    `condition`, which with the noise gives `ddim20_sample`. Only the noise, which a job draws by key, is put in its place.
+    """
+    case = authors.case
+    noise = case.input("noise", case.frames // WINDOW, WINDOW, case.latent).numpy()
+    monkeypatch.setattr("reactdiff.generate.generation_noise", lambda *key: noise)
+    assert imported(authors, "--out", tmp_path / "with") == imported(authors, "--out", tmp_path / "without", files=2) == 0
+    autoencoder = case.autoencoder()
+    case.fill(autoencoder, autoencoder_sources(autoencoder), "stage1")
+    sample = torch.from_numpy(case.expected["ddim20_sample"]).reshape(authors.shift.shape) + authors.shift
+    with torch.no_grad():
+        expected = autoencoder.decode(sample[None])
+    arrays, untrained = (np.load(tmp_path / name / "fixture-0.npz") for name in ("with", "without"))
+    for name, theirs in expected.items():
+        # Seen: 2e-4, where the values' deviation is 0.7. It is float16's rounding of the inputs: in float32 it is 2e-5.
+        assert np.abs(arrays[name] - theirs.numpy()).max() < 1e-3
+        assert np.abs(untrained[name] - theirs.numpy()).max() > 0.1
+
+
+def test_a_missing_projector_is_said_loudly_and_generates_all_the_same(
+    authors: Authors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert imported(authors, "--out", tmp_path, files=2) == 0
+    error = capsys.readouterr().err
+    assert "WARNING: THE CONDITION IS UNTRAINED" in error and "give their file as the third: STAGE1.pth STAGE2.pth [PROJECTOR.pth]" in error
+    assert (tmp_path / "fixture-0.npz").exists()
+
+
+def test_overrides_may_follow_the_files_and_a_wrong_file_is_one_sentence(
+    authors: Authors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage1, stage2, _ = authors.files
+    out = ("--out", tmp_path / "out")
+    assert generate(*out, "--clip", "fixture", "--import-checkpoint", stage1, tmp_path / "none.pth", f"data.url={authors.data}") == 1
+    assert f"error: there is no file {tmp_path}/none.pth" in capsys.readouterr().err
+    torch.save(dict(torch.load(stage1, weights_only=True)) | {"config": Path()}, tmp_path / "pickle.pth")
+    assert generate("--import-checkpoint", tmp_path / "pickle.pth", stage2, "--clip", "fixture", f"data.url={authors.data}", *out) == 1
+    assert f"error: {tmp_path}/pickle.pth holds pathlib.PosixPath objects, and only tensors" in capsys.readouterr().err
+    short = write_files(authors.case, tmp_path, authors.shift[:WINDOW] - 1, authors.shift[:WINDOW] + 1)
+    assert generate("--import-checkpoint", *short, "--clip", "fixture", f"data.url={authors.data}", *out) == 1
+    assert f"{short[0]} has the latents' range of 50 frames, but clips of {authors.data} have 100" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ([], "name a RUN to generate with, or --import-checkpoint STAGE1.pth STAGE2.pth [PROJECTOR.pth]"),
+        (["--import-checkpoint", "one.pth"], "takes STAGE1.pth STAGE2.pth [PROJECTOR.pth] instead of RUN, not one.pth"),
+        (["run", "model.hidden=64"], "a run has its own configuration; --config and KEY=VALUE go with --import-checkpoint"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(arguments: list[str], rule: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        generate("--clip", "key", *arguments)
+    assert rule in capsys.readouterr().err
+
+
 def test_help_teaches_with_examples() -> None:
     text = job("generate", "--help").stdout
+    assert "jobs/generate.py --import-checkpoint STAGE1.pth STAGE2.pth PROJECTOR.pth --clip KEY" in text
     assert "jobs/generate.py demo-1a2b3c4d --clip KEY" in text and "--direction {0,1,both}" in text

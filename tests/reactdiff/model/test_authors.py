@@ -1,16 +1,32 @@
-"""The authors' files: every name they hold is known, and filling from them is filling by the rule."""
+"""The authors' files: every name they hold is known, and both models out of them compute what the authors' modules do."""
 
 import ast
+import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from reactdiff.clip import WINDOW
 from reactdiff.config import Diffusion, Model
-from reactdiff.model.authors import UNUSED, Sources, autoencoder_sources, denoiser_sources, load_authors, projector_sources
+from reactdiff.model.authors import (
+    UNUSED,
+    autoencoder_sources,
+    denoiser_sources,
+    load_authors,
+    load_published,
+    projector_of,
+    projector_sources,
+)
 from reactdiff.model.autoencoder import Autoencoder
+from reactdiff.model.init import initialise
 from reactdiff.model.latent_diffusion import LatentDiffusion
+from reactdiff.model.pth import read_pth
 from reactdiff.model.shapes import parameters_by_module
-from tests.reactdiff.model.rule import DATA, authors_streams
+from tests.reactdiff.model.published import UNUSED as UNUSED_NAMES
+from tests.reactdiff.model.published import authors_state, write_files
+from tests.reactdiff.model.rule import DATA, Case, authors_streams
 from tests.reactdiff.model.small import MODEL, STREAMS, latent_diffusion
 from tests.reactdiff.model.small import autoencoder as small_autoencoder
 
@@ -61,19 +77,10 @@ def test_every_name_in_the_authors_files_is_used_once_or_known_to_be_unused(full
         assert shape in (tuple(parameter.shape), (*parameter.shape, 1)), name
 
 
-def authors_state(module: torch.nn.Module, sources: Sources) -> dict[str, torch.Tensor]:
-    state = {}
-    for name, parameter in module.named_parameters():
-        for part, source in zip(parameter.detach().chunk(len(sources[name])), sources[name], strict=True):
-            state[source] = part.clone()
-    return state
-
-
 def test_a_denoiser_is_filled_from_the_authors_names() -> None:
     theirs, ours = latent_diffusion().denoiser, LatentDiffusion(MODEL, Diffusion(), 50).denoiser
     sources = denoiser_sources(ours)
     state = authors_state(theirs, sources)
-    state |= {name: state[name][:, :, None] for name in state if name.endswith(("qkv.weight", "proj_out.weight"))}
     assert load_authors(ours, sources, state) == []
     assert all(torch.equal(parameter, theirs.get_parameter(name)) for name, parameter in ours.named_parameters())
 
@@ -104,3 +111,131 @@ def test_a_file_that_does_not_fit_is_refused_by_name() -> None:
         )
     with pytest.raises(ValueError, match=r"out\.2\.bias has shape \(3,\), but out\.bias is \(50,\)"):
         load_authors(denoiser, sources, state | {"out.2.bias": torch.zeros(3)})
+
+
+PROCESS = Diffusion(normalisation="frame")
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return Case(DATA / "parity_small.npz")
+
+
+@pytest.fixture(scope="module")
+def files(case: Case, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """The authors' three files by the rule, for latents that lie in [-1, 1] already."""
+    bound = torch.ones(case.frames, case.latent)
+    return write_files(case, tmp_path_factory.mktemp("authors"), -bound, bound)
+
+
+@torch.no_grad()
+def test_models_out_of_the_files_compute_what_the_authors_modules_compute(case: Case, files: tuple[Path, Path, Path]) -> None:
+    """Widths are not told: they are the files'."""
+    made = load_published(Model(), PROCESS, case.streams, *files)
+    assert made.projector and made.ignored == list(UNUSED_NAMES)
+    outputs = {"latent": made.autoencoder.encode({s.name: case.input(s.name, 1, case.frames, s.width) for s in case.streams})}
+    outputs |= made.autoencoder.decode(outputs["latent"])
+    speaker, noise = (case.input(name, case.frames // WINDOW, WINDOW, case.latent) for name in ("speaker_latent", "noise"))
+    outputs["condition"] = condition = projector_of(made.diffusion)(speaker)
+    for time in (0, 7, 19):
+        outputs[f"epsilon_t{time}"] = made.diffusion.denoiser(noise, torch.full((len(noise),), time), condition)
+    sample = made.diffusion.sample(speaker.reshape(1, case.frames, case.latent), lambda _: noise[None, None])
+    distance = {name: float(np.abs(output.numpy() - case.expected[name]).max()) for name, output in outputs.items()}
+    assert distance == pytest.approx(dict.fromkeys(outputs, 0), abs=1e-5) and len(distance) == 7
+    assert np.abs(sample.numpy().reshape(noise.shape) - case.expected["ddim20_sample"]).max() < 1e-3  # as in test_parity
+
+
+def test_the_latents_range_is_that_of_the_statistics(case: Case, tmp_path: Path) -> None:
+    low = case.input("speaker_latent", case.frames, case.latent)
+    files = write_files(case, tmp_path, low, low + 2)
+    diffusion = load_published(Model(), PROCESS, case.streams, *files).diffusion
+    assert torch.equal(diffusion.minimum, low) and torch.equal(diffusion.maximum, low + 2)
+
+
+def test_without_a_projector_the_condition_has_the_keyed_initial_weights_and_the_import_says_so(
+    case: Case, files: tuple[Path, Path, Path]
+) -> None:
+    made = load_published(Model(), PROCESS, case.streams, *files[:2], seed=3)
+    untrained = LatentDiffusion(case.model, PROCESS, case.frames)
+    initialise(untrained, 3)
+    assert not made.projector
+    assert all(
+        torch.equal(value, untrained.state_dict()[name]) for name, value in made.diffusion.state_dict().items() if "condition" in name
+    )
+
+
+def test_names_of_data_parallel_are_read_without_their_prefix(case: Case, files: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    paths = []
+    for path in files:
+        state = {f"module.{name}": value for name, value in read_pth(path).weights.items()}
+        torch.save(dict(read_pth(path).content) | {"state_dict": state}, tmp_path / path.name)
+        paths.append(tmp_path / path.name)
+    made, plain = (load_published(Model(), PROCESS, case.streams, *which) for which in (paths, files))
+    for ours, theirs in ((made.autoencoder, plain.autoencoder), (made.diffusion, plain.diffusion)):
+        assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_file_that_only_unpickling_could_read_is_refused_and_runs_nothing(tmp_path: Path, zipped: bool) -> None:
+    class Surprise:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    path = tmp_path / "STAGE1.pth"
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "config": Surprise()}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=rf"{path} holds posix.mkdir objects, and only tensors and plain values are read"):
+        read_pth(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_that_are_missing_cut_off_or_hold_no_weights_are_refused_by_name(files: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    path, data = tmp_path / "file.pth", files[2].read_bytes()
+    with pytest.raises(ValueError, match=rf"there is no file {path}"):
+        read_pth(path)
+    for size in (0, 1, 100, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:size])
+        with pytest.raises(ValueError, match=rf"^{path} (is cut off, damaged|holds no weights of PyTorch)"):
+            read_pth(path)
+    for content in ({"epoch": 3}, {"state_dict": {}}, {"state_dict": {"a": 3}}, torch.zeros(2)):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=rf"^{path} holds .*but weights are a mapping of names to tensors"):
+            read_pth(path)
+
+
+def test_files_that_do_not_fit_are_refused_by_name(case: Case, files: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    stage1, stage2, projector = files
+    with pytest.raises(ValueError, match=rf"^{stage1} has no matrix time_embed.*STAGE1.pth STAGE2.pth \[PROJECTOR.pth\] in this order"):
+        load_published(Model(), PROCESS, case.streams, stage2, stage1)
+    with pytest.raises(ValueError, match=rf"^{stage1}: the authors' weights do not fit this Sequential: 4 missing"):
+        load_published(Model(), PROCESS, case.streams, stage1, stage2, stage1)
+    with pytest.raises(ValueError, match=rf"^{stage1}: .*fusion_0.q.weight .*give model.\* and the dataset's streams the widths"):
+        load_published(Model(), PROCESS, authors_streams(au=95, w2v=48), *files)
+    content = dict(read_pth(stage1).content)
+    for statistics in (None, {}, {"min": torch.zeros(100, 31), "max": torch.zeros(100, 31)}):
+        torch.save(content | {"statistics": statistics}, tmp_path / "s.pth")
+        with pytest.raises(ValueError, match=r"s\.pth should hold `statistics` with min and max of the latents, tensors \(frames, 32\)"):
+            load_published(Model(), PROCESS, case.streams, tmp_path / "s.pth", stage2, projector)
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"denoiser": "transformer"}, "model.denoiser is 'transformer', but the authors' weights are of 'unet'"),
+        ({"intra": False}, "model.intra is False"),
+        ({"bounded": True}, "model.bounded is True"),
+        ({"blocks": 3}, "model.blocks is 3, but the authors' weights are of 2: set model.blocks to it"),
+        ({"multipliers": (1, 2)}, r"model.multipliers is \(1, 2\)"),
+        ({"acoustic": ()}, "fuse face and voice by attention: name streams of both"),
+    ],
+)
+def test_a_model_that_the_authors_weights_are_not_of_is_refused_by_field(
+    case: Case, files: tuple[Path, Path, Path], change: dict, rule: str
+) -> None:
+    with pytest.raises(ValueError, match=rule):
+        load_published(Model(**change), PROCESS, case.streams, *files)
+
+
+def test_a_process_that_the_authors_weights_are_not_of_is_refused_by_field(case: Case, files: tuple[Path, Path, Path]) -> None:
+    for name, value in (("normalisation", "feature"), ("prediction", "v"), ("steps", 50), ("schedule", "linear")):
+        with pytest.raises(ValueError, match=f"diffusion.{name} is {value!r}, but the authors' weights are of"):
+            load_published(Model(), PROCESS.model_copy(update={name: value}), case.streams, *files)
