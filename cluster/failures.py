@@ -18,7 +18,10 @@ from dataclasses import dataclass
 from cluster.lives import Superseded
 from cluster.shards import CorruptData
 from cluster.storage import StorageError
-from cluster.worker import NonFinite
+
+
+class NonFinite(RuntimeError):
+    """A loss or gradient is not a number any more; names the items of the step."""
 
 
 @dataclass(frozen=True)

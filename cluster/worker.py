@@ -17,11 +17,13 @@ from cluster.config import Experiment
 from cluster.device import peak_flops, peak_memory
 from cluster.engine import Engine, Settings
 from cluster.experiment import identity
+from cluster.failures import NonFinite
 from cluster.history import History
 from cluster.latents import read_range
 from cluster.manifest import load_manifest
 from cluster.meter import Meter, Snapshot
 from cluster.reader import Reader
+from cluster.start import warm_start
 from cluster.storage import open_store
 from cluster.stream import Batch, Share, Stream
 from reactdiff.data.keyed import seed_of
@@ -33,10 +35,6 @@ from reactdiff.model.latent_diffusion import LatentDiffusion
 from reactdiff.stage import Source, build, empty_batch, stage
 
 log = logging.getLogger(__name__)
-
-
-class NonFinite(RuntimeError):
-    """A loss or gradient is not a number any more; names the items of the step."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +112,13 @@ class _Training:
         source = Source(manifest.stream_specs, manifest.frames)
         kind = stage(job.stage, experiment.model, experiment.diffusion, source)
         with torch.device("meta"):
-            self.flops = training_flops(kind.module(), empty_batch(kind, experiment.model, source, 1, "meta"))
+            self.flops = training_flops(kind.module(), empty_batch(kind, 1, "meta"))
         meter.gauges["peak_flops"] = peak_flops(place.device, optim.precision)
         data = experiment.data
         self.stream = Stream(self.reader, kind, self.order, self.share, experiment.seed, data.read_ahead, data.readers)
         module = build(kind, experiment.seed)
-        if job.stage == "diffusion":
-            assert isinstance(module, LatentDiffusion)
+        warm_start(module, job.stage, experiment, log.warning if place.rank == 0 else log.debug)
+        if isinstance(module, LatentDiffusion):
             module.set_range(*read_range(open_store(job.dataset), manifest))
         self.micro_batches = micro_batches(batch, place.ranks, workers.micro_batch)
         settings = Settings(

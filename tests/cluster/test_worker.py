@@ -12,8 +12,8 @@ import torch
 import torch.multiprocessing as mp
 
 from cluster import checkpoint
+from cluster.failures import NonFinite
 from cluster.storage import open_store
-from cluster.worker import NonFinite
 from tests.cluster.ranks import on_ranks, start_ranks
 from tests.cluster.training import parts, train_here, train_on
 from tests.tiny import tiny
