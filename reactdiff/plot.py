@@ -1,16 +1,20 @@
-"""Pictures of reactions: what the speaker shows, what the real listener did, and what was generated."""
+"""Pictures of reactions (what the speaker shows, what the real listener did, what was generated) and of noise schedules."""
 
 import io
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from reactdiff import config
 from reactdiff.clip import ACTION_UNITS, ATTRIBUTES, AU, EXPRESSION, EXPRESSIONS, FRAME_RATE
+from reactdiff.diffusion.process import Process
+from reactdiff.diffusion.schedule import SCHEDULES
 
 SHOWN = {
     "valence": "valence",
@@ -59,9 +63,31 @@ def reactions_png(title: str, speaker: np.ndarray, listener: np.ndarray, reactio
     panels[-1].set_xlim(0, speaker.shape[0] / FRAME_RATE)
     patches = [Patch(color=colour, label=name) for colour, name in zip(COLOURS, EXPRESSIONS, strict=True)]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=9)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=130)
-    return picture.getvalue()
+    return _png(figure)
+
+
+def schedules_png(steps: int) -> bytes:
+    """A PNG of every noise schedule: log-SNR, and sigma, over u; dots are the steps of a process."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    snr, share = figure.subplots(1, 2)
+    times, u = torch.arange(steps), np.arange(1, steps + 1) / steps
+    fine = np.linspace(0.002, 0.998, 499)
+    for (name, schedule), colour in zip(SCHEDULES.items(), ("#000000", *COLOURS[1:3], *COLOURS[5:7]), strict=True):
+        process = Process(config.Diffusion.model_validate({"schedule": name, "steps": steps}))
+        curve, dots = torch.from_numpy(schedule.log_snr(fine)), process.log_snr(times)
+        for panel, line, points in ((snr, curve, dots), (share, (-curve).sigmoid().sqrt(), (-dots).sigmoid().sqrt())):
+            panel.plot(fine, line, color=colour, linewidth=1.2)
+            panel.plot(u, points, ".", color=colour, markersize=5, label=name)
+    snr.axhline(0, color=INK, linewidth=0.4)
+    snr.set_ylim(-13, 13)
+    snr.set_title("log-SNR", loc="left", fontsize=11)
+    share.set_title("sigma, the amount of noise in x_t", loc="left", fontsize=11)
+    share.legend(frameon=False, fontsize=9, loc="lower right")
+    for panel in (snr, share):
+        panel.set_xlabel(f"u; a dot is a step of {steps}")
+        panel.set_xlim(0, 1.02)
+        _quiet(panel)
+    return _png(figure)
 
 
 def _strips(panel: Axes, faces: np.ndarray, labels: list[str]) -> None:
@@ -113,6 +139,12 @@ def _curves(panel: Axes, name: str, listener: np.ndarray, reactions: np.ndarray)
 
 def _seconds(attributes: np.ndarray) -> np.ndarray:
     return np.arange(len(attributes)) / FRAME_RATE
+
+
+def _png(figure: Figure) -> bytes:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130)
+    return picture.getvalue()
 
 
 def _quiet(panel: Axes) -> None:
