@@ -12,9 +12,15 @@ from cluster.config import Experiment
 from cluster.device import best_device, peak_flops, peak_memory
 from cluster.engine import Engine, Settings
 from cluster.worker import micro_batches
+from reactdiff.clip import WINDOW
+from reactdiff.data.keyed import normal
 from reactdiff.determinism import make_deterministic
+from reactdiff.generate import Reactor
+from reactdiff.model.codec import Codec
 from reactdiff.model.flops import training_flops
-from reactdiff.stage import AutoencoderStage, Source, build, empty_batch, stage
+from reactdiff.model.latent_diffusion import LatentDiffusion
+from reactdiff.online import Listener
+from reactdiff.stage import AutoencoderStage, DiffusionStage, Source, build, empty_batch, stage
 
 WARM_UP = 3
 
@@ -62,6 +68,30 @@ def bench_training(experiment: Experiment, name: str, source: Source, steps: int
     speed = optim.batch[name] / ours
     peak = peak_flops(device, optim.precision)
     return Speed(speed, optim.batch[name] / plain, speed * flops / peak if peak else 0.0, memory)
+
+
+def bench_online(experiment: Experiment, source: Source, windows: int, count: int) -> list[float]:
+    """Seconds that each window of a clip takes an online listener, untrained: to react, and to listen.
+
+    Args:
+        experiment: with `model.online`.
+        source: widths of the speaker's streams.
+        windows: of the clip.
+        count: K.
+    """
+    device, codec_stage = best_device(), AutoencoderStage(experiment.model, source)
+    codec = build(codec_stage, experiment.seed).eval().to(device)
+    diffusion = build(DiffusionStage(experiment.model, experiment.diffusion, codec_stage.encoded()), experiment.seed).eval().to(device)
+    assert isinstance(codec, Codec) and isinstance(diffusion, LatentDiffusion)
+    listener = Listener(Reactor(codec, diffusion), ("clip", 0), count, experiment.seed)
+    spent = []
+    for window in range(WARM_UP + windows):
+        streams = {name: normal((WINDOW, source.width(name)), "bench", name, window) for name in codec.inputs}
+        start = time.perf_counter()
+        listener.react()
+        listener.hear(streams)
+        spent.append(time.perf_counter() - start)
+    return spent[WARM_UP:]
 
 
 def _engine_step(engine: Engine, batch: dict[str, torch.Tensor], items: int, parts: int) -> Callable[[], None]:

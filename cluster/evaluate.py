@@ -30,7 +30,7 @@ from reactdiff.metrics.official import Scores, merge, score_part
 from reactdiff.metrics.part import Part
 from reactdiff.stage import LATENT
 
-VERSION = 1
+VERSION = 2
 PART = 8
 """Items of one part."""
 
@@ -40,6 +40,8 @@ MEAN_CLIPS = 1000
 MODEL = "model"
 WRONG = "wrong speaker"
 UNTRAINED = "untrained"
+ORACLE = "oracle"
+ONLINE_ORACLE = "online oracle"
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ class Evaluation:
     def rows(self) -> tuple[str, ...]:
         """The model and what it is compared with."""
         names = (MODEL, WRONG, UNTRAINED, "noise", "random listener", "mean reaction", "mimic")
+        oracles = (ORACLE, ONLINE_ORACLE) if self.experiment.model.online else (ORACLE,)
         simulated = "simulator" in self.coder.clips.provenance
-        return (MODEL,) if not self.experiment.evaluation.baselines else names + (("oracle",) if simulated else ())
+        return (MODEL,) if not self.experiment.evaluation.baselines else names + (oracles if simulated else ())
 
 
 def evaluate(
@@ -220,8 +223,8 @@ def _baseline(sight: _Sight, row: str, items: range) -> np.ndarray:
         return baselines.mean_reaction(len(items), count, frames, np.array(what.mean))
     if row == "mimic":
         return baselines.mimic(np.stack([sight.speaker(item) for item in items]), count)
-    assert row == "oracle"
-    return np.stack([synthetic.oracle(what.coder.clips.provenance, key, direction, count) for key, direction in keys])
+    assert row in (ORACLE, ONLINE_ORACLE)
+    return np.stack([synthetic.oracle(what.coder.clips.provenance, *key, count, online=row == ONLINE_ORACLE) for key in keys])
 
 
 def _mean_attributes(coder: Coder) -> tuple[float, ...]:

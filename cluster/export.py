@@ -83,11 +83,24 @@ def write_export(store: Store, experiment: Experiment, name: str, source: Source
         diffusion=experiment.diffusion.model_dump(mode="json"),
     )
     store.put(f"exports/{name}/{export.hash}.safetensors", data)
+    _describe(store, export)
+    return read_export(store, name, progress)
+
+
+def adopt(parent: Export, source: Store, store: Store) -> None:
+    """Take over the export of another run, weights and all."""
+    key = f"exports/{parent.stage}/{parent.hash}.safetensors"
+    load_weights(source, parent)  # verified
+    if not store.exists(key):
+        store.put(key, source.read(key))
+    _describe(store, parent)
+
+
+def _describe(store: Store, export: Export) -> None:
     try:
-        store.create(f"exports/{name}/{progress:015d}.json", json.dumps(asdict(export), indent=1).encode())
+        store.create(f"exports/{export.stage}/{export.progress:015d}.json", json.dumps(asdict(export), indent=1).encode())
     except AlreadyExists:
         pass  # an earlier life wrote it; the one that is there counts
-    return read_export(store, name, progress)
 
 
 def read_export(store: Store, name: str, progress: int) -> Export:

@@ -68,10 +68,6 @@ class OpenedRun:
         """What generates reactions: the averaged weights of all stages, in evaluation mode, on the GPU if there is one."""
         return load_reactor(self.store, self.coder().export, self.diffusion())
 
-    def models(self):  # type: ignore  # TEMP
-        one = self.model()
-        return one.codec, one.diffusion
-
 
 def open_run(run: str, store: str) -> OpenedRun:
     """Open a run that was started before.

@@ -24,19 +24,20 @@ from cluster.config import Experiment
 from cluster.encode import build_latents
 from cluster.evaluate import evaluate
 from cluster.experiment import ConfigError, build, digest, ends, identity, placement, to_yaml
-from cluster.export import read_export, write_export
+from cluster.export import adopt, read_export, write_export
 from cluster.history import write_events
 from cluster.latents import Coder
 from cluster.launch import launch
 from cluster.lives import State
 from cluster.manifest import CURRENT, Manifest, load_manifest
 from cluster.meter import Snapshot, Totals
-from cluster.opened import OpenedRun
+from cluster.opened import OpenedRun, open_run
 from cluster.placement import Resources, assert_visible, connect
 from cluster.progress import Display
-from cluster.storage import NotFound, Store, open_store
+from cluster.storage import NotFound, StorageError, Store, open_store
 from cluster.telemetry import Exporter
 from cluster.worker import Job
+from reactdiff.config import ENCODING, Model
 from reactdiff.metrics.official import Scores
 from reactdiff.stage import Source, stages_of
 
@@ -123,6 +124,8 @@ def execute(experiment: Experiment, config_name: str, steps: Sequence[str], disp
         StageFailed, Superseded, KeyboardInterrupt: after the state was written.
     """
     pinned = pin(experiment, config_name)
+    if experiment.run.autoencoder:
+        parent(experiment)
     _say_what_lacks(experiment, connect(cpus=experiment.workers.count + 1), display)
     open_store(experiment.run.store).prove()
     assert_visible(open_store(experiment.run.store), "run.store")
@@ -151,6 +154,24 @@ def execute(experiment: Experiment, config_name: str, steps: Sequence[str], disp
     done = tuple(steps) == STEPS
     running.now(status="DONE" if done else "STOPPED", why="" if done else f"only {', '.join(steps)} asked for")
     return scores
+
+
+def parent(experiment: Experiment) -> OpenedRun:
+    """The run whose autoencoder an experiment takes.
+
+    Raises:
+        ConfigError: if there is no such run, it has not finished its autoencoder, or that is not the one the experiment describes.
+    """
+    where = experiment.run.autoencoder
+    try:
+        opened = open_run(where, experiment.run.store)
+        export = opened.export("autoencoder")
+    except (ValueError, StorageError) as error:
+        raise ConfigError(f"run.autoencoder={where} cannot be taken: {error}") from error
+    ours, theirs = experiment.model.model_dump(mode="json"), Model.model_validate(export.model).model_dump(mode="json")
+    if differing := [f"model.{key} (there {theirs[key]}, here {ours[key]})" for key in ENCODING if ours[key] != theirs[key]]:
+        raise ConfigError(f"run.autoencoder={where} has another autoencoder than this experiment; differing: {', '.join(differing)}")
+    return opened
 
 
 def _say_what_lacks(experiment: Experiment, there: Resources, display: Display) -> None:
@@ -201,7 +222,13 @@ class _Life:
         return self.scores
 
     def autoencoder(self) -> None:
-        self.train("autoencoder", self.experiment.data.url, self.clips)
+        if self.experiment.run.autoencoder:
+            other = parent(self.experiment)
+            export = other.export("autoencoder")
+            adopt(export, other.store, self.store)
+            self.display.say(f"stage autoencoder is that of run {self.experiment.run.autoencoder}: weights {export.hash}")
+        else:
+            self.train("autoencoder", self.experiment.data.url, self.clips)
 
     def latents(self) -> None:
         made = build_latents(self.coder(), self.experiment.workers, self.display.counter("latents", "shards"))
@@ -232,7 +259,8 @@ class _Life:
     def assert_finished(self, stage: str) -> None:
         """Refuse to go on from a stage that has not reached its end."""
         export = self.opened.export(stage)
-        if export.progress != self.end(stage):
+        adopted = stage == "autoencoder" and self.experiment.run.autoencoder
+        if export.progress != self.end(stage) and not adopted:
             raise ConfigError(
                 f"run {self.store.url} has not finished stage {stage} (it ends at progress {self.end(stage)}, the newest export is of "
                 f"{export.progress}): run it without --stage, or with --stage {stage} first"

@@ -2,24 +2,33 @@
 
 python jobs/bench.py train                                          the demo's widths
 python jobs/bench.py train --config jobs/configs/react2024.yaml     the authors' widths
+python jobs/bench.py online                                         a listener that reacts while the speaker speaks
+python jobs/bench.py science                                        the table of docs/science.md: hours on two cores, and it resumes
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from cluster import command
-from cluster.bench import alone, bench_training
+from cluster.bench import alone, bench_online, bench_training
+from cluster.demo import make_demo
 from cluster.experiment import load
+from cluster.progress import Display
+from cluster.science import Comparison, compare
+from reactdiff.clip import FRAME_RATE, WINDOW
 from reactdiff.config import STAGES
 from reactdiff.data.sample import StreamSpec
 from reactdiff.stage import Source, stages_of
 
 CONFIGS = Path(__file__).parent / "configs"
+MARK = "<!-- table -->"
 AUTHORS = Source(
     (
         StreamSpec("va", "facial", 64),
@@ -48,12 +57,32 @@ def main() -> int:
     """Parse the command line, measure, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    train = verbs.add_parser("train", help="items/s and peak memory of both stages on one rank, against a plain PyTorch loop")
-    train.add_argument("--config", type=Path, default=CONFIGS / "demo.yaml", help="YAML file of the experiment (default: the demo)")
-    train.add_argument("--steps", type=int, default=10, help="measured steps of each stage (default: 10)")
-    train.add_argument("--stage", choices=STAGES, action="append", help="only this stage")
-    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change one key of the experiment, for example workers.zero=3")
-    arguments = parser.parse_args()
+    verb = _verb(
+        verbs, "train", train, CONFIGS / "demo.yaml", "items/s and peak memory of both stages on one rank, against a plain PyTorch loop"
+    )
+    verb.add_argument("--steps", type=command.positive, default=10, help="measured steps of each stage (default: 10)")
+    verb.add_argument("--stage", choices=STAGES, action="append", help="only this stage")
+    verb = _verb(verbs, "online", online, CONFIGS / "online.yaml", "reacting window by window, against the speaker's real time")
+    verb.add_argument("--seconds", type=command.positive, default=30, help="length of the clip (default: 30)")
+    verb.add_argument("--count", type=command.positive, default=10, metavar="K", help="reactions at the same time (default: 10)")
+    verb = _verb(
+        verbs, "science", science, CONFIGS / "science.yaml", "models, ablations and peers on equal data, against baselines and oracles"
+    )
+    verb.add_argument("--write", type=Path, metavar="FILE.md", help="also put the table between the <!-- table --> marks of this file")
+    arguments = parser.parse_intermixed_args()
+    return arguments.function(arguments)
+
+
+def _verb(verbs: Any, name: str, function: Callable[[argparse.Namespace], int], config: Path, what: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=what, description=what)
+    parser.add_argument("--config", type=Path, default=config, help=f"YAML file (default: {config.name})")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change one key of the experiment, for example workers.zero=3")
+    parser.set_defaults(function=function)
+    return parser
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Training speed on one rank."""
     experiment = load(arguments.config, arguments.overrides)
     source = SIMULATED if "w2v" not in experiment.model.acoustic else AUTHORS
     alone()
@@ -67,6 +96,35 @@ def main() -> int:
         ratio, memory = f"{speed.items_per_second / speed.plain:.2f}", f"{speed.peak_memory / 1e9:.2f} GB"
         table.add_row(name, f"{speed.items_per_second:.2f}", f"{speed.plain:.2f}", ratio, mfu, memory)
     Console().print(table)
+    return 0
+
+
+def online(arguments: argparse.Namespace) -> int:
+    """Speed of an online listener."""
+    experiment = load(arguments.config, arguments.overrides)
+    windows = -(-arguments.seconds * FRAME_RATE // WINDOW)
+    speaking = WINDOW / FRAME_RATE
+    spent = bench_online(experiment, SIMULATED, windows, arguments.count)
+    table = Table(title=f"{arguments.count} listeners online, {windows} windows of {speaking:g} s", title_justify="left")
+    for column in ("", "seconds", "times faster than real time"):
+        table.add_column(column, justify="right")
+    for name, ours, theirs in (("whole clip", sum(spent), windows * speaking), ("slowest window", max(spent), speaking)):
+        table.add_row(name, f"{ours:.2f}", f"{theirs / ours:.1f}")
+    Console().print(table)
+    return 0
+
+
+def science(arguments: argparse.Namespace) -> int:
+    """What models reach."""
+    comparison = Comparison.read(arguments.config)
+    with Display() as display:
+        make_demo(command.anchored(comparison.load(arguments.overrides)).data.url, display)
+        table = compare(comparison, arguments.overrides, display)
+    print(table)
+    if arguments.write:
+        before, mark, rest = arguments.write.read_text().partition(MARK)
+        _, _, after = rest.partition(MARK)
+        arguments.write.write_text(f"{before}{mark}\n{table}\n{MARK}{after}")
     return 0
 
 

@@ -81,7 +81,11 @@ def _score_run(options: argparse.Namespace, display: Display) -> tuple[dict[str,
     experiment: Experiment = run.experiment.model_copy(update={"evaluation": evaluation, "workers": workers})
     build_latents(coder, workers, display.counter("latents", "shards"))
     scores = evaluate(experiment, run.store.url, coder, diffusion, display.counter("evaluation", "parts"))
-    facts = {"run": run.store.url, "progress": (diffusion or coder.export).progress, **evaluation.model_dump(include={"split", "predictions", "clips"})}
+    facts = {
+        "run": run.store.url,
+        "progress": (diffusion or coder.export).progress,
+        **evaluation.model_dump(include={"split", "predictions", "clips"}),
+    }
     return facts | {"scores": {row: one.to_dict() for row, one in scores.items()}}, scores
 
 

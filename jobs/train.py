@@ -10,22 +10,15 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster import command
+from cluster.demo import make_demo
 from cluster.evaluate import MODEL, WRONG
 from cluster.experiment import help_text, load
-from cluster.manifest import CURRENT
-from cluster.placement import connect
 from cluster.plan import plan
-from cluster.prepare import prepare
 from cluster.progress import Display
 from cluster.run import STEPS, execute, pin
-from cluster.storage import open_store
-from reactdiff.data.react2024 import Tree
-from reactdiff.data.synthetic import Simulation, write_tree
 from reactdiff.metrics.report import gap_closed, table
 
 DEMO = Path(__file__).parent / "configs" / "demo.yaml"
-DYADS = Simulation(seed=0, frames=200, clips={"train": 400, "val": 24, "gate": 16, "test": 30})
-"""The demo's data."""
 
 
 def main() -> int:
@@ -56,19 +49,6 @@ def main() -> int:
             closed = {row: gap_closed(corr[row], corr["random listener"], corr["oracle"]) for row in (MODEL, WRONG)}
             print(f"FRCorr, from random listener (0 %) to oracle (100 %): model {closed[MODEL]:.0%}, {WRONG} {closed[WRONG]:.0%}")
     return 0
-
-
-def make_demo(url: str, display: Display) -> None:
-    """Simulate the demo's tree and pack it into shards at this URL, unless the dataset is there."""
-    store = open_store(url)
-    if store.exists(CURRENT):
-        return
-    tree = command.home() / "work" / "demo" / "tree"
-    display.say(f"the demo's dataset is not at {url} yet: simulating dyads in {tree}, then packing them into shards")
-    write_tree(DYADS, tree, display.counter("simulate", "clips"))
-    connect()
-    made = prepare(Tree(tree), store, clips_per_shard=16, strict=True, progress=display.counter("prepare", "clips"))
-    display.end(f"dataset {made.manifest.hash} at {url}")
 
 
 if __name__ == "__main__":

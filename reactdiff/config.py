@@ -9,6 +9,11 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 STAGES = ("autoencoder", "diffusion")
+ENCODING = (
+    *("family", "facial", "acoustic", "online", "hidden", "latent", "heads"),
+    *("intra", "intra_depth", "inter", "inter_depth", "dropout", "bounded"),
+)
+"""Fields of the model that decide what stage 1 of a model with a second stage is; the others are about stage 2."""
 Kind = Literal["identity", "placement", "end"]
 T = TypeVar("T")
 

@@ -68,7 +68,3 @@ class Reactor:
     def _posterior(self, items: list[Item], count: int, seed: int) -> Tensor:
         drawn = [[normal((self.codec.width // 2,), seed, "generation posterior", *item, k) for k in range(count)] for item in items]
         return torch.from_numpy(np.array(drawn)).to(self.codec.device)
-
-
-def react(autoencoder, diffusion, speakers, items, count, seed):  # type: ignore  # TEMP
-    return Reactor(autoencoder, diffusion).react(speakers, items, count, seed)

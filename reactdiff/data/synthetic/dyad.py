@@ -120,6 +120,11 @@ def reactions(causes: np.ndarray, manner: Manner, rng: np.random.Generator) -> n
 
     So the reactions to what happened before a moment do not depend on anything after it.
     """
+    return in_order(answers(causes, manner, rng)[0])
+
+
+def answers(causes: np.ndarray, manner: Manner, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The same by cause, and beside each reaction when its cause began, (reactions,) in seconds."""
     causes = in_order(causes[causes[:, CHANNEL] < len(TRIGGERS)])
     chance = rng.random((len(causes), 4))
     strengths = REACTIONS[manner.style][causes[:, CHANNEL].astype(int)]
@@ -128,7 +133,8 @@ def reactions(causes: np.ndarray, manner: Manner, rng: np.random.Generator) -> n
     delays = np.clip(manner.delay + 0.2 * (chance[:, 1] - 0.5), SHORTEST_DELAY, LONGEST_DELAY)
     onsets = causes[cause, ONSET] + delays[cause]
     lengths = causes[cause, LENGTH] * (0.9 + 0.4 * chance[cause, 2])
-    return in_order(np.column_stack([onsets, lengths, channel, strengths[cause, channel] * (0.9 + 0.2 * chance[cause, 3])]))
+    events = np.column_stack([onsets, lengths, channel, strengths[cause, channel] * (0.9 + 0.2 * chance[cause, 3])])
+    return events, causes[cause, ONSET]
 
 
 def converse(first: np.ndarray, second: np.ndarray, manners: tuple[Manner, Manner], rng: Chance) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ import numpy as np
 from reactdiff.clip import FRAME_RATE, WINDOW
 from reactdiff.data.keyed import Part, generator
 from reactdiff.data.paths import SPLITS, key_of
-from reactdiff.data.synthetic.dyad import Manner, converse, idle, in_order, jittered, reactions, speech, turns
+from reactdiff.data.synthetic.dyad import ONSET, Manner, answers, converse, idle, in_order, jittered, speech, turns
 from reactdiff.data.synthetic.face import Face, face_of
 
 VERSION = 1
@@ -101,17 +101,31 @@ def behaviour(simulation: Simulation, split: str, clip: int) -> tuple[np.ndarray
     return converse(alone(0), alone(1), (a, b), lambda person, round_: _rng(simulation, split, clip, "reactions", person, round_))
 
 
-def redrawn(simulation: Simulation, split: str, clip: int, direction: int, draw: int) -> Face:
-    """Another listener for a clip's real speaker: the turns stay; manner, reactions and all they do of themselves are new."""
+def redrawn(simulation: Simulation, split: str, clip: int, direction: int, draw: int, online: bool = False) -> Face:
+    """Another listener for a clip's real speaker: the turns stay; manner, reactions and all they do of themselves are new.
+
+    Online, nobody knows what the speaker did before the clip or does in the window of the reaction: such causes are drawn anew.
+    """
 
     def rng(purpose: str) -> np.random.Generator:
         return _rng(simulation, split, clip, "oracle", direction, draw, purpose)
 
     speaker, listener = direction, 1 - direction
-    own = speech(_floor(simulation, split, clip), listener, rng("speech"))
-    idling = idle(simulation.rows / FRAME_RATE, rng("idle"))
-    answers = reactions(behaviour(simulation, split, clip)[speaker], Manner.draw(rng("manner")), rng("reactions"))
-    return face_of(in_order(np.concatenate([own, idling, answers])), simulation.rows, rng("face"))
+    seconds, floor = simulation.rows / FRAME_RATE, _floor(simulation, split, clip)
+    own, idling = speech(floor, listener, rng("speech")), idle(seconds, rng("idle"))
+    manner = Manner.draw(rng("manner"))
+    answered, causes = answers(behaviour(simulation, split, clip)[speaker], manner, rng("reactions"))
+    if online:
+        imagined = in_order(np.concatenate([speech(floor, speaker, rng("imagined speech")), idle(seconds, rng("imagined idle"))]))
+        guessed, guesses = answers(imagined, manner, rng("imagined reactions"))
+        answered = np.concatenate([answered[_heard(answered, causes)], guessed[~_heard(guessed, guesses)]])
+    return face_of(in_order(np.concatenate([own, idling, answered])), simulation.rows, rng("face"))
+
+
+def _heard(events: np.ndarray, causes: np.ndarray) -> np.ndarray:
+    """Which reactions have a cause that began in the clip, in a window before their own."""
+    seconds = WINDOW / FRAME_RATE
+    return (causes >= 0) & (causes // seconds < events[:, ONSET] // seconds)
 
 
 @lru_cache(maxsize=4)

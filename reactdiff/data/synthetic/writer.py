@@ -54,7 +54,7 @@ def write_tree(simulation: Simulation, root: str | Path, progress: Progress | No
     _write_lists(simulation, root)
 
 
-def oracle(provenance: dict[str, Any], key: str, direction: int, count: int) -> np.ndarray:
+def oracle(provenance: dict[str, Any], key: str, direction: int, count: int, online: bool = False) -> np.ndarray:
     """Fresh draws of a simulated clip's listener for its real speaker: what a perfect model would predict.
 
     Args:
@@ -62,6 +62,7 @@ def oracle(provenance: dict[str, Any], key: str, direction: int, count: int) -> 
         key: of the clip.
         direction: 0 if person a speaks and b listens, else 1.
         count: how many reactions.
+        online: know of the speaker, in each window, only the windows before; and whose turn it is, which is generous.
 
     Returns:
         attributes (count, frames, 25), float32, with the used frames only; draw k is the same for any count.
@@ -75,7 +76,7 @@ def oracle(provenance: dict[str, Any], key: str, direction: int, count: int) -> 
         raise ValueError(f"direction is {direction}; 0: a speaks and b listens, 1: the reverse")
     simulation = Simulation.of(provenance["simulator"])
     place = address(simulation, key)
-    faces = (redrawn(simulation, *place, direction, draw) for draw in range(count))
+    faces = (redrawn(simulation, *place, direction, draw, online) for draw in range(count))
     attributes = [face.attributes[: simulation.frames] for face in faces]
     return np.stack(attributes) if attributes else np.empty((0, simulation.frames, len(ATTRIBUTES)), np.float32)
 

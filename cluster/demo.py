@@ -1,0 +1,25 @@
+"""The demo's data: simulated dyads, packed into shards where a configuration expects them."""
+
+from cluster.command import home
+from cluster.manifest import CURRENT
+from cluster.placement import connect
+from cluster.prepare import prepare
+from cluster.progress import Display
+from cluster.storage import open_store
+from reactdiff.data.react2024 import Tree
+from reactdiff.data.synthetic import Simulation, write_tree
+
+DYADS = Simulation(seed=0, frames=200, clips={"train": 400, "val": 24, "gate": 16, "test": 30})
+
+
+def make_demo(url: str, display: Display) -> None:
+    """Simulate the demo's tree and pack it into shards at this URL, unless the dataset is there."""
+    store = open_store(url)
+    if store.exists(CURRENT):
+        return
+    tree = home() / "work" / "demo" / "tree"
+    display.say(f"the demo's dataset is not at {url} yet: simulating dyads in {tree}, then packing them into shards")
+    write_tree(DYADS, tree, display.counter("simulate", "clips"))
+    connect()
+    made = prepare(Tree(tree), store, clips_per_shard=16, strict=True, progress=display.counter("prepare", "clips"))
+    display.end(f"dataset {made.manifest.hash} at {url}")

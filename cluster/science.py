@@ -1,0 +1,164 @@
+"""A comparison: rows of settings times seeds, each a run of its own, and one table of what they reach.
+
+Runs resume as runs do and are kept, so the same comparison again does what is left, and then only prints. Rows whose stage 1 is the
+same share it: the first one's run trains the autoencoder of a seed, the others take it over.
+"""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from cluster import command
+from cluster.config import Experiment
+from cluster.evaluate import MODEL
+from cluster.experiment import digest, identity
+from cluster.export import newest_export
+from cluster.progress import Display
+from cluster.recipe import Recipe, assignments
+from cluster.run import STEPS, execute
+from cluster.storage import Store, open_store
+from reactdiff.config import ENCODING
+from reactdiff.metrics.intervals import intervals
+from reactdiff.metrics.official import merge
+from reactdiff.metrics.part import Part
+from reactdiff.metrics.report import gap_closed
+from reactdiff.model.flops import training_flops
+from reactdiff.stage import empty_batch, stages_of
+
+RANDOM, ORACLES = "random listener", ("oracle", "online oracle")
+METRICS = ("FRCorr", "FRDist", "FRDiv", "FRVar", "FRSyn_varying")
+
+
+class Comparison(Recipe):
+    """The keys of a comparison's file."""
+
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="Every row is trained once with each.")
+    rows: dict[str, dict[str, Any]] = Field(min_length=1, description="Name -> dotted keys of the experiment and their values.")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One row under one seed; its run is named by the comparison and by what it computes."""
+
+    row: str
+    experiment: Experiment
+
+    @property
+    def store(self) -> Store:
+        """The folder of its run."""
+        return open_store(self.experiment.run.store).at(f"runs/{self.experiment.run.name}")
+
+
+def trials(comparison: Comparison, overrides: Sequence[str]) -> list[Trial]:
+    """Every row under every seed, in an order in which a shared autoencoder is trained before it is taken.
+
+    Raises:
+        ConfigError: for a key or value that no experiment has.
+    """
+    found: list[Trial] = []
+    owners: dict[str, str] = {}
+    for seed in comparison.seeds:
+        for row, keys in comparison.rows.items():
+            experiment = command.anchored(comparison.load(overrides, assignments(keys), [f"seed={seed}", "telemetry.port=0"]))
+            key = _stage_1(experiment)
+            owner = owners.get(key, "") if "diffusion" in stages_of(experiment.model) else ""
+            experiment = _with(experiment, autoencoder=owner)
+            experiment = _with(experiment, name=f"{comparison.name}-{digest(identity(experiment))[:8]}")
+            owners.setdefault(key, experiment.run.name)
+            found.append(Trial(row, experiment))
+    return found
+
+
+def _with(experiment: Experiment, **run: str) -> Experiment:
+    return experiment.model_copy(update={"run": experiment.run.model_copy(update=run)})
+
+
+def _stage_1(experiment: Experiment) -> str:
+    """Stands for everything the autoencoder depends on."""
+    all_of = identity(experiment)
+    optim = {
+        name: value["autoencoder"] if isinstance(value, dict) else value for name, value in all_of.items() if name.startswith("optim.")
+    }
+    data = {name: value for name, value in all_of.items() if name == "seed" or name.startswith("data.")}
+    ends = experiment.optim.epochs["autoencoder"]
+    return digest([optim, data, ends, *(all_of[f"model.{name}"] for name in ENCODING)])
+
+
+def compare(comparison: Comparison, overrides: Sequence[str], display: Display) -> str:
+    """Bring every run to its end, and say what they reach.
+
+    Returns:
+        A table in Markdown: over the seeds mean and standard deviation, with 95 % bootstrap intervals of FRCorr over the clips.
+    """
+    every = trials(comparison, overrides)
+    for number, trial in enumerate(every):
+        display.say(f"{number + 1} of {len(every)}: {trial.row}, seed {trial.experiment.seed}, run {trial.experiment.run.name}")
+        execute(trial.experiment, comparison.name, STEPS, display)
+    parts: dict[str, list[Part]] = {}
+    for trial in every:
+        for name, part in scored(trial).items():
+            label = trial.row if name == MODEL else f"{name} ({trial.row})" if name in ("wrong speaker", "untrained") else name
+            parts.setdefault(label, []).append(part)
+    sizes = {trial.row: size(trial) for trial in every if trial.experiment.seed == comparison.seeds[0]}
+    return markdown(parts, sizes)
+
+
+def scored(trial: Trial) -> dict[str, Part]:
+    """What the evaluation of a finished run kept, by row."""
+    asked = trial.experiment.evaluation
+    reports = [entry.key for entry in trial.store.list(f"evaluation/{asked.split}-") if entry.key.endswith(".json")]
+    found: dict[str, list[Part]] = {}
+    for report in reports:
+        facts = json.loads(trial.store.read(report))
+        for row in facts["scores"]:
+            keys = sorted(entry.key for entry in trial.store.list(f"evaluation/{facts['evaluation']}/{row.replace(' ', '-')}-"))
+            arrays = (np.load(io.BytesIO(trial.store.read(key)), allow_pickle=False) for key in keys if key.endswith(".npz"))
+            found[row] = [Part.from_arrays(one) for one in arrays]
+    return {row: reduce(add, parts) for row, parts in found.items()}
+
+
+def size(trial: Trial) -> tuple[int, float]:
+    """Parameters of all stages, and GFLOP of training on one item of the last one."""
+    parameters, flops = 0, 0.0
+    for stage in stages_of(trial.experiment.model):
+        kind = newest_export(trial.store, stage).kind
+        with torch.device("meta"):
+            module = kind.module()
+            flops = training_flops(module, empty_batch(kind, 1, "meta")) / 1e9
+        parameters += sum(parameter.numel() for parameter in module.parameters())
+    return parameters, flops
+
+
+def markdown(parts: Mapping[str, Sequence[Part]], sizes: Mapping[str, tuple[int, float]]) -> str:
+    """The table: a line for each row, of its parts under every seed."""
+    means = {row: np.mean([merge([part]).official["FRCorr"] for part in each]) for row, each in parts.items()}
+    oracles = [name for name in ORACLES if name in parts]
+    ways = [f"way to {name}" for name in oracles] if RANDOM in parts else []
+    head = ["", "FRCorr ↑", "95 % over clips", *ways, "FRDist ↓", "FRDiv", "FRVar", "FRSyn, varying ↓", "parameters", "GFLOP / item"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for row, each in parts.items():
+        scores = [one.official | one.repaired for one in (merge([part]) for part in each)]
+        # The seeds' mean for every clip, then the clips drawn anew: what another test set would have given.
+        mean_of_seeds = replace(each[0], values=np.mean([part.values for part in each], axis=0))
+        low, high = intervals([mean_of_seeds])["FRCorr"]
+        closed = [f"{gap_closed(means[row], means[RANDOM], means[name]):.0%}" for name in oracles] if ways else []
+        corr, *others = (_spread([score[metric] for score in scores]) for metric in METRICS)
+        parameters, flops = sizes.get(row, (0, 0.0))
+        counted = [f"{parameters:,}", f"{flops:.2f}"] if parameters else ["", ""]
+        lines.append([row, corr, f"{low:.2f} .. {high:.2f}", *closed, *others, *counted])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean and, over several seeds, their standard deviation."""
+    mean, digits = float(np.mean(values)), 3 if abs(np.mean(values)) < 10 else 1
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 and np.std(values) > 0 else ""
+    return f"{mean:.{digits}f}{spread}"
