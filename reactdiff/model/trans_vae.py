@@ -10,6 +10,7 @@ from reactdiff.clip import TARGETS
 from reactdiff.data.sample import StreamSpec
 from reactdiff.model.autoencoder import widths_of
 from reactdiff.model.codec import Codec
+from reactdiff.model.decoder import bounded
 from reactdiff.model.layers import check_heads, mlp
 from reactdiff.model.unet import sinusoid
 
@@ -40,6 +41,7 @@ class TransVAE(Codec):
         widths = widths_of(model, streams)
         self.inputs = model.facial + model.acoustic
         self.width = 2 * model.latent
+        self.bounded = model.bounded
         self.embed = nn.ModuleList(nn.Linear(widths[name], model.width) for name in self.inputs)
         self.queries = nn.Embedding(2, model.width)
         sizes = model.width, model.heads, 2 * model.width, model.dropout
@@ -102,7 +104,8 @@ class TransVAE(Codec):
         """(batch, latent) -> attributes (batch, frames, 25) and coefficients (batch, frames, 58); every frame's position asks."""
         memory = self.memory(latent.to(self.memory.weight.dtype))[:, None]
         decoded = self.decoder(self._positions(frames).expand(len(memory), -1, -1), memory)
-        return {name: head(decoded) for name, head in self.heads.items()}
+        targets = {name: head(decoded) for name, head in self.heads.items()}
+        return targets | {"attributes": bounded(targets["attributes"])} if self.bounded else targets
 
     def _positions(self, frames: int) -> Tensor:
         """A sinusoid for each frame, (frames, model.width)."""

@@ -91,6 +91,15 @@ def test_reactions_differ_by_their_noise_alone_and_not_at_all_without_variance()
         torch.testing.assert_close(reaction, reaction[:, :1].expand_as(reaction), atol=1e-5, rtol=1e-5)
 
 
+def test_attributes_keep_their_bounds_where_asked() -> None:
+    for asked in (False, True):
+        module = trans_vae(bounded=asked)
+        attributes = module.react(module.encode(clips(1, 50)), 5 * normal(1, 2, LATENT))["attributes"]
+        inside = (attributes[..., :15] >= 0).all() and (attributes[..., 15:].abs() <= 1).all()
+        assert inside == asked
+        assert torch.allclose(attributes[..., 17:].sum(-1), torch.ones(1, 2, 50)) == asked
+
+
 def test_a_latent_is_the_mean_plus_so_many_standard_deviations() -> None:
     module = trans_vae()
     mean, deviation, noise = normal(1, LATENT), torch.linspace(0.1, 3, LATENT), normal(1, 1, LATENT) * 2
