@@ -1,0 +1,192 @@
+"""Warm starts: from a finished run, from the authors' files, and what is refused before any work."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from cluster import checkpoint
+from cluster.config import Experiment
+from cluster.experiment import load
+from cluster.export import load_weights
+from cluster.opened import open_run
+from cluster.start import check, warm_start
+from cluster.storage import StorageError, open_store
+from reactdiff.data.sample import StreamSpec
+from reactdiff.model.authors import load_published, projector_of
+from reactdiff.model.latent_diffusion import LatentDiffusion
+from reactdiff.stage import LATENT, Source, build, stage
+from tests.cluster.training import train_on
+from tests.reactdiff.model.published import write_files
+from tests.reactdiff.model.rule import DATA, Case
+from tests.tiny import tiny
+
+STAGES = ("autoencoder", "diffusion")
+
+
+def nothing_said(text: str) -> None:
+    raise AssertionError(text)
+
+
+def parameters(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return bool(ours) and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_every_weight_of_a_finished_run_is_taken_but_its_latents_range_is_not(finished: Path) -> None:
+    parent, store = open_run(str(finished), ""), finished.parent.parent
+    for where in (str(finished), "tiny"):
+        experiment = tiny("shards", store, "seed=1", f"model.init_from=[{where}]")
+        said: list[str] = []
+        for name in STAGES:
+            export = parent.export(name)
+            module = build(export.kind, seed=1)
+            assert not same(parameters(module), theirs := load_weights(parent.store, export))
+            warm_start(module, name, experiment, said.append)
+            assert same(parameters(module), theirs)
+            assert f"stage {name} starts from run {finished} at progress 40, weights {export.hash}" == said[-1]
+        assert isinstance(module, LatentDiffusion)
+        assert torch.equal(module.minimum, -torch.ones_like(module.minimum)) and not torch.equal(theirs["minimum"], module.minimum)
+        assert check(experiment) == said and len(said) == 2
+
+
+def test_training_begins_with_the_weights_and_resumes_from_its_own(finished: Path, shards: Path, tmp_path: Path) -> None:
+    parent = open_run(str(finished), "")
+    theirs = load_weights(parent.store, parent.export("autoencoder"))
+    settings = (f"model.init_from=[{finished}]", "optim.weight_decay=0")
+
+    def trained(rate: str, epochs: float, life: int) -> dict[str, torch.Tensor]:
+        train_on(1, tiny(shards, tmp_path, *settings, f"optim.lr={rate}", f"optim.epochs={epochs}"), tmp_path, life)
+        store = open_store(str(tmp_path))
+        newest = checkpoint.read_manifest(store, checkpoint.listing(store, "autoencoder")[0])
+        return checkpoint.assemble(store, newest, "master")
+
+    assert same(trained("1e-30", 0.3, life=1), theirs)  # a rate too small to move a weight
+    moved = trained("1e-2", 0.6, life=2)
+    assert not same(moved, theirs)
+    assert same(trained("1e-30", 0.9, life=3), moved)
+
+
+@pytest.fixture(scope="module")
+def authors(tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, tuple[Path, Path, Path]]:
+    """A parity fixture's widths, and the authors' files of them."""
+    case = Case(DATA / "parity_small.npz")
+    bound = torch.full((case.frames, case.latent), 3.0)
+    return case, write_files(case, tmp_path_factory.mktemp("authors"), -bound, bound)
+
+
+def experiment_of(case: Case, *files: Path, **model: object) -> Experiment:
+    widths = {name: getattr(case.model, name) for name in ("hidden", "latent", "channels", "condition")} | model
+    return load(None, [f"model.init_from=[{','.join(map(str, files))}]", *(f"model.{name}={value}" for name, value in widths.items())])
+
+
+def fresh(case: Case, experiment: Experiment, name: str) -> nn.Module:
+    """The module of a stage with its keyed initial weights."""
+    streams = case.streams if name == "autoencoder" else [StreamSpec(LATENT, "latent", case.latent)]
+    return build(stage(name, experiment.model, experiment.diffusion, Source(streams, case.frames)), seed=0)
+
+
+def test_the_authors_files_give_the_weights_of_their_import(authors: tuple[Case, tuple[Path, Path, Path]]) -> None:
+    case, files = authors
+    experiment = experiment_of(case, *files)
+    process = experiment.diffusion.model_copy(update={"normalisation": "frame"})
+    made = load_published(experiment.model, process, case.streams, *files)
+    said: list[str] = []
+    for name, theirs in zip(STAGES, (made.autoencoder, made.diffusion), strict=True):
+        module = fresh(case, experiment, name)
+        warm_start(module, name, experiment, said.append)
+        assert same(parameters(module), parameters(theirs))
+    assert isinstance(module, LatentDiffusion) and torch.equal(module.maximum, torch.ones_like(module.maximum))
+    assert (
+        said
+        == check(experiment)
+        == [
+            f"stage autoencoder starts from the authors' {files[0]}",
+            f"stage diffusion starts from the authors' {files[1]} and {files[2]}",
+        ]
+    )
+
+
+def test_without_a_projector_the_condition_starts_untrained_and_this_is_said(authors: tuple[Case, tuple[Path, Path, Path]]) -> None:
+    case, files = authors
+    experiment = experiment_of(case, *files[:2])
+    module, untouched = (fresh(case, experiment, "diffusion") for _ in range(2))
+    said: list[str] = []
+    warm_start(module, "diffusion", experiment, said.append)
+    assert isinstance(module, LatentDiffusion) and isinstance(untouched, LatentDiffusion)
+    assert same(parameters(projector_of(module)), parameters(projector_of(untouched)))
+    assert not same(parameters(module.denoiser), parameters(untouched.denoiser))
+    assert "THE CONDITION IS UNTRAINED" in said[0] and said == check(experiment)[1:]
+
+
+def test_a_stage_without_a_file_and_a_run_without_init_from_keep_their_initial_weights(
+    authors: tuple[Case, tuple[Path, Path, Path]],
+) -> None:
+    case, files = authors
+    experiment = experiment_of(case, files[0])
+    module, untouched = (fresh(case, experiment, "diffusion") for _ in range(2))
+    said: list[str] = []
+    warm_start(module, "diffusion", experiment, said.append)
+    assert said == ["stage diffusion starts from its keyed initialisation: model.init_from has no STAGE2.pth"]
+    warm_start(module, "diffusion", load(None), nothing_said)
+    assert same(parameters(module), parameters(untouched)) and check(load(None)) == []
+
+
+def test_weights_of_a_run_that_do_not_fit_are_refused_with_the_parameter_and_both_shapes(finished: Path) -> None:
+    source = Source(open_run(str(finished), "").clips.stream_specs, 100)
+    for override, rule in (
+        ("model.latent=32", r"encoder\.map\.3\.weight of stage autoencoder of .* has shape \(16, 64\), but here it is \(32, 64\)"),
+        ("model.inter_depth=3", r"do not fit this model: \d+ missing \['encoder\.inter\.2\..*0 unknown"),
+    ):
+        experiment = tiny("shards", "store", f"model.init_from=[{finished}]", override)
+        module = build(stage("autoencoder", experiment.model, experiment.diffusion, source), seed=0)
+        with pytest.raises(ValueError, match=rule):
+            warm_start(module, "autoencoder", experiment, nothing_said)
+
+
+def test_authors_weights_that_do_not_fit_are_refused_with_the_file_the_parameter_and_both_shapes(
+    authors: tuple[Case, tuple[Path, Path, Path]],
+) -> None:
+    case, files = authors
+    experiment = experiment_of(case, *files, latent=16)
+    with pytest.raises(ValueError, match=rf"^{files[0]}: .*\.weight has shape \(32, 128\), but encoder\.map\.3\.weight is \(16, 128\)"):
+        warm_start(fresh(case, experiment, "autoencoder"), "autoencoder", experiment, nothing_said)
+
+
+def test_damaged_weights_of_a_parent_are_refused(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, run := tmp_path / "runs" / "tiny", ignore=shutil.ignore_patterns("checkpoints", "evaluation"))
+    export = open_run(str(run), "").export("autoencoder")
+    save_file({"w": torch.zeros(1)}, run / "exports" / "autoencoder" / f"{export.hash}.safetensors")
+    with pytest.raises(StorageError, match="it is damaged"):
+        warm_start(build(export.kind, 0), "autoencoder", tiny("shards", tmp_path, "model.init_from=[tiny]"), nothing_said)
+
+
+def test_a_wrong_source_is_refused_before_any_work(authors: tuple[Case, tuple[Path, Path, Path]], tmp_path: Path) -> None:
+    case, files = authors
+    store = f"run.store={tmp_path}"
+    for names, rule in (
+        (["none"], f"there is no run at {tmp_path}/runs/none"),
+        ([files[0], tmp_path / "none.pth"], f"there is no file {tmp_path}/none.pth"),
+        ([files[0], "run"], r"give it one finished run \(name, folder or URL\), or the authors' files STAGE1"),
+        (["run", "other"], "give it one finished run"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            check(load(None, [store, f"model.init_from=[{','.join(map(str, names))}]"]))
+    (tmp_path / "cut.pth").write_bytes(files[0].read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"cut\.pth is cut off"):
+        check(experiment_of(case, tmp_path / "cut.pth"))
+    with pytest.raises(ValueError, match=r"model\.blocks is 3, but the authors' weights are of 2"):
+        check(experiment_of(case, *files, blocks=3))
+
+
+def test_an_autoencoder_that_is_taken_from_elsewhere_needs_none_of_the_parent(authors: tuple[Case, tuple[Path, Path, Path]]) -> None:
+    case, files = authors
+    experiment = experiment_of(case, *files)
+    elsewhere = experiment.model_copy(update={"run": experiment.run.model_copy(update={"autoencoder": "another"})})
+    assert check(elsewhere) == check(experiment)[1:]
