@@ -15,6 +15,7 @@ What the metrics mean, and how to read them: docs/metrics.md.
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--split, --predictions and --clips choose what of a run is scored; with --arrays all of the file is")
     with Display(sys.stderr if options.json or options.arrays else sys.stdout) as display:
         if options.arrays:
-            scores = score(**load_arrays(options.arrays), progress=display.counter("score", "clips"))
+            cores = len(os.sched_getaffinity(0))
+            scores = score(**load_arrays(options.arrays), threads=cores, progress=display.counter("score", "clips"))
             facts, rows = scores.to_dict(), {options.arrays.stem: scores}
         else:
             facts, rows = _score_run(options, display)

@@ -74,7 +74,9 @@ def check_whole(pred: np.ndarray, target: np.ndarray, speaker: np.ndarray, appro
     return matrix
 
 
-def check_part(pred: np.ndarray, targets: Targets, speaker: np.ndarray, neighbours: Sequence[np.ndarray]) -> None:
+def check_part(
+    pred: np.ndarray, targets: Targets, speaker: np.ndarray, neighbours: Sequence[np.ndarray], own: Sequence[int] | None = None
+) -> None:
     """Refuses some clips' predictions, and the real reactions they are compared with, if they cannot be scored.
 
     Raises:
@@ -94,18 +96,17 @@ def check_part(pred: np.ndarray, targets: Targets, speaker: np.ndarray, neighbou
         _check_finite("speaker", clip, speaker[clip])
         if len(neighbours[clip]) == 0:
             raise ValueError(f"clip {clip} has no neighbours: at least its own reaction is appropriate")
-    for clip in used(neighbours):
-        _check_target(targets, clip, frames)
+    if own is not None and len(own) != clips:
+        raise ValueError(f"pred has {clips} clips and own {len(own)}: name the real reaction of each clip of pred")
+    for clip in np.unique(np.concatenate(neighbours)).tolist():
+        _check_target(targets, clip, frames, "is a neighbour")
+    for clip in () if own is None else own:
+        _check_target(targets, clip, frames, "is a clip's own reaction")
 
 
-def used(neighbours: Sequence[np.ndarray]) -> list[int]:
-    """The clips that occur in any list of neighbours, in order."""
-    return np.unique(np.concatenate(neighbours)).tolist()
-
-
-def _check_target(targets: Targets, clip: int, frames: int) -> None:
+def _check_target(targets: Targets, clip: int, frames: int, role: str) -> None:
     if not (clip in targets if isinstance(targets, Mapping) else 0 <= clip < len(targets)):
-        raise ValueError(f"clip {clip} is a neighbour, but targets has no reaction for it: pass the reactions of all neighbours")
+        raise ValueError(f"clip {clip} {role}, but targets has no reaction for it: pass the reactions of all of them")
     reaction = targets[clip]
     _check_shape(f"target of clip {clip}", reaction, ("frames", len(ATTRIBUTES)))
     if len(reaction) != frames:

@@ -1,4 +1,4 @@
-"""The official metrics of the REACT 2023 and 2024 challenges, and their repaired twins.
+"""The official metrics of the REACT 2023 and 2024 challenges, their repaired twins, and the Frechet distance.
 
 A split is scored whole with `score`, or in parts, anywhere and in any order, with `score_part` and `merge`: the same
 numbers. Definitions, and what is wrong with the official ones: docs/metrics.md.
@@ -9,19 +9,22 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from reactdiff.metrics.agreement import Reaction, agreement
-from reactdiff.metrics.arrays import Targets, check_part, check_whole, used
-from reactdiff.metrics.part import Part
+from reactdiff.metrics.arrays import Targets, check_part, check_whole
+from reactdiff.metrics.frechet import Moments, frechet
+from reactdiff.metrics.part import PER_CLIP, Part, means_to_metrics
 from reactdiff.metrics.synchrony import offsets
-from reactdiff.metrics.warping import nearest
+from reactdiff.metrics.warping import laid_out, nearest
 
 OFFICIAL = ("FRCorr", "FRDist", "FRDiv", "FRVar", "FRDvs", "FRSyn")
 REPAIRED = ("FRCorr_per_prediction", "FRDist_per_prediction", "FRSyn_varying")
+EXTRA = ("FrechetAttributes",)
 
 Progress = Callable[[int, int], None]
 """Called with (clips done, clips in all) after each clip."""
@@ -35,34 +38,46 @@ class Scores:
         official: the names of `OFFICIAL`, computed as the challenge's code does.
         repaired: the names of `REPAIRED`: FRCorr and FRDist of one prediction instead of the sum over all, and FRSyn over
             all predictions and only those attributes that vary.
+        extra: the names of `EXTRA`, metrics of our own: the Frechet distance between the frames of all predictions and of the
+            same clips' real reactions, by their attributes; NaN unless these are known.
     """
 
     official: dict[str, float]
     repaired: dict[str, float]
+    extra: dict[str, float]
 
     def to_dict(self) -> dict[str, dict[str, float | None]]:
         """For JSON, which has no NaN: undefined metrics are None."""
         return {
             kind: {name: None if math.isnan(value) else value for name, value in values.items()}
-            for kind, values in (("official", self.official), ("repaired", self.repaired))
+            for kind, values in dataclasses.asdict(self).items()
         }
 
 
-def score(pred: np.ndarray, target: np.ndarray, speaker: np.ndarray, appropriate: np.ndarray, progress: Progress | None = None) -> Scores:
-    """The metrics of a whole split.
+def score(
+    pred: np.ndarray,
+    target: np.ndarray,
+    speaker: np.ndarray,
+    appropriate: np.ndarray,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> Scores:
+    """The metrics of a whole split; beside the arrays, memory for the k-th predictions for all clips is needed.
 
     Args:
         pred: (clips, predictions, frames, 25), generated reactions; used as float32, like all three.
         target: (clips, frames, 25), the listeners' real reactions.
         speaker: (clips, frames, 25), the speakers' behaviour.
         appropriate: (clips, clips) of 0 and 1 or bool; row i marks the clips whose real reaction suits speaker i.
+        threads: that score clips side by side; the numbers do not depend on it.
         progress: told after each clip.
 
     Raises:
         ValueError: if the arrays do not fit together or hold a value that is not finite, before any work.
     """
     matrix = check_whole(pred, target, speaker, appropriate)
-    scores = merge([score_part(pred, target, speaker, [np.flatnonzero(row) for row in matrix], progress)])
+    near = [np.flatnonzero(row) for row in matrix]
+    scores = merge([score_part(pred, target, speaker, near, range(len(pred)), threads, progress)])
     if len(pred) > 1:  # the whole set is here, so its float32 sums can be the official ones to the last digit
         official = scores.official | {"FRDvs": float(np.mean([_diversity(pred[:, k].astype(np.float32)) for k in range(pred.shape[1])]))}
         scores = dataclasses.replace(scores, official=official)
@@ -70,28 +85,46 @@ def score(pred: np.ndarray, target: np.ndarray, speaker: np.ndarray, appropriate
 
 
 def score_part(
-    pred: np.ndarray, targets: Targets, speaker: np.ndarray, neighbours: Sequence[np.ndarray], progress: Progress | None = None
+    pred: np.ndarray,
+    targets: Targets,
+    speaker: np.ndarray,
+    neighbours: Sequence[np.ndarray],
+    own: Sequence[int] | None = None,
+    threads: int = 1,
+    progress: Progress | None = None,
 ) -> Part:
-    """Scores some clips of a split; memory is bounded by them and by their neighbours' reactions.
+    """Scores some clips of a split.
+
+    Beside the arrays, which may be memory-mapped, and the part, memory is bounded by two copies of one clip's predictions and of
+    its neighbours' reactions in each thread.
 
     Args:
         pred: (clips, predictions, frames, 25).
         targets: clip -> (frames, 25), real reactions, as an array or a mapping.
         speaker: (clips, frames, 25).
         neighbours: for each clip of `pred`, the clips of `targets` whose reaction suits its speaker.
+        own: for each clip of `pred`, the clip of `targets` that is its real reaction; without it, FrechetAttributes is undefined.
+        threads: that score clips side by side; the numbers do not depend on it.
         progress: told after each clip.
 
     Raises:
         ValueError: if the arrays do not fit together or hold a value that is not finite, before any work.
     """
-    check_part(pred, targets, speaker, neighbours)
-    listeners = {clip: Reaction.of(targets[clip]) for clip in used(neighbours)}
+    check_part(pred, targets, speaker, neighbours, own)
+
+    def score_one(clip: int) -> tuple[list[float], Moments, Moments]:
+        listeners = [Reaction.of(targets[other]) for other in neighbours[clip].tolist()]
+        predictions = Reaction.of(pred[clip])
+        real = Moments.none() if own is None else Moments.of(Reaction.of(targets[own[clip]]).series)
+        return _score_clip(predictions, pred[clip], speaker[clip], listeners), Moments.of(predictions.series), real
+
     total: Part | None = None
-    for clip, suitable in enumerate(neighbours):
-        part = _score_clip(pred[clip], speaker[clip], [listeners[other] for other in suitable.tolist()])
-        total = part if total is None else total + part
-        if progress:
-            progress(clip + 1, len(pred))
+    with ThreadPoolExecutor(threads) as pool:
+        for clip, (values, predicted, real) in enumerate(pool.map(score_one, range(len(pred)))):
+            part = Part(np.array([values]), pred[clip].astype(np.float32).astype(np.float64), 0.0, predicted, real)
+            total = part if total is None else total + part
+            if progress:
+                progress(clip + 1, len(pred))
     assert total is not None  # check_part refuses an empty part
     return total
 
@@ -106,35 +139,31 @@ def merge(parts: Iterable[Part]) -> Scores:
     if (first := next(parts, None)) is None:
         raise ValueError("there are no parts to merge: score at least one clip")
     total = functools.reduce(operator.add, parts, first)
-    predictions = len(total.mean)
-    mean = {name: value / total.clips for name, value in total.sums.items()}
+    metrics = {name: float(value) for name, value in means_to_metrics(total.values.mean(axis=0), len(total.mean)).items()}
     # The mean squared difference of two different clips is twice the unbiased variance.
-    mean["FRDvs"] = 2 * total.scatter / (total.clips - 1) / total.mean.size if total.clips > 1 else math.nan
-    repaired = {
-        "FRCorr_per_prediction": mean["FRCorr"] / predictions,
-        "FRDist_per_prediction": mean["FRDist"] / predictions,
-        "FRSyn_varying": total.sums["FRSyn_varying"] / total.varying if total.varying else math.nan,
-    }
-    return Scores({name: mean[name] for name in OFFICIAL}, repaired)
+    metrics["FRDvs"] = 2 * total.scatter / (total.clips - 1) / total.mean.size if total.clips > 1 else math.nan
+    known = total.predicted.frames == total.real.frames * len(total.mean)  # not where a part was scored without `own`
+    metrics["FrechetAttributes"] = frechet(total.predicted, total.real) if known else math.nan
+    return Scores(*({name: metrics[name] for name in names} for names in (OFFICIAL, REPAIRED, EXTRA)))
 
 
-def _score_clip(pred: np.ndarray, speaker: np.ndarray, listeners: Sequence[Reaction]) -> Part:
-    predictions = Reaction.of(pred)
+def _score_clip(predictions: Reaction, pred: np.ndarray, speaker: np.ndarray, listeners: Sequence[Reaction]) -> list[float]:
+    """The values of `PER_CLIP`."""
     fit = agreement(predictions, listeners)
-    backwards = np.ascontiguousarray(predictions.series[..., ::-1])
-    series = [listener.series for listener in listeners]
+    backwards, series = laid_out(predictions.series[..., ::-1]), [laid_out(listener.series) for listener in listeners]
     lag = offsets(predictions.series, Reaction.of(speaker).series)
-    frames = pred.shape[1]
-    sums = {
+    frames = len(speaker)
+    order = fit.distance.argsort(axis=1)
+    values = {
         "FRCorr": float(fit.concordance.max(axis=1).sum()),
-        "FRDist": sum(nearest(one, series, order) for one, order in zip(backwards, fit.distance.argsort(axis=1), strict=True)),
+        "FRDist": sum(nearest(one, series, frames, likely) for one, likely in zip(backwards, order, strict=True)),
         "FRDiv": _diversity(pred.astype(np.float32)),
         "FRVar": float(predictions.variance.mean()) * frames / (frames - 1),
         "FRSyn": float(lag.official[0]),
         "FRSyn_varying": float(np.nansum(lag.varying)),
+        "varying": float(np.count_nonzero(~np.isnan(lag.varying))),
     }
-    varying = int(np.count_nonzero(~np.isnan(lag.varying)))
-    return Part(1, sums, varying, pred.astype(np.float32).astype(np.float64), 0.0)
+    return [values[name] for name in PER_CLIP]
 
 
 def _diversity(pred: np.ndarray) -> float:

@@ -1,12 +1,14 @@
-"""What is kept of scored clips: plain numbers that add up, so that clips can be scored anywhere and in any order."""
+"""What is kept of scored clips: a few numbers of each, and sums that add up, so that clips can be scored anywhere, in any order."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-PER_CLIP = ("FRCorr", "FRDist", "FRDiv", "FRVar", "FRSyn", "FRSyn_varying")
-"""Metrics that are sums over clips. FRDvs compares clips with each other and is kept as a mean and a scatter."""
+from reactdiff.metrics.frechet import Moments
+
+PER_CLIP = ("FRCorr", "FRDist", "FRDiv", "FRVar", "FRSyn", "FRSyn_varying", "varying")
+"""What is kept of each clip. FRSyn_varying is a sum over the `varying` predictions in which an attribute varies."""
 
 
 @dataclass(frozen=True)
@@ -14,18 +16,23 @@ class Part:
     """The state of the metrics after some clips; two of them add up to the state after all their clips.
 
     Attributes:
-        clips: number of clips.
-        sums: metric -> sum over the clips; FRSyn_varying: over the predictions that count.
-        varying: number of predictions in which an attribute varies, for FRSyn_varying.
-        mean: (predictions, frames, 25) float64, mean of the predictions over the clips.
+        values: (clips, len(PER_CLIP)) float64, in the order in which clips came.
+        mean: (predictions, frames, 25) float64, mean of the predictions over the clips, for FRDvs.
         scatter: sum over clips and elements of the squared deviation from that mean.
+        predicted: of the frames of all predictions.
+        real: of the frames of the clips' own real reactions, as far as these were given.
     """
 
-    clips: int
-    sums: dict[str, float]
-    varying: int
+    values: np.ndarray
     mean: np.ndarray
     scatter: float
+    predicted: Moments
+    real: Moments
+
+    @property
+    def clips(self) -> int:
+        """Number of clips."""
+        return len(self.values)
 
     def __add__(self, other: "Part") -> "Part":
         """Both parts' clips together (mean and scatter: Chan, Golub and LeVeque, 1983).
@@ -41,22 +48,37 @@ class Part:
         clips = self.clips + other.clips
         shift = other.mean - self.mean
         return Part(
-            clips,
-            {name: self.sums[name] + other.sums[name] for name in PER_CLIP},
-            self.varying + other.varying,
+            np.concatenate([self.values, other.values]),
             self.mean + shift * (other.clips / clips),
             self.scatter + other.scatter + float(np.vdot(shift, shift)) * self.clips * other.clips / clips,
+            self.predicted + other.predicted,
+            self.real + other.real,
         )
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """For `numpy.savez`: nothing in it needs pickle."""
-        counts = np.array([self.clips, self.varying], dtype=np.int64)
-        sums = np.array([*(self.sums[name] for name in PER_CLIP), self.scatter], dtype=np.float64)
-        return {"counts": counts, "sums": sums, "mean": self.mean}
+        return {
+            "values": self.values,
+            "mean": self.mean,
+            "scatter": np.array(self.scatter),
+            "frames": np.array([self.predicted.frames, self.real.frames]),
+            "moments": np.stack([np.vstack([moments.mean, moments.scatter]) for moments in (self.predicted, self.real)]),
+        }
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Part":
         """The inverse of `to_arrays`, bit for bit."""
-        clips, varying = arrays["counts"].tolist()
-        *sums, scatter = arrays["sums"].tolist()
-        return cls(clips, dict(zip(PER_CLIP, sums, strict=True)), varying, arrays["mean"], scatter)
+        both = zip(arrays["frames"].tolist(), arrays["moments"], strict=True)
+        predicted, real = (Moments(frames, moments[0], moments[1:]) for frames, moments in both)
+        return cls(arrays["values"], arrays["mean"], float(arrays["scatter"]), predicted, real)
+
+
+def means_to_metrics(means: np.ndarray, predictions: int) -> dict[str, np.ndarray]:
+    """The metrics that are means over clips, official and repaired, from means (..., len(PER_CLIP)) of `Part.values`."""
+    each = dict(zip(PER_CLIP, np.moveaxis(means, -1, 0), strict=True))
+    total, varying = each.pop("FRSyn_varying"), each.pop("varying")
+    return each | {
+        "FRCorr_per_prediction": each["FRCorr"] / predictions,
+        "FRDist_per_prediction": each["FRDist"] / predictions,
+        "FRSyn_varying": np.divide(total, varying, out=np.full_like(total, np.nan), where=varying > 0),
+    }

@@ -10,11 +10,17 @@ from reactdiff.metrics.official import OFFICIAL, Scores
 
 # Which way is better. The diversity metrics have no arrow: noise has the most of all three.
 ARROWS = {"FRCorr": "↑", "FRDist": "↓", "FRSyn": "↓"}
-TWINS = {"FRCorr": "FRCorr_per_prediction", "FRDist": "FRDist_per_prediction", "FRSyn": "FRSyn_varying"}
+# What stands below each official metric: heading and name.
+BELOW = {
+    "FRCorr": ("each", "FRCorr_per_prediction"),
+    "FRDist": ("each", "FRDist_per_prediction"),
+    "FRDvs": ("Frechet ↓", "FrechetAttributes"),
+    "FRSyn": ("varying", "FRSyn_varying"),
+}
 
 
 def table(rows: Mapping[str, Scores], title: str = "Official metrics") -> Table:
-    """A line for each model or baseline with the official metrics; below, a block with their repaired twins.
+    """A line for each model or baseline with the official metrics; below, a block with their repaired twins and the Frechet distance.
 
     Args:
         rows: name -> scores, in the order of the lines.
@@ -28,9 +34,10 @@ def table(rows: Mapping[str, Scores], title: str = "Official metrics") -> Table:
     for name, scores in rows.items():
         lines.add_row(name, *(_number(scores.official[metric]) for metric in OFFICIAL))
     lines.add_section()
-    lines.add_row("repaired", *("varying" if metric == "FRSyn" else "each" if metric in TWINS else "" for metric in OFFICIAL), style="dim")
+    lines.add_row("repaired", *(BELOW[metric][0] if metric in BELOW else "" for metric in OFFICIAL), style="dim")
     for name, scores in rows.items():
-        lines.add_row(name, *(_number(scores.repaired[TWINS[metric]]) if metric in TWINS else "" for metric in OFFICIAL))
+        below = scores.repaired | scores.extra
+        lines.add_row(name, *(_number(below[BELOW[metric][1]]) if metric in BELOW else "" for metric in OFFICIAL))
     return lines
 
 

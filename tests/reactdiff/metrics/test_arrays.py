@@ -57,6 +57,10 @@ def test_a_part_is_refused_without_the_reaction_of_a_neighbour():
         score_part(arrays["pred"], {0: arrays["target"][0], 1: arrays["target"][1]}, arrays["speaker"], near)
     with pytest.raises(ValueError, match="pred has 3 clips, speaker 3 and neighbours 2"):
         score_part(arrays["pred"], arrays["target"], arrays["speaker"], near[:2])
+    with pytest.raises(ValueError, match="pred has 3 clips and own 2"):
+        score_part(arrays["pred"], arrays["target"], arrays["speaker"], near, own=[0, 1])
+    with pytest.raises(ValueError, match="clip 3 is a clip's own reaction, but targets has no reaction for it"):
+        score_part(arrays["pred"], arrays["target"], arrays["speaker"], near, own=[0, 1, 3])
     with pytest.raises(ValueError, match="clip 1 has no neighbours"):
         score_part(arrays["pred"], arrays["target"], arrays["speaker"], [near[0], near[1][:0], near[2]])
 

@@ -3,18 +3,20 @@ import math
 import pytest
 from rich.console import Console
 
-from reactdiff.metrics.official import OFFICIAL, REPAIRED, Scores
+from reactdiff.metrics.official import EXTRA, OFFICIAL, REPAIRED, Scores
 from reactdiff.metrics.report import gap_closed, table
 
 
 def scores(offset):
     return Scores(
-        {name: offset + index for index, name in enumerate(OFFICIAL)}, {name: offset + index + 0.5 for index, name in enumerate(REPAIRED)}
+        {name: offset + index for index, name in enumerate(OFFICIAL)},
+        {name: offset + index + 0.5 for index, name in enumerate(REPAIRED)},
+        {name: offset + index + 0.75 for index, name in enumerate(EXTRA)},
     )
 
 
-def test_the_table_shows_official_and_repaired_metrics_of_every_row():
-    undefined = Scores(scores(70).official | {"FRDvs": math.nan}, scores(70).repaired)
+def test_the_table_shows_official_repaired_and_further_metrics_of_every_row():
+    undefined = Scores(scores(70).official | {"FRDvs": math.nan}, scores(70).repaired, {"FrechetAttributes": math.nan})
     console = Console(width=120)
     with console.capture() as capture:
         console.print(table({"model": scores(1), "mimic": undefined}))
@@ -22,7 +24,9 @@ def test_the_table_shows_official_and_repaired_metrics_of_every_row():
     assert ["FRCorr", "↑", "FRDist", "↓", "FRDiv", "FRVar", "FRDvs", "FRSyn", "↓"] in lines
     assert ["model", "1.000", "2.000", "3.000", "4.000", "5.000", "6.000"] in lines
     assert ["mimic", "70.00", "71.00", "72.00", "73.00", "undefined", "75.00"] in lines
-    assert ["model", "1.500", "2.500", "3.500"] in lines
+    assert ["repaired", "each", "each", "Frechet", "↓", "varying"] in lines
+    assert ["model", "1.500", "2.500", "1.750", "3.500"] in lines
+    assert ["mimic", "70.50", "71.50", "undefined", "72.50"] in lines
 
 
 def test_the_gap_closed_works_in_either_direction():
