@@ -230,20 +230,34 @@ class Writer:
         return part
 
 
+def sweep(store: Store, stage: str) -> None:
+    """Delete the parts that no manifest names: what lives that died left behind. Only before a life begins to write its own."""
+    named = _named(store, stage, listing(store, stage))
+    for entry in list(store.list(f"checkpoints/{stage}/parts/")):
+        if entry.key not in named:
+            store.delete(entry.key)
+
+
 def _prune(store: Store, stage: str, keep: int) -> None:
-    """Delete all but the newest manifests, then the parts no manifest names."""
+    """Delete all but the newest manifests, then the parts that only they named.
+
+    Other parts that no manifest names stay: they may be of the next checkpoint, which other ranks upload already.
+    """
     names = listing(store, stage)
-    for name in names[keep:]:
-        store.delete(name)
+    kept, old = _named(store, stage, names[:keep]), _named(store, stage, names[keep:])
+    for key in [*names[keep:], *sorted(old - kept)]:
+        store.delete(key)
+
+
+def _named(store: Store, stage: str, names: Iterable[str]) -> set[str]:
+    """The parts that these manifests name."""
     named: set[str] = set()
-    for name in names[:keep]:
+    for name in names:
         try:
             named |= {f"checkpoints/{stage}/{part.file}" for part in read_manifest(store, name).parts}
         except DamagedCheckpoint as error:
             log.error("CHECKPOINT DAMAGED, its parts are not kept: %s", error)
-    for entry in list(store.list(f"checkpoints/{stage}/parts/")):
-        if entry.key not in named:
-            store.delete(entry.key)
+    return named
 
 
 def _tensor(name: str, start: int, kind: str) -> str:

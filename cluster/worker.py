@@ -148,6 +148,8 @@ class _Training:
 
     def resume(self) -> int:
         """Restore the newest checkpoint that is whole on every rank; returns the step to go on with."""
+        if self.place.rank == 0:
+            checkpoint.sweep(self.store, self.job.stage)
         box: list[Any] = [self.candidates() if self.place.rank == 0 else None]
         dist.broadcast_object_list(box)
         extents = self.engine.extents()

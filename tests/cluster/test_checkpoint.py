@@ -17,3 +17,38 @@ def test_an_unreadable_manifest_does_not_stop_the_next_checkpoint(store: Store) 
     newest = checkpoint.read_manifest(store, checkpoint.listing(store, "autoencoder")[0])
     assert newest.progress == 9
     assert checkpoint.assemble(store, newest, "master")["w"].tolist() == [1, 1]
+
+
+def commit(writer: Writer, progress: int) -> None:
+    facts = {"stage": "autoencoder", "progress": progress, "steps": progress, "life": 1, "dataset": "", "config": {}}
+    writer.begin([Fragment("w", (2,), 0, {"master": torch.full((2,), float(progress))})], {}, **facts)
+    writer.commit()
+
+
+def parts(store: Store) -> set[str]:
+    return {entry.key for entry in store.list("checkpoints/autoencoder/parts/")}
+
+
+def test_a_part_of_the_next_checkpoint_that_another_rank_has_uploaded_already_outlives_the_commit_of_this_one(store: Store) -> None:
+    writer, early = (
+        Writer(store, lambda value: [value], rank=0, keep=1, superseded=lambda: None),
+        "checkpoints/autoencoder/parts/next.safetensors",
+    )
+    commit(writer, 1)
+    first = parts(store)
+    store.put(early, b"of rank 1")
+    commit(writer, 2)
+    assert early in parts(store) and not first & parts(store), "the old checkpoint is gone, the coming one is not"
+
+
+def test_what_a_life_that_died_left_behind_goes_when_the_next_begins(store: Store) -> None:
+    writer, orphan = (
+        Writer(store, lambda value: [value], rank=0, keep=2, superseded=lambda: None),
+        "checkpoints/autoencoder/parts/orphan.safetensors",
+    )
+    for progress in (1, 2):
+        commit(writer, progress)
+    named = parts(store)
+    store.put(orphan, b"of a rank that was killed")
+    checkpoint.sweep(store, "autoencoder")
+    assert parts(store) == named and len(named) == 2
