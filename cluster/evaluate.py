@@ -126,8 +126,8 @@ def _score(what: Evaluation, row: str, start: int) -> dict[str, np.ndarray]:
     if row == MODEL:
         store.put(f"{name}.predictions.npy", _npy(predictions))
     neighbours = [sight.suitable(item) for item in items]
-    targets = {int(other): sight.listener(int(other)) for other in np.unique(np.concatenate(neighbours))}
-    part = score_part(predictions, targets, np.stack([sight.speaker(item) for item in items]), neighbours)
+    targets = {int(other): sight.listener(int(other)) for other in np.unique(np.concatenate([*neighbours, items]))}
+    part = score_part(predictions, targets, np.stack([sight.speaker(item) for item in items]), neighbours, own=items)
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **part.to_arrays())
     store.put(f"{name}.npz", buffer.getvalue())

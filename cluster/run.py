@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from cluster import checkpoint, lives
+from cluster import checkpoint, lives, start
 from cluster.config import Experiment
 from cluster.encode import build_latents
 from cluster.evaluate import evaluate
@@ -126,6 +126,8 @@ def execute(experiment: Experiment, config_name: str, steps: Sequence[str], disp
     pinned = pin(experiment, config_name)
     if experiment.run.autoencoder:
         parent(experiment)
+    for origin in start.check(experiment):
+        display.say(origin)
     _say_what_lacks(experiment, connect(cpus=experiment.workers.count + 1), display)
     open_store(experiment.run.store).prove()
     assert_visible(open_store(experiment.run.store), "run.store")

@@ -139,7 +139,7 @@ def size(trial: Trial) -> tuple[int, float]:
 
 def markdown(parts: Mapping[str, Sequence[Part]], sizes: Mapping[str, tuple[int, float]]) -> str:
     """The table: a line for each row, of its parts under every seed."""
-    means = {row: np.mean([merge([part]).official["FRCorr"] for part in each]) for row, each in parts.items()}
+    means = {row: float(np.mean([merge([part]).official["FRCorr"] for part in each])) for row, each in parts.items()}
     oracles = [name for name in ORACLES if name in parts]
     ways = [f"way to {name}" for name in oracles] if RANDOM in parts else []
     head = ["", "FRCorr ↑", "95 % over clips", *ways, "FRDist ↓", "FRDiv", "FRVar", "FRSyn, varying ↓", "parameters", "GFLOP / item"]

@@ -69,7 +69,7 @@ def main() -> int:
         verbs, "science", science, CONFIGS / "science.yaml", "models, ablations and peers on equal data, against baselines and oracles"
     )
     verb.add_argument("--write", type=Path, metavar="FILE.md", help="also put the table between the <!-- table --> marks of this file")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_args()
     return arguments.function(arguments)
 
 
