@@ -6,7 +6,7 @@
   python jobs/generate.py --import-checkpoint STAGE1.pth STAGE2.pth PROJECTOR.pth --clip KEY data.url=work/react2024/shards
 
 In direction 0 person a speaks and b listens, in direction 1 the other way round. For each direction you get
-  KEY-0.npz     attributes (K, frames, 25) and coefficients (K, frames, 58), with the names of their columns
+  KEY-0.npz     attributes (K, frames, 25) and (but from PerFRDiff) coefficients (K, frames, 58), with the names of their columns
   KEY-0-3.csv   the attributes of reaction 3 in the official layout
   KEY-0.png     all of them over the real listener's, below what the speaker does
 
@@ -67,9 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         speaker, listener = speaker_listener(direction)
         # Each direction by itself: what is drawn beside it must not change the rounding.
         drawn = model.react(latents[speaker][None], [(options.clip, direction)], options.count, experiment.seed)
-        attributes, coefficients = drawn["attributes"][0], drawn["coefficients"][0]
+        reactions = {target: array[0] for target, array in drawn.items()}
+        attributes = reactions["attributes"]
         name = f"{options.clip}-{direction}"
-        out.put(f"{name}.npz", to_npz(attributes, coefficients))
+        out.put(f"{name}.npz", to_npz(**reactions))
         for k, reaction in enumerate(attributes):
             out.put(f"{name}-{k}.csv", to_csv(reaction))
         whose = "the authors' weights" if options.import_checkpoint else f"run {experiment.run.name}"

@@ -7,19 +7,21 @@ import numpy as np
 from reactdiff.clip import ATTRIBUTES, COEFFICIENTS
 
 
-def to_npz(attributes: np.ndarray, coefficients: np.ndarray) -> bytes:
+def to_npz(attributes: np.ndarray, coefficients: np.ndarray | None = None) -> bytes:
     """An .npz file of K reactions, without pickles; equal reactions give equal bytes.
 
     Args:
         attributes: (K, frames, 25).
-        coefficients: (K, frames, 58).
+        coefficients: (K, frames, 58), from a model that makes them.
 
     Returns:
-        A file of both and of the names of their columns, `attribute_names` (25,) and `coefficient_names` (58,).
+        A file of them and of the names of their columns, `attribute_names` (25,) and `coefficient_names` (58,).
     """
-    names = {"attribute_names": np.array(ATTRIBUTES), "coefficient_names": np.array(COEFFICIENTS)}
+    arrays = {"attributes": attributes, "attribute_names": np.array(ATTRIBUTES)}
+    if coefficients is not None:
+        arrays |= {"coefficients": coefficients, "coefficient_names": np.array(COEFFICIENTS)}
     buffer = io.BytesIO()
-    np.savez(buffer, attributes=attributes, coefficients=coefficients, **names)  # type: ignore[arg-type]
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
 
 

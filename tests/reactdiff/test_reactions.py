@@ -24,6 +24,8 @@ def test_arrays_are_read_back_bit_for_bit_without_pickle_and_name_their_columns(
     assert np.array_equal(file["attributes"], attributes) and np.array_equal(file["coefficients"], coefficients)
     assert tuple(file["attribute_names"]) == ATTRIBUTES and tuple(file["coefficient_names"]) == COEFFICIENTS
     assert to_npz(attributes, coefficients) == content
+    alone = np.load(io.BytesIO(to_npz(attributes)), allow_pickle=False)
+    assert sorted(alone) == ["attribute_names", "attributes"] and np.array_equal(alone["attributes"], attributes)
 
 
 def test_a_picture_of_one_or_many_reactions_of_any_length_is_a_png_and_always_the_same() -> None:
