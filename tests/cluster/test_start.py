@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cluster import checkpoint
+from cluster.command import anchored
 from cluster.config import Experiment
 from cluster.experiment import load
 from cluster.export import load_weights
@@ -190,3 +191,10 @@ def test_an_autoencoder_that_is_taken_from_elsewhere_needs_none_of_the_parent(au
     experiment = experiment_of(case, *files)
     elsewhere = experiment.model_copy(update={"run": experiment.run.model_copy(update={"autoencoder": "another"})})
     assert check(elsewhere) == check(experiment)[1:]
+
+
+def test_files_and_folders_are_found_from_any_process_and_a_run_s_name_stays_a_name() -> None:
+    for names in (["a.pth", "b/c.pth"], ["runs/tiny"], ["tiny"], ["s3://bucket/store/runs/tiny"]):
+        absolute = anchored(load(None, [f"model.init_from=[{','.join(names)}]"])).model.init_from
+        here = [name if name == "tiny" or "://" in name else str(Path.cwd() / name) for name in names]
+        assert list(absolute) == here
