@@ -3,10 +3,13 @@
 python jobs/bench.py train                                          the demo's widths
 python jobs/bench.py train --config jobs/configs/react2024.yaml     the authors' widths
 python jobs/bench.py online                                         a listener that reacts while the speaker speaks
+python jobs/bench.py metrics                                        a pair of reactions, against the challenges' code
+python jobs/bench.py metrics --full                                 and as many as the test set has, on all cores
 python jobs/bench.py science                                        the table of docs/science.md: hours on two cores, and it resumes
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +28,7 @@ from cluster.science import Comparison, compare
 from reactdiff.clip import FRAME_RATE, WINDOW
 from reactdiff.config import STAGES
 from reactdiff.data.sample import StreamSpec
+from reactdiff.metrics.bench import CLIPS, FRAMES, NEIGHBOURS, OFFICIAL_SECONDS, PREDICTIONS, full_size, pair_costs
 from reactdiff.stage import Source, stages_of
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -69,6 +73,9 @@ def main() -> int:
         verbs, "science", science, CONFIGS / "science.yaml", "models, ablations and peers on equal data, against baselines and oracles"
     )
     verb.add_argument("--write", type=Path, metavar="FILE.md", help="also put the table between the <!-- table --> marks of this file")
+    verb = verbs.add_parser("metrics", help="CPU time of the official metrics, against the challenges' code")
+    verb.add_argument("--full", action="store_true", help="also score a set of the size of the test set on all cores: minutes")
+    verb.set_defaults(function=metrics)
     arguments = parser.parse_args()
     return arguments.function(arguments)
 
@@ -111,6 +118,30 @@ def online(arguments: argparse.Namespace) -> int:
     for name, ours, theirs in (("whole clip", sum(spent), windows * speaking), ("slowest window", max(spent), speaking)):
         table.add_row(name, f"{ours:.2f}", f"{theirs / ours:.1f}")
     Console().print(table)
+    return 0
+
+
+def metrics(arguments: argparse.Namespace) -> int:
+    """Cost of the official metrics."""
+    table = Table(title=f"CPU time on one core, {FRAMES} frames, {PREDICTIONS} predictions", title_justify="left")
+    for column in ("metric", "per", "neighbours", "reactions", "ms", "official, ms", "ratio"):
+        table.add_column(column, justify="right")
+    with Display() as display:
+        for cost in pair_costs(display.counter("pairs", "measurements")):
+            unit, neighbours = ("prediction", "-") if cost.metric == "FRSyn" else ("pair", str(cost.neighbours))
+            ours, theirs = f"{cost.seconds * 1e3:.3f}", f"{OFFICIAL_SECONDS[cost.metric] * 1e3:.1f}"
+            table.add_row(cost.metric, unit, neighbours, cost.reactions, ours, theirs, f"{cost.speedup:.0f}")
+        cores = len(os.sched_getaffinity(0))
+        full = full_size(cores, display.counter("full size", "clips")) if arguments.full else None
+    Console().print(table)
+    if full:
+        table = Table(title=f"{CLIPS} clips, {PREDICTIONS} predictions, {NEIGHBOURS} neighbours, on {cores} cores", title_justify="left")
+        for column in ("wall, s", "CPU, s", "making the reactions, CPU s", "official, CPU s", "ratio", "peak memory"):
+            table.add_column(column, justify="right")
+        ratio = full.official / (full.cpu - full.making)
+        seconds = (f"{value:.0f}" for value in (full.wall, full.cpu, full.making, full.official, ratio))
+        table.add_row(*seconds, f"{full.memory / 1e9:.2f} GB")
+        Console().print(table)
     return 0
 
 
