@@ -8,6 +8,8 @@ import numpy as np
 
 from reactdiff.metrics.warping import GROUPS
 
+STARTS, DIVISORS = zip(*sorted((group.start, divisor) for group, divisor in GROUPS), strict=True)
+
 
 @dataclass(frozen=True)
 class Reaction:
@@ -27,7 +29,7 @@ class Reaction:
     def of(cls, attributes: np.ndarray) -> "Reaction":
         """From attributes (..., frames, 25)."""
         series = np.ascontiguousarray(np.swapaxes(attributes, -1, -2), dtype=np.float32)
-        mean = series.mean(axis=-1, dtype=np.float64)
+        mean = _sums(series.reshape(-1, series.shape[-1])).reshape(series.shape[:-1]) / series.shape[-1]
         return cls(series, mean, _covariance(series, mean, series))
 
 
@@ -62,14 +64,25 @@ def agreement(predictions: Reaction, listeners: Sequence[Reaction]) -> Agreement
     spread = predictions.variance[:, None] + variance + (predictions.mean[:, None] - mean) ** 2
     concordance = (2 * covariance / (spread + 1e-8)).mean(axis=-1)
     squared = predictions.series.shape[-1] * np.maximum(spread - 2 * covariance, 0)  # squared distance of the unwarped series, by attribute
-    distance = sum(np.sqrt(squared[..., group].sum(axis=-1)) / divisor for group, divisor in GROUPS)
-    return Agreement(concordance, np.asarray(distance))
+    return Agreement(concordance, (np.sqrt(np.add.reduceat(squared, STARTS, axis=-1)) / DIVISORS).sum(axis=-1))
 
 
 def _covariance(x: np.ndarray, x_mean: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Population covariance over time of x (..., 25, frames) with y, of the same shape or (25, frames)."""
     frames = x.shape[-1]
     return _centred_products(x.reshape(-1, frames), x_mean.ravel(), y.reshape(-1, frames)).reshape(x_mean.shape) / frames
+
+
+@numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"})
+def _sums(x: np.ndarray) -> np.ndarray:
+    """Sums over time in float64, row by row: exact for a constant row, whose variance is then exactly 0."""
+    sums = np.zeros(len(x))
+    for row in range(len(x)):
+        total = 0.0
+        for t in range(x.shape[1]):
+            total += np.float64(x[row, t])
+        sums[row] = total
+    return sums
 
 
 @numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})

@@ -68,15 +68,18 @@ def frechet(one: Moments, other: Moments) -> float:
 @numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
 def _scatter(series: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Summed in one order, whatever the number of threads, which a BLAS does not promise."""
-    width = len(mean)
+    width, frames = series.shape[1:]
     scatter = np.zeros((width, width))
+    centred = np.empty((width, frames))
     for one in series:
         for a in range(width):
+            for t in range(frames):
+                centred[a, t] = one[a, t] - mean[a]
             for b in range(a + 1):
-                xs, ys, x_mean, y_mean = one[a], one[b], mean[a], mean[b]
+                xs, ys = centred[a], centred[b]
                 total = 0.0
-                for t in range(xs.shape[0]):
-                    total += (np.float64(xs[t]) - x_mean) * (np.float64(ys[t]) - y_mean)
+                for t in range(frames):
+                    total += xs[t] * ys[t]
                 scatter[a, b] += total
     for a in range(width):
         for b in range(a):
