@@ -204,20 +204,21 @@ class Writer:
         self._facts = {**facts, "shapes": shapes}
         self._upload = self._pool.submit(self._write, str(facts["stage"]), tensors, extents)
 
-    def commit(self) -> None:
-        """Wait for every rank's part, then let rank 0 create the manifest; returns when the checkpoint exists."""
+    def commit(self) -> Checkpoint:
+        """Wait for every rank's part, then let rank 0 create the manifest; the checkpoint, which exists when rank 0 returns."""
         assert self._upload is not None
         ranks = self._gather((self._upload.result(), self._facts["shapes"]))
         self._upload = None
+        shapes = {name: shape for _, shapes in ranks for name, shape in shapes.items()}
+        checkpoint = Checkpoint(**{**self._facts, "shapes": shapes, "parts": [part for part, _ in ranks]})
         if self._rank == 0:
             self._superseded()
-            shapes = {name: shape for _, shapes in ranks for name, shape in shapes.items()}
-            checkpoint = Checkpoint(**{**self._facts, "shapes": shapes, "parts": [part for part, _ in ranks]})
             try:
                 self._store.create(f"checkpoints/{checkpoint.stage}/{checkpoint.file}", json.dumps(asdict(checkpoint)).encode())
             except AlreadyExists:
                 log.warning("checkpoint %s of this life exists already", checkpoint.file)
             _prune(self._store, checkpoint.stage, self._keep)
+        return checkpoint
 
     def close(self) -> None:
         """Let go of the upload thread; a checkpoint that was not committed does not exist."""

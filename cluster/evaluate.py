@@ -16,8 +16,8 @@ from cluster.config import Experiment
 from cluster.experiment import digest
 from cluster.export import Export, load_reactor, untrained_reactor
 from cluster.latents import Coder
-from cluster.manifest import load_appropriateness
 from cluster.reader import Reader
+from cluster.sight import Sight
 from cluster.storage import NotFound, open_store
 from cluster.tasks import each
 from reactdiff.clip import PERSONS, speaker_listener
@@ -26,7 +26,7 @@ from reactdiff.data.keyed import generator
 from reactdiff.determinism import make_deterministic
 from reactdiff.generate import Reactor
 from reactdiff.metrics import baselines
-from reactdiff.metrics.official import Scores, merge, score_part
+from reactdiff.metrics.official import Scores, merge
 from reactdiff.metrics.part import Part
 from reactdiff.stage import LATENT
 
@@ -125,27 +125,20 @@ def _score(what: Evaluation, row: str, start: int) -> dict[str, np.ndarray]:
     predictions = _predict(sight, row, items)
     if row == MODEL:
         store.put(f"{name}.predictions.npy", _npy(predictions))
-    neighbours = [sight.suitable(item) for item in items]
-    targets = {int(other): sight.listener(int(other)) for other in np.unique(np.concatenate([*neighbours, items]))}
-    part = score_part(predictions, targets, np.stack([sight.speaker(item) for item in items]), neighbours, own=items)
+    part = sight.score(items, predictions)
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **part.to_arrays())
     store.put(f"{name}.npz", buffer.getvalue())
     return part.to_arrays()
 
 
-class _Sight:
+class _Sight(Sight):
     """What a task sees of the data and the models."""
 
     def __init__(self, what: Evaluation):
+        super().__init__(open_store(what.coder.source), what.coder.clips, what.split, what.clips)
         self.what = what
-        self.reader = Reader(open_store(what.coder.source), what.coder.clips, what.split)
         self.latents = Reader(open_store(what.coder.url), what.coder.manifest(), what.split)
-        matrix = load_appropriateness(open_store(what.coder.source), what.coder.clips, what.split)
-        assert matrix is not None
-        there, n = len(matrix) // 2, what.clips
-        chosen = np.concatenate((np.arange(n), there + np.arange(n)))
-        self.matrix = matrix[np.ix_(chosen, chosen)].astype(bool)
 
     @cached_property
     def trained(self) -> Reactor:
@@ -155,36 +148,13 @@ class _Sight:
     def untrained(self) -> Reactor:
         return untrained_reactor(self.what.coder.export, self.what.diffusion)
 
-    def split(self, item: int) -> tuple[int, int]:
-        """(clip, direction) of an item."""
-        return item % self.what.clips, item // self.what.clips
-
-    def key(self, item: int) -> tuple[str, int]:
-        clip, direction = self.split(item)
-        return self.reader.key(clip), direction
-
-    def suitable(self, item: int) -> np.ndarray:
-        """Items whose listener's reaction suits this item's speaker."""
-        return np.flatnonzero(self.matrix[item])
-
     def stranger(self, item: int) -> int:
         """An item whose reaction does not suit this speaker, nor this item's that one's: of another script."""
         others = np.flatnonzero(~self.matrix[item] & ~self.matrix[:, item])
         return int(generator("stranger", self.what.experiment.seed, *self.key(item)).choice(others)) if others.size else item
 
-    def speaker(self, item: int) -> np.ndarray:
-        return self._attributes(item, 0)
-
-    def listener(self, item: int) -> np.ndarray:
-        return self._attributes(item, 1)
-
-    def _attributes(self, item: int, role: int) -> np.ndarray:
-        clip, direction = self.split(item)
-        source = (speaker_listener(direction)[role], "attributes")
-        return self.reader.read(clip, [source]).arrays[source]
-
     def speaker_latent(self, item: int) -> np.ndarray:
-        clip, direction = self.split(item)
+        clip, direction = self.place(item)
         source = (speaker_listener(direction)[0], LATENT)
         return self.latents.read(clip, [source]).arrays[source]
 

@@ -9,8 +9,13 @@ from typing import Any
 from cluster.progress import Events
 from cluster.storage import Store
 
-SHOWN = ("loss", "gradient_norm", "learning_rate")
+SHOWN = ("loss", "gradient_norm", "learning_rate", "FRCorr", "FRDist")
 """Columns that become TensorBoard curves."""
+
+
+def watched_name(stage: str) -> str:
+    """What the scores of a stage's checkpoints are kept under, as if they were a stage's rows."""
+    return f"val-{stage}"
 
 
 class History:
@@ -54,7 +59,7 @@ def write_events(store: Store, stage: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with Events(folder) as events:
             for row in rows(store, stage):
-                events.row(stage, row["progress"], {name: row[name] for name in SHOWN})
+                events.row(stage, row["progress"], {name: row[name] for name in SHOWN if name in row})
         for entry in list(store.list(f"tensorboard/{stage}/")):
             store.delete(entry.key)
         for path in Path(folder).rglob("events*"):

@@ -13,14 +13,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypedDict
 
-PHASES = {"data_wait": "data_wait", "forward": "compute", "backward": "compute", "optimizer": "compute", "checkpoint": "checkpoint"}
+PHASES = {
+    "data_wait": "data_wait",
+    "forward": "compute",
+    "backward": "compute",
+    "optimizer": "compute",
+    "checkpoint": "checkpoint",
+    "evaluation": "evaluation",
+}
 """The phases of a step, each with the goodput state its seconds fall in."""
 
-STATES = ("startup", "data_wait", "compute", "checkpoint", "other")
+STATES = ("startup", "data_wait", "compute", "checkpoint", "evaluation", "other")
 """Goodput states: `startup` lasts until the first phase, `other` is whatever lies outside the phases after it."""
 
-GAUGES = ("progress_items", "loss", "gradient_norm", "learning_rate", "peak_memory_bytes", "peak_flops")
-"""What a rank may set in `Meter.gauges`; the first four are the step's global numbers, the last two this rank's own."""
+GAUGES = (
+    *("progress_items", "loss", "gradient_norm", "learning_rate", "val_progress_items", "val_frcorr", "val_frdist"),
+    *("peak_memory_bytes", "peak_flops"),
+)
+"""What a rank may set in `Meter.gauges`; the last two are this rank's own, the others the same on all."""
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 """Upper bounds in seconds of the step histogram's buckets; one more bucket takes what lasts longer."""

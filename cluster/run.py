@@ -25,7 +25,7 @@ from cluster.encode import build_latents
 from cluster.evaluate import evaluate
 from cluster.experiment import ConfigError, build, digest, ends, identity, placement, to_yaml
 from cluster.export import adopt, read_export, write_export
-from cluster.history import write_events
+from cluster.history import watched_name, write_events
 from cluster.latents import Coder
 from cluster.launch import launch
 from cluster.lives import State
@@ -36,6 +36,8 @@ from cluster.placement import Resources, assert_visible, connect
 from cluster.progress import Display
 from cluster.storage import NotFound, StorageError, Store, open_store
 from cluster.telemetry import Exporter
+from cluster.watch import SPLIT as WATCHED
+from cluster.watch import Clips
 from cluster.worker import Job
 from reactdiff.config import ENCODING, Model
 from reactdiff.metrics.official import Scores
@@ -281,22 +283,36 @@ class _Life:
             return
         except NotFound:
             pass
-        job = Job(self.experiment, stage, self.store.url, self.life, dataset, manifest.hash)
+        job = Job(self.experiment, stage, self.store.url, self.life, dataset, manifest.hash, self.watched(stage))
         self.display.stage(stage, end)
         launch(job, self.watch(stage), self.exporter.restarts, f"{self.store.url}/ray")
         export = write_export(self.store, self.experiment, stage, Source(manifest.stream_specs, manifest.frames), end)
-        write_events(self.store, stage)
+        for name in (stage, watched_name(stage)):
+            write_events(self.store, name)
         self.display.end(f"stage {stage}: {end} items, weights {export.hash}")
+
+    def watched(self, stage: str) -> Clips | None:
+        """What is scored at the checkpoints of a stage: only the last one's generate reactions."""
+        if not self.experiment.evaluation.watch or stage != stages_of(self.experiment.model)[-1]:
+            return None
+        if WATCHED not in self.clips.splits or self.clips.splits[WATCHED].appropriateness is None:
+            self.display.say(f"the dataset has no split {WATCHED} with an appropriateness matrix: no clips to watch (evaluation.watch)")
+            return None
+        return Clips(self.experiment.data.url, self.clips.hash, self.opened.coder() if stage == "diffusion" else None)
 
     def watch(self, stage: str) -> Callable[[Snapshot], None]:
         """Takes the ranks' numbers to the exporter and the display."""
-        speed = Speed()
+        speed, said = Speed(), 0.0
 
         def take(snapshot: Snapshot) -> None:
+            nonlocal said
             self.exporter.update(snapshot)
             gauges = self.exporter.tally.gauges().get(stage, {})
             if snapshot["rank"] == 0 and "loss" in gauges:
                 self.display.update(int(gauges["progress_items"]), gauges["loss"], *speed.now(self.exporter.tally.stages()[stage]))
+            if gauges.get("val_progress_items", 0) > said:
+                said = gauges["val_progress_items"]
+                self.display.say(f"{WATCHED} at {said:,.0f} items: FRCorr {gauges['val_frcorr']:.3f}, FRDist {gauges['val_frdist']:.2f}")
 
         return take
 

@@ -18,7 +18,7 @@ from cluster.device import peak_flops, peak_memory
 from cluster.engine import Engine, Settings
 from cluster.experiment import identity
 from cluster.failures import NonFinite
-from cluster.history import History
+from cluster.history import History, watched_name
 from cluster.latents import read_range
 from cluster.manifest import load_manifest
 from cluster.meter import Meter, Snapshot
@@ -26,6 +26,7 @@ from cluster.reader import Reader
 from cluster.start import warm_start
 from cluster.storage import open_store
 from cluster.stream import Batch, Share, Stream
+from cluster.watch import Clips, Watch
 from reactdiff.data.keyed import seed_of
 from reactdiff.data.order import Order
 from reactdiff.determinism import make_deterministic
@@ -48,6 +49,7 @@ class Job:
         life: this start of the driver.
         dataset: URL of what the stage reads: clips or latents.
         manifest: hash of the dataset's state.
+        watched: clips that are scored at each checkpoint.
         attempt: how often the worker group of this life was started before.
     """
 
@@ -57,6 +59,7 @@ class Job:
     life: int
     dataset: str
     manifest: str
+    watched: Clips | None = None
     attempt: int = 0
 
 
@@ -127,6 +130,8 @@ class _Training:
         self.engine = Engine(module, settings, place.device)
         self.writer = Writer(self.store, _gather, place.rank, experiment.run.keep, lambda: lives.assert_newest(self.store, job.life))
         self.history = History(self.store, job.life, job.attempt, job.stage) if place.rank == 0 else None
+        self.watch = Watch(experiment, job.watched, self.store, kind.module(), _gather, place.rank, place.ranks) if job.watched else None
+        self.seen = History(self.store, job.life, job.attempt, watched_name(job.stage)) if place.rank == 0 and job.watched else None
 
     def run(self) -> dict[str, Any]:
         step, loss = self.resume(), float("nan")
@@ -237,13 +242,23 @@ class _Training:
         due = self.checkpoint_due(before, after)
         if verdict.all_uploaded or due:
             with self.meter.phase("checkpoint"):
-                if self.writer.busy:
-                    self.writer.commit()
+                committed = self.writer.commit() if self.writer.busy else None
                 if due:
                     self.checkpoint(batch.step + 1, after)
+            if committed and self.watch:
+                self.look(self.watch, committed)
         self.meter.gauges["peak_memory_bytes"] = peak_memory(self.place.device)
         items = len(batch.positions)
         self.meter.step_done(items=items, bytes=batch.bytes, flops=items * self.flops)
+
+    def look(self, watch: Watch, found: Checkpoint) -> None:
+        """Score a checkpoint on the watched clips."""
+        with self.meter.phase("evaluation"):
+            scores = watch.look(found)
+        self.meter.gauges.update(val_progress_items=found.progress, val_frcorr=scores["FRCorr"], val_frdist=scores["FRDist"])
+        if self.seen is not None:
+            self.seen.add(progress=found.progress, **scores)
+            self.seen.flush()
 
     def checkpoint_due(self, before: int, after: int) -> bool:
         """At every multiple of the cadence, at the end, and before a last step that is not a whole batch."""

@@ -26,6 +26,7 @@ OVERRIDES = (
     "run.log_every=1",
     "evaluation.split=test",
     "evaluation.predictions=2",
+    "evaluation.watch=0",
 )
 
 

@@ -56,7 +56,7 @@ def test_startup_lasts_until_the_first_phase_and_other_is_what_lies_between_phas
             clock.now += seconds
         clock.now += 0.5
     states = meter.snapshot()["totals"]["states"]
-    assert states == {"startup": 12, "data_wait": 1, "compute": 14, "checkpoint": 16, "other": 2.5}
+    assert states == {"startup": 12, "data_wait": 1, "compute": 14, "checkpoint": 16, "evaluation": 0, "other": 2.5}
 
 
 def test_a_phase_within_a_phase_takes_its_seconds_from_the_outer_one():
@@ -216,7 +216,7 @@ def test_the_states_account_for_every_second_a_rank_was_allocated_restart_includ
     clock.now += 8  # imports
     tally.update(train(meter, clock, steps=2))
     states = tally.stages()["autoencoder"]["states"]
-    assert states == {"startup": 28, "data_wait": 0, "compute": 7, "checkpoint": 0, "other": 0}
+    assert states == {"startup": 28, "data_wait": 0, "compute": 7, "checkpoint": 0, "evaluation": 0, "other": 0}
     assert sum(states.values()) == clock.now - 1000.0
 
 

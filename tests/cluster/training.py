@@ -10,6 +10,7 @@ from cluster import history
 from cluster.config import Experiment
 from cluster.manifest import load_manifest
 from cluster.storage import open_store
+from cluster.watch import Clips
 from cluster.worker import Job, Place, train
 from tests.cluster.ranks import on_ranks
 
@@ -20,11 +21,13 @@ def train_on(ranks: int, experiment: Experiment, folder: Path | str, life: int =
     return history.rows(open_store(str(folder)), stage)
 
 
-def train_here(rank: int, ranks: int, experiment: Experiment, folder: str, life: int, stage: str) -> dict[str, Any]:
+def train_here(
+    rank: int, ranks: int, experiment: Experiment, folder: str, life: int, stage: str, watched: Clips | None = None
+) -> dict[str, Any]:
     """What one rank does; what it logs goes to `<folder>.log`, since its stderr is the fork server's."""
     logging.getLogger("cluster").addHandler(logging.FileHandler(f"{folder}.log"))
     manifest = load_manifest(open_store(experiment.data.url)).hash
-    job = Job(experiment, stage, folder, life, experiment.data.url, manifest)
+    job = Job(experiment, stage, folder, life, experiment.data.url, manifest, watched)
     return train(job, Place(rank, ranks, torch.device("cpu")), lambda snapshot: None)
 
 

@@ -1,0 +1,58 @@
+"""What scoring sees of a split: who suits whom, and what everybody did. An item is (clip, direction), row clip + clips * direction."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cluster.manifest import Manifest, load_appropriateness
+from cluster.reader import Reader
+from cluster.storage import Store
+from reactdiff.clip import speaker_listener
+from reactdiff.metrics.official import score_part
+from reactdiff.metrics.part import Part
+
+
+class Sight:
+    """The first clips of a split, with their part of the appropriateness matrix.
+
+    Args:
+        store: the dataset.
+        manifest: its state.
+        split: of it; it must have a matrix.
+        clips: how many, the first ones.
+    """
+
+    def __init__(self, store: Store, manifest: Manifest, split: str, clips: int):
+        self.clips, self.reader = clips, Reader(store, manifest, split)
+        matrix = load_appropriateness(store, manifest, split)
+        assert matrix is not None
+        chosen = np.concatenate((np.arange(clips), len(matrix) // 2 + np.arange(clips)))
+        self.matrix = matrix[np.ix_(chosen, chosen)].astype(bool)
+
+    def place(self, item: int) -> tuple[int, int]:
+        """(clip, direction) of an item."""
+        return item % self.clips, item // self.clips
+
+    def key(self, item: int) -> tuple[str, int]:
+        """(clip key, direction) of an item."""
+        clip, direction = self.place(item)
+        return self.reader.key(clip), direction
+
+    def speaker(self, item: int) -> np.ndarray:
+        """The speaker's attributes, (frames, 25)."""
+        return self._attributes(item, 0)
+
+    def listener(self, item: int) -> np.ndarray:
+        """The real reaction, (frames, 25)."""
+        return self._attributes(item, 1)
+
+    def score(self, items: Sequence[int], predictions: np.ndarray) -> Part:
+        """Score predictions (items, K, frames, 25)."""
+        neighbours = [np.flatnonzero(self.matrix[item]) for item in items]
+        targets = {int(other): self.listener(int(other)) for other in np.unique(np.concatenate([*neighbours, items]))}
+        return score_part(predictions, targets, np.stack([self.speaker(item) for item in items]), neighbours, own=items)
+
+    def _attributes(self, item: int, role: int) -> np.ndarray:
+        clip, direction = self.place(item)
+        source = (speaker_listener(direction)[role], "attributes")
+        return self.reader.read(clip, [source]).arrays[source]

@@ -1,0 +1,93 @@
+"""How a model would score while it is still trained: a few clips of `val`, by all ranks together, at each checkpoint."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from cluster import checkpoint
+from cluster.checkpoint import Checkpoint
+from cluster.config import Experiment
+from cluster.device import best_device
+from cluster.export import load_codec
+from cluster.latents import Coder, encode
+from cluster.manifest import load_manifest
+from cluster.sight import Sight
+from cluster.storage import Store, open_store
+from reactdiff.clip import speaker_listener
+from reactdiff.generate import Reactor
+from reactdiff.metrics.official import merge
+from reactdiff.metrics.part import Part
+from reactdiff.model.codec import Codec
+from reactdiff.model.latent_diffusion import LatentDiffusion
+
+SPLIT = "val"
+METRICS = ("FRCorr", "FRDist")
+"""What is told of a look; all official metrics would be, too, at no more cost, but two say whether training goes well."""
+
+
+@dataclass(frozen=True)
+class Clips:
+    """What is looked at: a dataset's state, and the finished codec where that is another stage's."""
+
+    url: str
+    manifest: str
+    coder: Coder | None
+
+
+class Watch:
+    """Scores averaged weights of checkpoints. It draws keyed noise and keeps its own copy of the model, so training does not notice.
+
+    Args:
+        experiment: its configuration.
+        clips: what is looked at.
+        store: the run's folder.
+        module: a copy of what is trained, for the weights of a checkpoint.
+        gather: collects one object of every rank on all of them.
+        rank: this rank.
+        ranks: of how many.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        clips: Clips,
+        store: Store,
+        module: nn.Module,
+        gather: Callable[[Any], list[Any]],
+        rank: int,
+        ranks: int,
+    ):
+        self._experiment, self._store, self._gather, self._rank, self._ranks = experiment, store, gather, rank, ranks
+        dataset = open_store(clips.url)
+        manifest = load_manifest(dataset, clips.manifest)
+        self._sight = Sight(dataset, manifest, SPLIT, min(experiment.evaluation.watch, int(manifest.counts(SPLIT).sum())))
+        self._module = module.eval().to(best_device())
+        if clips.coder is None:
+            assert isinstance(module, Codec)
+            self._reactor = Reactor(module, None)
+        else:
+            assert isinstance(module, LatentDiffusion)
+            self._reactor = Reactor(load_codec(open_store(clips.coder.run), clips.coder.export), module)
+
+    def look(self, found: Checkpoint) -> dict[str, float]:
+        """Score a checkpoint that exists: metric -> value, the same on every rank; every rank calls this."""
+        mine = [self._score(item) for item in range(self._rank, 2 * self._sight.clips, self._ranks)] if self._loaded(found) else []
+        parts = [Part.from_arrays(arrays) for of_rank in self._gather(mine) for arrays in of_rank]
+        return {name: merge(parts).official[name] for name in METRICS}
+
+    def _loaded(self, found: Checkpoint) -> bool:
+        """Take the checkpoint's averaged weights, on the ranks that have something to score."""
+        if self._rank >= 2 * self._sight.clips:
+            return False
+        self._module.load_state_dict(checkpoint.assemble(self._store, found, "average"))
+        return True
+
+    def _score(self, item: int) -> dict[str, np.ndarray]:
+        clip, direction = self._sight.place(item)
+        speaker = encode(self._reactor.codec, self._sight.reader, clip)[speaker_listener(direction)[0]]
+        asked = self._experiment.evaluation.predictions, self._experiment.seed
+        drawn = self._reactor.react(speaker[None], [self._sight.key(item)], *asked)
+        return self._sight.score([item], drawn["attributes"]).to_arrays()
