@@ -6,10 +6,6 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from reactdiff.metrics.warping import GROUPS
-
-STARTS, DIVISORS = zip(*sorted((group.start, divisor) for group, divisor in GROUPS), strict=True)
-
 
 @dataclass(frozen=True)
 class Reaction:
@@ -33,20 +29,7 @@ class Reaction:
         return cls(series, mean, _covariance(series, mean, series))
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """Predictions against listeners.
-
-    Attributes:
-        concordance: (predictions, listeners) mean CCC over the 25 attributes.
-        distance: (predictions, listeners) FRDist's sum without any warping: an upper bound, good for ordering.
-    """
-
-    concordance: np.ndarray
-    distance: np.ndarray
-
-
-def agreement(predictions: Reaction, listeners: Sequence[Reaction]) -> Agreement:
+def concordance(predictions: Reaction, listeners: Sequence[Reaction]) -> np.ndarray:
     """The concordance correlation coefficient of every prediction with every listener (Lin, 1989).
 
     CCC = 2 r sd_t sd_p / (var_t + var_p + (mu_t - mu_p)^2 + 1e-8) with moments of the population. A constant attribute
@@ -55,6 +38,9 @@ def agreement(predictions: Reaction, listeners: Sequence[Reaction]) -> Agreement
     Args:
         predictions: series (predictions, 25, frames).
         listeners: series (25, frames) each.
+
+    Returns:
+        (predictions, listeners), the mean over the 25 attributes.
     """
     # r sd_t sd_p is the covariance; clipping r to [-1, 1], as the official code does, would change rounding only.
     each = [_covariance(predictions.series, predictions.mean, listener.series) for listener in listeners]
@@ -62,9 +48,7 @@ def agreement(predictions: Reaction, listeners: Sequence[Reaction]) -> Agreement
     mean, variance = (np.stack([getattr(listener, name) for listener in listeners]) for name in ("mean", "variance"))
     covariance = np.where(variance > 0, covariance, 0.0)
     spread = predictions.variance[:, None] + variance + (predictions.mean[:, None] - mean) ** 2
-    concordance = (2 * covariance / (spread + 1e-8)).mean(axis=-1)
-    squared = predictions.series.shape[-1] * np.maximum(spread - 2 * covariance, 0)  # squared distance of the unwarped series, by attribute
-    return Agreement(concordance, (np.sqrt(np.add.reduceat(squared, STARTS, axis=-1)) / DIVISORS).sum(axis=-1))
+    return (2 * covariance / (spread + 1e-8)).mean(axis=-1)
 
 
 def _covariance(x: np.ndarray, x_mean: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from reactdiff.clip import ATTRIBUTES, FRAME_RATE
 from reactdiff.data.keyed import normal
-from reactdiff.metrics.agreement import Reaction, agreement
+from reactdiff.metrics.agreement import Reaction, concordance
 from reactdiff.metrics.official import Progress, Scores, merge, score_part
 from reactdiff.metrics.part import Part
 from reactdiff.metrics.synchrony import offsets
@@ -115,11 +115,11 @@ def _clip_seconds(clip: int, neighbours: int, reactions: str) -> dict[str, float
         pred, real = ((one + _reactions("common", clip, 1)) / 2 for one in (pred, real))
     times = [time.thread_time()]
     predictions, listeners = Reaction.of(pred), [Reaction.of(one) for one in real]
-    order = agreement(predictions, listeners).distance.argsort(axis=1)
+    concordance(predictions, listeners)
     times.append(time.thread_time())
     laid = [laid_out(listener.series) for listener in listeners]
-    for one, likely in zip(laid_out(predictions.series[..., ::-1]), order, strict=True):
-        nearest(one, laid, FRAMES, likely)
+    for one in laid_out(predictions.series[..., ::-1]):
+        nearest(one, laid, FRAMES)
     times.append(time.thread_time())
     offsets(predictions.series, Reaction.of(speaker[0]).series)
     times.append(time.thread_time())

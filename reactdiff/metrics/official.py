@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from reactdiff.metrics.agreement import Reaction, agreement
+from reactdiff.metrics.agreement import Reaction, concordance
 from reactdiff.metrics.arrays import Targets, check_part, check_whole
 from reactdiff.metrics.frechet import Moments, frechet
 from reactdiff.metrics.part import PER_CLIP, Part, means_to_metrics
@@ -149,14 +149,12 @@ def merge(parts: Iterable[Part]) -> Scores:
 
 def _score_clip(predictions: Reaction, pred: np.ndarray, speaker: np.ndarray, listeners: Sequence[Reaction]) -> list[float]:
     """The values of `PER_CLIP`."""
-    fit = agreement(predictions, listeners)
     backwards, series = laid_out(predictions.series[..., ::-1]), [laid_out(listener.series) for listener in listeners]
     lag = offsets(predictions.series, Reaction.of(speaker).series)
     frames = len(speaker)
-    order = fit.distance.argsort(axis=1)
     values = {
-        "FRCorr": float(fit.concordance.max(axis=1).sum()),
-        "FRDist": sum(nearest(one, series, frames, likely) for one, likely in zip(backwards, order, strict=True)),
+        "FRCorr": float(concordance(predictions, listeners).max(axis=1).sum()),
+        "FRDist": sum(nearest(one, series, frames) for one in backwards),
         "FRDiv": _diversity(pred.astype(np.float32)),
         "FRVar": float(predictions.variance.mean()) * frames / (frames - 1),
         "FRSyn": float(lag.official[0]),

@@ -6,14 +6,15 @@ early, and only that: the answer is the same as from full tables.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+import operator
+from collections.abc import Callable, Sequence
 
 import numba
 import numpy as np
 
 from reactdiff.clip import AU, EXPRESSION, VALENCE_AROUSAL
 
-# A slice of attributes and the divisor of its distance. The cheapest and heaviest comes first: it rules out most listeners.
+# A slice of attributes and the divisor of its distance. The cheapest and heaviest comes first: it says who is likely the nearest.
 GROUPS = ((VALENCE_AROUSAL, 1), (EXPRESSION, 8), (AU, 15))
 
 # Squared costs this far above the limit are still followed, so that rounding can never rule out the winner.
@@ -40,7 +41,7 @@ def laid_out(series: np.ndarray) -> np.ndarray:
     return laid
 
 
-def nearest(reversed_prediction: np.ndarray, listeners: Sequence[np.ndarray], frames: int, order: Iterable[int]) -> float:
+def nearest(reversed_prediction: np.ndarray, listeners: Sequence[np.ndarray], frames: int) -> float:
     """The smallest distance of one prediction to any of the listeners (FRDist of one prediction).
 
     The distance is DTW(AU) / 15 + DTW(valence, arousal) + DTW(expressions) / 8, each DTW with a path of its own, without a
@@ -50,16 +51,17 @@ def nearest(reversed_prediction: np.ndarray, listeners: Sequence[np.ndarray], fr
         reversed_prediction: (25, pitch), laid out, the last frame first.
         listeners: (25, pitch) each, laid out.
         frames: of all of them.
-        order: indices of the listeners, the likely nearest first; it decides the time taken, never the answer.
     """
+    (group, divisor), *others = GROUPS
+    costs = [squared_cost(listener[group], reversed_prediction[group], frames, math.inf) for listener in listeners]
     best = math.inf
-    for listener in order:
-        total = 0.0
-        for group, divisor in GROUPS:
-            limit = (divisor * (best - total)) ** 2 * SLACK
-            total += math.sqrt(squared_cost(listeners[listener][group], reversed_prediction[group], frames, limit)) / divisor
+    for cost, listener in sorted(zip(costs, listeners, strict=True), key=operator.itemgetter(0)):  # the likely nearest first
+        total = math.sqrt(cost) / divisor
+        for other, share in others:
             if total >= best:
                 break
+            limit = (share * (best - total)) ** 2 * SLACK
+            total += math.sqrt(squared_cost(listener[other], reversed_prediction[other], frames, limit)) / share
         best = min(best, total)
     return best
 
