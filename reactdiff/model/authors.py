@@ -17,7 +17,7 @@ from reactdiff.data.sample import StreamSpec
 from reactdiff.model.autoencoder import Autoencoder
 from reactdiff.model.init import initialise
 from reactdiff.model.latent_diffusion import LatentDiffusion
-from reactdiff.model.mmt import _Fusion
+from reactdiff.model.mmt import Fusion
 from reactdiff.model.pth import Pth, read_pth
 from reactdiff.model.unet import UNet
 
@@ -170,7 +170,7 @@ def autoencoder_sources(autoencoder: Autoencoder) -> Sources:
     """
     encoder, decoder = autoencoder.encoder, autoencoder.decoder
     facial, acoustic = encoder.facial, encoder.acoustic
-    if not isinstance(facial, _Fusion) or not isinstance(acoustic, _Fusion):
+    if not isinstance(facial, Fusion) or not isinstance(acoustic, Fusion):
         raise ValueError("the authors' weights fuse face and voice by attention: name streams of both, and set model.intra=true")
     if len(acoustic.rest):
         raise ValueError(f"model.acoustic names {2 + len(acoustic.rest)} streams, but the authors' weights know two; name two")

@@ -30,8 +30,8 @@ class MultiModalityTransformer(nn.Module):
         self.facial: nn.Module | None
         self.acoustic: nn.Module | None
         if model.intra:
-            self.facial = _Fusion(model, model.facial[:1], model.facial[1:] * model.intra_depth, widths) if model.facial else None
-            self.acoustic = _Fusion(model, model.acoustic[:2], model.acoustic[2:], widths) if model.acoustic else None
+            self.facial = Fusion(model, model.facial[:1], model.facial[1:] * model.intra_depth, widths) if model.facial else None
+            self.acoustic = Fusion(model, model.acoustic[:2], model.acoustic[2:], widths) if model.acoustic else None
         else:
             self.facial, self.acoustic = (_Sum(model, names, widths) if names else None for names in (model.facial, model.acoustic))
         depth = model.inter_depth if model.inter and model.facial and model.acoustic else 0
@@ -65,7 +65,7 @@ class _Sum(nn.Module):
         return torch.stack([projection(streams[name]) for name, projection in self.streams.items()]).sum(0)
 
 
-class _Fusion(nn.Module):
+class Fusion(nn.Module):
     """Intra-class attention: the first unit over one stream or two, then one unit for each further one attended to."""
 
     def __init__(self, model: config.Model, first: tuple[str, ...], rest: tuple[str, ...], widths: dict[str, int]):

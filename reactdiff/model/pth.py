@@ -31,15 +31,18 @@ class Pth:
 
 
 def read_pth(path: Path) -> Pth:
-    """Read a file of weights; what is not used (an optimiser's moments) stays on the disk.
+    """Read a file of weights, all its checksums compared; what is not used (an optimiser's moments) stays on the disk.
 
     Raises:
         ValueError: if the file is missing, damaged, holds no weights, or holds what only unpickling could read.
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}: correct the path of the weights")
+    archive = zipfile.is_zipfile(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if archive and (member := _damaged(path)):
+            raise zipfile.BadZipFile(f"bytes of {member} are not those that were written")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         what = f"{foreign[1]} objects" if foreign else "no weights of PyTorch, or something beside them"
@@ -57,3 +60,9 @@ def read_pth(path: Path) -> Pth:
         raise ValueError(f"{path} holds {found[:200]}, but weights are a mapping of names to tensors, plain or under `state_dict`")
     prefix = DATA_PARALLEL if all(name.startswith(DATA_PARALLEL) for name in state) else ""
     return Pth(path, {name.removeprefix(prefix): value for name, value in state.items()}, content)
+
+
+def _damaged(path: Path) -> str | None:
+    """The first member whose CRC-32 is not that of its bytes; torch.load does not look."""
+    with zipfile.ZipFile(path) as file:
+        return file.testzip()

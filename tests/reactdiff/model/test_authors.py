@@ -196,6 +196,13 @@ def test_files_that_are_missing_cut_off_or_hold_no_weights_are_refused_by_name(f
         path.write_bytes(data[:size])
         with pytest.raises(ValueError, match=rf"^{path} (is cut off, damaged|holds no weights of PyTorch)"):
             read_pth(path)
+    flipped = bytearray(data)
+    weights = read_pth(files[2]).weights
+    at = data.index(weights["linear.1.weight"].numpy().tobytes()[:64])
+    flipped[at] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(ValueError, match=rf"^{path} is cut off, damaged"):
+        read_pth(path)
     for content in ({"epoch": 3}, {"state_dict": {}}, {"state_dict": {"a": 3}}, torch.zeros(2)):
         torch.save(content, path)
         with pytest.raises(ValueError, match=rf"^{path} holds .*but weights are a mapping of names to tensors"):
