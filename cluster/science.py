@@ -19,7 +19,7 @@ from pydantic import Field
 from cluster import command
 from cluster.config import Experiment
 from cluster.evaluate import MODEL
-from cluster.experiment import digest, identity
+from cluster.experiment import ConfigError, digest, identity
 from cluster.export import newest_export
 from cluster.progress import Display
 from cluster.recipe import Recipe, assignments
@@ -61,9 +61,9 @@ def trials(comparison: Comparison, overrides: Sequence[str]) -> list[Trial]:
     """Every row under every seed, in an order in which a shared autoencoder is trained before it is taken.
 
     Raises:
-        ConfigError: for a key or value that no experiment has.
+        ConfigError: for a key or value that no experiment has, or rows that are one run.
     """
-    found: list[Trial] = []
+    found: dict[str, Trial] = {}
     owners: dict[str, str] = {}
     for seed in comparison.seeds:
         for row, keys in comparison.rows.items():
@@ -73,8 +73,12 @@ def trials(comparison: Comparison, overrides: Sequence[str]) -> list[Trial]:
             experiment = _with(experiment, autoencoder=owner)
             experiment = _with(experiment, name=f"{comparison.name}-{digest(identity(experiment))[:8]}")
             owners.setdefault(key, experiment.run.name)
-            found.append(Trial(row, experiment))
-    return found
+            if (twin := found.setdefault(experiment.run.name, Trial(row, experiment))).row != row:
+                raise ConfigError(
+                    f"{comparison.name}: rows {twin.row!r} and {row!r} would be the same run; rows differ in keys that --help of "
+                    "jobs/train.py calls identity, not only in where they run or how long"
+                )
+    return list(found.values())
 
 
 def _with(experiment: Experiment, **run: str) -> Experiment:

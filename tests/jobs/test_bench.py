@@ -1,0 +1,41 @@
+"""jobs/bench.py as a user runs it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.tiny import job, settings
+
+ONLINE = {"model.online": True, "model.denoiser": "transformer", "model.width": 16, "model.layers": 1}
+
+
+def test_online_prints_how_much_faster_than_real_time_a_listener_is() -> None:
+    small = [f"{key}={str(value).lower()}" for key, value in ONLINE.items()]
+    done = job(
+        "bench", "online", "--seconds", "4", "--count", "2", "model.hidden=16", "model.latent=8", "diffusion.sampling_steps=2", *small
+    )
+    assert "2 listeners online, 2 windows of 2 s" in done.stdout and "slowest window" in done.stdout
+
+
+@pytest.mark.slow
+def test_science_trains_every_row_shares_autoencoders_and_writes_the_table_and_again_only_prints(shards: Path, tmp_path: Path) -> None:
+    rows = {
+        "first": {"evaluation.baselines": True, "model.online": True},
+        "transformer": ONLINE,
+        "perfrdiff": {"model.family": "perfrdiff", "model.online": True, "model.width": 16, "model.layers": 1},
+        "trans-vae": {"model.family": "trans-vae", "model.width": 16, "model.layers": 1},
+    }
+    file, page = tmp_path / "compared.yaml", tmp_path / "page.md"
+    overrides = {"evaluation.baselines": False, "evaluation.clips": 3}
+    file.write_text(yaml.safe_dump({"name": "compared", "experiment": {}, "seeds": [0], "overrides": overrides, "rows": rows}))
+    page.write_text("before\n<!-- table -->\nold\n<!-- table -->\nafter\n")
+    command = ["science", "--config", file, "--write", page, *settings(shards, tmp_path / "store")]
+    done = job("bench", *command)
+    assert done.stdout.count("stage autoencoder is that of run compared-") == 1
+    text = page.read_text()
+    assert "old" not in text and text.startswith("before\n<!-- table -->\n|") and text.endswith("|\n<!-- table -->\nafter\n")
+    for row in (*rows, "wrong speaker (first)", "mimic", "oracle", "online oracle"):
+        assert f"| {row} |" in text
+    again = job("bench", *command)
+    assert page.read_text() == text and "weights" not in again.stdout.replace("weights are", ""), "nothing is trained twice"
