@@ -41,7 +41,7 @@ def test_a_comparison_is_the_same_runs_every_time_and_other_ones_with_other_sett
 
 def test_a_wrong_key_and_rows_that_are_one_run_are_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match="rows 'first' and 'longer' would be the same run"):
-        trials(comparison(rows={"first": {}, "longer": {"optim.epochs.diffusion": 300}}), [])
+        trials(comparison(rows={"first": {}, "longer": {"optim.epochs.autoencoder": 300}}), [])
     with pytest.raises(ConfigError, match=r"model\.denoisr"):
         trials(comparison(rows={"odd": {"model.denoisr": "unet"}}), [])
 
