@@ -60,8 +60,10 @@ class Evaluation:
     @property
     def id(self) -> str:
         """Stands for everything the scores depend on."""
+        trained, asked = self.experiment.diffusion.model_dump(mode="json"), self.diffusion.diffusion if self.diffusion else {}
+        other = {name: value for name, value in asked.items() if value != trained[name]}
         facts = [VERSION, self.coder.export.hash, self.diffusion and self.diffusion.hash, self.coder.source_hash, self.experiment.seed]
-        return digest([*facts, self.split, self.predictions, self.clips])
+        return digest([*facts, self.split, self.predictions, self.clips, *([other] if other else [])])
 
     @cached_property
     def rows(self) -> tuple[str, ...]:

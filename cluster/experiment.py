@@ -27,12 +27,25 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Experiment:
     tree: dict[str, Any] = {}
     if path is not None:
         _merge(tree, read_yaml(path), str(path))
+    return _overridden(tree, overrides, str(path) if path else "overrides")
+
+
+def changed(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
+    """An experiment with `key=value` overrides laid over it.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    return _overridden(json.loads(experiment.model_dump_json()), overrides, "overrides")
+
+
+def _overridden(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Experiment:
     for text in overrides:
         key, sign, value = text.partition("=")
         if not sign:
             raise ConfigError(f"{text!r} is no override; write key=value, for example optim.lr=1e-4 (--help lists the keys)")
         _merge(tree, _nested(key.split("."), _scalar(value)), f"override {text!r}")
-    return build(tree, str(path) if path else "overrides")
+    return build(tree, source)
 
 
 def build(tree: dict[str, Any], source: str) -> Experiment:

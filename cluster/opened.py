@@ -1,12 +1,14 @@
 """A run that is there, opened for its results: configuration, dataset state, exports and models."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import yaml
 
 from cluster.command import absolute
 from cluster.config import Experiment
-from cluster.experiment import build
+from cluster.experiment import ConfigError, build, changed
 from cluster.export import Export, load_reactor, newest_export
 from cluster.latents import Coder
 from cluster.lives import read_state
@@ -14,6 +16,9 @@ from cluster.manifest import CURRENT, Manifest, load_manifest
 from cluster.storage import NotFound, Store, open_store
 from reactdiff.generate import Reactor
 from reactdiff.stage import stages_of
+
+SAMPLING = ("sampler", "sampling_steps", "guidance")
+"""Fields of `diffusion` that training does not see: a finished run may be asked with others."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +29,13 @@ class OpenedRun:
         experiment: its configuration.
         store: its folder.
         clips: the state of the dataset it is pinned to.
+        sampling: fields of `SAMPLING` that are other than the run was trained with.
     """
 
     experiment: Experiment
     store: Store
     clips: Manifest
+    sampling: dict[str, Any] = field(default_factory=dict)
 
     def export(self, stage: str) -> Export:
         """The newest export of a stage.
@@ -62,7 +69,19 @@ class OpenedRun:
                 f"the diffusion of {self.store.url} (progress {export.progress}) was trained on latents {export.dataset}, but its newest "
                 f"autoencoder (progress {coder.export.progress}) made {latents}: train the two in a run of another name (run.name)"
             )
-        return export
+        return replace(export, diffusion=export.diffusion | self.sampling)
+
+    def sampled(self, overrides: Sequence[str]) -> "OpenedRun":
+        """The run as it draws with other sampling, for example `diffusion.sampler=dpm++`.
+
+        Raises:
+            ConfigError: for any other key, or a value that the run cannot be asked with.
+        """
+        keys = [f"diffusion.{name}" for name in SAMPLING]
+        if other := [text for text in overrides if text.partition("=")[0] not in keys]:
+            raise ConfigError(f"{other[0]}: a trained run can be asked with other {', '.join(keys)}, and nothing else")
+        asked, trained = (one.diffusion.model_dump(mode="json") for one in (changed(self.experiment, overrides), self.experiment))
+        return replace(self, sampling={name: asked[name] for name in SAMPLING if asked[name] != trained[name]})
 
     def model(self) -> Reactor:
         """What generates reactions: the averaged weights of all stages, in evaluation mode, on the GPU if there is one."""

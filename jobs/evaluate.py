@@ -3,6 +3,7 @@
   python jobs/evaluate.py demo-1a2b3c4d                              a run by its name, below work/store
   python jobs/evaluate.py s3://bucket/store/runs/demo-1a2b3c4d       a run by its folder or URL
   python jobs/evaluate.py demo-1a2b3c4d --split val --clips 20 --predictions 3
+  python jobs/evaluate.py demo-1a2b3c4d diffusion.sampler=dpm++ diffusion.sampling_steps=5
   python jobs/evaluate.py demo-1a2b3c4d --json > scores.json         nothing but JSON on stdout
   python jobs/evaluate.py --arrays reactions.npz --json              no run: pred (clips, K, frames, 25), target and
                                                                      speaker (clips, frames, 25), appropriate (clips, clips)
@@ -38,11 +39,11 @@ from reactdiff.metrics.report import table
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, score, and print a table or JSON."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if (options.run is None) == (options.arrays is None):
         parser.error("name a run to score, or --arrays FILE.npz, one of the two")
-    if options.arrays and (options.split or options.predictions or options.clips):
-        parser.error("--split, --predictions and --clips choose what of a run is scored; with --arrays all of the file is")
+    if options.arrays and (options.overrides or options.split or options.predictions or options.clips):
+        parser.error("--split, --predictions, --clips and KEY=VALUE choose what of a run is scored; with --arrays all of the file is")
     with Display(sys.stderr if options.json or options.arrays else sys.stdout) as display:
         if options.arrays:
             cores = len(os.sched_getaffinity(0))
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", metavar="RUN", help="name of a run, or its folder or URL (.../runs/NAME)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="draw with other diffusion.sampler, sampling_steps or guidance")
     parser.add_argument("--arrays", type=Path, metavar="FILE.npz", help="score the arrays of this file instead of a run")
     parser.add_argument("--split", help="split that is scored (default: the run's evaluation.split)")
     parser.add_argument(
@@ -73,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _score_run(options: argparse.Namespace, display: Display) -> tuple[dict[str, Any], dict[str, Scores]]:
     """The scores of a run's newest exports, as facts for JSON and as rows of the table."""
-    run = open_run(options.run, options.store)
+    run = open_run(options.run, options.store).sampled(options.overrides)
     coder, diffusion = run.coder(), run.diffusion()
     asked = {name: getattr(options, name) for name in ("split", "predictions", "clips") if getattr(options, name)}
     evaluation = run.experiment.evaluation.model_copy(update=asked)

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, draw the reactions, and write them."""
     options = _options(arguments)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first product on a GPU
-    opened = open_files(options) if options.import_checkpoint else open_run(options.run, options.store)
+    opened = open_files(options) if options.import_checkpoint else open_run(options.run, options.store).sampled(options.overrides)
     experiment = opened.experiment
     make_deterministic(experiment.workers.threads)
     reader = Reader(open_store(experiment.data.url), opened.clips, options.split or experiment.evaluation.split)
@@ -129,7 +129,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML of model and dataset for --import-checkpoint (default: react2024.yaml)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change one key of it, for example data.url=URL")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="change one key of it, for example data.url=URL; of a RUN diffusion.sampler, sampling_steps, guidance",
+    )
     parser.add_argument("--clip", required=True, metavar="KEY", help="key of the clip")
     parser.add_argument("--split", help="split that holds the clip (default: evaluation.split of the run or the configuration)")
     parser.add_argument("--direction", choices=DIRECTIONS, default="0", help="0: a speaks, b listens; 1: the other way round (default: 0)")
@@ -147,8 +152,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--import-checkpoint takes {FILES} instead of RUN, not {' '.join(options.import_checkpoint)}")
     elif not options.run:
         parser.error(f"name a RUN to generate with, or --import-checkpoint {FILES}")
-    elif options.config or options.overrides:
-        parser.error("a run has its own configuration; --config and KEY=VALUE go with --import-checkpoint")
+    elif options.config:
+        parser.error("a run has its own configuration; --config goes with --import-checkpoint")
     return options
 
 

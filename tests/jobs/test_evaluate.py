@@ -93,3 +93,20 @@ def test_mistakes_are_explained(finished: Path, tmp_path: Path, capsys: pytest.C
 def test_help_teaches_with_examples() -> None:
     text = job("evaluate", "--help").stdout
     assert "jobs/evaluate.py --arrays reactions.npz --json" in text and "--predictions K" in text
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_run_is_scored_with_another_sampler_beside_its_own_and_with_nothing_else(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished.parent.parent, tmp_path / "store")
+    asked = ("tiny", "--store", tmp_path / "store", "--split", "test", "--json")
+    for overrides in (["diffusion.sampler=dpm++", "diffusion.sampling_steps=2"], []):
+        assert evaluate(*asked, *overrides) == 0
+    scores = [json.loads(text) for text in capsys.readouterr().out.replace("}\n{", "}\0{").split("\0")]
+    assert scores[0]["scores"]["model"] != scores[1]["scores"]["model"] and scores[0]["scores"]["mimic"] == scores[1]["scores"]["mimic"]
+    assert len(list((tmp_path / "store/runs/tiny/evaluation").glob("test-*.json"))) == 2
+    assert evaluate(*asked, "diffusion.schedule=linear") == 1
+    assert "diffusion.schedule=linear: a trained run can be asked with other diffusion.sampler" in capsys.readouterr().err
+    assert evaluate(*asked, "diffusion.guidance=3") == 1
+    assert "never trained without the speaker cannot be guided" in capsys.readouterr().err
