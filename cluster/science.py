@@ -26,7 +26,6 @@ from cluster.recipe import Recipe, assignments
 from cluster.run import STEPS, execute
 from cluster.storage import Store, open_store
 from reactdiff.config import ENCODING
-from reactdiff.metrics.intervals import intervals
 from reactdiff.metrics.official import merge
 from reactdiff.metrics.part import Part
 from reactdiff.metrics.report import gap_closed
@@ -152,7 +151,7 @@ def markdown(parts: Mapping[str, Sequence[Part]], sizes: Mapping[str, tuple[int,
         scores = [one.official | one.repaired for one in (merge([part]) for part in each)]
         # The seeds' mean for every clip, then the clips drawn anew: what another test set would have given.
         mean_of_seeds = replace(each[0], values=np.mean([part.values for part in each], axis=0))
-        low, high = intervals([mean_of_seeds])["FRCorr"]
+        low, high = merge([mean_of_seeds]).intervals["FRCorr"]
         closed = [f"{gap_closed(means[row], means[RANDOM], means[name]):.0%}" for name in oracles] if ways else []
         corr, *others = (_spread([score[metric] for score in scores]) for metric in METRICS)
         parameters, flops = sizes.get(row, (0, 0.0))

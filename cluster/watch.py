@@ -76,7 +76,8 @@ class Watch:
         """Score a checkpoint that exists: metric -> value, the same on every rank; every rank calls this."""
         mine = [self._score(item) for item in range(self._rank, 2 * self._sight.clips, self._ranks)] if self._loaded(found) else []
         parts = [Part.from_arrays(arrays) for of_rank in self._gather(mine) for arrays in of_rank]
-        return {name: merge(parts).official[name] for name in METRICS}
+        scores = merge(parts).official
+        return {name: scores[name] for name in METRICS}
 
     def _loaded(self, found: Checkpoint) -> bool:
         """Take the checkpoint's averaged weights, on the ranks that have something to score."""

@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import torch
 from reactdiff.metrics.agreement import Reaction, concordance
 from reactdiff.metrics.arrays import Targets, check_part, check_whole
 from reactdiff.metrics.frechet import Moments, frechet
+from reactdiff.metrics.intervals import intervals
 from reactdiff.metrics.part import PER_CLIP, Part, means_to_metrics
 from reactdiff.metrics.synchrony import offsets
 from reactdiff.metrics.warping import laid_out, nearest
@@ -40,16 +42,18 @@ class Scores:
             all predictions and only those attributes that vary.
         extra: the names of `EXTRA`, metrics of our own: the Frechet distance between the frames of all predictions and of the
             same clips' real reactions, by their attributes; NaN unless these are known.
+        intervals: metric -> (low, high), 95 % bootstrap intervals of the metrics that are means over clips.
     """
 
     official: dict[str, float]
     repaired: dict[str, float]
     extra: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
 
-    def to_dict(self) -> dict[str, dict[str, float | None]]:
-        """For JSON, which has no NaN: undefined metrics are None."""
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """For JSON, which has no NaN: undefined metrics and intervals are None."""
         return {
-            kind: {name: None if math.isnan(value) else value for name, value in values.items()}
+            kind: {name: None if np.isnan(value).any() else value for name, value in values.items()}
             for kind, values in dataclasses.asdict(self).items()
         }
 
@@ -144,7 +148,8 @@ def merge(parts: Iterable[Part]) -> Scores:
     metrics["FRDvs"] = 2 * total.scatter / (total.clips - 1) / total.mean.size if total.clips > 1 else math.nan
     known = total.predicted.frames == total.real.frames * len(total.mean)  # not where a part was scored without `own`
     metrics["FrechetAttributes"] = frechet(total.predicted, total.real) if known else math.nan
-    return Scores(*({name: metrics[name] for name in names} for names in (OFFICIAL, REPAIRED, EXTRA)))
+    official, repaired, extra = ({name: metrics[name] for name in names} for names in (OFFICIAL, REPAIRED, EXTRA))
+    return Scores(official, repaired, extra, intervals([total]))
 
 
 def _score_clip(predictions: Reaction, pred: np.ndarray, speaker: np.ndarray, listeners: Sequence[Reaction]) -> list[float]:

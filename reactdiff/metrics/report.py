@@ -20,7 +20,7 @@ BELOW = {
 
 
 def table(rows: Mapping[str, Scores], title: str = "Official metrics") -> Table:
-    """A line for each model or baseline with the official metrics; below, a block with their repaired twins and the Frechet distance.
+    """A line for each model or baseline with the official metrics; below, their repaired twins and the Frechet distance, then intervals.
 
     Args:
         rows: name -> scores, in the order of the lines.
@@ -38,6 +38,10 @@ def table(rows: Mapping[str, Scores], title: str = "Official metrics") -> Table:
     for name, scores in rows.items():
         below = scores.repaired | scores.extra
         lines.add_row(name, *(_number(below[BELOW[metric][1]]) if metric in BELOW else "" for metric in OFFICIAL))
+    lines.add_section()
+    lines.add_row("95 % over clips", style="dim")
+    for name, scores in rows.items():
+        lines.add_row(name, *(_interval(scores.intervals.get(metric)) for metric in OFFICIAL))
     return lines
 
 
@@ -50,6 +54,10 @@ def gap_closed(model: float, low: float, high: float) -> float:
     if not math.isfinite(high - low) or high == low:
         raise ValueError(f"there is no gap between the baseline's {low} and the ideal's {high}: give two different, finite scores")
     return (model - low) / (high - low)
+
+
+def _interval(bounds: tuple[float, float] | None) -> str:
+    return "" if bounds is None else "undefined" if math.isnan(bounds[0]) else f"{bounds[0]:.3g}–{bounds[1]:.3g}"
 
 
 def _number(value: float) -> str:

@@ -38,7 +38,7 @@ def test_arrays_get_the_official_values(name: str, capsys: pytest.CaptureFixture
 
 
 def _assert_official(printed: dict[str, dict[str, float]], name: str) -> None:
-    assert printed.keys() == {"official", "repaired", "extra"}
+    assert printed.keys() == {"official", "repaired", "extra", "intervals"}
     assert tuple(printed["repaired"]) == REPAIRED and tuple(printed["official"]) == OFFICIAL
     for metric, value in printed["official"].items():
         assert value == pytest.approx(EXPECTED[name][NAMES.get(metric, metric)], rel=1e-6), metric

@@ -237,7 +237,7 @@ def test_a_single_prediction_has_no_diversity_and_a_single_clip_no_spread():
     assert scores.official["FRDiv"] == 0
     assert math.isnan(scores.official["FRDvs"])
     assert scores.to_dict()["official"]["FRDvs"] is None
-    assert json.loads(json.dumps(scores.to_dict(), allow_nan=False)).keys() == {"official", "repaired", "extra"}
+    assert json.loads(json.dumps(scores.to_dict(), allow_nan=False)).keys() == {"official", "repaired", "extra", "intervals"}
 
 
 def test_progress_counts_the_clips():

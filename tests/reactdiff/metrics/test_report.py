@@ -12,11 +12,12 @@ def scores(offset):
         {name: offset + index for index, name in enumerate(OFFICIAL)},
         {name: offset + index + 0.5 for index, name in enumerate(REPAIRED)},
         {name: offset + index + 0.75 for index, name in enumerate(EXTRA)},
+        {"FRCorr": (offset - 0.25, offset + 0.25), "FRSyn": (math.nan, math.nan)},
     )
 
 
 def test_the_table_shows_official_repaired_and_further_metrics_of_every_row():
-    undefined = Scores(scores(70).official | {"FRDvs": math.nan}, scores(70).repaired, {"FrechetAttributes": math.nan})
+    undefined = Scores(scores(70).official | {"FRDvs": math.nan}, scores(70).repaired, {"FrechetAttributes": math.nan}, {})
     console = Console(width=120)
     with console.capture() as capture:
         console.print(table({"model": scores(1), "mimic": undefined}))
@@ -26,6 +27,7 @@ def test_the_table_shows_official_repaired_and_further_metrics_of_every_row():
     assert ["mimic", "70.00", "71.00", "72.00", "73.00", "undefined", "75.00"] in lines
     assert ["repaired", "each", "each", "Frechet", "↓", "varying"] in lines
     assert ["model", "1.500", "2.500", "1.750", "3.500"] in lines
+    assert ["model", "0.75–1.25", "undefined"] in lines
     assert ["mimic", "70.50", "71.50", "undefined", "72.50"] in lines
 
 
