@@ -57,7 +57,10 @@ def gap_closed(model: float, low: float, high: float) -> float:
 
 
 def _interval(bounds: tuple[float, float] | None) -> str:
-    return "" if bounds is None else "undefined" if math.isnan(bounds[0]) else f"{bounds[0]:.3g}–{bounds[1]:.3g}"
+    if bounds is None or math.isnan(bounds[0]):
+        return ""
+    digits = 2 if abs(bounds[1]) < 10 else 1
+    return f"{bounds[0]:.{digits}f}–{bounds[1]:.{digits}f}"
 
 
 def _number(value: float) -> str:

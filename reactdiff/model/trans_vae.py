@@ -39,7 +39,7 @@ class TransVAE(Codec):
         super().__init__()
         check_heads("model.width", model.width, model.heads)
         widths = widths_of(model, streams)
-        self.inputs = model.facial + model.acoustic
+        self.inputs, self.model_width = model.facial + model.acoustic, model.width
         self.width = 2 * model.latent
         self.bounded = model.bounded
         self.embed = nn.ModuleList(nn.Linear(widths[name], model.width) for name in self.inputs)
@@ -96,7 +96,8 @@ class TransVAE(Codec):
         dtype = self.memory.weight.dtype
         frames = torch.stack([embed(streams[name].to(dtype)) for embed, name in zip(self.embed, self.inputs, strict=True)]).sum(0)
         frames = frames + self._positions(frames.shape[1])
-        queries = self.queries.weight.expand(len(frames), -1, -1)
+        # Called, not read: ZeRO-3 gathers a weight where its layer is called.
+        queries = self.queries(torch.arange(2, device=frames.device)).expand(len(frames), -1, -1)
         mean, log_variance = self.encoder(torch.cat([queries, frames], dim=1))[:, :2].unbind(1)
         return self.mean(mean).float(), self.log_variance(log_variance).float()
 
@@ -110,7 +111,7 @@ class TransVAE(Codec):
     def _positions(self, frames: int) -> Tensor:
         """A sinusoid for each frame, (frames, model.width)."""
         weight = self.memory.weight
-        return sinusoid(torch.arange(frames, device=weight.device), len(weight)).to(weight.dtype)
+        return sinusoid(torch.arange(frames, device=weight.device), self.model_width).to(weight.dtype)
 
 
 def _draw(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
