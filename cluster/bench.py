@@ -20,7 +20,7 @@ from reactdiff.model.codec import Codec
 from reactdiff.model.flops import training_flops
 from reactdiff.model.latent_diffusion import LatentDiffusion
 from reactdiff.online import Listener
-from reactdiff.stage import AutoencoderStage, DiffusionStage, Source, build, empty_batch, stage
+from reactdiff.stage import Source, build, empty_batch, stages_over
 
 WARM_UP = 3
 
@@ -54,9 +54,7 @@ def bench_training(experiment: Experiment, name: str, source: Source, steps: int
     make_deterministic(experiment.workers.threads)
     device = best_device()
     optim, parts = experiment.optim, micro_batches(experiment.optim.batch[name], 1, experiment.workers.micro_batch)
-    if name == "diffusion":
-        source = AutoencoderStage(experiment.model, source).encoded()
-    kind = stage(name, experiment.model, experiment.diffusion, source)
+    kind = stages_over(source, experiment.model, experiment.diffusion)[name]
     empty = empty_batch(kind, optim.batch[name], "cpu")
     batch = {key: _random(tensor).to(device) for key, tensor in empty.items()}
     with torch.device("meta"):
@@ -79,9 +77,8 @@ def bench_online(experiment: Experiment, source: Source, windows: int, count: in
         windows: of the clip.
         count: K.
     """
-    device, codec_stage = best_device(), AutoencoderStage(experiment.model, source)
-    codec = build(codec_stage, experiment.seed).eval().to(device)
-    diffusion = build(DiffusionStage(experiment.model, experiment.diffusion, codec_stage.encoded()), experiment.seed).eval().to(device)
+    kinds = stages_over(source, experiment.model, experiment.diffusion)
+    codec, diffusion = (build(kind, experiment.seed).eval().to(best_device()) for kind in kinds.values())
     assert isinstance(codec, Codec) and isinstance(diffusion, LatentDiffusion)
     listener = Listener(Reactor(codec, diffusion), ("clip", 0), count, experiment.seed)
     spent = []

@@ -232,8 +232,14 @@ class Writer:
 
 
 def sweep(store: Store, stage: str) -> None:
-    """Delete the parts that no manifest names: what lives that died left behind. Only before a life begins to write its own."""
-    named = _named(store, stage, listing(store, stage))
+    """Delete the parts that no manifest names: what lives that died left behind. Only for the newest life, before it writes its own.
+
+    Nothing is deleted while a manifest cannot be read: who knows what it names.
+    """
+    try:
+        named = _named(store, stage, listing(store, stage))
+    except DamagedCheckpoint:
+        return
     for entry in list(store.list(f"checkpoints/{stage}/parts/")):
         if entry.key not in named:
             store.delete(entry.key)
@@ -245,20 +251,18 @@ def _prune(store: Store, stage: str, keep: int) -> None:
     Other parts that no manifest names stay: they may be of the next checkpoint, which other ranks upload already.
     """
     names = listing(store, stage)
-    kept, old = _named(store, stage, names[:keep]), _named(store, stage, names[keep:])
-    for key in [*names[keep:], *sorted(old - kept)]:
+    try:
+        parts = sorted(_named(store, stage, names[keep:]) - _named(store, stage, names[:keep]))
+    except DamagedCheckpoint as error:
+        log.error("CHECKPOINT DAMAGED, so no parts of old ones are deleted: %s", error)
+        parts = []
+    for key in [*names[keep:], *parts]:
         store.delete(key)
 
 
 def _named(store: Store, stage: str, names: Iterable[str]) -> set[str]:
     """The parts that these manifests name."""
-    named: set[str] = set()
-    for name in names:
-        try:
-            named |= {f"checkpoints/{stage}/{part.file}" for part in read_manifest(store, name).parts}
-        except DamagedCheckpoint as error:
-            log.error("CHECKPOINT DAMAGED, its parts are not kept: %s", error)
-    return named
+    return {f"checkpoints/{stage}/{part.file}" for name in names for part in read_manifest(store, name).parts}
 
 
 def _tensor(name: str, start: int, kind: str) -> str:

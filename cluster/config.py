@@ -93,13 +93,6 @@ class Experiment(Branch):
     def _supported(self) -> "Experiment":
         if self.optim.precision == "bf16" and self.workers.zero == 0:
             raise ValueError("workers.zero is 0, but optim.precision=bf16 needs the fp32 masters of ZeRO-1 and above: set workers.zero=1")
-        if (
-            self.model.family == "reactdiff"
-            and self.model.denoiser == "unet"
-            and self.model.latent % 2 ** (len(self.model.multipliers) - 1)
-        ):
-            raise ValueError(
-                f"model.latent is {self.model.latent}, but {len(self.model.multipliers)} UNet levels (model.multipliers) halve it "
-                f"{len(self.model.multipliers) - 1} times: use a multiple of {2 ** (len(self.model.multipliers) - 1)}"
-            )
+        if self.model.family == "trans-vae" and self.run.autoencoder:
+            raise ValueError("run.autoencoder would take the only stage of model.family=trans-vae and leave nothing to train: leave it out")
         return self

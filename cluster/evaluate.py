@@ -7,8 +7,9 @@ Parts and scores lie in the run's folder at `evaluation/<id>/`, where the id sta
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from operator import add
 
 import numpy as np
 
@@ -55,7 +56,26 @@ class Evaluation:
     split: str
     predictions: int
     clips: int
-    mean: tuple[float, ...]
+    mean: tuple[float, ...] = ()
+
+    @property
+    def starts(self) -> range:
+        """The first item of each part."""
+        return range(0, 2 * self.clips, PART)
+
+    def file(self, row: str, start: int) -> str:
+        """Where a part of a row is kept, without its ending."""
+        return f"evaluation/{self.id}/{row.replace(' ', '-')}-{start:09d}"
+
+    def kept(self, row: str) -> Part:
+        """What was scored of a row, once it is.
+
+        Raises:
+            NotFound: if it is not.
+        """
+        store = open_store(self.run)
+        parts = (np.load(io.BytesIO(store.read(f"{self.file(row, start)}.npz")), allow_pickle=False) for start in self.starts)
+        return reduce(add, map(Part.from_arrays, parts))
 
     @property
     def id(self) -> str:
@@ -72,6 +92,22 @@ class Evaluation:
         oracles = (ORACLE, ONLINE_ORACLE) if self.experiment.model.online else (ORACLE,)
         simulated = "simulator" in self.coder.clips.provenance
         return (MODEL,) if not self.experiment.evaluation.baselines else names + (oracles if simulated else ())
+
+
+def planned(experiment: Experiment, run: str, coder: Coder, diffusion: Export | None) -> Evaluation:
+    """The evaluation an experiment asks for; arguments as `evaluate`.
+
+    Raises:
+        ValueError: if the split is not there or has no appropriateness matrix.
+    """
+    asked, clips = experiment.evaluation, coder.clips
+    there = int(clips.counts(asked.split).sum())
+    if clips.split(asked.split).appropriateness is None:
+        raise ValueError(
+            f"split {asked.split!r} of {coder.source} has no appropriateness matrix, so it cannot be scored; "
+            f"set evaluation.split to one of {', '.join(name for name, part in clips.splits.items() if part.appropriateness)}"
+        )
+    return Evaluation(experiment, run, coder, diffusion, asked.split, asked.predictions, min(asked.clips or there, there))
 
 
 def evaluate(
@@ -92,22 +128,13 @@ def evaluate(
     Raises:
         ValueError: if the split is not there or has no appropriateness matrix.
     """
-    asked, clips = experiment.evaluation, coder.clips
-    there = int(clips.counts(asked.split).sum())
-    if clips.split(asked.split).appropriateness is None:
-        raise ValueError(
-            f"split {asked.split!r} of {coder.source} has no appropriateness matrix, so it cannot be scored; "
-            f"set evaluation.split to one of {', '.join(name for name, part in clips.splits.items() if part.appropriateness)}"
-        )
-    clips_scored = min(asked.clips or there, there)
-    what = Evaluation(experiment, run, coder, diffusion, asked.split, asked.predictions, clips_scored, _mean_attributes(coder))
-    starts = range(0, 2 * what.clips, PART)
-    calls = [(row, start) for row in what.rows for start in starts]
+    what = replace(planned(experiment, run, coder, diffusion), mean=_mean_attributes(coder))
+    calls = [(row, start) for row in what.rows for start in what.starts]
     parts: dict[tuple[str, int], Part] = {}
     for number, arrays in each(_score, calls, experiment.workers, shared=what):
         parts[calls[number]] = Part.from_arrays(arrays)
         progress(len(parts), len(calls))
-    scores = {row: merge(parts[row, start] for start in starts) for row in what.rows}
+    scores = {row: merge(parts[row, start] for start in what.starts) for row in what.rows}
     report = {"evaluation": what.id, "split": what.split, "clips": what.clips, "predictions": what.predictions}
     values = {row: score.to_dict() for row, score in scores.items()}
     open_store(run).put(f"evaluation/{what.split}-{what.id}.json", json.dumps({**report, "scores": values}, indent=1).encode())
@@ -116,7 +143,7 @@ def evaluate(
 
 def _score(what: Evaluation, row: str, start: int) -> dict[str, np.ndarray]:
     """One part of one row: made and scored, unless that is done."""
-    store, name = open_store(what.run), f"evaluation/{what.id}/{row.replace(' ', '-')}-{start:09d}"
+    store, name = open_store(what.run), what.file(row, start)
     try:
         return dict(np.load(io.BytesIO(store.read(f"{name}.npz")), allow_pickle=False))
     except NotFound:

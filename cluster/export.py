@@ -87,13 +87,12 @@ def write_export(store: Store, experiment: Experiment, name: str, source: Source
     return read_export(store, name, progress)
 
 
-def adopt(parent: Export, source: Store, store: Store) -> None:
-    """Take over the export of another run, weights and all."""
-    key = f"exports/{parent.stage}/{parent.hash}.safetensors"
-    load_weights(source, parent)  # verified
+def take_over(export: Export, source: Store, store: Store) -> None:
+    """Copy an export of another run, the description last."""
+    key = f"exports/{export.stage}/{export.hash}.safetensors"
     if not store.exists(key):
         store.put(key, source.read(key))
-    _describe(store, parent)
+    _describe(store, export)
 
 
 def _describe(store: Store, export: Export) -> None:

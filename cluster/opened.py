@@ -77,6 +77,8 @@ class OpenedRun:
         Raises:
             ConfigError: for any other key, or a value that the run cannot be asked with.
         """
+        if overrides and "diffusion" not in stages_of(self.experiment.model):
+            raise ConfigError(f"{overrides[0]}: model.family={self.experiment.model.family} samples no diffusion")
         keys = [f"diffusion.{name}" for name in SAMPLING]
         if other := [text for text in overrides if text.partition("=")[0] not in keys]:
             raise ConfigError(f"{other[0]}: a trained run can be asked with other {', '.join(keys)}, and nothing else")

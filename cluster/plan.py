@@ -13,7 +13,7 @@ from cluster.worker import micro_batches
 from reactdiff.clip import windows_of
 from reactdiff.model.flops import training_flops
 from reactdiff.model.shapes import parameters_by_module
-from reactdiff.stage import AutoencoderStage, Source, empty_batch, shapes, stage, stages_of
+from reactdiff.stage import Source, Stage, empty_batch, shapes, stages_over
 
 
 def memory_per_rank(parameters: int, zero: int, ranks: int, precision: str) -> dict[str, int]:
@@ -42,11 +42,10 @@ def plan(experiment: Experiment, pinned: Pinned) -> Group:
     Raises:
         ValueError: if the model does not fit the dataset (a missing stream, a width that does not divide).
     """
-    return Group(
-        _data(experiment, pinned),
-        *(_stage(experiment, pinned.manifest, name) for name in stages_of(experiment.model)),
-        _cluster(experiment),
-    )
+    kinds = stages_over(Source(pinned.manifest.stream_specs, pinned.manifest.frames), experiment.model, experiment.diffusion)
+    trained = list(kinds)[bool(experiment.run.autoencoder) :]
+    stages = (_stage(experiment, pinned.manifest, name, kinds[name]) for name in trained)
+    return Group(_data(experiment, pinned), *stages, _cluster(experiment))
 
 
 def _data(experiment: Experiment, pinned: Pinned) -> Table:
@@ -61,11 +60,7 @@ def _data(experiment: Experiment, pinned: Pinned) -> Table:
     return table
 
 
-def _stage(experiment: Experiment, manifest: Manifest, name: str) -> Table:
-    source = Source(manifest.stream_specs, manifest.frames)
-    if name == "diffusion":
-        source = AutoencoderStage(experiment.model, source).encoded()
-    kind = stage(name, experiment.model, experiment.diffusion, source)
+def _stage(experiment: Experiment, manifest: Manifest, name: str, kind: Stage) -> Table:
     with torch.device("meta"):
         module = kind.module()
     parameters = sum(p.numel() for p in module.parameters())

@@ -1,5 +1,6 @@
 """Clips of one split by number: which shard, which bytes, checked and decoded."""
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
@@ -7,8 +8,10 @@ from functools import lru_cache
 import numpy as np
 
 from cluster.manifest import Manifest
-from cluster.shards import Span, decode_npy, read_index, span, verify
+from cluster.shards import CorruptData, Piece, Span, decode_npy, read_index, span, verify
 from cluster.storage import Store
+
+log = logging.getLogger(__name__)
 
 Source = tuple[str, str]
 """(person, array name)."""
@@ -79,14 +82,27 @@ class Reader:
         for person in sorted({person for person, _ in wanted}):
             members = {f"{p}.{array}.npy": (p, array) for p, array in wanted if p == person}
             part = span(entry, self._manifest.members, members)
-            data = self._fetch(f"{name}.tar", part)
-            for piece in part.pieces:
-                view = data[piece.start : piece.start + piece.size]
-                verify(name, bytes(entry["key"]).decode(), piece, view)
+            for piece, view in self._verified(name, bytes(entry["key"]).decode(), part):
                 arrays[members[piece.member]] = decode_npy(view)
                 checksum += piece.crc
             size += part.length
         return Read(arrays, size, checksum)
+
+    def _verified(self, name: str, clip: str, part: Span) -> list[tuple[Piece, memoryview]]:
+        """The members of one ranged read. What does not match is read once more: bytes also change on their way."""
+        for again in (True, False):
+            data = self._fetch(f"{name}.tar", part)
+            found = [(piece, data[piece.start : piece.start + piece.size]) for piece in part.pieces]
+            try:
+                for piece, view in found:
+                    verify(name, clip, piece, view)
+            except CorruptData as error:
+                if not again:
+                    raise
+                log.warning("%s; reading it once more", error)
+            else:
+                return found
+        raise AssertionError("the second read returns or raises")
 
     def _fetch(self, key: str, part: Span) -> memoryview:
         data = memoryview(bytearray(part.length))

@@ -13,7 +13,7 @@ from cluster import command, gate, registry
 from cluster.config import Evaluation, Experiment
 from cluster.encode import build_latents
 from cluster.evaluate import MODEL, evaluate
-from cluster.experiment import build
+from cluster.experiment import ConfigError, build
 from cluster.export import read_export
 from cluster.gate import Metrics, Rule, frozen_clips, judge
 from cluster.latents import Coder
@@ -48,6 +48,8 @@ def tick(retraining: Retraining, overrides: Sequence[str], display: Display) -> 
         StageFailed, Superseded, KeyboardInterrupt: as `cluster.run.execute`; nothing is decided then.
     """
     experiment = command.anchored(retraining.load(overrides))
+    if experiment.run.autoencoder:
+        raise ConfigError("run.autoencoder has no place in retraining: a candidate is trained whole on the grown dataset; leave it out")
     store, dataset = folder(retraining, overrides), open_store(experiment.data.url)
     registry.show(store)
     manifest = load_manifest(dataset)

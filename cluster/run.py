@@ -19,29 +19,28 @@ from typing import Any
 
 import yaml
 
-from cluster import checkpoint, lives, start
+from cluster import adopt, checkpoint, lives, start
 from cluster.config import Experiment
 from cluster.encode import build_latents
 from cluster.evaluate import evaluate
 from cluster.experiment import ConfigError, build, digest, ends, identity, placement, to_yaml
-from cluster.export import adopt, read_export, write_export
+from cluster.export import read_export, write_export
 from cluster.history import watched_name, write_events
 from cluster.latents import Coder
 from cluster.launch import launch
 from cluster.lives import State
 from cluster.manifest import CURRENT, Manifest, load_manifest
 from cluster.meter import Snapshot, Totals
-from cluster.opened import OpenedRun, open_run
+from cluster.opened import OpenedRun
 from cluster.placement import Resources, assert_visible, connect
 from cluster.progress import Display
-from cluster.storage import NotFound, StorageError, Store, open_store
+from cluster.storage import NotFound, Store, open_store
 from cluster.telemetry import Exporter
 from cluster.watch import SPLIT as WATCHED
 from cluster.watch import Clips
 from cluster.worker import Job
-from reactdiff.config import ENCODING, Model
 from reactdiff.metrics.official import Scores
-from reactdiff.stage import Source, stages_of
+from reactdiff.stage import Source, stages_of, stages_over
 
 STEPS = ("autoencoder", "latents", "diffusion", "evaluation")
 """What a run goes through, in order."""
@@ -126,9 +125,7 @@ def execute(experiment: Experiment, config_name: str, steps: Sequence[str], disp
         StageFailed, Superseded, KeyboardInterrupt: after the state was written.
     """
     pinned = pin(experiment, config_name)
-    if experiment.run.autoencoder:
-        parent(experiment)
-    for origin in start.check(experiment):
+    for origin in check(experiment, pinned):
         display.say(origin)
     _say_what_lacks(experiment, connect(cpus=experiment.workers.count + 1), display)
     open_store(experiment.run.store).prove()
@@ -160,22 +157,15 @@ def execute(experiment: Experiment, config_name: str, steps: Sequence[str], disp
     return scores
 
 
-def parent(experiment: Experiment) -> OpenedRun:
-    """The run whose autoencoder an experiment takes.
+def check(experiment: Experiment, pinned: Pinned) -> list[str]:
+    """Refuse what no worker could build or begin with, and say what each stage starts from; writes nothing.
 
     Raises:
-        ConfigError: if there is no such run, it has not finished its autoencoder, or that is not the one the experiment describes.
+        ConfigError, ValueError, StorageError: naming the key, and what to give it.
     """
-    where = experiment.run.autoencoder
-    try:
-        opened = open_run(where, experiment.run.store)
-        export = opened.export("autoencoder")
-    except (ValueError, StorageError) as error:
-        raise ConfigError(f"run.autoencoder={where} cannot be taken: {error}") from error
-    ours, theirs = experiment.model.model_dump(mode="json"), Model.model_validate(export.model).model_dump(mode="json")
-    if differing := [f"model.{key} (there {theirs[key]}, here {ours[key]})" for key in ENCODING if ours[key] != theirs[key]]:
-        raise ConfigError(f"run.autoencoder={where} has another autoencoder than this experiment; differing: {', '.join(differing)}")
-    return opened
+    kinds = stages_over(Source(pinned.manifest.stream_specs, pinned.manifest.frames), experiment.model, experiment.diffusion)
+    adopt.check(experiment, pinned.manifest, pinned.store)
+    return start.check(experiment, kinds)
 
 
 def _say_what_lacks(experiment: Experiment, there: Resources, display: Display) -> None:
@@ -227,9 +217,7 @@ class _Life:
 
     def autoencoder(self) -> None:
         if self.experiment.run.autoencoder:
-            other = parent(self.experiment)
-            export = other.export("autoencoder")
-            adopt(export, other.store, self.store)
+            export = adopt.adopt(self.experiment, self.clips, self.store)
             self.display.say(f"stage autoencoder is that of run {self.experiment.run.autoencoder}: weights {export.hash}")
         else:
             self.train("autoencoder", self.experiment.data.url, self.clips)

@@ -4,12 +4,8 @@ Runs resume as runs do and are kept, so the same comparison again does what is l
 same share it: the first one's run trains the autoencoder of a seed, the others take it over.
 """
 
-import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
 from typing import Any
 
 import numpy as np
@@ -18,9 +14,10 @@ from pydantic import Field
 
 from cluster import command
 from cluster.config import Experiment
-from cluster.evaluate import MODEL
+from cluster.evaluate import MODEL, UNTRAINED, WRONG, planned
 from cluster.experiment import ConfigError, digest, identity
 from cluster.export import newest_export
+from cluster.opened import open_run
 from cluster.progress import Display
 from cluster.recipe import Recipe, assignments
 from cluster.run import STEPS, execute
@@ -92,7 +89,7 @@ def _stage_1(experiment: Experiment) -> str:
     }
     data = {name: value for name, value in all_of.items() if name == "seed" or name.startswith("data.")}
     ends = experiment.optim.epochs["autoencoder"]
-    return digest([optim, data, ends, *(all_of[f"model.{name}"] for name in ENCODING)])
+    return digest([optim, data, ends, *(all_of[f"model.{name}"] for name in (*ENCODING, "init_from"))])
 
 
 def compare(comparison: Comparison, overrides: Sequence[str], display: Display) -> str:
@@ -105,27 +102,20 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display) 
     for number, trial in enumerate(every):
         display.say(f"{number + 1} of {len(every)}: {trial.row}, seed {trial.experiment.seed}, run {trial.experiment.run.name}")
         execute(trial.experiment, comparison.name, STEPS, display)
-    parts: dict[str, list[Part]] = {}
+    parts: dict[str, dict[int, Part]] = {}
     for trial in every:
         for name, part in scored(trial).items():
-            label = trial.row if name == MODEL else f"{name} ({trial.row})" if name in ("wrong speaker", "untrained") else name
-            parts.setdefault(label, []).append(part)
+            label = trial.row if name == MODEL else f"{name} ({trial.row})" if name in (WRONG, UNTRAINED) else name
+            parts.setdefault(label, {})[trial.experiment.seed] = part  # baselines are the same whichever row they stand beside
     sizes = {trial.row: size(trial) for trial in every if trial.experiment.seed == comparison.seeds[0]}
-    return markdown(parts, sizes)
+    return markdown({row: list(each.values()) for row, each in parts.items()}, sizes)
 
 
 def scored(trial: Trial) -> dict[str, Part]:
     """What the evaluation of a finished run kept, by row."""
-    asked = trial.experiment.evaluation
-    reports = [entry.key for entry in trial.store.list(f"evaluation/{asked.split}-") if entry.key.endswith(".json")]
-    found: dict[str, list[Part]] = {}
-    for report in reports:
-        facts = json.loads(trial.store.read(report))
-        for row in facts["scores"]:
-            keys = sorted(entry.key for entry in trial.store.list(f"evaluation/{facts['evaluation']}/{row.replace(' ', '-')}-"))
-            arrays = (np.load(io.BytesIO(trial.store.read(key)), allow_pickle=False) for key in keys if key.endswith(".npz"))
-            found[row] = [Part.from_arrays(one) for one in arrays]
-    return {row: reduce(add, parts) for row, parts in found.items()}
+    opened = open_run(trial.store.url, trial.experiment.run.store)
+    what = planned(trial.experiment, trial.store.url, opened.coder(), opened.diffusion())
+    return {row: what.kept(row) for row in what.rows}
 
 
 def size(trial: Trial) -> tuple[int, float]:

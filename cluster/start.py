@@ -4,7 +4,7 @@ A life that has a checkpoint goes on from that, whatever is here. Only weights a
 dataset of latents that the new run is trained on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,25 +12,40 @@ from torch import Tensor, nn
 
 from cluster.command import absolute
 from cluster.config import Experiment
-from cluster.export import load_weights
+from cluster.export import Export, load_weights
 from cluster.opened import OpenedRun, open_run
 from reactdiff.model.authors import FILES, UNTRAINED, assert_authors, fill_autoencoder, fill_diffusion
 from reactdiff.model.autoencoder import Autoencoder
 from reactdiff.model.latent_diffusion import LatentDiffusion
 from reactdiff.model.pth import read_pth
-from reactdiff.stage import stages_of
+from reactdiff.stage import Stage
 
 SUFFIX = ".pth"
 """How the names of the authors' files end; anything else is a run."""
 
 
-def check(experiment: Experiment) -> list[str]:
+def check(experiment: Experiment, kinds: Mapping[str, Stage]) -> list[str]:
     """Where each stage that is trained starts, a sentence each; empty where nothing is to be said.
 
+    Args:
+        experiment: its configuration.
+        kinds: the stages by name.
+
     Raises:
-        ValueError, StorageError: if a parent or file is missing or cannot be read, or the model cannot take the authors' weights.
+        ValueError, StorageError: if a parent or file is missing or cannot be read, or its weights do not fit the model.
     """
-    return [text for stage in stages_of(experiment.model)[bool(experiment.run.autoencoder) :] if (text := _origin(stage, experiment))]
+    said: list[str] = []
+    for name in list(kinds)[bool(experiment.run.autoencoder) :] if experiment.model.init_from else []:
+        with torch.device("meta"):
+            module = kinds[name].module()
+            if _is_run(experiment):
+                parent = _parent(experiment)
+                _assert_fits(module, {key: value.shape for key, value in parent.export(name).kind.module().state_dict().items()}, parent)
+                _assert_same_heads(experiment, parent.export(name))
+                said.append(_origin(name, experiment))
+            else:
+                warm_start(module, name, experiment, said.append)
+    return said
 
 
 def warm_start(module: nn.Module, stage: str, experiment: Experiment, log: Callable[[str], None]) -> None:
@@ -51,7 +66,7 @@ def warm_start(module: nn.Module, stage: str, experiment: Experiment, log: Calla
     if _is_run(experiment):
         parent = _parent(experiment)
         weights = load_weights(parent.store, parent.export(stage))
-        _copy(module, weights, f"stage {stage} of {parent.store.url}")
+        _copy(module, weights, parent)
     else:
         first, *more = (read_pth(path) for path in _files(experiment))
         if isinstance(module, Autoencoder):
@@ -94,10 +109,18 @@ def _files(experiment: Experiment) -> list[Path]:
     return [Path(absolute(name)) for name in experiment.model.init_from]
 
 
-def _copy(module: nn.Module, weights: dict[str, Tensor], whose: str) -> None:
+def _copy(module: nn.Module, weights: dict[str, Tensor], parent: OpenedRun) -> None:
     """Take every parameter, and nothing else, from exported weights."""
-    parameters = dict(module.named_parameters())
-    there = set(weights) - {name for name, _ in module.named_buffers()}
+    _assert_fits(module, {name: value.shape for name, value in weights.items()}, parent)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(weights[name])
+
+
+def _assert_fits(module: nn.Module, shapes: Mapping[str, torch.Size], parent: OpenedRun) -> None:
+    """Refuse weights of other names or shapes than the module's parameters; buffers do not matter."""
+    parameters, whose = dict(module.named_parameters()), f"run {parent.store.url}"
+    there = set(shapes) - {name for name, _ in module.named_buffers()}
     missing, unknown = sorted(set(parameters) - there), sorted(there - set(parameters))
     if missing or unknown:
         raise ValueError(
@@ -105,11 +128,14 @@ def _copy(module: nn.Module, weights: dict[str, Tensor], whose: str) -> None:
             f"{len(unknown)} unknown {unknown[:3]}; give model.* the parent's family, streams and depths"
         )
     for name, parameter in parameters.items():
-        if weights[name].shape != parameter.shape:
+        if shapes[name] != parameter.shape:
             raise ValueError(
-                f"model.init_from: {name} of {whose} has shape {tuple(weights[name].shape)}, but here it is {tuple(parameter.shape)}; "
+                f"model.init_from: {name} of {whose} has shape {tuple(shapes[name])}, but here it is {tuple(parameter.shape)}; "
                 "give model.* and the dataset's streams the parent's widths"
             )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+
+
+def _assert_same_heads(experiment: Experiment, parent: Export) -> None:
+    """Heads leave no trace in shapes, but other heads are another network."""
+    if (theirs := parent.model["heads"]) != (ours := experiment.model.heads):
+        raise ValueError(f"model.init_from: the parent's model.heads is {theirs}, but here it is {ours}; give it the parent's")

@@ -1,42 +1,59 @@
 """One small API over folders and S3. This is the only module that knows boto3."""
 
 import contextlib
+import itertools
+import os
 import random
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from boto3 import Session
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.client import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError, ResponseStreamingError
 from urllib3.exceptions import HTTPError
 
 from cluster.folder import FolderStore
 from cluster.store import AlreadyExists, Entry, Meter, NotFound, Stale, StorageError, Store, checked, content_hash
+from cluster.watchdog import Watchdog
+
+T = TypeVar("T")
 
 __all__ = ["AlreadyExists", "Entry", "NotFound", "S3Store", "Stale", "StorageError", "Store", "content_hash", "open_store"]
 
-TRIES = 4
-"""Requests made before a fault that may pass is reported, without progress in between."""
+PATIENCE = 120.0
+"""Seconds that faults which may pass are put up with: an outage of a minute must not end a run of a week."""
+
+FIRST_PATIENCE = 10.0
+"""The same before a server has ever answered: then it is more likely a wrong address."""
+
+STALL = 10.0
+"""Seconds a server may be silent."""
+
+SLOWEST = 1 << 20
+"""Bytes a second below which an answer is given up and asked for again from where it is."""
+
+LONGEST_PAUSE = 8.0
+"""Seconds between two tries, at most."""
 
 PART = 64 << 20
 """Bytes of one part of a multipart upload."""
 
-CHUNK = 4 << 20
-"""Bytes taken from a connection at once."""
+CHUNK = 1 << 20
+"""Bytes taken from a connection at once; what came of a chunk before the server fell silent is asked for again."""
 
 # Checksums "when_required": lengths and CRC32C are checked by the readers, and validation in boto3 costs four times the CPU.
 CONFIG = Config(
     s3={"addressing_style": "path"},
-    max_pool_connections=32,
-    retries={"mode": "standard", "total_max_attempts": TRIES},
+    max_pool_connections=max(32, 4 * len(os.sched_getaffinity(0))),
+    retries={"mode": "standard", "total_max_attempts": 2},
     connect_timeout=3,
-    read_timeout=10,
+    read_timeout=STALL,
     tcp_keepalive=True,
     request_checksum_calculation="when_required",
     response_checksum_validation="when_required",
@@ -44,6 +61,14 @@ CONFIG = Config(
 
 FAULTS = (BotoCoreError, Boto3Error, HTTPError, OSError)
 """What boto3 raises when no answer or half an answer came; an answer that says no is a ClientError."""
+
+PASSING = (HTTPClientError, ConnectionError, TimeoutError, HTTPError, ResponseStreamingError, IncompleteReadError)
+"""Those of them that may be over soon."""
+
+BUSY = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}
+EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
+
+WATCHDOG = Watchdog()
 
 
 def open_store(url: str) -> Store:
@@ -67,15 +92,27 @@ def open_store(url: str) -> Store:
     raise ValueError(f"{url!r} is no store: use a folder's path, file:///path or s3://bucket/prefix")
 
 
+class _Server:
+    """A server and the credentials for it, shared by all stores that were made of one."""
+
+    def __init__(self) -> None:
+        self.answered = False
+        self.renew()
+
+    def renew(self) -> None:
+        """Look up endpoint and credentials again."""
+        self.client = Session().client("s3", config=CONFIG)
+
+
 class S3Store(Store):
     """Objects below a prefix of a bucket, on AWS S3 or any server that speaks its protocol."""
 
     node_local = False
 
-    def __init__(self, bucket: str, prefix: str, client: Any = None, meter: Meter | None = None):
+    def __init__(self, bucket: str, prefix: str, server: "_Server | None" = None, meter: Meter | None = None):
         super().__init__(f"s3://{bucket}/{prefix}".rstrip("/"), meter or Meter())
         self._bucket, self._prefix = bucket, f"{checked(prefix)}/" if prefix else ""
-        self._client = client or Session().client("s3", config=CONFIG)
+        self._server = server or _Server()
         if "@" in urlsplit(self.endpoint).netloc:
             raise ValueError("AWS_ENDPOINT_URL holds credentials; leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
 
@@ -85,11 +122,11 @@ class S3Store(Store):
     @property
     def endpoint(self) -> str:
         """The server that answers."""
-        return self._client.meta.endpoint_url
+        return self._server.client.meta.endpoint_url
 
     def at(self, prefix: str) -> "S3Store":
         """The store of the objects below this prefix."""
-        return S3Store(self._bucket, f"{self._prefix}{checked(prefix)}", self._client, self._meter)
+        return S3Store(self._bucket, f"{self._prefix}{checked(prefix)}", self._server, self._meter)
 
     def get(self, key: str) -> tuple[bytes, str]:
         """An object's content and its etag."""
@@ -114,8 +151,8 @@ class S3Store(Store):
     def put_file(self, key: str, path: Path) -> None:
         """Write a large object from a local file in parts, whatever was there before."""
         transfer = TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=4)
-        with self._errors(key):
-            self._client.upload_file(str(path), self._bucket, self._prefix + checked(key), Config=transfer)
+        name = self._prefix + checked(key)
+        self._patiently(key, lambda client: client.upload_file(str(path), self._bucket, name, Config=transfer))
 
     def create(self, key: str, data: bytes) -> str:
         """Write an object that must not exist yet, and return its etag."""
@@ -128,9 +165,12 @@ class S3Store(Store):
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """All objects whose key begins with this text, in the order of their keys' UTF-8 bytes."""
         checked(f"{prefix}x")
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix + prefix)
-        with self._errors(prefix):
-            items = [Entry(item["Key"].removeprefix(self._prefix), item["Size"]) for page in pages for item in page.get("Contents", ())]
+
+        def listed(client: Any) -> list[Entry]:
+            pages = client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix + prefix)
+            return [Entry(item["Key"].removeprefix(self._prefix), item["Size"]) for page in pages for item in page.get("Contents", ())]
+
+        items = self._patiently(prefix, listed)
         yield from sorted(items, key=lambda entry: entry.key.encode())  # AWS sorts so; others sort folder by folder, or not at all
 
     def delete(self, key: str) -> None:
@@ -139,7 +179,7 @@ class S3Store(Store):
 
     def _fill(self, key: str, start: int, buffer: memoryview, etag: str = "") -> None:
         """Read until the buffer is full. A body that breaks off is continued where it broke, if the object is still the same."""
-        done = failures = 0
+        done, failures, begun = 0, 0, time.monotonic()
         while done < len(buffer):
             wanted = len(buffer) - done
             condition = {"IfMatch": etag} if etag else {}
@@ -154,10 +194,10 @@ class S3Store(Store):
             done += count
             if done < len(buffer):
                 failures += 1
-                if failures == TRIES:
+                if time.monotonic() - begun > PATIENCE + len(buffer) / SLOWEST:
                     raise StorageError(
-                        f"{self.url}/{key} at {self.endpoint}: the answer broke off {TRIES} times, the last time at byte {start + done}: "
-                        f"{cause or 'it ended early'}"
+                        f"{self.url}/{key} at {self.endpoint}: the answer broke off {failures} times in {PATIENCE:g} s and more, the last "
+                        f"time at byte {start + done}: {cause or 'it ended early'}"
                     ) from cause
                 _back_off(failures)
 
@@ -165,7 +205,7 @@ class S3Store(Store):
         """Bytes that came before the buffer was full or the body broke off, and why it did."""
         done, cause = 0, None
         try:
-            with contextlib.closing(body):
+            with contextlib.closing(body), WATCHDOG.within(STALL + len(buffer) / SLOWEST, body._raw_stream.shutdown):
                 while done < len(buffer) and (count := body.readinto(buffer[done : done + CHUNK])):
                     done += count
         except FAULTS as error:
@@ -175,39 +215,46 @@ class S3Store(Store):
 
     def _conditional(self, key: str, data: bytes, refused: StorageError, **condition: str) -> str:
         """A conditional put; its writer's name is kept beside it, so that a put whose answer was lost is known to be ours."""
-        writer = uuid.uuid4().hex
-        for attempt in range(TRIES):
+        writer, name, attempts = uuid.uuid4().hex, self._prefix + checked(key), itertools.count()
+
+        def write(client: Any) -> str:
+            attempt = next(attempts)
             try:
-                answer = self._client.put_object(
-                    Bucket=self._bucket, Key=self._prefix + checked(key), Body=data, Metadata={"writer": writer}, **condition
-                )
-                return answer["ETag"]
+                return client.put_object(Bucket=self._bucket, Key=name, Body=data, Metadata={"writer": writer}, **condition)["ETag"]
             except ClientError as error:
-                if _status(error) == 409 and attempt + 1 < TRIES:  # AWS: two conditional writes met, neither was decided
-                    _back_off(attempt)
-                    continue
                 if _status(error) != 412 and _code(error) != "NoSuchKey":
-                    raise self._error(key, error) from error
+                    raise
                 if attempt or error.response["ResponseMetadata"].get("RetryAttempts"):
                     with contextlib.suppress(NotFound):
                         head = self._call("head_object", key)
                         if head["Metadata"].get("writer") == writer:
                             return head["ETag"]
                 raise refused from error
-            except FAULTS as error:
-                raise self._error(key, error) from error
-        raise AssertionError("the last attempt returns or raises")
+
+        return self._patiently(key, write)
 
     def _call(self, operation: str, key: str, **arguments: Any) -> Any:
-        with self._errors(key):
-            return getattr(self._client, operation)(Bucket=self._bucket, Key=self._prefix + checked(key), **arguments)
+        name = self._prefix + checked(key)
+        return self._patiently(key, lambda client: getattr(client, operation)(Bucket=self._bucket, Key=name, **arguments))
 
-    @contextlib.contextmanager
-    def _errors(self, key: str) -> Iterator[None]:
-        try:
-            yield
-        except (ClientError, *FAULTS) as error:
-            raise self._error(key, error) from error
+    def _patiently(self, key: str, request: Callable[[Any], T]) -> T:
+        """The answer to a request, which is made again while what keeps it from coming may pass."""
+        begun, failures, renewed = time.monotonic(), 0, False
+        while True:
+            try:
+                answer = request(self._server.client)
+                self._server.answered = True
+                return answer
+            except (ClientError, *FAULTS) as error:
+                if isinstance(error, ClientError) and _code(error) in EXPIRED and not renewed:
+                    self._server.renew()  # the environment or its files may have new ones
+                    renewed = True
+                    continue
+                patience = PATIENCE if self._server.answered else FIRST_PATIENCE
+                if not _may_pass(error) or time.monotonic() - begun > patience:
+                    raise self._error(key, error) from error
+            failures += 1
+            _back_off(failures)
 
     def _error(self, key: str, error: Exception) -> StorageError:
         where = f"{self.url}/{key} at {self.endpoint}"
@@ -221,6 +268,8 @@ class S3Store(Store):
             return StorageError(f"{where}: the object was changed while it was being read")
         if _status(error) == 416:
             return StorageError(f"{where}: the object is shorter than the bytes asked for")
+        if _code(error) in EXPIRED:
+            return StorageError(f"{where}: the credentials have expired; renew them where Ray was started, and give the same command")
         return StorageError(f"{where}: the server says {_code(error)} ({_status(error)}): {error.response['Error'].get('Message', '')}")
 
 
@@ -232,6 +281,16 @@ def _status(error: ClientError) -> int:
     return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
 
 
+def _may_pass(error: BaseException) -> bool:
+    """Whether the same request may be answered soon."""
+    if isinstance(error, Boto3Error):  # of an upload in parts, around what it is about
+        return error.__context__ is not None and _may_pass(error.__context__)
+    if isinstance(error, ClientError):
+        # 409: AWS, where two conditional writes met and neither was decided.
+        return _code(error) in BUSY or _status(error) in (409, 429) or (_status(error) >= 500 and _status(error) != 501)
+    return isinstance(error, PASSING)
+
+
 def _back_off(attempt: int) -> None:
     """Wait a random time below a bound that doubles: many ranks that failed together do not come back together."""
-    time.sleep(random.SystemRandom().uniform(0, 0.1 * 2**attempt))
+    time.sleep(random.SystemRandom().uniform(0, min(LONGEST_PAUSE, 0.1 * 2**attempt)))

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from cluster import checkpoint
 from cluster.checkpoint import Checkpoint
 from cluster.config import Experiment
-from cluster.device import best_device
 from cluster.export import load_codec
 from cluster.latents import Coder, encode
 from cluster.manifest import load_manifest
@@ -48,6 +48,7 @@ class Watch:
         gather: collects one object of every rank on all of them.
         rank: this rank.
         ranks: of how many.
+        device: where it draws.
     """
 
     def __init__(
@@ -59,18 +60,19 @@ class Watch:
         gather: Callable[[Any], list[Any]],
         rank: int,
         ranks: int,
+        device: torch.device,
     ):
         self._experiment, self._store, self._gather, self._rank, self._ranks = experiment, store, gather, rank, ranks
         dataset = open_store(clips.url)
         manifest = load_manifest(dataset, clips.manifest)
         self._sight = Sight(dataset, manifest, SPLIT, min(experiment.evaluation.watch, int(manifest.counts(SPLIT).sum())))
-        self._module = module.eval().to(best_device())
+        self._module = module.eval().to(device)
         if clips.coder is None:
             assert isinstance(module, Codec)
             self._reactor = Reactor(module, None)
         else:
             assert isinstance(module, LatentDiffusion)
-            self._reactor = Reactor(load_codec(open_store(clips.coder.run), clips.coder.export), module)
+            self._reactor = Reactor(load_codec(open_store(clips.coder.run), clips.coder.export).to(device), module)
 
     def look(self, found: Checkpoint) -> dict[str, float]:
         """Score a checkpoint that exists: metric -> value, the same on every rank; every rank calls this."""

@@ -18,7 +18,7 @@ from cluster.device import peak_flops, peak_memory
 from cluster.engine import Engine, Settings
 from cluster.experiment import identity
 from cluster.failures import NonFinite
-from cluster.history import History, watched_name
+from cluster.history import History, rows, watched_name
 from cluster.latents import read_range
 from cluster.manifest import load_manifest
 from cluster.meter import Meter, Snapshot
@@ -130,7 +130,9 @@ class _Training:
         self.engine = Engine(module, settings, place.device)
         self.writer = Writer(self.store, _gather, place.rank, experiment.run.keep, lambda: lives.assert_newest(self.store, job.life))
         self.history = History(self.store, job.life, job.attempt, job.stage) if place.rank == 0 else None
-        self.watch = Watch(experiment, job.watched, self.store, kind.module(), _gather, place.rank, place.ranks) if job.watched else None
+        self.watch: Watch | None = None
+        if job.watched:
+            self.watch = Watch(experiment, job.watched, self.store, kind.module(), _gather, place.rank, place.ranks, place.device)
         self.seen = History(self.store, job.life, job.attempt, watched_name(job.stage)) if place.rank == 0 and job.watched else None
 
     def run(self) -> dict[str, Any]:
@@ -154,6 +156,7 @@ class _Training:
     def resume(self) -> int:
         """Restore the newest checkpoint that is whole on every rank; returns the step to go on with."""
         if self.place.rank == 0:
+            lives.assert_newest(self.store, self.job.life)
             checkpoint.sweep(self.store, self.job.stage)
         box: list[Any] = [self.candidates() if self.place.rank == 0 else None]
         dist.broadcast_object_list(box)
@@ -167,6 +170,8 @@ class _Training:
                 log.error("CHECKPOINT DAMAGED, falling back to the one before: %s", problems[0])
                 continue
             self.engine.restore(read, found.steps)
+            if self.watch and found.progress < self.share.total and not self.looked_at(found):
+                self.look(self.watch, found)  # the life that wrote it died before
             self.meter.gauges["progress_items"] = found.progress
             return found.steps
         return 0
@@ -250,6 +255,11 @@ class _Training:
         self.meter.gauges["peak_memory_bytes"] = peak_memory(self.place.device)
         items = len(batch.positions)
         self.meter.step_done(items=items, bytes=batch.bytes, flops=items * self.flops)
+
+    def looked_at(self, found: Checkpoint) -> bool:
+        """Whether the watched clips were scored with this checkpoint."""
+        name = watched_name(self.job.stage)
+        return _gather(self.place.rank == 0 and any(row["progress"] == found.progress for row in rows(self.store, name)))[0]
 
     def look(self, watch: Watch, found: Checkpoint) -> None:
         """Score a checkpoint on the watched clips."""

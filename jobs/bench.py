@@ -148,6 +148,8 @@ def metrics(arguments: argparse.Namespace) -> int:
 def science(arguments: argparse.Namespace) -> int:
     """What models reach."""
     comparison = Comparison.read(arguments.config)
+    if arguments.write and (not arguments.write.is_file() or arguments.write.read_text().count(MARK) != 2):
+        raise ValueError(f"{arguments.write} is no file with two lines {MARK}: make it, the table goes between them")
     with Display() as display:
         make_demo(command.anchored(comparison.load(arguments.overrides)).data.url, display)
         table = compare(comparison, arguments.overrides, display)

@@ -22,8 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from cluster import command
 from cluster.config import Experiment, Run
 from cluster.encode import build_latents
@@ -33,7 +31,7 @@ from cluster.placement import connect
 from cluster.progress import Display
 from reactdiff.metrics.arrays import load_arrays
 from reactdiff.metrics.official import Scores, score
-from reactdiff.metrics.report import table
+from reactdiff.metrics.report import print_table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps(facts, indent=1))
     else:
-        Console().print(table(rows))
+        print_table(rows)
     return 0
 
 

@@ -145,8 +145,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.import_checkpoint:
         # What follows the option may be overrides too, and without RUN the first of them stands in its place.
         words = [*options.import_checkpoint, *filter(None, [options.run]), *options.overrides]
-        options.import_checkpoint = [word for word in words if "=" not in word]
-        options.overrides = [word for word in words if "=" in word]
+        files = [word for word in words if "=" not in word or Path(command.absolute(word)).is_file()]
+        options.import_checkpoint, options.overrides = files, [word for word in words if word not in files]
         options.config = options.config or PUBLISHED
         if not 2 <= len(options.import_checkpoint) <= 3:
             parser.error(f"--import-checkpoint takes {FILES} instead of RUN, not {' '.join(options.import_checkpoint)}")

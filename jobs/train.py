@@ -15,8 +15,8 @@ from cluster.evaluate import MODEL, WRONG
 from cluster.experiment import help_text, load
 from cluster.plan import plan
 from cluster.progress import Display
-from cluster.run import STEPS, execute, pin
-from reactdiff.metrics.report import gap_closed, table
+from cluster.run import STEPS, check, execute, pin
+from reactdiff.metrics.report import gap_closed, print_table
 
 DEMO = Path(__file__).parent / "configs" / "demo.yaml"
 
@@ -36,14 +36,17 @@ def main() -> int:
     config = arguments.config or DEMO
     experiment = command.anchored(load(config, arguments.overrides))
     if arguments.dry_run:
-        Console().print(plan(experiment, pin(experiment, config.stem)))
+        pinned = pin(experiment, config.stem)
+        for origin in check(experiment, pinned):
+            print(origin)
+        Console().print(plan(experiment, pinned))
         return 0
     with Display() as display:
         if arguments.config is None:
             make_demo(experiment.data.url, display)
         scores = execute(experiment, config.stem, STEPS if arguments.stage == "all" else (arguments.stage,), display)
     if scores:
-        Console().print(table(scores))
+        print_table(scores)
         if "oracle" in scores:
             corr = {row: score.official["FRCorr"] for row, score in scores.items()}
             closed = {row: gap_closed(corr[row], corr["random listener"], corr["oracle"]) for row in (MODEL, WRONG)}

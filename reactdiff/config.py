@@ -101,6 +101,13 @@ class Model(Branch):
             raise ValueError(
                 "model.family=perfrdiff generates from the window before, so it is online by construction: set model.online=true"
             )
+        if self.family != "reactdiff" and not (self.intra and self.inter and self.denoiser == "unet"):
+            raise ValueError(
+                f"model.family={self.family} has no such attention and no choice of denoiser: leave model.intra, model.inter and "
+                "model.denoiser as they are, or set model.family=reactdiff"
+            )
+        if self.family == "perfrdiff" and self.bounded:
+            raise ValueError("model.family=perfrdiff denoises attributes themselves and has no heads to bound: set model.bounded=false")
         if self.family == "trans-vae" and self.online:
             raise ValueError("model.family=trans-vae hears the whole clip before it reacts: set model.online=false")
         return self

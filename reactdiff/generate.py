@@ -58,7 +58,8 @@ class Reactor:
         assert self.diffusion is not None
         features = self.diffusion.target
 
-        @lru_cache(maxsize=1)
+        # Online, a sampler that adds noise on its way comes back to each draw in every window.
+        @lru_cache(maxsize=self.diffusion.sampling_steps if self.diffusion.online else 1)
         def noise(number: int) -> Tensor:
             drawn = [[generation_noise(seed, *item, k, windows, features, number) for k in range(count)] for item in items]
             return torch.from_numpy(np.array(drawn)).to(self.codec.device)

@@ -141,6 +141,22 @@ def stage(name: str, model: Model, diffusion: Diffusion, source: Source) -> Auto
     return AutoencoderStage(model, source) if name == "autoencoder" else DiffusionStage(model, diffusion, source)
 
 
+def stages_over(clips: Source, model: Model, diffusion: Diffusion) -> dict[str, AutoencoderStage | DiffusionStage]:
+    """The stages of a family by name, the first over a dataset of clips, the second over what the first makes of it.
+
+    Raises:
+        ValueError: if the dataset lacks a stream that the model reads, or a width does not suit a network.
+    """
+    first = AutoencoderStage(model, clips)
+    kinds: dict[str, AutoencoderStage | DiffusionStage] = {"autoencoder": first}
+    if "diffusion" in stages_of(model):
+        kinds["diffusion"] = DiffusionStage(model, diffusion, first.encoded())
+    with torch.device("meta"):
+        for kind in kinds.values():
+            kind.module()
+    return kinds
+
+
 def build(stage: Stage, seed: int) -> nn.Module:
     """A stage's module with weights keyed by (seed, parameter name)."""
     module = stage.module()

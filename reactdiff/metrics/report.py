@@ -1,9 +1,11 @@
 """The metrics of models and baselines side by side, for people."""
 
 import math
+import sys
 from collections.abc import Mapping
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from reactdiff.metrics.official import OFFICIAL, Scores
@@ -17,6 +19,9 @@ BELOW = {
     "FRDvs": ("Frechet ↓", "FrechetAttributes"),
     "FRSyn": ("varying", "FRSyn_varying"),
 }
+
+
+LOG_WIDTH = 110
 
 
 def table(rows: Mapping[str, Scores], title: str = "Official metrics") -> Table:
@@ -39,10 +44,15 @@ def table(rows: Mapping[str, Scores], title: str = "Official metrics") -> Table:
         below = scores.repaired | scores.extra
         lines.add_row(name, *(_number(below[BELOW[metric][1]]) if metric in BELOW else "" for metric in OFFICIAL))
     lines.add_section()
-    lines.add_row("95 % over clips", style="dim")
+    lines.add_row("95 %", style="dim")
     for name, scores in rows.items():
         lines.add_row(name, *(_interval(scores.intervals.get(metric)) for metric in OFFICIAL))
     return lines
+
+
+def print_table(rows: Mapping[str, Scores]) -> None:
+    """The table on stdout; in a log, which has no width, wide enough for a line each."""
+    Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print(table(rows))
 
 
 def gap_closed(model: float, low: float, high: float) -> float:

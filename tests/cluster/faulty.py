@@ -2,6 +2,7 @@
 
 import http.client
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,7 +10,11 @@ from urllib.parse import urlsplit
 
 
 class FaultyProxy(ThreadingHTTPServer):
-    """Faults are used up one an answer: "cut" half a body off, "lose" the answer to a request that was carried out, answer "busy"."""
+    """Faults are used up one an answer.
+
+    "cut" half a body off; cut it and tell no length ("endless"); send half and "stall"; "trickle" a few bytes at a time; "flip" a bit;
+    "lose" the answer to a request that was carried out; answer "busy", or that credentials have "expired"; be "down": close at once.
+    """
 
     daemon_threads = True
 
@@ -48,6 +53,12 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "busy":
             self._answer(503, [], b"<Error><Code>SlowDown</Code><Message>later</Message></Error>")
             return
+        if fault == "expired":
+            self._answer(400, [], b"<Error><Code>ExpiredToken</Code><Message>over</Message></Error>")
+            return
+        if fault == "down":
+            self.close_connection = True
+            return
         upstream = http.client.HTTPConnection(self.server.upstream, timeout=10)
         upstream.request(self.command, self.path, body, dict(self.headers))  # the signed Host header goes through as it came
         answer = upstream.getresponse()
@@ -62,16 +73,34 @@ class _Handler(BaseHTTPRequestHandler):
             if name.lower() not in ("connection", "transfer-encoding", "content-length")
         ]
         length = answer.getheader("Content-Length", str(len(content)))
-        self._answer(answer.status, headers, content[: len(content) // 2] if fault == "cut" else content, length)
-        self.close_connection = fault == "cut"
+        if fault == "flip":
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        half = content[: len(content) // 2]
+        if fault == "endless":
+            self._answer(answer.status, headers, half, None)
+        elif fault == "trickle":
+            self._answer(answer.status, headers, b"", length)
+            self._slowly(content)
+        else:
+            self._answer(answer.status, headers, half if fault in ("cut", "stall") else content, length)
+        if fault == "stall":
+            self.connection.recv(1)  # until the other side gives up
+        self.close_connection = fault in ("cut", "endless", "trickle", "stall")
 
-    def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes, length: str = "") -> None:
+    def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes, length: str | None = "") -> None:
+        """An answer that says how long its content is, or this length, or nothing of it."""
         self.send_response_only(status)
-        for name, value in [*headers, ("Content-Length", length or str(len(content)))]:
+        for name, value in [*headers, *([] if length is None else [("Content-Length", length or str(len(content)))])]:
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
         self.wfile.flush()
+
+    def _slowly(self, content: bytes) -> None:
+        for start in range(0, len(content), 100):
+            self.wfile.write(content[start : start + 100])
+            self.wfile.flush()
+            time.sleep(0.05)
 
 
 @contextmanager

@@ -52,3 +52,13 @@ def test_what_a_life_that_died_left_behind_goes_when_the_next_begins(store: Stor
     store.put(orphan, b"of a rank that was killed")
     checkpoint.sweep(store, "autoencoder")
     assert parts(store) == named and len(named) == 2
+
+
+def test_nothing_is_swept_while_a_manifest_cannot_be_read(store: Store) -> None:
+    writer = Writer(store, lambda value: [value], rank=0, keep=2, superseded=lambda: None)
+    commit(writer, 1)
+    store.put("checkpoints/autoencoder/000000000000009-000001.json", b'{"version": 99}')
+    store.put("checkpoints/autoencoder/parts/of-a-later-version.safetensors", b"whose manifest this program cannot read")
+    before = parts(store)
+    checkpoint.sweep(store, "autoencoder")
+    assert parts(store) == before

@@ -17,6 +17,7 @@ ROWS = {
     "other process": {"diffusion.prediction": "v", "optim.lr.diffusion": 1e-3},
     "other encoder": {"model.intra": False},
     "other stage 1": {"optim.batch.autoencoder": 7},
+    "warm": {"model.init_from": ["parent"]},
     "no stage 2": {"model.family": "trans-vae"},
 }
 
@@ -28,7 +29,7 @@ def comparison(**keys: object) -> Comparison:
 def test_rows_take_the_autoencoder_of_the_first_that_has_the_same_under_the_same_seed() -> None:
     found = trials(comparison(), [])
     names = {(trial.row, trial.experiment.seed): trial.experiment.run.name for trial in found}
-    assert len(set(names.values())) == len(found) == 12
+    assert len(set(names.values())) == len(found) == 14
     for trial in found:
         shares = trial.row in ("other denoiser", "other process")
         assert trial.experiment.run.autoencoder == (names["first", trial.experiment.seed] if shares else ""), trial.row

@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from botocore.client import Config
 
+from cluster import storage
 from cluster.folder import FolderStore
 from cluster.storage import AlreadyExists, NotFound, Stale, StorageError, Store, open_store
 from tests.cluster.faulty import FaultyProxy, faulty_proxy
@@ -199,7 +201,7 @@ def proxy(object_store, monkeypatch: pytest.MonkeyPatch):
         yield proxy
 
 
-def test_a_body_that_breaks_off_is_continued_from_there(s3_url: str, proxy: FaultyProxy) -> None:
+def test_a_body_that_breaks_off_is_continued_from_there(s3_url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     store, content = open_store(s3_url), os.urandom(1 << 20)
     store.put("x", content)
     proxy.requests.clear()
@@ -210,9 +212,50 @@ def test_a_body_that_breaks_off_is_continued_from_there(s3_url: str, proxy: Faul
     assert proxy.requests == [f"GET bytes={end - left}-{end - 1}" for left in (1 << 19, 1 << 18, 1 << 17)]
     proxy.faults = ["cut"]
     assert store.read("x") == content
-    proxy.faults = ["cut"] * 9
-    with pytest.raises(StorageError, match=f"{s3_url}/x.*broke off 4 times"):
+    monkeypatch.setattr(storage, "PATIENCE", 0.2)
+    proxy.faults = ["cut"] * 30
+    with pytest.raises(StorageError, match=rf"{s3_url}/x.*broke off \d+ times"):
         store.read_range("x", 0, 1 << 19)
+
+
+@pytest.mark.parametrize("fault", ["stall", "endless", "trickle", "busy", "down", "lose"])
+def test_a_read_goes_on_from_where_it_was_whatever_the_server_does(
+    fault: str, s3_url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "CONFIG", storage.CONFIG.merge(Config(read_timeout=0.3)))
+    monkeypatch.setattr(storage, "STALL", 0.3)
+    monkeypatch.setattr(storage, "CHUNK", 10_000)
+    store, content = open_store(s3_url), os.urandom(300_000)
+    store.put("x", content)
+    proxy.faults, proxy.requests = [fault] * 2, []
+    assert store.read_range("x", 1000, 200_000) == content[1000:201_000]
+    assert proxy.happened == [fault] * 2
+    if fault in ("stall", "trickle"):
+        starts = [int(request.removeprefix("GET bytes=").partition("-")[0]) for request in proxy.requests]
+        assert starts[0] == 1000 < starts[1] < starts[2], "what came was kept"
+
+
+def test_an_outage_is_waited_out_by_who_has_seen_the_server_and_not_by_who_never_has(
+    s3_url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "FIRST_PATIENCE", 0.0)
+    store, stranger = open_store(s3_url), open_store(s3_url)
+    store.put("x", b"1")
+    proxy.faults = ["down"] * 12
+    with pytest.raises(StorageError, match=f"{s3_url}/x at http://"):
+        stranger.read("x")
+    left = len(proxy.faults)
+    assert store.read("x") == b"1" and proxy.happened.count("down") == 12 and left > 4
+
+
+def test_credentials_that_have_expired_are_looked_up_once_more(s3_url: str, proxy: FaultyProxy) -> None:
+    store = open_store(s3_url)
+    proxy.faults = ["expired"]
+    store.put("x", b"1")
+    proxy.faults = ["expired"] * 2
+    with pytest.raises(StorageError, match="credentials have expired; renew them"):
+        store.read("x")
+    assert proxy.happened == ["expired"] * 3
 
 
 def test_a_busy_server_is_asked_again(s3_url: str, proxy: FaultyProxy) -> None:

@@ -61,6 +61,17 @@ def test_changing_what_comes_changes_nothing_before(family: str) -> None:
     assert np.abs(before[:, 150:] - after[:, 150:]).max() > 1e-4
 
 
+def test_reacting_and_hearing_take_turns() -> None:
+    listener, window = Listener(reactor("unet"), ITEM, 1, 0), {name: stream[:50] for name, stream in speaker().items()}
+    with pytest.raises(RuntimeError, match="take turns"):
+        listener.hear(window)
+    listener.react()
+    with pytest.raises(RuntimeError, match="take turns"):
+        listener.react()
+    listener.hear(window)
+    listener.react()
+
+
 def test_a_model_that_needs_the_whole_clip_is_refused() -> None:
     with pytest.raises(ValueError, match=r"whole clip.*model\.online=true"):
         Listener(Reactor(autoencoder(), latent_diffusion()), ITEM, 1, 0)

@@ -1,0 +1,64 @@
+"""A run may take the finished autoencoder of another one, whole, instead of training its own (`run.autoencoder`)."""
+
+from cluster.config import Experiment
+from cluster.experiment import ConfigError
+from cluster.export import Export, load_weights, newest_export, take_over
+from cluster.manifest import Manifest
+from cluster.opened import OpenedRun, open_run
+from cluster.storage import NotFound, StorageError, Store
+from reactdiff.config import ENCODING, Model
+from reactdiff.data.sample import StreamSpec
+
+STAGE = "autoencoder"
+
+
+def check(experiment: Experiment, clips: Manifest, store: Store) -> None:
+    """Refuse an autoencoder that cannot be taken, before any work; one that the run in this folder has taken is not asked for again.
+
+    Raises:
+        ConfigError: if there is no such run, it has not finished its autoencoder, or that is not the one the experiment describes.
+    """
+    if experiment.run.autoencoder and _own(store) is None:
+        _parent(experiment, clips)
+
+
+def adopt(experiment: Experiment, clips: Manifest, store: Store) -> Export:
+    """Take over the autoencoder, weights and all, unless that is done: what a run began with it keeps, whatever becomes of the parent.
+
+    Raises:
+        ConfigError: as `check`.
+    """
+    if (own := _own(store)) is not None:
+        return own
+    parent = _parent(experiment, clips)
+    export = parent.export(STAGE)
+    load_weights(parent.store, export)  # verified
+    take_over(export, parent.store, store)
+    return export
+
+
+def _own(store: Store) -> Export | None:
+    try:
+        return newest_export(store, STAGE)
+    except NotFound:
+        return None
+
+
+def _parent(experiment: Experiment, clips: Manifest) -> OpenedRun:
+    where = experiment.run.autoencoder
+    try:
+        opened = open_run(where, experiment.run.store)
+        export = opened.export(STAGE)
+    except (ValueError, StorageError) as error:
+        raise ConfigError(f"run.autoencoder={where} cannot be taken: {error}") from error
+    ours, theirs = experiment.model.model_dump(mode="json"), Model.model_validate(export.model).model_dump(mode="json")
+    differing = [f"model.{key} (there {theirs[key]}, here {ours[key]})" for key in ENCODING if ours[key] != theirs[key]]
+    there = {spec.name: spec for spec in (StreamSpec(**values) for values in export.streams)}
+    differing += [
+        f"stream {spec.name} of the dataset (there {there[spec.name].width}, here {spec.width})"
+        for spec in clips.stream_specs
+        if spec.name in there and spec != there[spec.name]
+    ]
+    if differing:
+        raise ConfigError(f"run.autoencoder={where} has another autoencoder than this experiment; differing: {', '.join(differing)}")
+    return opened
