@@ -1,5 +1,6 @@
 """Clips of one split by number: which shard, which bytes, checked and decoded."""
 
+import difflib
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -64,6 +65,21 @@ class Reader:
             if found.size:
                 return int(self._first[shard] + found[0])
         return None
+
+    def number(self, key: str) -> int:
+        """The number of the clip with this key.
+
+        Raises:
+            ValueError: if the split has none, with the nearest ones.
+        """
+        if (clip := self.find(key)) is None:
+            keys = [self.key(number) for number in range(self.clips)]
+            near = difflib.get_close_matches(key, keys, cutoff=0)
+            raise ValueError(
+                f"none of the {len(keys)} clips of split {self._split} has the key {key!r}; "
+                f"the nearest: {', '.join(near)} (or choose --split)"
+            )
+        return clip
 
     def read(self, clip: int, wanted: Collection[Source]) -> Read:
         """Arrays of a clip, one ranged read for each person.

@@ -21,7 +21,6 @@ file (linear.1.weight, linear.1.bias, linear.2.weight, linear.2.bias) it is rand
 """
 
 import argparse
-import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -58,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     experiment = opened.experiment
     make_deterministic(experiment.workers.threads)
     reader = Reader(open_store(experiment.data.url), opened.clips, options.split or experiment.evaluation.split)
-    clip = find(reader, options.clip)
+    clip = reader.number(options.clip)
     model = opened.model()
     latents = encode(model.codec, reader, clip)
     faces = reader.read(clip, [(person, "attributes") for person in PERSONS]).arrays
@@ -155,22 +154,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     elif options.config:
         parser.error("a run has its own configuration; --config goes with --import-checkpoint")
     return options
-
-
-def find(reader: Reader, key: str) -> int:
-    """The number of a clip.
-
-    Raises:
-        ValueError: if the split has none of this key, with the nearest ones.
-    """
-    clip = reader.find(key)
-    if clip is None:
-        keys = [reader.key(number) for number in range(reader.clips)]
-        near = difflib.get_close_matches(key, keys, cutoff=0)
-        raise ValueError(
-            f"none of the {len(keys)} clips of the split has the key {key!r}; the nearest: {', '.join(near)} (or choose --split)"
-        )
-    return clip
 
 
 if __name__ == "__main__":

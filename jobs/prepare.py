@@ -2,6 +2,8 @@
 
   python jobs/prepare.py simulate work/tree
   python jobs/prepare.py react2024 work/tree work/shards           (or s3://bucket/prefix)
+  python jobs/prepare.py inspect work/shards                       what it holds; --keys lists its clips, --clip KEY shows one
+  python jobs/prepare.py verify work/shards                        reads every byte and compares it with what was written
 
 Every clip is checked; a clip that cannot be used is left out and listed with file and reason. The same command again goes on
 after an interruption, says so when there is nothing to do, and adds the clips that are new in the tree: shards that exist are
@@ -15,12 +17,17 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from cluster import command
+from cluster.config import Workers
+from cluster.manifest import load_manifest
 from cluster.placement import connect
 from cluster.prepare import Prepared, Refused, prepare
+from cluster.reader import Reader
 from cluster.storage import open_store
+from cluster.verify import verify
+from reactdiff.clip import FRAME_RATE, PERSONS
 from reactdiff.data.react2024 import Tree
 from reactdiff.data.synthetic import Simulation, write_tree
 
@@ -29,8 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and do the verb."""
     options = _parser().parse_args(arguments)
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
-    (_simulate if options.verb == "simulate" else _react2024)(options, console)
-    return 0
+    return {"simulate": _simulate, "react2024": _react2024, "inspect": _inspect, "verify": _verify}[options.verb](options, console)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,19 +62,27 @@ def _parser() -> argparse.ArgumentParser:
     react.add_argument("url", metavar="URL", help="folder or s3://bucket/prefix of the dataset")
     react.add_argument("--strict", action="store_true", help="fail, and publish nothing, if any clip cannot be used")
     react.add_argument("--clips-per-shard", type=command.positive, default=64, metavar="N", help="clips of each new shard (default: 64)")
+    look = verbs.add_parser("inspect", help="say what a dataset holds: streams, splits, one clip")
+    look.add_argument("url", metavar="URL", help="folder or s3://bucket/prefix of the dataset")
+    look.add_argument("--split", help="split of the clip, or of the keys (default: the first)")
+    look.add_argument("--clip", metavar="KEY", help="clip that is shown (default: the first)")
+    look.add_argument("--keys", action="store_true", help="print the keys of the split's clips, a line each, and nothing else")
+    check = verbs.add_parser("verify", help="read a whole dataset and compare it with its hashes; exit code 1 if anything differs")
+    check.add_argument("url", metavar="URL", help="folder or s3://bucket/prefix of the dataset")
     return parser
 
 
-def _simulate(options: argparse.Namespace, console: Console) -> None:
+def _simulate(options: argparse.Namespace, console: Console) -> int:
     simulation = Simulation(seed=options.seed, frames=options.frames, clips=options.clips)
     with _progress("simulating clips", console) as progress:
         write_tree(simulation, command.absolute(options.root), progress)
     counts = ", ".join(f"{count} {split}" for split, count in simulation.clips.items())
     console.print(f"{options.root}: {counts} clips of {simulation.frames} frames, seed {simulation.seed}")
     console.print(f"next: python jobs/prepare.py react2024 {options.root} URL")
+    return 0
 
 
-def _react2024(options: argparse.Namespace, console: Console) -> None:
+def _react2024(options: argparse.Namespace, console: Console) -> int:
     tree, store = Tree(command.absolute(options.root)), open_store(command.absolute(options.url))
     console.print(f"{options.root}: clips of {tree.frames} frames, streams {', '.join(f'{s.name} {s.width}' for s in tree.streams)}")
     connect()
@@ -81,6 +95,60 @@ def _react2024(options: argparse.Namespace, console: Console) -> None:
     if done.refused:
         _list_refused(done.refused, console)
     _summarise(done, store.url, console)
+    return 0
+
+
+def _inspect(options: argparse.Namespace, console: Console) -> int:
+    store = open_store(command.absolute(options.url))
+    manifest = load_manifest(store)
+    split = options.split or next(iter(manifest.splits))
+    reader = Reader(store, manifest, split)
+    if options.keys:
+        for clip in range(reader.clips):
+            print(reader.key(clip))
+        return 0
+    console.print(f"dataset {store.url}, state {manifest.hash}, {manifest.frames} frames ({manifest.frames / FRAME_RATE:g} s) a clip")
+    streams = Table("stream", "class", Column("width", justify="right"), title="what each person has", title_justify="left")
+    for stream in manifest.streams:
+        streams.add_row(stream.name, stream.kind, str(stream.width))
+    for name, width in manifest.targets.items():
+        streams.add_row(name, "target", str(width))
+    splits = Table("split", *(Column(name, justify="right") for name in ("clips", "items", "shards", "GB")), "appropriateness", "subjects")
+    for name, part in manifest.splits.items():
+        clips, gigabytes = sum(part.shards.clips), sum(part.shards.bytes) / 1e9
+        known = ["yes" if file else "no" for file in (part.appropriateness, part.subjects)]
+        splits.add_row(name, f"{clips:,}", f"{2 * clips:,}", f"{len(part.shards):,}", f"{gigabytes:.3f}", *known)
+    clip = reader.number(options.clip) if options.clip else 0
+    read = reader.read(clip, [(person, name) for person in PERSONS for name in (*(s.name for s in manifest.streams), *manifest.targets)])
+    columns = [Column(name, justify="right") for name in ("shape", "type", "smallest", "mean", "largest")]
+    arrays = Table("member", *columns, title=f"clip {reader.key(clip)} of {split}", title_justify="left")
+    for (person, name), array in sorted(read.arrays.items()):
+        exact = array.astype("float64")
+        numbers = (f"{value:.4g}" for value in (exact.min(), exact.mean(), exact.max()))
+        arrays.add_row(f"{person}.{name}", " x ".join(map(str, array.shape)), str(array.dtype), *numbers)
+    for table in (streams, splits, arrays):
+        console.print(table)
+    return 0
+
+
+def _verify(options: argparse.Namespace, console: Console) -> int:
+    store = open_store(command.absolute(options.url))
+    manifest = load_manifest(store)
+    connect()
+    with _progress("verifying shards", console) as progress:
+        damage = verify(store, manifest, Workers(), progress)
+    table = Table("split", *(Column(name, justify="right") for name in ("shards", "clips", "GB", "damaged files")))
+    for name, part in manifest.splits.items():
+        damaged = len({each.file for each in damage if each.split == name})
+        table.add_row(name, f"{len(part.shards):,}", f"{sum(part.shards.clips):,}", f"{sum(part.shards.bytes) / 1e9:.3f}", str(damaged))
+    console.print(table)
+    for each in damage:
+        console.print(f"{each.file}: {each.what}")
+    if damage:
+        console.print("restore these files from a copy, byte for byte; or delete the dataset and prepare it again")
+    else:
+        console.print(f"state {manifest.hash} of {store.url} is whole")
+    return 1 if damage else 0
 
 
 def _summarise(done: Prepared, url: str, console: Console) -> None:

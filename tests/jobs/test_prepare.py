@@ -91,3 +91,15 @@ def test_mistakes_are_explained_and_nothing_is_written(
     assert prepare(*arguments.replace("TMP", str(tmp_path)).replace("TREE", str(simulated)).split()) != 0
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["something"]
+
+
+def test_inspect_says_what_a_dataset_holds_and_lists_its_clips(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare("inspect", shards) == 0
+    said = capsys.readouterr().out
+    for text in ("100 frames (4 s)", "mfcc", "coefficients", "train", "test", "a.attributes", "100 x 25"):
+        assert text in said
+    assert prepare("inspect", shards, "--split", "test", "--keys") == 0
+    keys = capsys.readouterr().out.split()
+    assert len(keys) == 8
+    assert prepare("inspect", shards, "--split", "test", "--clip", keys[3]) == 0
+    assert f"clip {keys[3]} of test" in capsys.readouterr().out

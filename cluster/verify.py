@@ -1,0 +1,106 @@
+"""Is a dataset whole? Every byte of it is read once and compared with what was written, shard by shard over the cluster."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from crc32c import crc32c
+
+from cluster.config import Workers
+from cluster.manifest import File, Manifest, read_part
+from cluster.shards import CorruptData, read_index
+from cluster.storage import StorageError, Store, open_store
+from cluster.tasks import each
+
+CHUNK = 16 << 20
+"""Bytes read at once: what a task holds of a shard, whatever its size."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something that is not as it was written: a shard or file, and where in it and what."""
+
+    split: str
+    file: str
+    what: str
+
+
+def verify(store: Store, manifest: Manifest, workers: Workers, progress: Callable[[int, int], None]) -> list[Damage]:
+    """Compare sizes, hashes and checksums of everything a state of a dataset names.
+
+    Args:
+        store: the dataset.
+        manifest: its state.
+        workers: what a task gets.
+        progress: told (shards done, shards in all).
+
+    Returns:
+        All damage there is, in the order of splits and shards.
+    """
+    calls = [(split, position) for split, part in manifest.splits.items() for position in range(len(part.shards))]
+    found: dict[int, list[Damage]] = {}
+    for number, damage in each(check_shard, calls, workers, shared=(store.url, manifest)):
+        found[number] = damage
+        progress(len(found), len(calls))
+    return [*_files(store, manifest), *(damage for number in sorted(found) for damage in found[number])]
+
+
+def _files(store: Store, manifest: Manifest) -> Iterator[Damage]:
+    for split, part in manifest.splits.items():
+        files: tuple[File | None, ...] = (part.appropriateness, part.subjects)
+        for file in files:
+            try:
+                if file is not None:
+                    read_part(store, file)
+            except (ValueError, StorageError) as error:
+                yield Damage(split, file.file if file else "", str(error))
+
+
+def check_shard(shared: tuple[str, Manifest], split: str, position: int) -> list[Damage]:
+    """Read one shard from end to end; memory is bounded by `CHUNK`, whatever the shard holds."""
+    url, manifest = shared
+    store, name, info = open_store(url), manifest.shard(split, position), manifest.split(split).shards.info(position)
+    tar = f"{name}.tar"
+    try:
+        index = read_index(store, name, info.index)
+        if (size := store.size(tar)) != info.bytes:
+            return [Damage(split, tar, f"it has {size} bytes, but was written with {info.bytes}")]
+        pieces = [
+            (int(offset), int(size), int(crc), bytes(row["key"]).decode(), member)
+            for row in index
+            for offset, size, crc, member in zip(row["offset"], row["size"], row["crc"], manifest.members, strict=True)
+        ]
+        damage, digest = [], hashlib.blake2b(digest_size=16)
+        for (_, _, crc, clip, member), actual in _checksums(store, tar, info.bytes, sorted(pieces), digest.update):
+            if actual != crc:
+                damage.append(Damage(split, tar, f"clip {clip}, member {member}: checksum {actual:08x}, but written with {crc:08x}"))
+    except (StorageError, CorruptData) as error:
+        return [Damage(split, tar, str(error))]
+    if len(index) != info.clips:
+        damage.append(Damage(split, f"{name}.index.npy", f"it has {len(index)} clips, but the manifest says {info.clips}"))
+    if not damage and (actual_hash := digest.hexdigest()) != info.tar:
+        damage.append(Damage(split, tar, f"between its members: hash {actual_hash}, but the manifest says {info.tar}"))
+    return damage
+
+
+_Piece = tuple[int, int, int, str, str]
+
+
+def _checksums(
+    store: Store, key: str, size: int, pieces: list[_Piece], seen: Callable[[memoryview], object]
+) -> Iterator[tuple[_Piece, int]]:
+    """The CRC32C of each piece (offset, size, ...), in one pass over an object; `seen` is shown every byte."""
+    running, waiting = 0, iter(pieces)
+    piece = next(waiting, None)
+    for start in range(0, size, CHUNK):
+        data = memoryview(bytearray(min(CHUNK, size - start)))
+        store.read_into(key, start, data)
+        seen(data)
+        end = start + len(data)
+        while piece is not None and piece[0] < end:
+            first, last = piece[0], piece[0] + piece[1]
+            running = crc32c(data[max(first, start) - start : min(last, end) - start], running)
+            if last > end:
+                break
+            yield piece, running
+            running, piece = 0, next(waiting, None)

@@ -1,0 +1,64 @@
+"""Is a dataset whole? Damage of every kind is found and named."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cluster import verify
+from cluster.manifest import load_manifest
+from cluster.shards import read_index
+from cluster.storage import open_store
+from cluster.verify import check_shard
+from tests.tiny import job
+
+TAR = "train/000001.tar"
+
+
+@pytest.fixture
+def dataset(shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shards, tmp_path / "shards"))
+
+
+def damage(dataset: Path) -> list[str]:
+    """What is wrong with the second shard."""
+    return [f"{each.file}: {each.what}" for each in check_shard((str(dataset), load_manifest(open_store(str(dataset)))), "train", 1)]
+
+
+def flip(file: Path, at: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("chunk", [1000, 1 << 24])
+def test_a_flipped_bit_is_named_with_clip_member_and_both_checksums(dataset: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(verify, "CHUNK", chunk)
+    assert damage(dataset) == []
+    store = open_store(str(dataset))
+    manifest, index = load_manifest(store), read_index(store, TAR.removesuffix(".tar"))
+    place = manifest.members.index("b.mfcc.npy")
+    flip(dataset / TAR, int(index[3]["offset"][place]) + 200)
+    (found,) = damage(dataset)
+    assert found.startswith(f"{TAR}: clip {bytes(index[3]['key']).decode()}, member b.mfcc.npy: checksum ")
+    assert found.endswith(f"but written with {index[3]['crc'][place]:08x}")
+
+
+def test_damage_between_members_of_the_index_and_of_sizes_is_found(dataset: Path) -> None:
+    flip(dataset / TAR, 0)
+    assert "between its members: hash" in damage(dataset)[0]
+    flip(dataset / TAR, 0)
+    flip(dataset / "train/000001.index.npy", -1)
+    assert "member index" in damage(dataset)[0]
+    flip(dataset / "train/000001.index.npy", -1)
+    content = (dataset / TAR).read_bytes()
+    (dataset / TAR).write_bytes(content[:-512])
+    assert f"it has {len(content) - 512} bytes, but was written with {len(content)}" in damage(dataset)[0]
+    (dataset / TAR).unlink()
+    assert "no such" in damage(dataset)[0].lower()
+
+
+def test_the_job_prints_a_table_and_ends_with_1_if_anything_is_damaged(dataset: Path) -> None:
+    flip(dataset / TAR, 2000)
+    done = job("prepare", "verify", dataset, check=False)
+    assert done.returncode == 1 and TAR in done.stdout and "restore these files" in done.stdout
