@@ -64,11 +64,12 @@ class LatentDiffusion(nn.Module):
         width = encoding or model.latent
         self.process = Process(diffusion)
         self.sampler, self.sampling_steps, self.guidance = SAMPLERS[diffusion.sampler], diffusion.sampling_steps, diffusion.guidance
-        self.online, self.target = model.online, width
+        self.online, self.target, self.squared = model.online, width, False
         self.condition: nn.Module
         self.denoiser: nn.Module
         if model.family == "perfrdiff":
-            self.target = AttributeAutoencoder.target
+            # Most attributes are 0 most of the time: an absolute error would be least for never showing them.
+            self.target, self.squared = AttributeAutoencoder.target, True
             self.condition, self.denoiser = SpeakerTokens(model, width - sum(TARGETS.values()) - model.latent), WindowDenoiser(model)
         elif model.denoiser == "transformer":
             self.condition, self.denoiser = nn.Linear(width, model.width), FrameTransformer(model, width)
@@ -118,7 +119,7 @@ class LatentDiffusion(nn.Module):
         return normalised.float() * radius + centre
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """10 L1 between what the denoiser predicts and its target, weighted over diffusion times, for each item, in float32.
+        """10 L1 (PerFRDiff: 10 MSE) of what the denoiser predicts, weighted over diffusion times, for each item, in float32.
 
         Args:
             batch: raw latents `speaker` and `listener` (items, frames, encoding), `noise` (items, windows, 50, target), `times`
@@ -136,7 +137,8 @@ class LatentDiffusion(nn.Module):
             times = times[:, :1].expand_as(times)  # as in sampling
         noisy = self.process.q_sample(clean, batch["noise"], times)
         prediction = self._denoise(noisy, times, self._condition(heard))
-        error = (prediction - self.process.target(clean, batch["noise"], times)).abs().mean((2, 3))
+        difference = prediction - self.process.target(clean, batch["noise"], times)
+        error = (difference.square() if self.squared else difference.abs()).mean((2, 3))
         return 10 * (self.process.weight(times) * error).mean(1)
 
     forward = loss

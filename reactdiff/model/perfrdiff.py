@@ -68,7 +68,7 @@ class AttributeAutoencoder(Codec):
         return {"attributes": encoding}
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """10 L1 between the attributes of each item and what is left of them after the latents, in float32.
+        """10 MSE of the attributes of each item and what is left of them after the latents, in float32.
 
         Args:
             batch: `attributes` (batch, frames, 25); nothing else is read.
@@ -78,7 +78,7 @@ class AttributeAutoencoder(Codec):
         """
         attributes = batch["attributes"]
         windows = _windows(attributes)
-        error = (self._reconstruct(self._compress(windows)).float() - windows.float()).abs()
+        error = (self._reconstruct(self._compress(windows)).float() - windows.float()).square()
         return 10 * error.unflatten(0, (len(attributes), windows_of(attributes.shape[1]))).mean((1, 2, 3))
 
     forward = loss

@@ -74,7 +74,7 @@ class TransVAE(Codec):
         return {name: reaction.unflatten(0, noise.shape[:2]) for name, reaction in reactions.items()}
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """10 L1(attributes) + 10 MSE(coefficients) + KL_WEIGHT KL(q || N(0, 1)) of each item, in float32.
+        """10 MSE(attributes) + 10 MSE(coefficients) + KL_WEIGHT KL(q || N(0, 1)) of each item, in float32.
 
         Args:
             batch: the speaker's input streams (batch, frames, width), the listener's attributes (batch, frames, 25) and
@@ -85,9 +85,9 @@ class TransVAE(Codec):
         """
         mean, log_variance = self._posterior(batch)
         output = self._decode(_draw(mean, log_variance, batch["noise"]), batch["attributes"].shape[1])
-        attributes, coefficients = (output[name].float() - batch[name].float() for name in TARGETS)
+        errors = [(output[name].float() - batch[name].float()).square().mean((1, 2)) for name in TARGETS]
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).mean(1) / 2
-        return 10 * attributes.abs().mean((1, 2)) + 10 * coefficients.square().mean((1, 2)) + KL_WEIGHT * divergence
+        return 10 * sum(errors) + KL_WEIGHT * divergence
 
     forward = loss
 

@@ -60,7 +60,7 @@ def test_the_latent_of_a_window_sees_all_of_its_own_frames_and_no_other() -> Non
         assert not torch.equal(after[50:], before[50:]), frame
 
 
-def test_the_loss_is_ten_l1_after_pytorchs_recurrence() -> None:
+def test_the_loss_is_ten_mse_after_pytorchs_recurrence() -> None:
     module, batch = autoencoder(), clips(2, 100)
     networks = []
     for cell in (module.encoder, module.decoder):
@@ -71,7 +71,7 @@ def test_the_loss_is_ten_l1_after_pytorchs_recurrence() -> None:
         windows = attributes.unflatten(0, (2, 50))
         latent = networks[0](windows)[1][0]
         output = module.out(networks[1](latent[:, None].expand(-1, 50, -1))[0])
-        expected.append(10 * nn.functional.l1_loss(output, windows))
+        expected.append(10 * nn.functional.mse_loss(output, windows))
         torch.testing.assert_close(module.encode(batch)[len(expected) - 1, ::50, -LATENT:], latent)
     torch.testing.assert_close(module(batch), torch.stack(expected))
 

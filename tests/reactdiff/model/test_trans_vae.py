@@ -51,7 +51,7 @@ def test_the_loss_is_reconstruction_plus_weighted_divergence_of_each_item() -> N
     mean, log_variance = encoding[:, 0].chunk(2, dim=-1)
     divergence = kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(0.0, 1.0)).mean(1)
     expected = [
-        10 * torch.nn.functional.l1_loss(output["attributes"][item, 0], batch["attributes"][item])
+        10 * torch.nn.functional.mse_loss(output["attributes"][item, 0], batch["attributes"][item])
         + 10 * torch.nn.functional.mse_loss(output["coefficients"][item, 0], batch["coefficients"][item])
         + KL_WEIGHT * divergence[item]
         for item in range(3)
