@@ -33,7 +33,8 @@ def lives(store: Path) -> dict[str, int]:
 
 
 @pytest.mark.timeout(900)
-def test_a_sweep_trains_every_trial_shares_latents_and_leaves_the_best_as_a_configuration(every_split: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_seeded_sweep_trains_every_trial_shares_latents_and_leaves_the_best_as_a_configuration(every_split: Path, tmp_path: Path) -> None:
     store, config = tmp_path / "store", tmp_path / "sweep.yaml"
     config.write_text("name: two\ngrid: {diffusion.schedule: [cosine, linear]}\nmetric: FRDist\nmode: min")
     command = ["--config", config, *arguments(every_split, store)]
