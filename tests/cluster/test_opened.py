@@ -37,11 +37,11 @@ def test_a_missing_run_is_named_with_the_command_that_trains_it(tmp_path: Path) 
 def test_an_unfinished_stage_is_named(run: Path) -> None:
     shutil.rmtree(run / "exports" / "diffusion")
     with pytest.raises(NotFound, match=r"no export of stage diffusion: .*jobs/train.py"):
-        open_run(str(run), "").models()
+        open_run(str(run), "").model()
 
 
 def test_a_diffusion_of_another_autoencoder_s_latents_is_refused(run: Path) -> None:
     (file,) = (run / "exports" / "diffusion").glob("*.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"dataset": "0" * 32}))
     with pytest.raises(ValueError, match=rf"was trained on latents {'0' * 32}, but its newest autoencoder"):
-        open_run(str(run), "").models()
+        open_run(str(run), "").model()
