@@ -151,7 +151,9 @@ def markdown(parts: Mapping[str, Sequence[Part]], sizes: Mapping[str, tuple[int,
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Mean and, over several seeds, their standard deviation."""
+    """Mean and, over several seeds, their standard deviation; a dash where it is undefined."""
+    if np.isnan(values).any():
+        return "–"
     mean, digits = float(np.mean(values)), 3 if abs(np.mean(values)) < 10 else 1
     spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 and np.std(values) > 0 else ""
     return f"{mean:.{digits}f}{spread}"
