@@ -1,6 +1,7 @@
 """Warm starts: from a finished run, from the authors' files, and what is refused before any work."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,17 @@ from cluster.storage import StorageError, open_store
 from reactdiff.data.sample import StreamSpec
 from reactdiff.model.authors import load_published, projector_of
 from reactdiff.model.latent_diffusion import LatentDiffusion
-from reactdiff.stage import LATENT, Source, build, stage
+from reactdiff.stage import LATENT, Source, Stage, build, stage, stages_over
 from tests.cluster.training import train_on
 from tests.reactdiff.model.published import write_files
 from tests.reactdiff.model.rule import DATA, Case
 from tests.tiny import tiny
 
 STAGES = ("autoencoder", "diffusion")
+
+
+def kinds(experiment: Experiment, source: Source) -> Mapping[str, Stage]:
+    return stages_over(source, experiment.model, experiment.diffusion)
 
 
 def nothing_said(text: str) -> None:
@@ -54,7 +59,8 @@ def test_every_weight_of_a_finished_run_is_taken_but_its_latents_range_is_not(fi
             assert f"stage {name} starts from run {finished} at progress 40, weights {export.hash}" == said[-1]
         assert isinstance(module, LatentDiffusion)
         assert torch.equal(module.minimum, -torch.ones_like(module.minimum)) and not torch.equal(theirs["minimum"], module.minimum)
-        assert check(experiment) == said and len(said) == 2
+        source = Source(parent.clips.stream_specs, parent.clips.frames)
+        assert check(experiment, kinds(experiment, source)) == said and len(said) == 2
 
 
 def test_training_begins_with_the_weights_and_resumes_from_its_own(finished: Path, shards: Path, tmp_path: Path) -> None:
@@ -106,7 +112,7 @@ def test_the_authors_files_give_the_weights_of_their_import(authors: tuple[Case,
     assert isinstance(module, LatentDiffusion) and torch.equal(module.maximum, torch.ones_like(module.maximum))
     assert (
         said
-        == check(experiment)
+        == check(experiment, kinds(experiment, Source(case.streams, case.frames)))
         == [
             f"stage autoencoder starts from the authors' {files[0]}",
             f"stage diffusion starts from the authors' {files[1]} and {files[2]}",
@@ -123,7 +129,7 @@ def test_without_a_projector_the_condition_starts_untrained_and_this_is_said(aut
     assert isinstance(module, LatentDiffusion) and isinstance(untouched, LatentDiffusion)
     assert same(parameters(projector_of(module)), parameters(projector_of(untouched)))
     assert not same(parameters(module.denoiser), parameters(untouched.denoiser))
-    assert "THE CONDITION IS UNTRAINED" in said[0] and said == check(experiment)[1:]
+    assert "THE CONDITION IS UNTRAINED" in said[0] and said == check(experiment, kinds(experiment, Source(case.streams, case.frames)))[1:]
 
 
 def test_a_stage_without_a_file_and_a_run_without_init_from_keep_their_initial_weights(
@@ -136,13 +142,13 @@ def test_a_stage_without_a_file_and_a_run_without_init_from_keep_their_initial_w
     warm_start(module, "diffusion", experiment, said.append)
     assert said == ["stage diffusion starts from its keyed initialisation: model.init_from has no STAGE2.pth"]
     warm_start(module, "diffusion", load(None), nothing_said)
-    assert same(parameters(module), parameters(untouched)) and check(load(None)) == []
+    assert same(parameters(module), parameters(untouched)) and check(load(None), {}) == []
 
 
 def test_weights_of_a_run_that_do_not_fit_are_refused_with_the_parameter_and_both_shapes(finished: Path) -> None:
     source = Source(open_run(str(finished), "").clips.stream_specs, 100)
     for override, rule in (
-        ("model.latent=32", r"encoder\.map\.3\.weight of stage autoencoder of .* has shape \(16, 64\), but here it is \(32, 64\)"),
+        ("model.latent=32", r"encoder\.map\.3\.weight of run .* has shape \(16, 64\), but here it is \(32, 64\)"),
         ("model.inter_depth=3", r"do not fit this model: \d+ missing \['encoder\.inter\.2\..*0 unknown"),
     ):
         experiment = tiny("shards", "store", f"model.init_from=[{finished}]", override)
@@ -170,7 +176,7 @@ def test_damaged_weights_of_a_parent_are_refused(finished: Path, tmp_path: Path)
 
 def test_a_wrong_source_is_refused_before_any_work(authors: tuple[Case, tuple[Path, Path, Path]], tmp_path: Path) -> None:
     case, files = authors
-    store = f"run.store={tmp_path}"
+    store, source = f"run.store={tmp_path}", Source(case.streams, case.frames)
     for names, rule in (
         (["none"], f"there is no run at {tmp_path}/runs/none"),
         ([files[0], tmp_path / "none.pth"], f"there is no file {tmp_path}/none.pth"),
@@ -178,19 +184,21 @@ def test_a_wrong_source_is_refused_before_any_work(authors: tuple[Case, tuple[Pa
         (["run", "other"], "give it one finished run"),
     ):
         with pytest.raises(ValueError, match=rule):
-            check(load(None, [store, f"model.init_from=[{','.join(map(str, names))}]"]))
+            experiment = load(None, [store, f"model.init_from=[{','.join(map(str, names))}]"])
+            check(experiment, kinds(experiment, source))
     (tmp_path / "cut.pth").write_bytes(files[0].read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"cut\.pth is cut off"):
-        check(experiment_of(case, tmp_path / "cut.pth"))
+        check(cut := experiment_of(case, tmp_path / "cut.pth"), kinds(cut, source))
     with pytest.raises(ValueError, match=r"model\.blocks is 3, but the authors' weights are of 2"):
-        check(experiment_of(case, *files, blocks=3))
+        check(deeper := experiment_of(case, *files, blocks=3), kinds(deeper, source))
 
 
 def test_an_autoencoder_that_is_taken_from_elsewhere_needs_none_of_the_parent(authors: tuple[Case, tuple[Path, Path, Path]]) -> None:
     case, files = authors
     experiment = experiment_of(case, *files)
     elsewhere = experiment.model_copy(update={"run": experiment.run.model_copy(update={"autoencoder": "another"})})
-    assert check(elsewhere) == check(experiment)[1:]
+    over = kinds(experiment, Source(case.streams, case.frames))
+    assert check(elsewhere, over) == check(experiment, over)[1:]
 
 
 def test_files_and_folders_are_found_from_any_process_and_a_run_s_name_stays_a_name() -> None:
