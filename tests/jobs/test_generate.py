@@ -91,7 +91,7 @@ def test_an_unknown_clip_is_answered_with_the_nearest_keys(
 ) -> None:
     assert generate(finished, "--clip", f"{key[:-1]}x", "--out", tmp_path / "out") == 1
     error = capsys.readouterr().err
-    assert f"none of the 8 clips of the split has the key '{key[:-1]}x'; the nearest: {key[:-1]}" in error
+    assert f"none of the 8 clips of split test has the key '{key[:-1]}x'; the nearest: {key[:-1]}" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -224,7 +224,7 @@ def test_overrides_may_follow_the_files_and_a_wrong_file_is_one_sentence(
     [
         ([], "name a RUN to generate with, or --import-checkpoint STAGE1.pth STAGE2.pth [PROJECTOR.pth]"),
         (["--import-checkpoint", "one.pth"], "takes STAGE1.pth STAGE2.pth [PROJECTOR.pth] instead of RUN, not one.pth"),
-        (["run", "model.hidden=64"], "a run has its own configuration; --config and KEY=VALUE go with --import-checkpoint"),
+        (["run", "--config", "mine.yaml"], "a run has its own configuration; --config goes with --import-checkpoint"),
     ],
 )
 def test_arguments_that_do_not_go_together_are_refused(arguments: list[str], rule: str, capsys: pytest.CaptureFixture[str]) -> None:
