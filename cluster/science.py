@@ -14,7 +14,7 @@ from pydantic import Field
 
 from cluster import command
 from cluster.config import Experiment
-from cluster.evaluate import MODEL, UNTRAINED, WRONG, planned
+from cluster.evaluate import MODEL, ONLINE_ORACLE, ORACLE, UNTRAINED, WRONG, planned
 from cluster.experiment import ConfigError, digest, identity
 from cluster.export import newest_export
 from cluster.opened import open_run
@@ -29,7 +29,7 @@ from reactdiff.metrics.report import gap_closed
 from reactdiff.model.flops import training_flops
 from reactdiff.stage import empty_batch, stages_of
 
-RANDOM, ORACLES = "random listener", ("oracle", "online oracle")
+RANDOM, ORACLES = "random listener", (ORACLE, ONLINE_ORACLE)
 METRICS = ("FRCorr", "FRDist", "FRDiv", "FRVar", "FRSyn_varying")
 
 
