@@ -19,6 +19,11 @@ class Data(Branch):
     group: int = field(64, "Blocks whose items are mixed with each other.", unit="blocks", ge=1)
     read_ahead: int = field(3, "Steps read before they are needed.", kind="placement", unit="steps", ge=1)
     readers: int = field(2, "Threads that read and decode on each rank.", kind="placement", ge=1)
+    cache: str = field("", "Folder on each node's disk that keeps what was read for later epochs; empty: none.", kind="placement")
+    cache_limit: float = field(100.0, "Most bytes of the cache folder, of all runs together.", kind="placement", unit="GB", gt=0)
+    on_corrupt: Literal["stop", "quarantine"] = field(
+        "stop", "Data that differs from its checksum ends the run, or its item counts nothing from then on.", kind="placement"
+    )
 
 
 class Run(Branch):
