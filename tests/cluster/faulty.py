@@ -1,30 +1,103 @@
 """A proxy before an S3 server that does to its next answers what networks and busy servers do."""
 
 import http.client
+import re
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+TAR_RANGE = r"GET \S+\.tar bytes="
+"""What a request for a part of a shard looks like to `arm`."""
+
 
 class FaultyProxy(ThreadingHTTPServer):
-    """Faults are used up one an answer.
+    """Faults are used up one an answer; an empty one is none.
 
     "cut" half a body off; cut it and tell no length ("endless"); send half and "stall"; "trickle" a few bytes at a time; "flip" a bit;
-    "lose" the answer to a request that was carried out; answer "busy", or that credentials have "expired"; be "down": close at once.
+    come "late"; "lose" the answer to a request that was carried out; answer "busy", or that credentials have "expired" (for as long as
+    `renewed` says no); be "down": close at once; begin an "outage": nobody listens for so many seconds.
+
+    Attributes:
+        faults: what is done to the next answers that are `armed` for it.
+        happened: what was done.
+        struck: the requests it was done to, as "METHOD path range".
+        requests: all of them, as "METHOD range".
+        delay: seconds that a late answer is late.
+        outage: seconds of an outage.
+        renewed: whether a client has new credentials by now.
     """
 
     daemon_threads = True
+    allow_reuse_address = True
 
     def __init__(self, upstream: str):
-        super().__init__(("127.0.0.1", 0), _Handler)
+        self.held = socket.socket()  # keeps the port while nobody listens
+        self.held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.held.bind(("127.0.0.1", 0))
+        super().__init__(self.held.getsockname(), _Handler)
         self.upstream = urlsplit(upstream).netloc
         self.faults: list[str] = []
         self.happened: list[str] = []
+        self.struck: list[str] = []
         self.requests: list[str] = []
+        self.delay, self.outage = 0.2, 2.0
+        self.renewed: Callable[[], bool] = lambda: True
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
+        self._aim, self._spared, self._expired = re.compile(""), 0, False
+        self._lock = threading.Lock()
+        self._over, self._away = threading.Event(), threading.Event()
+
+    def arm(self, faults: Iterable[str], aim: str = "", after: int = 0) -> None:
+        """Do this to the requests that a pattern matches, after so many of them."""
+        with self._lock:
+            self.faults, self._aim, self._spared = list(faults), re.compile(aim), after
+
+    def next_fault(self, request: str) -> str:
+        """What is done to a request."""
+        with self._lock:
+            if self._away.is_set():
+                return "down"
+            if self._expired and not self.renewed():
+                return "expired"
+            self._expired = False
+            if not self.faults or not self._aim.match(request):
+                return ""
+            if self._spared:
+                self._spared -= 1
+                return ""
+            if not (fault := self.faults.pop(0)):
+                return ""
+            self.happened.append(fault)
+            self.struck.append(request)
+            self._expired = fault == "expired"
+            if fault == "outage":
+                self._away.set()
+            return fault
+
+    def serve(self) -> None:
+        """Answer until the proxy is stopped; an outage closes the socket that listens."""
+        self.timeout = 0.05
+        while not self._over.is_set():
+            self.handle_request()
+            if self._away.is_set():
+                self.socket.close()
+                self._over.wait(self.outage)
+                self.socket = socket.socket(self.address_family, self.socket_type)
+                self.server_bind()
+                self.server_activate()
+                self._away.clear()
+
+    def stop(self) -> None:
+        """End `serve`."""
+        self._over.set()
+
+    def server_close(self) -> None:
+        super().server_close()
+        self.held.close()
 
     def handle_error(self, request, client_address) -> None:
         """A connection that was cut on purpose is no news."""
@@ -46,17 +119,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.server.requests.append(f"{self.command} {self.headers.get('Range', '')}".strip())
-        fault = self.server.faults.pop(0) if self.server.faults else ""
-        if fault:
-            self.server.happened.append(fault)
+        wanted = self.headers.get("Range", "")
+        self.server.requests.append(f"{self.command} {wanted}".strip())
+        fault = self.server.next_fault(f"{self.command} {urlsplit(self.path).path} {wanted}")
         if fault == "busy":
             self._answer(503, [], b"<Error><Code>SlowDown</Code><Message>later</Message></Error>")
             return
         if fault == "expired":
             self._answer(400, [], b"<Error><Code>ExpiredToken</Code><Message>over</Message></Error>")
             return
-        if fault == "down":
+        if fault in ("down", "outage"):
             self.close_connection = True
             return
         upstream = http.client.HTTPConnection(self.server.upstream, timeout=10)
@@ -73,6 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
             if name.lower() not in ("connection", "transfer-encoding", "content-length")
         ]
         length = answer.getheader("Content-Length", str(len(content)))
+        if fault == "late":
+            time.sleep(self.server.delay)
         if fault == "flip":
             content = content[:-1] + bytes([content[-1] ^ 1])
         half = content[: len(content) // 2]
@@ -107,10 +181,10 @@ class _Handler(BaseHTTPRequestHandler):
 def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
     """A running proxy before the server at this URL."""
     with FaultyProxy(upstream) as proxy:
-        thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05})
+        thread = threading.Thread(target=proxy.serve)
         thread.start()
         try:
             yield proxy
         finally:
-            proxy.shutdown()
+            proxy.stop()
             thread.join()
