@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
+from cluster.quarantine import Bad
 from cluster.storage import AlreadyExists, NotFound, Store
 
 VERSION = 1
@@ -58,7 +59,7 @@ class Checkpoint:
     config: dict[str, Any]
     shapes: dict[str, list[int]]
     parts: list[Part]
-    quarantine: list[list[int]] = field(default_factory=list)
+    quarantine: list[Bad] = field(default_factory=list)
     version: int = VERSION
 
     @property
@@ -78,7 +79,8 @@ class Checkpoint:
             if values["version"] != VERSION:
                 raise DamagedCheckpoint(f"{where} has version {values['version']}, this program reads version {VERSION}")
             parts = [Part(part["hash"], part["bytes"], [tuple(extent) for extent in part["extents"]]) for part in values.pop("parts")]
-            return cls(parts=parts, **values)
+            quarantine = [Bad(*entry) for entry in values.pop("quarantine")]
+            return cls(parts=parts, quarantine=quarantine, **values)
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedCheckpoint(f"{where} is no checkpoint manifest: {error}") from None
 

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 
-import numpy as np
-
 from cluster.config import Workers
-from cluster.latents import RANGE, Coder, encode_shard, range_file, wider
-from cluster.manifest import File, Manifest, Shards, Split, Stream, load_manifest, publish
-from cluster.shards import ShardInfo, decode_npy, encode_npy, members
-from cluster.storage import AlreadyExists, Store, content_hash, open_store
+from cluster.latents import CORRUPT, RANGE, Coder, Encoded, encode_shard, nowhere, range_file, wider
+from cluster.manifest import CURRENT, File, Manifest, Shards, Split, Stream, publish
+from cluster.shards import decode_npy, encode_npy, members
+from cluster.storage import AlreadyExists, content_hash, open_store
 from cluster.tasks import each
 from reactdiff.stage import LATENT
 
@@ -20,21 +18,29 @@ def build_latents(coder: Coder, workers: Workers, progress: Callable[[int, int],
         coder: what to encode with, and what.
         workers: what each encoding task gets.
         progress: told (shards done, shards in all).
+
+    Raises:
+        CorruptData: if a clip of the source is damaged, unless latents of zeros were asked for (`coder.on_corrupt`).
+        ValueError: if they are there and lack clips that are asked for.
     """
     target = open_store(coder.url)
-    try:
-        return load_manifest(target)
-    except ValueError:
-        pass  # none there yet
+    if target.exists(CURRENT):
+        return coder.manifest()
     calls = [(split, position) for split, part in coder.clips.splits.items() for position in range(len(part.shards))]
-    infos: dict[tuple[str, int], ShardInfo] = {}
-    for number, info in each(encode_shard, calls, workers, shared=coder):
-        infos[calls[number]] = ShardInfo(**info)
-        progress(len(infos), len(calls))
+    shards: dict[tuple[str, int], Encoded] = {}
+    corrupt: dict[str, dict[int, str]] = {}
+    for number, encoded in each(encode_shard, calls, workers, shared=coder):
+        shards[calls[number]] = encoded
+        if encoded.corrupt:
+            split = calls[number][0]
+            coder.assert_whole(split, encoded.corrupt)  # kept from a run that asked for zeros
+            corrupt.setdefault(split, {}).update(encoded.corrupt)
+        progress(len(shards), len(calls))
     splits = {
-        split: Split(shards=Shards().plus({number: infos[split, i] for i, number in enumerate(part.shards.number)}))
+        split: Split(shards=Shards().plus({number: shards[split, i].info for i, number in enumerate(part.shards.number)}))
         for split, part in coder.clips.splits.items()
     }
+    lacking = {CORRUPT: {split: sorted(corrupt[split].items()) for split in sorted(corrupt)}} if corrupt else {}
     manifest = Manifest(
         kind="latents",
         frames=coder.clips.frames,
@@ -45,22 +51,26 @@ def build_latents(coder: Coder, workers: Workers, progress: Callable[[int, int],
         provenance={
             "autoencoder": coder.export.hash,
             "source": coder.source_hash,
-            RANGE: _merge_ranges(target, [coder.clips.shard(*call) for call in calls if call[0] == coder.split]).model_dump(),
+            RANGE: _range(coder).model_dump(),
+            **lacking,
         },
     )
     try:
         publish(target, manifest)
     except AlreadyExists:
         pass  # another run built the same latents at the same moment
-    return load_manifest(target)
+    return coder.manifest()
 
 
-def _merge_ranges(target: Store, names: list[str]) -> File:
-    bounds: np.ndarray | None = None
-    for name in names:
-        bounds = wider(bounds, decode_npy(target.read(range_file(name))))
-    if bounds is None:
-        raise ValueError(f"the split the latents' range is taken from has no shards ({target.url}); set data.split to one that has clips")
+def _range(coder: Coder) -> File:
+    """Write the range of the training split's latents, from those of its shards."""
+    target, bounds = open_store(coder.url), nowhere(coder)
+    for position in range(len(coder.clips.split(coder.split).shards)):
+        bounds = wider(bounds, decode_npy(target.read(range_file(coder.clips.shard(coder.split, position)))))
+    if (bounds[0] > bounds[1]).any():
+        raise ValueError(
+            f"split {coder.split} of {coder.source} has no clips to take the latents' range from; set data.split to one that has"
+        )
     data = encode_npy(bounds)
     part = File(file=f"range-{content_hash(data)}.npy", hash=content_hash(data))
     target.put(part.file, data)

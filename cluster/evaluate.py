@@ -16,7 +16,7 @@ import numpy as np
 from cluster.config import Experiment
 from cluster.experiment import digest
 from cluster.export import Export, load_reactor, untrained_reactor
-from cluster.latents import Coder
+from cluster.latents import Coder, corrupt_clips, encode
 from cluster.reader import Reader
 from cluster.sight import Sight
 from cluster.storage import NotFound, open_store
@@ -167,7 +167,8 @@ class _Sight(Sight):
     def __init__(self, what: Evaluation):
         super().__init__(open_store(what.coder.source), what.coder.clips, what.split, what.clips)
         self.what = what
-        self.latents = Reader(open_store(what.coder.url), what.coder.manifest(), what.split)
+        latents = what.coder.manifest()
+        self.latents, self.corrupt = Reader(open_store(what.coder.url), latents, what.split), corrupt_clips(latents, what.split)
 
     @cached_property
     def trained(self) -> Reactor:
@@ -185,6 +186,8 @@ class _Sight(Sight):
     def speaker_latent(self, item: int) -> np.ndarray:
         clip, direction = self.place(item)
         source = (speaker_listener(direction)[0], LATENT)
+        if clip in self.corrupt:  # nothing is scored on zeros: the source is whole by now, or this raises
+            return encode(self.trained.codec, self.reader, clip)[source[0]]
         return self.latents.read(clip, [source]).arrays[source]
 
 

@@ -5,7 +5,7 @@ fault            | detected by                      | brought back by
 worker, machine  | Ray (actor death), peers (gloo)  | us, at once, up to run.retries times
 storage          | StorageError after its own tries | us, up to run.retries times
 out of memory    | the allocator or Ray             | the same command with a smaller workers.micro_batch
-data             | CRC32C, decoding                 | the same command once the data is mended
+data             | CRC32C, decoding                 | the same command once the data is mended, or with data.on_corrupt=quarantine
 non-finite       | the step's all-reduce            | the same command with other settings
 superseded       | a newer life                     | nobody: the newer life goes on
 user             | checks before and in the workers | the same command, corrected
@@ -49,12 +49,19 @@ class StageFailed(RuntimeError):
     """A stage ended without reaching its end.
 
     Attributes:
+        stage: its name.
         failure: the row of the failure table.
+        cause: the error that showed it.
     """
 
-    def __init__(self, message: str, failure: Failure):
-        super().__init__(message)
-        self.failure = failure
+    def __init__(self, stage: str, failure: Failure, cause: BaseException):
+        super().__init__(stage, failure, cause)
+        self.stage, self.failure, self.cause = stage, failure, cause
+
+    def __str__(self) -> str:
+        an_item = isinstance(self.cause, CorruptData) and self.cause.clip
+        advice = ". Then the same command goes on; data.on_corrupt=quarantine trains without damaged clips, and scores none"
+        return f"stage {self.stage} failed ({self.failure.name}): {_sentence(self.cause)}{advice if an_item else ''}"
 
 
 def classify(errors: Iterable[BaseException]) -> tuple[Failure, BaseException]:
@@ -71,3 +78,7 @@ def classify(errors: Iterable[BaseException]) -> tuple[Failure, BaseException]:
             if isinstance(error, failure.signs) or (failure.name == "out_of_memory" and type(error).__name__ == "OutOfMemoryError"):
                 return failure, error
     return LOST, found[0]
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no message'}"

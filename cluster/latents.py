@@ -6,7 +6,9 @@ their range over the training split lies beside them.
 """
 
 import json
+import logging
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +20,7 @@ from cluster.experiment import digest
 from cluster.export import Export, load_codec
 from cluster.manifest import File, Manifest, load_manifest, read_part
 from cluster.reader import Reader
-from cluster.shards import decode_npy, encode_npy, write_shard
+from cluster.shards import CorruptData, ShardInfo, decode_npy, encode_npy, write_shard
 from cluster.storage import NotFound, Store, open_store
 from reactdiff.clip import PERSONS
 from reactdiff.data.sample import Clip
@@ -26,9 +28,14 @@ from reactdiff.determinism import make_deterministic
 from reactdiff.model.codec import Codec
 from reactdiff.stage import LATENT, AutoencoderStage
 
+log = logging.getLogger(__name__)
+
 THREADS = 1
 ENCODING = {"version": 2, "persons at once": 2, "threads": THREADS, "dtype": "float16"}
 """How persons are encoded; part of what a dataset of latents is named by."""
+
+CORRUPT = "corrupt"
+"""Key of the manifest's provenance, where the source was damaged: split -> [clip, why] of each clip whose latents are zeros."""
 
 RANGE = "range"
 """Key of the manifest's provenance that names the file with the training split's range, (2, frames, latent) float32."""
@@ -45,6 +52,7 @@ class Coder:
         source_hash: hash of its state.
         store: URL the latents lie under.
         split: whose latents give the range.
+        on_corrupt: "quarantine": a clip whose bytes are damaged gets latents of zeros, and is listed; "stop": there are none such.
     """
 
     export: Export
@@ -53,6 +61,7 @@ class Coder:
     source_hash: str
     store: str
     split: str
+    on_corrupt: str
 
     @property
     def width(self) -> int:
@@ -70,14 +79,36 @@ class Coder:
         """The latents' manifest.
 
         Raises:
-            ValueError: if they have not been built.
+            ValueError: if they have not been built, or lack clips although `on_corrupt` is "stop".
         """
-        return load_manifest(open_store(self.url))
+        manifest = load_manifest(open_store(self.url))
+        for split in manifest.splits:
+            self.assert_whole(split, corrupt_clips(manifest, split))
+        return manifest
+
+    def assert_whole(self, split: str, corrupt: Mapping[int, str]) -> None:
+        """Refuse latents that lack clips of a split, unless that was asked for.
+
+        Raises:
+            ValueError: if clips are lacking and `on_corrupt` is "stop".
+        """
+        if corrupt and self.on_corrupt == "stop":
+            clip, why = next(iter(corrupt.items()))
+            raise ValueError(
+                f"the latents in {self.url} lack {len(corrupt)} clips of split {split}, of which the source was damaged when they were "
+                f"made, first clip {clip} ({why}). Mend the source, delete that folder and give the same command again; "
+                "or train without them: data.on_corrupt=quarantine"
+            )
 
     @cached_property
     def clips(self) -> Manifest:
         """The source's manifest."""
         return load_manifest(open_store(self.source), self.source_hash)
+
+
+def corrupt_clips(manifest: Manifest, split: str) -> dict[int, str]:
+    """The clips of a split whose latents are zeros because the source was damaged, and the damage; none in a dataset of clips."""
+    return dict(manifest.provenance.get(CORRUPT, {}).get(split, [])) if manifest.kind == "latents" else {}
 
 
 def read_range(store: Store, manifest: Manifest) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,11 +127,30 @@ def encode(codec: Codec, reader: Reader, clip: int) -> dict[str, np.ndarray]:
     return {person: latent.astype(np.float16) for person, latent in zip(PERSONS, latents, strict=True)}
 
 
-def encode_shard(coder: Coder, split: str, position: int) -> dict:
-    """Encode one shard, unless that is done; returns its `ShardInfo` as a dict."""
+@dataclass(frozen=True)
+class Encoded:
+    """A shard of latents.
+
+    Attributes:
+        info: what the manifest keeps of it.
+        corrupt: clip of the split -> why it could not be encoded: its latents are zeros.
+    """
+
+    info: ShardInfo
+    corrupt: dict[int, str]
+
+
+def encode_shard(coder: Coder, split: str, position: int) -> Encoded:
+    """Encode one shard, unless that is done.
+
+    Raises:
+        CorruptData: if bytes of a clip are damaged and `coder.on_corrupt` is "stop", or the shard's index is.
+    """
     target, name = open_store(coder.url), coder.clips.shard(split, position)
     try:
-        return json.loads(target.read(_done(name)))
+        done = json.loads(target.read(_done(name)))
+        corrupt = dict(done.pop(CORRUPT, []))
+        return Encoded(ShardInfo(**done), corrupt)
     except NotFound:
         pass
     make_deterministic(THREADS)
@@ -108,25 +158,37 @@ def encode_shard(coder: Coder, split: str, position: int) -> dict:
     reader = Reader(open_store(coder.source), coder.clips, split)
     first = int(reader.counts[:position].sum())
     clips: list[Clip] = []
-    bounds: np.ndarray | None = None
+    corrupt, bounds = {}, nowhere(coder)
     for clip in range(first, first + int(reader.counts[position])):
-        latents = encode(codec, reader, clip)
-        clips.append(Clip(reader.key(clip), {person: {LATENT: latent} for person, latent in latents.items()}))
-        bounds = wider(bounds, np.stack([f(list(latents.values()), axis=0) for f in (np.min, np.max)]))
-    assert bounds is not None, "a shard has at least one clip"
+        key = reader.key(clip)
+        try:
+            latents = encode(codec, reader, clip)
+            bounds = wider(bounds, np.stack([f(list(latents.values()), axis=0) for f in (np.min, np.max)]))
+        except CorruptData as error:
+            if coder.on_corrupt == "stop":
+                raise
+            log.error("QUARANTINED: clip %d of split %s has no latents: %s", clip, split, error)
+            latents = dict.fromkeys(PERSONS, np.zeros((coder.clips.frames, coder.width), np.float16))
+            corrupt[clip] = str(error)
+        clips.append(Clip(key, {person: {LATENT: latent} for person, latent in latents.items()}))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard.tar"
         info = write_shard(path, clips, [LATENT])
         target.put_file(f"{name}.tar", path)
         target.put_file(f"{name}.index.npy", path.with_suffix(".index.npy"))
     target.put(range_file(name), encode_npy(bounds))
-    target.put(_done(name), json.dumps(asdict(info)).encode())
-    return asdict(info)
+    target.put(_done(name), json.dumps(asdict(info) | ({CORRUPT: list(corrupt.items())} if corrupt else {})).encode())
+    return Encoded(info, corrupt)
 
 
-def wider(bounds: np.ndarray | None, other: np.ndarray) -> np.ndarray:
+def nowhere(coder: Coder) -> np.ndarray:
+    """The range of no latents at all, (2, frames, latent) of minimum and maximum."""
+    return np.stack([np.full((coder.clips.frames, coder.width), end, np.float16) for end in (np.inf, -np.inf)])
+
+
+def wider(bounds: np.ndarray, other: np.ndarray) -> np.ndarray:
     """The smallest range that holds both, each (2, frames, latent) of minimum and maximum."""
-    return other if bounds is None else np.stack((np.minimum(bounds[0], other[0]), np.maximum(bounds[1], other[1])))
+    return np.stack((np.minimum(bounds[0], other[0]), np.maximum(bounds[1], other[1])))
 
 
 def range_file(name: str) -> str:

@@ -66,10 +66,10 @@ def launch(job: Job, watch: Callable[[Snapshot], None], restarted: Callable[[str
             except WorkerGroupError as error:
                 failure, cause = classify(error.worker_failures.values())
                 spent[failure.name] = spent.get(failure.name, 0) + 1
-                message = f"stage {job.stage} failed ({failure.name}): {_sentence(cause)}"
+                failed = StageFailed(job.stage, failure, cause)
                 if not failure.retried or spent[failure.name] > job.experiment.run.retries:
-                    raise StageFailed(message, failure) from cause
-                log.warning("%s; starting the workers again (%d of %d)", message, spent[failure.name], job.experiment.run.retries)
+                    raise failed from cause
+                log.warning("%s; starting the workers again (%d of %d)", failed, spent[failure.name], job.experiment.run.retries)
                 restarted(failure.name)
                 job = replace(job, attempt=job.attempt + 1)
 
@@ -114,10 +114,6 @@ def _rank(config: dict[str, Any]) -> dict[str, Any]:
     context, board = ray.train.get_context(), config["board"]
     place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     return train(config["job"], place, board.post.remote)
-
-
-def _sentence(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no message'}"
 
 
 class _watching:

@@ -27,7 +27,8 @@ STATES = ("startup", "data_wait", "compute", "checkpoint", "evaluation", "other"
 """Goodput states: `startup` lasts until the first phase, `other` is whatever lies outside the phases after it."""
 
 GAUGES = (
-    *("progress_items", "loss", "gradient_norm", "learning_rate", "val_progress_items", "val_frcorr", "val_frdist"),
+    *("progress_items", "loss", "gradient_norm", "learning_rate", "quarantined_items"),
+    *("val_progress_items", "val_frcorr", "val_frdist"),
     *("peak_memory_bytes", "peak_flops"),
 )
 """What a rank may set in `Meter.gauges`; the last two are this rank's own, the others the same on all."""

@@ -51,8 +51,8 @@ class OpenedRun:
         Raises:
             NotFound: if it is not finished.
         """
-        data = self.experiment.data
-        return Coder(self.export("autoencoder"), self.store.url, data.url, self.clips.hash, self.experiment.run.store, data.split)
+        data, store = self.experiment.data, self.experiment.run.store
+        return Coder(self.export("autoencoder"), self.store.url, data.url, self.clips.hash, store, data.split, data.on_corrupt)
 
     def diffusion(self) -> Export | None:
         """The finished diffusion, which draws latents of the autoencoder that `coder` decodes with; None in a family without one.

@@ -135,7 +135,10 @@ def _scores(version: Version, experiment: Experiment, clips: int, display: Displ
     if (found := {stage: export.hash for stage, export in exports.items()}) != version.weights:
         raise StorageError(f"{store.url} has exports {found}, but the registry knows {version.weights}: restore the run from a copy")
     trained = build(yaml.safe_load(store.read("config.yaml")), f"{store.url}/config.yaml")
-    coder = Coder(exports["autoencoder"], store.url, experiment.data.url, version.manifest, experiment.run.store, trained.data.split)
+    data = trained.data
+    coder = Coder(
+        exports["autoencoder"], store.url, experiment.data.url, version.manifest, experiment.run.store, data.split, data.on_corrupt
+    )
     build_latents(coder, experiment.workers, display.counter(f"latents of {version.run}", "shards"))
     judged = trained.model_copy(update={"evaluation": _asked(experiment, clips), "workers": experiment.workers})
     scores = evaluate(judged, store.url, coder, exports.get("diffusion"), display.counter(f"gate, {version.run}", "parts"))[MODEL].to_dict()

@@ -29,6 +29,7 @@ STAGE_GAUGES = {
     "loss": "Loss of the latest step over the global batch.",
     "gradient_norm": "Norm of the latest step's gradient before clipping.",
     "learning_rate": "Learning rate of the latest step.",
+    "quarantined_items": "Items that count nothing, since their bytes are not those that were written.",
     "val_progress_items": "Progress of the checkpoint that was last scored on clips of val.",
     "val_frcorr": "Its FRCorr there.",
     "val_frdist": "Its FRDist there.",
