@@ -54,11 +54,12 @@ def absolute(url: str) -> str:
 
 def anchored(experiment: Experiment) -> Experiment:
     """The experiment with absolute folders and files; a run's mere name stays one."""
+    data = experiment.data
     weights = tuple(absolute(where) if "/" in where or where.endswith(".pth") else where for where in experiment.model.init_from)
     return experiment.model_copy(
         update={
             "model": experiment.model.model_copy(update={"init_from": weights}),
-            "data": experiment.data.model_copy(update={"url": absolute(experiment.data.url)}),
+            "data": data.model_copy(update={"url": absolute(data.url), "cache": data.cache and absolute(data.cache)}),
             "run": experiment.run.model_copy(update={"store": absolute(experiment.run.store)}),
             "telemetry": experiment.telemetry.model_copy(update={"targets": absolute(experiment.telemetry.targets)}),
         }

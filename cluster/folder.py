@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cluster.store import PRIVATE, AlreadyExists, Entry, Meter, NotFound, Stale, StorageError, Store, checked, content_hash
+from cluster.store import PRIVATE, AlreadyExists, Entry, Meter, NotFound, Stale, StorageError, Store, checked, content_hash, rest_of
+
+IOV_MAX = 1024
+"""Buffers that one system call fills, at most."""
 
 
 class FolderStore(Store):
@@ -35,15 +38,15 @@ class FolderStore(Store):
         self._meter.add(len(data))
         return data, content_hash(data)
 
-    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
-        """Fill a writable buffer with an object's content from byte `start` on."""
-        done = 0
+    def read_into(self, key: str, start: int, *buffers: memoryview) -> None:
+        """Fill writable buffers, one after the other, with an object's content from byte `start` on."""
+        done, size = 0, sum(map(len, buffers))
         with self._errors(key), open(self._path(key), "rb", buffering=0) as file:
-            while done < len(buffer) and (count := os.preadv(file.fileno(), [buffer[done:]], start + done)):
+            while done < size and (count := os.preadv(file.fileno(), rest_of(buffers, done)[:IOV_MAX], start + done)):
                 done += count
         self._meter.add(done)
-        if done < len(buffer):
-            raise StorageError(f"{self.url}/{key}: ends at byte {start + done}, but bytes {start} to {start + len(buffer)} were asked for")
+        if done < size:
+            raise StorageError(f"{self.url}/{key}: ends at byte {start + done}, but bytes {start} to {start + size} were asked for")
 
     def size(self, key: str) -> int:
         """An object's size in bytes."""

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset
@@ -26,6 +27,9 @@ from reactdiff.data.sample import Clip
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 ARRAY = re.compile(r"[A-Za-z0-9_-]{1,13}")
 """With the longest key a member's name still fits the 100 bytes of a plain tar header."""
+
+NPY = b"\x93NUMPY\x01\x00"
+"""The first bytes of a .npy file of version 1.0."""
 
 BLOCK = 512
 """Bytes of a tar header, and what each member is padded to."""
@@ -62,25 +66,6 @@ class ShardInfo:
     bytes: int
     tar: str
     index: str
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One member inside a span: its name, where it begins there, its size in bytes, and its CRC32C."""
-
-    member: str
-    start: int
-    size: int
-    crc: int
-
-
-@dataclass(frozen=True)
-class Span:
-    """One ranged read of a tar, from byte `start` on, and the members in it that were asked for."""
-
-    start: int
-    length: int
-    pieces: tuple[Piece, ...]
 
 
 def shard_name(split: str, number: int) -> str:
@@ -158,23 +143,32 @@ def decode_npy(buffer: bytes | memoryview) -> np.ndarray:
         ValueError: if the bytes are not one whole .npy file of plain numbers.
     """
     view = memoryview(buffer)
-    if bytes(view[:8]) != b"\x93NUMPY\x01\x00":
+    if bytes(view[:8]) != NPY:
         raise ValueError("the bytes are no .npy file of version 1.0")
     end = 10 + int.from_bytes(view[8:10], "little")
     if len(view) < end:
         raise ValueError(f"the .npy file has {len(view)} bytes and ends inside its header of {end}")
-    shape, dtype = _header(bytes(view[8:end]))
+    shape, dtype = npy_header(bytes(view[:end]))
     if len(view) != (size := end + dtype.itemsize * math.prod(shape)):
         raise ValueError(f"the .npy file has {len(view)} bytes, but an array {shape} of {dtype} needs {size}")
     return np.frombuffer(view[end:], dtype).reshape(shape)
 
 
 @lru_cache(maxsize=1024)
-def _header(text: bytes) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of a header; a dataset has only a few different ones."""
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(text))
+def npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype that a .npy file's bytes before its array tell; a dataset has only a few different ones.
+
+    Raises:
+        ValueError: if they are no header, or not one of plain numbers in C order.
+    """
+    file = io.BytesIO(header)
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
     if fortran or dtype.hasobject:
         raise ValueError(f"the .npy file holds {dtype}{' in Fortran order' if fortran else ''}; only plain numbers in C order are read")
+    if file.tell() != len(header):
+        raise ValueError(f"the .npy file's header ends after {file.tell()} bytes, but its array begins at {len(header)}")
     return shape, dtype
 
 
@@ -195,38 +189,11 @@ def read_index(store: Store, name: str, digest: str = "") -> np.ndarray:
     return decode_npy(data)
 
 
-def span(row: np.void, order: Sequence[str], wanted: Iterable[str]) -> Span:
-    """The one ranged read that holds these members of a clip; persons' members lie side by side, so it reads little else.
+def stock(urls: Sequence[str], buffer: int) -> Any:
+    """Stock webdataset over tars, as its manual has it: shuffled and decoded samples. What our stream is measured against.
 
     Args:
-        row: the clip's index row.
-        order: the members of the dataset.
-        wanted: members to read, for example those of `members_of`.
-
-    Raises:
-        ValueError: if a wanted member is not in the dataset.
+        urls: of the tars, `pipe:` included.
+        buffer: samples that are shuffled among each other.
     """
-    wanted = list(wanted)
-    if missing := [name for name in wanted if name not in order]:
-        raise ValueError(f"the dataset has no member {missing[0]!r}; it has {', '.join(order)}")
-    places = [order.index(name) for name in wanted]
-    offsets, sizes, crcs = ([int(row[field][place]) for place in places] for field in ("offset", "size", "crc"))
-    start = min(offsets)
-    end = max(offset + size for offset, size in zip(offsets, sizes, strict=True))
-    pieces = zip(wanted, (offset - start for offset in offsets), sizes, crcs, strict=True)
-    return Span(start, end - start, tuple(Piece(*piece) for piece in pieces))
-
-
-def members_of(person: str, order: Sequence[str]) -> tuple[str, ...]:
-    """All members of one person."""
-    return tuple(name for name in order if name.startswith(f"{person}."))
-
-
-def verify(shard: str, clip: str, piece: Piece, data: bytes | memoryview) -> None:
-    """Compare a member's bytes with its CRC32C.
-
-    Raises:
-        CorruptData: if they differ.
-    """
-    if (actual := crc32c(data)) != piece.crc:
-        raise CorruptData(shard, clip, piece.member, f"{piece.crc:08x}", f"{actual:08x}")
+    return webdataset.WebDataset(list(urls), shardshuffle=len(urls)).shuffle(buffer).decode()

@@ -6,7 +6,7 @@ import os
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -19,7 +19,7 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, Inc
 from urllib3.exceptions import HTTPError
 
 from cluster.folder import FolderStore
-from cluster.store import AlreadyExists, Entry, Meter, NotFound, Stale, StorageError, Store, checked, content_hash
+from cluster.store import AlreadyExists, Entry, Meter, NotFound, Stale, StorageError, Store, checked, content_hash, rest_of
 from cluster.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -128,17 +128,21 @@ class S3Store(Store):
         """The store of the objects below this prefix."""
         return S3Store(self._bucket, f"{self._prefix}{checked(prefix)}", self._server, self._meter)
 
+    def raw(self, key: str) -> tuple[Any, dict[str, str]]:
+        """boto3's client and how it names an object, for what no store does: measuring the wire, signing a URL."""
+        return self._server.client, {"Bucket": self._bucket, "Key": self._prefix + checked(key)}
+
     def get(self, key: str) -> tuple[bytes, str]:
         """An object's content and its etag."""
         answer = self._call("get_object", key)
         buffer = memoryview(bytearray(answer["ContentLength"]))
-        done, _ = self._drain(answer["Body"], buffer)
-        self._fill(key, done, buffer[done:], answer["ETag"])
+        done, _ = self._drain(answer["Body"], [buffer])
+        self._fill(key, done, [buffer[done:]], answer["ETag"])
         return bytes(buffer), answer["ETag"]
 
-    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
-        """Fill a writable buffer with an object's content from byte `start` on."""
-        self._fill(key, start, buffer)
+    def read_into(self, key: str, start: int, *buffers: memoryview) -> None:
+        """Fill writable buffers, one after the other, with an object's content from byte `start` on."""
+        self._fill(key, start, buffers)
 
     def size(self, key: str) -> int:
         """An object's size in bytes."""
@@ -177,37 +181,42 @@ class S3Store(Store):
         """Remove an object; nothing happens if there is none."""
         self._call("delete_object", key)
 
-    def _fill(self, key: str, start: int, buffer: memoryview, etag: str = "") -> None:
-        """Read until the buffer is full. A body that breaks off is continued where it broke, if the object is still the same."""
-        done, failures, begun = 0, 0, time.monotonic()
-        while done < len(buffer):
-            wanted = len(buffer) - done
+    def _fill(self, key: str, start: int, buffers: Sequence[memoryview], etag: str = "") -> None:
+        """Read until the buffers are full. A body that breaks off is continued where it broke, if the object is still the same."""
+        done, size, failures, begun = 0, sum(map(len, buffers)), 0, time.monotonic()
+        while done < size:
+            wanted = size - done
             condition = {"IfMatch": etag} if etag else {}
-            answer = self._call("get_object", key, Range=f"bytes={start + done}-{start + done + wanted - 1}", **condition)
+            answer = self._call("get_object", key, Range=f"bytes={start + done}-{start + size - 1}", **condition)
             etag, coming = answer["ETag"], answer.get("ContentLength", wanted)
             if coming != wanted:
                 raise StorageError(
-                    f"{self.url}/{key} at {self.endpoint}: {coming} bytes came, but bytes {start + done} to {start + done + wanted} "
+                    f"{self.url}/{key} at {self.endpoint}: {coming} bytes came, but bytes {start + done} to {start + size} "
                     "were asked for: the object is shorter, or the server ignores ranges"
                 )
-            count, cause = self._drain(answer["Body"], buffer[done:])
+            count, cause = self._drain(answer["Body"], rest_of(buffers, done))
             done += count
-            if done < len(buffer):
+            if done < size:
                 failures += 1
-                if time.monotonic() - begun > PATIENCE + len(buffer) / SLOWEST:
+                if time.monotonic() - begun > PATIENCE + size / SLOWEST:
                     raise StorageError(
                         f"{self.url}/{key} at {self.endpoint}: the answer broke off {failures} times in {PATIENCE:g} s and more, the last "
                         f"time at byte {start + done}: {cause or 'it ended early'}"
                     ) from cause
                 _back_off(failures)
 
-    def _drain(self, body: Any, buffer: memoryview) -> tuple[int, Exception | None]:
-        """Bytes that came before the buffer was full or the body broke off, and why it did."""
+    def _drain(self, body: Any, buffers: Sequence[memoryview]) -> tuple[int, Exception | None]:
+        """Bytes that came before the buffers were full or the body broke off, and why it did."""
         done, cause = 0, None
         try:
-            with contextlib.closing(body), WATCHDOG.within(STALL + len(buffer) / SLOWEST, body._raw_stream.shutdown):
-                while done < len(buffer) and (count := body.readinto(buffer[done : done + CHUNK])):
-                    done += count
+            with contextlib.closing(body), WATCHDOG.within(STALL + sum(map(len, buffers)) / SLOWEST, body._raw_stream.shutdown):
+                for buffer in buffers:
+                    at = 0
+                    while at < len(buffer) and (count := body.readinto(buffer[at : at + CHUNK])):
+                        at += count
+                        done += count
+                    if at < len(buffer):
+                        break
         except FAULTS as error:
             cause = error
         self._meter.add(done)

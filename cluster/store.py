@@ -4,7 +4,7 @@ import hashlib
 import threading
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,12 +88,12 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
-        """Fill a writable buffer of bytes with an object's content from byte `start` on.
+    def read_into(self, key: str, start: int, *buffers: memoryview) -> None:
+        """Fill writable buffers of bytes, one after the other, with an object's content from byte `start` on.
 
         Raises:
             NotFound: if there is no such object.
-            StorageError: if it ends before the buffer is full.
+            StorageError: if it ends before they are full.
         """
 
     @abstractmethod
@@ -182,6 +182,16 @@ class Store(ABC):
             f"{self.url}: conditional puts are ignored by {self.endpoint} ({what}), so two runs could overwrite each other's state; "
             "use a store that honours If-None-Match and If-Match on PutObject (AWS S3 and SeaweedFS do)"
         )
+
+
+def rest_of(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
+    """What is left to be filled of these buffers when the first `done` bytes are."""
+    rest = []
+    for buffer in buffers:
+        if done < len(buffer):
+            rest.append(buffer[done:])
+        done = max(0, done - len(buffer))
+    return rest
 
 
 def content_hash(data: bytes | memoryview) -> str:

@@ -1,30 +1,32 @@
 """Order -> ranged reads -> verified, decoded batches on this rank.
 
-Every rank has every step; which of its positions a rank reads is a pure function of (step, ranks, rank). Threads read ahead,
-but hand over in order. Every member is checked against its CRC32C before it becomes part of a batch.
+Every rank has every step; which of its positions a rank reads is a pure function of (step, ranks, rank). A window of steps is
+read ahead of the one that is asked for, as large as memory allows: items that lie side by side in a shard come in one read,
+whichever steps they are for, and arrays land in the tensors of their batches. Threads read; the order never follows them.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import islice
+from threading import Lock
 
 import numpy as np
 import torch
 
+from cluster.quarantine import Bad, Quarantine
+from cluster.ranges import Range, Target
 from cluster.reader import Reader
 from reactdiff.data.order import Order, step_slice
 from reactdiff.stage import Stage
 
+DRAWN = 2
+"""Steps whose random arrays are drawn ahead: they are larger than what is read, and quickly made."""
 
-@dataclass(frozen=True)
-class Item:
-    """One decoded item: arrays by batch name, the bytes read for it and the sum of its members' CRC32C."""
-
-    arrays: dict[str, np.ndarray]
-    bytes: int
-    checksum: int
+LARGEST = 1000
+"""Steps of a window, at most."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,11 @@ class Batch:
         step: which step.
         positions: in the order of items.
         items: the items at these positions.
-        tensors: name -> (items, ...) tensor, and `weight` (items,): 0 for a quarantined item, else 1.
+        tensors: name -> (items, ...) tensor, and `weight` (items,): 0 for a quarantined item, else 1. Their memory is used
+            again once nobody holds them.
         ledger: sum of the CRC32C of all member bytes the share consists of.
-        bytes: read for it.
+        bytes: read for it, and for later steps along with it.
+        corrupt: items that were found damaged here.
     """
 
     step: int
@@ -46,6 +50,7 @@ class Batch:
     tensors: dict[str, torch.Tensor]
     ledger: int
     bytes: int
+    corrupt: tuple[Bad, ...] = ()
 
     @property
     def valid(self) -> int:
@@ -79,6 +84,28 @@ class Share:
         return step_slice(step, self.batch, self.total, self.ranks, self.rank)
 
 
+class _Step:
+    """A step that is being read: its tensors, and how much of them has not come yet."""
+
+    def __init__(self, step: int, positions: range, items: list[int], tensors: dict[str, torch.Tensor]):
+        self.step, self.positions, self.items, self.tensors = step, positions, items, tensors
+        self.coming = 0
+        self.bytes = 0
+        self.checksums = [0] * len(items)
+        self.corrupt: dict[int, Bad] = {}
+        self.read: Future[None] = Future()
+        self.drawn: Future[dict[str, np.ndarray]] | None = None
+
+    def fail(self, error: BaseException) -> None:
+        """The step cannot be had."""
+        if not self.read.done():
+            self.read.set_exception(error)
+
+
+Owner = tuple[_Step, int]
+"""A step, and the row of its tensors."""
+
+
 class Stream:
     """Batches of one split, in order, from any step on.
 
@@ -88,58 +115,171 @@ class Stream:
         order: which item is at a position.
         share: which positions of a step are read here.
         seed: keys the random arrays.
-        read_ahead: steps read before they are asked for.
+        read_ahead: bytes that are read before they are asked for; at least one step's.
         readers: threads that read and decode.
+        pin: whether the tensors are to lie in memory that a GPU copies from by itself.
+        quarantine: items that do not count; without one damaged data is an error.
     """
 
-    def __init__(self, reader: Reader, stage: Stage, order: Order, share: Share, seed: int, read_ahead: int, readers: int):
+    def __init__(
+        self,
+        reader: Reader,
+        stage: Stage,
+        order: Order,
+        share: Share,
+        seed: int,
+        read_ahead: int,
+        readers: int,
+        pin: bool = False,
+        quarantine: Quarantine | None = None,
+    ):
         self._reader, self._stage, self._order, self._share = reader, stage, order, share
-        self._seed, self._read_ahead = seed, read_ahead
+        self._seed, self._quarantine = seed, quarantine
+        self._sources = [stage.reads(side) for side in (0, 1)]
+        self._kinds = {name: reader.array(source) for name, source in self._sources[0].items()}
+        self._rows = -(-share.batch // share.ranks)
+        self._memory = _Memory(pin)
+        step_bytes = self._rows * sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in self._kinds.values())
+        self._window = max(1, min(LARGEST, read_ahead // (2 * step_bytes)))
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="reader")
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
+        self._drawer = ThreadPoolExecutor(1, thread_name_prefix="drawer")
+        self._lock = Lock()
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """All steps from `first_step` to the end of the run; an empty share still gives a batch.
 
         Raises:
-            CorruptData: if a member's bytes are not those of its index.
+            CorruptData: if a member's bytes are not those of its index, and there is no quarantine.
             StorageError: if they cannot be read.
         """
-        ahead: deque[tuple[int, list[int], list[Future[Item]]]] = deque()
-        step = first_step
-        try:
-            while step < self._share.steps or ahead:
-                while step < self._share.steps and len(ahead) <= self._read_ahead:
-                    positions = self._share.positions(step)
-                    items = [int(item) for item in self._order.at(np.arange(positions.start, positions.stop))]
-                    ahead.append((step, items, [self._pool.submit(self._read, i, p) for i, p in zip(items, positions, strict=True)]))
-                    step += 1
-                yield self._collate(*ahead.popleft())
-        finally:
-            for _, _, futures in ahead:
-                for future in futures:
-                    future.cancel()
+        size, begun = 1, first_step  # the first windows are small, so that the first batch is there soon
+        planned = self._planner.submit(self._plan, begun, size)
+        while steps := deque(planned.result()):
+            begun, size = begun + size, min(2 * size, self._window)
+            planned = self._planner.submit(self._plan, begun, size)
+            while steps:
+                for step in islice(steps, 1 + DRAWN):
+                    self._draw_ahead(step)
+                yield self._finished(steps.popleft())
 
     def close(self) -> None:
         """Stop the readers."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._planner, self._drawer, self._pool):
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, item: int, position: int) -> Item:
-        clip, side = divmod(item, 2)
-        wanted = self._stage.reads(side)
-        found = self._reader.read(clip, sorted(set(wanted.values())))
-        arrays = {name: found.arrays[source] for name, source in wanted.items()}
-        return Item(arrays | self._stage.draw(self._seed, position), found.bytes, found.checksum)
+    def _plan(self, first: int, count: int) -> list[_Step]:
+        """Open these steps and begin to read them."""
+        numbers = range(first, min(first + count, self._share.steps))
+        places = [self._share.positions(step) for step in numbers]
+        positions = [np.arange(place.start, place.stop) for place in places]
+        items = self._order.at(np.concatenate([*positions, np.empty(0, np.int64)])).tolist()
+        steps: list[_Step] = []
+        clips, sources, targets = [], [], []
+        for number, place in zip(numbers, places, strict=True):
+            mine, items = items[: len(place)], items[len(place) :]
+            tensors = {name: self._memory.take((self._rows, *shape), dtype) for name, (shape, dtype) in self._kinds.items()}
+            step = _Step(number, place, mine, tensors)
+            steps.append(step)
+            views = {name: memoryview(tensor.numpy().data).cast("B") for name, tensor in tensors.items()}
+            for row, (item, position) in enumerate(zip(mine, place, strict=True)):
+                if self._quarantine and self._quarantine.holds(item, position):
+                    self._blank(step, row)
+                    continue
+                clip, side = divmod(item, 2)
+                for name, source in self._sources[side].items():
+                    size = len(views[name]) // self._rows
+                    clips.append(clip)
+                    sources.append(source)
+                    targets.append(Target(views[name][row * size : (row + 1) * size], (step, row)))
+                    step.coming += 1
+            if not step.coming:
+                step.read.set_result(None)
+        for step in steps[:DRAWN]:
+            self._draw_ahead(step)
+        for part, owner in self._ranges(clips, sources, targets):
+            owner.bytes += part.length
+            self._pool.submit(self._fetch, part, self._wanted_again(owner.step))
+        return steps
 
-    def _collate(self, step: int, items: list[int], futures: list[Future[Item]]) -> Batch:
-        read = [future.result() for future in futures]
-        if read:
-            tensors = {name: torch.from_numpy(np.stack([item.arrays[name] for item in read])) for name in read[0].arrays}
+    def _ranges(self, clips: list[int], sources: list[tuple[str, str]], targets: list[Target]) -> list[tuple[Range, _Step]]:
+        """The reads of a window and the first step each is for, in the order of these."""
+        ranges = self._reader.plan(np.array(clips, dtype=np.int64), sources, targets, self._pool.map)
+        firsts = [min((t.owner[0] for piece in part.pieces for t in piece.targets), key=lambda step: step.step) for part in ranges]
+        return sorted(zip(ranges, firsts, strict=True), key=lambda pair: pair[1].step)
+
+    def _wanted_again(self, step: int) -> bool:
+        """Whether there is another epoch after the one a step is in."""
+        return (step * self._share.batch // self._order.items + 1) * self._order.items < self._share.total
+
+    def _fetch(self, part: Range, keep: bool) -> None:
+        """Read a range and tell the steps that wait for it."""
+        owners: list[Owner] = [target.owner for piece in part.pieces for target in piece.targets]
+        try:
+            damaged = {piece.offset: error for piece, error in self._reader.fetch(part, keep)}
+        except BaseException as error:
+            for step, _ in owners:
+                step.fail(error)
+            return
+        with self._lock:
+            for piece in part.pieces:
+                for step, row in (target.owner for target in piece.targets):
+                    step.checksums[row] += piece.crc
+                    if piece.offset in damaged:
+                        self._found(step, row, damaged[piece.offset])
+                    step.coming -= 1
+                    if not step.coming and not step.read.done():
+                        step.read.set_result(None)
+
+    def _found(self, step: _Step, row: int, error: Exception) -> None:
+        """An item is damaged."""
+        if self._quarantine is None:
+            step.fail(error)
         else:
-            tensors = {name: torch.from_numpy(array[:0]) for name, array in self._template.items()}
-        tensors["weight"] = torch.ones(len(read))
-        return Batch(step, self._share.positions(step), items, tensors, sum(i.checksum for i in read), sum(i.bytes for i in read))
+            step.corrupt[row] = Bad(step.items[row], step.positions[row], str(error))
 
-    @cached_property
-    def _template(self) -> dict[str, np.ndarray]:
-        """The first item with a leading axis, to give an empty share its shapes."""
-        return {name: array[None] for name, array in self._read(0, 0).arrays.items()}
+    def _finished(self, step: _Step) -> Batch:
+        """The batch of a step, when everything of it has come."""
+        step.read.result()
+        assert step.drawn is not None
+        rows = len(step.items)
+        weight = torch.ones(rows)
+        for row, (item, position) in enumerate(zip(step.items, step.positions, strict=True)):
+            if row in step.corrupt or (self._quarantine and self._quarantine.holds(item, position)):
+                self._blank(step, row)
+                weight[row] = 0
+        tensors = {name: tensor[:rows] for name, tensor in step.tensors.items()}
+        tensors |= {name: torch.from_numpy(array) for name, array in step.drawn.result().items()}
+        ledger = sum(checksum for checksum, counts in zip(step.checksums, weight.tolist(), strict=True) if counts)
+        return Batch(step.step, step.positions, step.items, tensors | {"weight": weight}, ledger, step.bytes, tuple(step.corrupt.values()))
+
+    def _blank(self, step: _Step, row: int) -> None:
+        for tensor in step.tensors.values():
+            tensor[row] = 0
+
+    def _draw_ahead(self, step: _Step) -> None:
+        if step.drawn is None:
+            step.drawn = self._drawer.submit(self._draw, step.positions)
+
+    def _draw(self, positions: range) -> dict[str, np.ndarray]:
+        """The random arrays of a share, with a leading axis of items; of an empty one too."""
+        drawn = [self._stage.draw(self._seed, position) for position in positions] or [self._stage.draw(self._seed, 0)]
+        return {name: np.stack([arrays[name] for arrays in drawn])[: len(positions)] for name in drawn[0]}
+
+
+class _Memory:
+    """Memory of batches: what nobody holds any more is used again, since the kernel gives out new pages slowly."""
+
+    def __init__(self, pin: bool):
+        self._pin = pin
+        self._free: dict[tuple[tuple[int, ...], np.dtype], deque[np.ndarray]] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> torch.Tensor:
+        """A tensor of any content."""
+        if self._pin:  # torch uses pinned memory again itself, and knows when a copy to the GPU is done with it
+            return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True)
+        free = self._free.setdefault((shape, dtype), deque())
+        base = free.pop() if free else np.empty(shape, dtype)
+        view = base[:]
+        weakref.finalize(view, free.append, base).atexit = False
+        return torch.from_numpy(view)

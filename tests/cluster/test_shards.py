@@ -20,11 +20,8 @@ from cluster.shards import (
     encode_npy,
     index_dtype,
     members,
-    members_of,
     read_index,
     shard_name,
-    span,
-    verify,
     write_shard,
 )
 from cluster.storage import Store, content_hash
@@ -56,7 +53,6 @@ def shard(store: Store, tmp_path: Path) -> tuple[Store, str, ShardInfo]:
 
 def test_members_are_sorted_person_by_person_with_the_json_last() -> None:
     assert members(["mfcc", "au"]) == ("a.au.npy", "a.mfcc.npy", "b.au.npy", "b.mfcc.npy", "json")
-    assert members_of("b", members(["mfcc", "au"])) == ("b.au.npy", "b.mfcc.npy")
     with pytest.raises(ValueError, match=r"'w\.v' cannot name"):
         members(["w.v"])
 
@@ -99,42 +95,6 @@ def test_index_ranges_are_the_tar_s_members(shard: tuple[Store, str, ShardInfo],
             for place, member in enumerate(order):
                 expected = tar.extractfile(f"{row['key'].decode()}.{member}").read()
                 assert content[row["offset"][place] :][: row["size"][place]] == expected
-
-
-def test_a_person_is_one_ranged_read_that_holds_nothing_else(shard: tuple[Store, str, ShardInfo]) -> None:
-    store, name, info = shard
-    row, order = read_index(store, name, info.index)[2], members(ARRAYS)
-    here = span(row, order, members_of("b", order))
-    assert here.length < sum(row["size"][4:8]) + 4 * 1024
-    before = store.bytes_read
-    data = memoryview(bytearray(here.length))
-    store.read_into(f"{name}.tar", here.start, data)
-    assert store.bytes_read - before == here.length
-    for piece in here.pieces:
-        part = data[piece.start : piece.start + piece.size]
-        verify(name, "clip-2", piece, part)
-        array = decode_npy(part)
-        assert np.array_equal(array, CLIPS[2].people["b"][piece.member.split(".")[1]])
-        assert np.shares_memory(array, np.frombuffer(data, np.uint8))
-    with pytest.raises(ValueError, match=r"no member 'a.w2v.npy'; it has a.attributes.npy"):
-        span(row, order, ["a.w2v.npy"])
-
-
-def test_one_flipped_bit_is_caught_with_shard_clip_and_member(shard: tuple[Store, str, ShardInfo]) -> None:
-    store, name, info = shard
-    row, order = read_index(store, name, info.index)[4], members(ARRAYS)
-    content = bytearray(store.read(f"{name}.tar"))
-    content[row["offset"][order.index("b.au.npy")] + 200] ^= 1
-    store.put(f"{name}.tar", bytes(content))
-    caught = []
-    for piece in (here := span(row, order, order)).pieces:
-        data = store.read_range(f"{name}.tar", here.start + piece.start, piece.size)
-        try:
-            verify(name, "clip-4", piece, data)
-        except CorruptData as error:
-            caught.append(error)
-    assert [(e.shard, e.clip, e.member) for e in caught] == [("train/000003", "clip-4", "b.au.npy")]
-    assert all(word in str(caught[0]) for word in ("train/000003", "clip-4", "b.au.npy", caught[0].expected, caught[0].actual))
 
 
 def test_a_damaged_index_is_named(shard: tuple[Store, str, ShardInfo]) -> None:
