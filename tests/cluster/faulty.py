@@ -106,6 +106,7 @@ class FaultyProxy(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: FaultyProxy
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and content are two writes: the second would wait 40 ms for the first to be acknowledged
 
     def log_message(self, *_: object) -> None:
         pass

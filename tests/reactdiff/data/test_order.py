@@ -1,5 +1,7 @@
 """The order of items: exactly once per epoch, the same for any ranks, a pure function that never changes."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -72,3 +74,19 @@ def test_a_hundred_million_items_need_no_list() -> None:
     order = Order(np.full(100_000, 1000), seed=1, block=16, group=64)
     items = order.at(np.arange(10**8 - 16, 10**8))
     assert len(set(items.tolist())) == 16 and items.max() < 10**8
+
+
+def test_a_rank_of_a_thousand_finds_its_positions_in_a_megabyte() -> None:
+    """What a step costs, beyond the order itself, does not depend on how many items there are; nor does the order."""
+    small, large = (Order(np.full(100_000, clips), seed=1, block=16, group=64) for clips in (10, 1000))
+    arrays = [[value.size for value in vars(order).values() if isinstance(value, np.ndarray)] for order in (small, large)]
+    assert arrays[0] == arrays[1] and max(arrays[1]) == 100_001
+    peaks = []
+    for step in (0, 777, 10**8 // 64_000):  # the last one straddles two epochs
+        tracemalloc.start()
+        share = step_slice(step, batch=64_000, total=10**9, ranks=1000, rank=999 if step else 500)
+        items = large.at(np.arange(share.start, share.stop))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(set(items.tolist())) == 64
+    assert max(peaks) < 1 << 20, peaks
