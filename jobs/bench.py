@@ -3,6 +3,7 @@
 python jobs/bench.py train                                          the demo's widths
 python jobs/bench.py train --config jobs/configs/react2024.yaml     the authors' widths
 python jobs/bench.py online                                         a listener that reacts while the speaker speaks
+python jobs/bench.py data                                           our loader over S3, against the wire and webdataset
 python jobs/bench.py metrics                                        a pair of reactions, against the challenges' code
 python jobs/bench.py metrics --full                                 and as many as the test set has, on all cores
 python jobs/bench.py science                                        the table of docs/science.md: hours on two cores, and it resumes
@@ -10,9 +11,11 @@ python jobs/bench.py science                                        the table of
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from rich.table import Table
 
 from cluster import command
 from cluster.bench import alone, bench_online, bench_training
+from cluster.bench_data import Figures, Task, Undrawn, bench_data, make_noise, server
 from cluster.demo import make_demo
 from cluster.experiment import load
 from cluster.progress import Display
@@ -29,9 +33,10 @@ from reactdiff.clip import FRAME_RATE, WINDOW
 from reactdiff.config import STAGES
 from reactdiff.data.sample import StreamSpec
 from reactdiff.metrics.bench import CLIPS, FRAMES, NEIGHBOURS, OFFICIAL_SECONDS, PREDICTIONS, full_size, pair_costs
-from reactdiff.stage import Source, stages_of
+from reactdiff.stage import LATENT, AutoencoderStage, DiffusionStage, Source, Stage, stages_of
 
 CONFIGS = Path(__file__).parent / "configs"
+SERVER = Path(__file__).parent.parent / "infra" / "objectstore.py"
 MARK = "<!-- table -->"
 AUTHORS = Source(
     (
@@ -69,6 +74,13 @@ def main() -> int:
     verb = _verb(verbs, "online", online, CONFIGS / "online.yaml", "reacting window by window, against the speaker's real time")
     verb.add_argument("--seconds", type=command.positive, default=30, help="length of the clip (default: 30)")
     verb.add_argument("--count", type=command.positive, default=10, metavar="K", help="reactions at the same time (default: 10)")
+    verb = _verb(
+        verbs, "data", data, CONFIGS / "demo.yaml", "reading from S3: verified batches, against raw boto3 and stock webdataset, same bytes"
+    )
+    verb.add_argument("--url", metavar="s3://BUCKET/PREFIX", help="where the data is made (default: a server of our own, in work/bench)")
+    verb.add_argument("--size", type=command.positive, default=2000, metavar="MB", help="of each dataset (default: 2000)")
+    verb.add_argument("--rounds", type=command.positive, default=5, help="measurements of each reader, in turns (default: 5)")
+    verb.add_argument("--stage", choices=STAGES, action="append", help="only what this stage reads")
     verb = _verb(
         verbs, "science", science, CONFIGS / "science.yaml", "models, ablations and peers on equal data, against baselines and oracles"
     )
@@ -119,6 +131,59 @@ def online(arguments: argparse.Namespace) -> int:
         table.add_row(name, f"{ours:.2f}", f"{theirs / ours:.1f}")
     Console().print(table)
     return 0
+
+
+def data(arguments: argparse.Namespace) -> int:
+    """Reading speed of one rank."""
+    if not arguments.url:
+        again = [sys.executable, __file__, *sys.argv[1:], "--url", "s3://bench/data"]
+        return subprocess.call([sys.executable, str(SERVER), "work/bench", "--bucket", "bench", "--", *again])
+    experiment = load(arguments.config, arguments.overrides)
+    authors = load(CONFIGS / "react2024.yaml", []).model
+    encoded = Source([StreamSpec(LATENT, "latent", experiment.model.latent)], SIMULATED.frames)
+    reading: dict[str, Stage] = {
+        "autoencoder": AutoencoderStage(authors, AUTHORS),
+        "diffusion": DiffusionStage(experiment.model, experiment.diffusion, encoded),
+    }
+    settings = experiment.data
+    for name in arguments.stage or STAGES:
+        source, what = reading[name].source, "latents" if name == "diffusion" else "person-clips"
+        with Display() as display:
+            url = make_noise(arguments.url, source, arguments.size * 10**6, display.counter(f"making {what}", "clips"))
+            task = Task(
+                url=url,
+                stage=Undrawn(reading[name]),
+                batch=experiment.optim.batch[name],
+                block=settings.block,
+                group=settings.group,
+                read_ahead=int(1e6 * settings.read_ahead),
+                readers=settings.readers,
+            )
+            found = bench_data(task, arguments.rounds, display.counter(f"reading {what}", "measurements"))
+        width, cores = sum(spec.width for spec in source.streams), len(os.sched_getaffinity(0))
+        Console().print(
+            _compared(
+                f"{what} of {source.frames} frames x {width}, batches of {task.batch}, read ahead {settings.read_ahead:g} MB, "
+                f"from {server(url)}, {task.readers} threads, {cores} cores, medians of {arguments.rounds} rounds",
+                found,
+            )
+        )
+    return 0
+
+
+def _compared(title: str, found: dict[str, Figures]) -> Table:
+    """What was measured of every reader, each beside its ratio to the first."""
+    table = Table(title=title, title_justify="left")
+    (first, wire), *rest = found.items()
+    for column in ("", first, *(column for name, _ in rest for column in (name, f"/ {first}"))):
+        table.add_column(column, justify="right")
+    for what, digits in Figures.ROWS.items():
+        cells = [f"{median(wire.each(what)):.{digits}f}"]
+        for _, figures in rest:
+            ratios = [ours / theirs for ours, theirs in zip(figures.each(what), wire.each(what), strict=True)]
+            cells += [f"{median(figures.each(what)):.{digits}f}", f"{median(ratios):.2f}"]
+        table.add_row(what, *cells)
+    return table
 
 
 def metrics(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,400 @@
+"""How fast a rank reads from object storage: our stream against the wire and against stock webdataset, over the same bytes.
+
+The wire is boto3's cheapest way into memory: `readinto` of the public StreamingBody, into memory that is there already, the very
+ranges that our stream asked for, on as many threads. Every measurement is a process of its own.
+"""
+
+import multiprocessing
+import resource
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from torch import nn
+
+from cluster.manifest import Manifest, Shards, Split, load_manifest, publish
+from cluster.manifest import Stream as StreamEntry
+from cluster.reader import Reader
+from cluster.shards import members, shard_name, stock, write_shard
+from cluster.storage import S3Store, open_store
+from cluster.store import Store
+from cluster.stream import Share, Stream
+from reactdiff.clip import PERSONS, TARGETS
+from reactdiff.data.keyed import normal
+from reactdiff.data.order import Order
+from reactdiff.data.sample import Clip
+from reactdiff.stage import LATENT, Source, Stage
+
+T = TypeVar("T")
+Done = Callable[[int], None]
+"""Told the items of each batch when it is there."""
+
+SPLIT = "train"
+CLIPS_PER_SHARD = 64
+"""As `jobs/prepare.py` cuts them by default."""
+
+SHUFFLED, SHUFFLED_BYTES = 1000, 1 << 30
+"""Samples that webdataset shuffles among each other, and most bytes of them."""
+
+ROW = 8
+"""Clips that a dataset has a multiple of: whole blocks of the default order."""
+
+
+class Undrawn:
+    """Reads what a stage reads and draws nothing: noise and diffusion times are not data."""
+
+    def __init__(self, stage: Stage):
+        self.source, self._stage = stage.source, stage
+        self._sides = stage.reads(0), stage.reads(1)
+
+    def reads(self, side: int) -> dict[str, tuple[str, str]]:
+        """What the stage reads."""
+        return self._sides[side]
+
+    def draw(self, seed: int, position: int) -> dict[str, np.ndarray]:
+        """Nothing."""
+        return {}
+
+    def module(self) -> nn.Module:
+        """The stage's module."""
+        return self._stage.module()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all of them read: every item of a dataset once.
+
+    Attributes:
+        url: of the dataset, in object storage.
+        stage: says what an item reads.
+        batch: items of a batch.
+        block: of the order.
+        group: of the order.
+        read_ahead: bytes our stream may read before they are asked for.
+        readers: threads of ours and of the wire.
+    """
+
+    url: str
+    stage: Stage
+    batch: int
+    block: int
+    group: int
+    read_ahead: int
+    readers: int
+
+
+class Range(NamedTuple):
+    """Bytes that were asked for in one request."""
+
+    key: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What our stream asked the store for: ranges of tars in their order, other objects (manifest, indices), bytes in all."""
+
+    ranges: list[Range]
+    others: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One measurement.
+
+    Attributes:
+        items: that came.
+        seconds: until all had.
+        first: seconds until the first batch (the wire: range) had.
+        cpu: seconds of this process and its children.
+        memory: most bytes the process held beyond those it held after its imports.
+    """
+
+    items: int
+    seconds: float
+    first: float
+    cpu: float
+    memory: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One reader's measurements.
+
+    Attributes:
+        costs: round by round.
+        items: that were read in each.
+        requests: to the server in each.
+        bytes: that came from it in each.
+    """
+
+    ROWS: ClassVar[dict[str, int]] = {
+        "items/s": 0,
+        "MB/s": 0,
+        "MB/s, best": 0,
+        "CPU s/GB": 3,
+        "memory, MB": 0,
+        "first batch, s": 3,
+        "requests": 0,
+        "GB read": 3,
+    }
+    """What there is, and the digits it is printed with."""
+
+    costs: list[Cost]
+    items: int
+    requests: int
+    bytes: int
+
+    def each(self, what: str) -> list[float]:
+        """One of `ROWS`, round by round."""
+        figures: dict[str, Callable[[Cost], float]] = {
+            "items/s": lambda cost: self.items / cost.seconds,
+            "MB/s": lambda cost: self.bytes / 1e6 / cost.seconds,
+            "MB/s, best": lambda _: self.bytes / 1e6 / min(cost.seconds for cost in self.costs),
+            "CPU s/GB": lambda cost: cost.cpu * 1e9 / self.bytes,
+            "memory, MB": lambda cost: cost.memory / 1e6,
+            "first batch, s": lambda cost: cost.first,
+            "requests": lambda cost: self.requests,
+            "GB read": lambda cost: self.bytes / 1e9,
+        }
+        return [figures[what](cost) for cost in self.costs]
+
+
+Rival = Callable[[Done], None]
+
+
+def make_noise(url: str, source: Source, size: int, progress: Callable[[int, int], None]) -> str:
+    """A dataset of noise in object storage, unless it is there: the URL.
+
+    Args:
+        url: prefix below which it lies.
+        source: its streams and frames; targets come with facial and acoustic ones.
+        size: bytes of its tars, at least; they hold a multiple of 8 clips.
+        progress: told (clips written, clips in all).
+    """
+    encoded = any(spec.name == LATENT for spec in source.streams)
+    targets = {} if encoded else TARGETS
+    noise = {spec.name: normal((source.frames, spec.width), "bench", spec.name).astype(np.float16) for spec in source.streams}
+    noise |= {name: normal((source.frames, width), "bench", name) for name, width in targets.items()}
+    clips = -(-size // (len(PERSONS) * sum(array.nbytes for array in noise.values())) // ROW) * ROW
+    store = open_store(f"{url}/{'latents' if encoded else 'clips'}-{sum(spec.width for spec in source.streams)}x{source.frames}-{clips}")
+    try:
+        load_manifest(store)
+        return store.url
+    except ValueError:
+        pass  # none there yet
+    shards = Shards()
+    for number, first in enumerate(range(0, clips, CLIPS_PER_SHARD)):
+        last = min(first + CLIPS_PER_SHARD, clips)
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+            path, name = Path(folder) / "shard.tar", shard_name(SPLIT, number)
+            info = write_shard(path, (_clip(clip, noise) for clip in range(first, last)), noise)
+            store.put_file(f"{name}.tar", path)
+            store.put_file(f"{name}.index.npy", path.with_suffix(".index.npy"))
+        shards = shards.plus({number: info})
+        progress(last, clips)
+    manifest = Manifest(
+        kind="latents" if encoded else "clips",
+        frames=source.frames,
+        streams=[StreamEntry(name=spec.name, kind=spec.kind, width=spec.width) for spec in source.streams],
+        targets=targets,
+        members=list(members(noise)),
+        splits={SPLIT: Split(shards=shards)},
+    )
+    publish(store, manifest)
+    return store.url
+
+
+def bench_data(task: Task, rounds: int, progress: Callable[[int, int], None]) -> dict[str, Figures]:
+    """Measure all three in turns: "wire", "ours", "webdataset".
+
+    Args:
+        task: what they read.
+        rounds: measurements of each.
+        progress: told (measurements done, measurements in all).
+    """
+    asked = _alone(record, task)  # which also brings the data into the server's page cache
+    shards = load_manifest(_s3(task.url)).split(SPLIT).shards
+    rivals: dict[str, tuple[Callable[..., Rival], tuple[Any, ...], int, int]] = {
+        "wire": (wire, (task, asked.ranges), len(asked.ranges), sum(part.length for part in asked.ranges)),
+        "ours": (ours, (task,), len(asked.ranges) + asked.others, asked.bytes),
+        "webdataset": (webdataset, (task,), len(shards), sum(shards.bytes)),
+    }
+    costs: dict[str, list[Cost]] = {name: [] for name in rivals}
+    for turn in range(rounds):
+        for place, (name, (rival, arguments, _, _)) in enumerate(rivals.items()):
+            costs[name].append(_alone(measure, rival, *arguments))
+            progress(turn * len(rivals) + place + 1, rounds * len(rivals))
+    items = 2 * sum(shards.clips)
+    assert {cost.items for name in ("ours", "webdataset") for cost in costs[name]} == {items}, "all items came, each once"
+    return {name: Figures(costs[name], items, requests, size) for name, (_, _, requests, size) in rivals.items()}
+
+
+def server(url: str) -> str:
+    """Name and address of the server that answers for this dataset."""
+    store = _s3(url)
+    client, where = store.raw("dataset.json")
+    headers = client.head_object(**where)["ResponseMetadata"]["HTTPHeaders"]
+    return f"{headers.get('server', 'a server without a name')} at {store.endpoint}"
+
+
+def measure(rival: Callable[..., Rival], *arguments: Any) -> Cost:
+    """What reading everything costs in this process. Clients are made before the clock starts."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
+    held, items = _peak_memory(), 0
+    times: list[float] = []
+
+    def done(count: int) -> None:
+        nonlocal items
+        if not times:
+            times.append(time.perf_counter())
+        items += count
+
+    read = rival(*arguments)
+    cpu, begun = _cpu_seconds(), time.perf_counter()
+    read(done)
+    ended = time.perf_counter()
+    return Cost(items, ended - begun, times[0] - begun, _cpu_seconds() - cpu, _peak_memory() - held)
+
+
+def wire(task: Task, ranges: list[Range]) -> Rival:
+    """Get these ranges in this order, whoever of the threads is free the next one, each into its own memory again and again."""
+    store = _s3(task.url)
+    client, _ = store.raw(ranges[0].key)
+    places = {key: store.raw(key)[1] for key in {part.key for part in ranges}}
+    buffers = [memoryview(bytearray(max(part.length for part in ranges))) for _ in range(task.readers)]
+
+    def read(done: Done) -> None:
+        left = iter(ranges)  # next() of a list's iterator is atomic
+
+        def lane(buffer: memoryview) -> None:
+            for key, start, length in left:
+                body = client.get_object(**places[key], Range=f"bytes={start}-{start + length - 1}")["Body"]
+                at = 0
+                while at < length and (count := body.readinto(buffer[at:length])):
+                    at += count
+                assert at == length, f"{key}: {at} of {length} bytes came"
+                body.close()
+                done(0)
+
+        with ThreadPoolExecutor(task.readers) as pool:
+            for lane_done in [pool.submit(lane, buffer) for buffer in buffers]:
+                lane_done.result()
+
+    return read
+
+
+def ours(task: Task) -> Rival:
+    """The stream of a single rank: start-up (manifest, indices) and all batches of an epoch, verified and decoded."""
+    store = open_store(task.url)
+
+    def read(done: Done) -> None:
+        for items in _streamed(store, task):
+            done(items)
+
+    return read
+
+
+def webdataset(task: Task) -> Rival:
+    """Stock webdataset over `pipe:curl`: samples shuffled and decoded, the two items of each, in batches; whole tars, unverified."""
+    store = _s3(task.url)
+    manifest = load_manifest(store)
+    shards = manifest.split(SPLIT).shards
+    places = [store.raw(f"{manifest.shard(SPLIT, position)}.tar") for position in range(len(shards))]
+    signed = [client.generate_presigned_url("get_object", Params=where) for client, where in places]
+    buffer = min(SHUFFLED, SHUFFLED_BYTES * sum(shards.clips) // sum(shards.bytes))
+
+    def items(samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for sample in samples:
+            for side in range(2):
+                yield {name: sample[f"{person}.{stream}.npy"] for name, (person, stream) in task.stage.reads(side).items()}
+
+    def read(done: Done) -> None:
+        samples = stock([f"pipe:curl -sSf {shlex.quote(url)}" for url in signed], buffer)
+        for batch in samples.compose(items).batched(task.batch):
+            tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+            done(len(next(iter(tensors.values()))))
+
+    return read
+
+
+def record(task: Task) -> Asked:
+    """What our stream asks for in an epoch."""
+    store = _Recorder(task.url)
+    for _ in _streamed(store, task):
+        pass
+    return Asked(store.ranges, store.others, store.bytes_read)
+
+
+class _Recorder(S3Store):
+    """A store that notes what it is asked for."""
+
+    def __init__(self, url: str):
+        parts = urlsplit(url)
+        super().__init__(parts.netloc, parts.path.strip("/"))
+        self.ranges: list[Range] = []
+        self.others = 0
+
+    def get(self, key: str) -> tuple[bytes, str]:
+        """An object's content and its etag."""
+        self.others += 1
+        return super().get(key)
+
+    def read_into(self, key: str, start: int, *buffers: memoryview) -> None:
+        """Fill buffers."""
+        self.ranges.append(Range(key, start, sum(map(len, buffers))))
+        super().read_into(key, start, *buffers)
+
+
+def _streamed(store: Store, task: Task) -> Iterator[int]:
+    """The items of each batch of our stream, over one epoch."""
+    reader = Reader(store, load_manifest(store), SPLIT)
+    order = Order(2 * reader.counts, 0, task.block, task.group)
+    share = Share(task.batch, order.items, ranks=1, rank=0)
+    stream = Stream(reader, task.stage, order, share, 0, task.read_ahead, task.readers)
+    try:
+        for batch in stream.batches(0):
+            yield len(batch.items)
+    finally:
+        stream.close()
+
+
+def _clip(number: int, noise: dict[str, np.ndarray]) -> Clip:
+    """A clip whose arrays are the noise from another row on."""
+    shifts = enumerate(PERSONS, start=2 * number)
+    return Clip(f"clip{number:08d}", {person: {name: np.roll(array, at, axis=0) for name, array in noise.items()} for at, person in shifts})
+
+
+def _s3(url: str) -> S3Store:
+    store = open_store(url)
+    if not isinstance(store, S3Store):
+        raise ValueError(f"{url} is a folder, which has no wire: give s3://bucket/prefix, or leave --url out for a server of our own")
+    return store
+
+
+def _alone(function: Callable[..., T], *arguments: Any) -> T:
+    """The function's result from a process of its own: a fork of one that has imported everything and run nothing."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and of its children that have ended."""
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in spent)
+
+
+def _peak_memory() -> int:
+    """Most bytes this process itself has held; `ru_maxrss` also counts its parent's before it became a program of its own."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
