@@ -4,13 +4,14 @@ Reading one takes time and memory in proportion to the number of shards, whateve
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
 
 from cluster.shards import ShardInfo, decode_npy, shard_name
-from cluster.storage import NotFound, Store, content_hash
+from cluster.storage import AlreadyExists, NotFound, Stale, Store, content_hash
 from reactdiff.data.sample import StreamKind, StreamSpec
 
 CURRENT = "dataset.json"
@@ -33,14 +34,15 @@ class Shards(_Part):
     """The shards of a split, as columns.
 
     Attributes:
-        number: of each shard, its name within the split.
+        number: of each shard, within the split: it is in folder `split` as `<number>.tar`. Tars that another program wrote keep
+            their names instead.
         clips: of each shard.
         bytes: of each tar.
         tar: the tars' hashes, 32 hex digits each, in one text: 10^5 short texts would take four times the memory.
         index: the indices' hashes, likewise.
     """
 
-    number: list[int] = []
+    number: list[int | str] = []
     clips: list[int] = []
     bytes: list[int] = []
     tar: str = ""
@@ -61,8 +63,8 @@ class Shards(_Part):
         digits = slice(position * HASH, (position + 1) * HASH)
         return ShardInfo(self.clips[position], self.bytes[position], self.tar[digits], self.index[digits])
 
-    def plus(self, added: dict[int, ShardInfo]) -> "Shards":
-        """These shards and then, by number, new ones."""
+    def plus(self, added: Mapping[int | str, ShardInfo]) -> "Shards":
+        """These shards and then, by number or name, new ones."""
         return Shards(
             number=[*self.number, *added],
             clips=[*self.clips, *(info.clips for info in added.values())],
@@ -155,7 +157,8 @@ class Manifest(_Part):
 
     def shard(self, split: str, position: int) -> str:
         """The name of the shard at this position of a split."""
-        return shard_name(split, self.split(split).shards.number[position])
+        number = self.split(split).shards.number[position]
+        return shard_name(split, number) if isinstance(number, int) else f"{split}/{number}"
 
     def encode(self) -> bytes:
         """The canonical JSON."""
@@ -186,8 +189,8 @@ def current(store: Store) -> tuple[Manifest, str]:
         data, etag = store.get(CURRENT)
     except NotFound as error:
         raise ValueError(
-            f"there is no dataset at {store.url} (no {CURRENT}); make one: python jobs/prepare.py react2024 TREE {store.url}, "
-            "or correct data.url"
+            f"there is no dataset at {store.url} (no {CURRENT}); make one: python jobs/prepare.py react2024 TREE {store.url} "
+            "(or index, where WebDataset tars lie there), or correct data.url"
         ) from error
     try:
         name = str(json.loads(data)["manifest"])
@@ -214,6 +217,29 @@ def publish(store: Store, manifest: Manifest, etag: str = "") -> None:
         store.replace(CURRENT, pointer, etag)
     else:
         store.create(CURRENT, pointer)
+
+
+def succeed(store: Store, manifest: Manifest, old: Manifest | None, etag: str) -> Manifest:
+    """Publish what a dataset has become, and return the state that is current in the end.
+
+    Args:
+        store: the dataset.
+        manifest: its state now.
+        old: its state before, None if there was none; it stays if nothing but the origin would change.
+        etag: of the old state, from `current`.
+
+    Raises:
+        AlreadyExists: as `publish`, unless somebody published the same.
+        Stale: likewise.
+    """
+    if old and manifest.model_copy(update={"origin": old.origin}).encode() == old.encode():
+        return old
+    try:
+        publish(store, manifest, etag)
+    except (AlreadyExists, Stale):
+        if load_manifest(store).hash != manifest.hash:
+            raise
+    return manifest
 
 
 def load_appropriateness(store: Store, manifest: Manifest, split: str) -> np.ndarray | None:

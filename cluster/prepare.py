@@ -13,9 +13,9 @@ import numpy as np
 
 from cluster.build import Built, Pair, Source, Tree, build, compare
 from cluster.config import Workers
-from cluster.manifest import CURRENT, File, Manifest, Split, Stream, current, load_manifest, publish, read_part
+from cluster.manifest import CURRENT, File, Manifest, Split, Stream, current, read_part, succeed
 from cluster.shards import encode_npy, members, read_index, shard_name
-from cluster.storage import AlreadyExists, Stale, Store, content_hash
+from cluster.storage import AlreadyExists, Store, content_hash
 from cluster.tasks import each
 from reactdiff.clip import PERSONS, TARGETS
 
@@ -137,7 +137,12 @@ class _Preparation:
         """A dataset only grows: same shape, and no clip missing."""
         if self.old is None:
             return
-        for what, old, new in (("frames", self.old.frames, self.tree.frames), ("streams", self.old.stream_specs, tuple(self.tree.streams))):
+        shape = (
+            ("frames", self.old.frames, self.tree.frames),
+            ("streams", self.old.stream_specs, tuple(self.tree.streams)),
+            ("members", tuple(self.old.members), members(self.source.arrays)),  # other programs' tars need not have the JSON
+        )
+        for what, old, new in shape:
             if old != new:
                 raise ValueError(f"the dataset at {self.store.url} has {what} {old}, but the tree has {new}: prepare it to another URL")
         for split in self.old.splits:
@@ -152,16 +157,16 @@ class _Preparation:
         """The first clip of every shard must still be what the tree has."""
         calls = []
         for split, shards in self.keys.items():
-            pairs = {pair.key: pair for pair in self.tree.pairs(split)}
-            part = self.before(split).shards
-            calls += [(shard_name(split, part.number[i]), part.info(i), [pairs[keys[0]]]) for i, keys in enumerate(shards)]
+            assert self.old is not None, "it has shards"
+            pairs, part = {pair.key: pair for pair in self.tree.pairs(split)}, self.before(split).shards
+            calls += [(self.old.shard(split, i), part.info(i), [pairs[keys[0]]]) for i, keys in enumerate(shards)]
         _run(compare, calls, self.source, lambda number: None)
 
     def plan(self, clips_per_shard: int) -> list[_Plan]:
         """New clips cut into shards, each with a number that this content has claimed: no two preparations write to one shard."""
         plans = []
         for split in self.tree.splits:
-            held, number = set(self.order(split)), max(self.before(split).shards.number, default=-1) + 1
+            held, number = set(self.order(split)), max(map(int, self.before(split).shards.number), default=-1) + 1
             new = [pair for pair in self.tree.pairs(split) if pair.key not in held]
             for start in range(0, len(new), clips_per_shard):
                 pairs = new[start : start + clips_per_shard]
@@ -209,14 +214,7 @@ class _Preparation:
             splits=splits,
             provenance=self.tree.provenance(),
         )
-        if old and manifest.model_copy(update={"origin": old.origin}).encode() == old.encode():
-            return old
-        try:
-            publish(self.store, manifest, self.etag)
-        except (AlreadyExists, Stale):
-            if load_manifest(self.store).hash != manifest.hash:  # not merely the same preparation at the same moment
-                raise
-        return manifest
+        return succeed(self.store, manifest, old, self.etag)
 
     def _cut(self, split: str, matrix: np.ndarray, order: list[str]) -> np.ndarray:
         """The rows and columns of these clips, plain then mirrored."""

@@ -1,6 +1,5 @@
 """Is a dataset whole? Every byte of it is read once and compared with what was written, shard by shard over the cluster."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -10,10 +9,8 @@ from cluster.config import Workers
 from cluster.manifest import File, Manifest, read_part
 from cluster.shards import CorruptData, read_index
 from cluster.storage import StorageError, Store, open_store
+from cluster.tape import Tape
 from cluster.tasks import each
-
-CHUNK = 16 << 20
-"""Bytes read at once: what a task holds of a shard, whatever its size."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def _files(store: Store, manifest: Manifest) -> Iterator[Damage]:
 
 
 def check_shard(shared: tuple[str, Manifest], split: str, position: int) -> list[Damage]:
-    """Read one shard from end to end; memory is bounded by `CHUNK`, whatever the shard holds."""
+    """Read one shard from end to end."""
     url, manifest = shared
     store, name, info = open_store(url), manifest.shard(split, position), manifest.split(split).shards.info(position)
     tar = f"{name}.tar"
@@ -70,37 +67,19 @@ def check_shard(shared: tuple[str, Manifest], split: str, position: int) -> list
             for row in index
             for offset, size, crc, member in zip(row["offset"], row["size"], row["crc"], manifest.members, strict=True)
         ]
-        damage, digest = [], hashlib.blake2b(digest_size=16)
-        for (_, _, crc, clip, member), actual in _checksums(store, tar, info.bytes, sorted(pieces), digest.update):
+        damage, tape = [], Tape(store, tar, info.bytes)
+        for offset, size, crc, clip, member in sorted(pieces):
+            tape.seek(offset)
+            actual = 0
+            for part in tape.parts(size):
+                actual = crc32c(part, actual)
             if actual != crc:
                 damage.append(Damage(split, tar, f"clip {clip}, member {member}: checksum {actual:08x}, but written with {crc:08x}"))
+        actual_hash = tape.digest()
     except (StorageError, CorruptData) as error:
         return [Damage(split, tar, str(error))]
     if len(index) != info.clips:
         damage.append(Damage(split, f"{name}.index.npy", f"it has {len(index)} clips, but the manifest says {info.clips}"))
-    if not damage and (actual_hash := digest.hexdigest()) != info.tar:
+    if not damage and actual_hash != info.tar:
         damage.append(Damage(split, tar, f"between its members: hash {actual_hash}, but the manifest says {info.tar}"))
     return damage
-
-
-_Piece = tuple[int, int, int, str, str]
-
-
-def _checksums(
-    store: Store, key: str, size: int, pieces: list[_Piece], seen: Callable[[memoryview], object]
-) -> Iterator[tuple[_Piece, int]]:
-    """The CRC32C of each piece (offset, size, ...), in one pass over an object; `seen` is shown every byte."""
-    running, waiting = 0, iter(pieces)
-    piece = next(waiting, None)
-    for start in range(0, size, CHUNK):
-        data = memoryview(bytearray(min(CHUNK, size - start)))
-        store.read_into(key, start, data)
-        seen(data)
-        end = start + len(data)
-        while piece is not None and piece[0] < end:
-            first, last = piece[0], piece[0] + piece[1]
-            running = crc32c(data[max(first, start) - start : min(last, end) - start], running)
-            if last > end:
-                break
-            yield piece, running
-            running, piece = 0, next(waiting, None)

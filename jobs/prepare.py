@@ -2,12 +2,16 @@
 
   python jobs/prepare.py simulate work/tree
   python jobs/prepare.py react2024 work/tree work/shards           (or s3://bucket/prefix)
+  python jobs/prepare.py index s3://bucket/tars                    the same for WebDataset tars that lie there already
   python jobs/prepare.py inspect work/shards                       what it holds; --keys lists its clips, --clip KEY shows one
   python jobs/prepare.py verify work/shards                        reads every byte and compares it with what was written
 
-Every clip is checked; a clip that cannot be used is left out and listed with file and reason. The same command again goes on
-after an interruption, says so when there is nothing to do, and adds the clips that are new in the tree: shards that exist are
-never rewritten, so a dataset may grow under running jobs.
+Every clip is checked; a clip that cannot be used is left out and listed with file and reason, and in a tar of another program it
+refuses the dataset. The same command again goes on after an interruption and says so when there is nothing to do.
+
+To append clips to a dataset, give the same command again when the tree has new clips, or the URL new tars: they become new shards
+behind the old ones, and a new state of the dataset (a manifest). Shards are never rewritten and old states stay, so a dataset may grow
+under running jobs: each keeps to the state it began with.
 """
 
 import argparse
@@ -21,14 +25,16 @@ from rich.table import Column, Table
 
 from cluster import command
 from cluster.config import Workers
-from cluster.manifest import load_manifest
+from cluster.index import KINDS, index
+from cluster.manifest import Manifest, load_manifest
 from cluster.placement import connect
-from cluster.prepare import Prepared, Refused, prepare
+from cluster.prepare import Refused, prepare
 from cluster.reader import Reader
 from cluster.storage import open_store
 from cluster.verify import verify
 from reactdiff.clip import FRAME_RATE, PERSONS
 from reactdiff.data.react2024 import Tree
+from reactdiff.data.sample import StreamKind
 from reactdiff.data.synthetic import Simulation, write_tree
 
 
@@ -36,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and do the verb."""
     options = _parser().parse_args(arguments)
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
-    return {"simulate": _simulate, "react2024": _react2024, "inspect": _inspect, "verify": _verify}[options.verb](options, console)
+    verbs = {"simulate": _simulate, "react2024": _react2024, "index": _index, "inspect": _inspect, "verify": _verify}
+    return verbs[options.verb](options, console)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,6 +69,11 @@ def _parser() -> argparse.ArgumentParser:
     react.add_argument("url", metavar="URL", help="folder or s3://bucket/prefix of the dataset")
     react.add_argument("--strict", action="store_true", help="fail, and publish nothing, if any clip cannot be used")
     react.add_argument("--clips-per-shard", type=command.positive, default=64, metavar="N", help="clips of each new shard (default: 64)")
+    found = verbs.add_parser("index", help="make a dataset of WebDataset tars that another program wrote, where they lie")
+    found.add_argument("url", metavar="URL", help="folder or s3://bucket/prefix that holds them as <split>/<name>.tar")
+    for kind, what in (("facial", "face"), ("acoustic", "voice")):
+        known = ", ".join(name for name in KINDS if KINDS[name] == kind)
+        found.add_argument(f"--{kind}", type=_names, default=[], metavar="NAME,...", help=f"streams of the {what}, beside {known}")
     look = verbs.add_parser("inspect", help="say what a dataset holds: streams, splits, one clip")
     look.add_argument("url", metavar="URL", help="folder or s3://bucket/prefix of the dataset")
     look.add_argument("--split", help="split of the clip, or of the keys (default: the first)")
@@ -94,7 +106,25 @@ def _react2024(options: argparse.Namespace, console: Console) -> int:
         raise
     if done.refused:
         _list_refused(done.refused, console)
-    _summarise(done, store.url, console)
+    refused = {split: sum(entry[0] == split for entry in done.refused) for split in done.manifest.splits}
+    _summarise(done.manifest, done.added, "refused", refused, store.url, console)
+    if not any(done.added.values()):
+        console.print("nothing to add: the dataset already holds every usable clip of the tree")
+    return 0
+
+
+def _index(options: argparse.Namespace, console: Console) -> int:
+    store = open_store(command.absolute(options.url))
+    kinds: dict[str, StreamKind] = {name: "facial" for name in options.facial}
+    if twice := [name for name in options.acoustic if name in kinds]:
+        raise ValueError(f"{twice[0]} cannot be a stream of both --facial and --acoustic")
+    kinds |= {name: "acoustic" for name in options.acoustic}
+    connect()
+    with _progress("reading tars", console) as progress:
+        done = index(store, kinds, progress)
+    _summarise(done.manifest, done.added, "ignored files", done.ignored, store.url, console)
+    if not any(done.added.values()):
+        console.print("nothing to add: the dataset already holds every tar")
     return 0
 
 
@@ -151,18 +181,15 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
     return 1 if damage else 0
 
 
-def _summarise(done: Prepared, url: str, console: Console) -> None:
-    console.print(f"dataset {url}, state {done.manifest.hash}")
+def _summarise(manifest: Manifest, added: dict[str, int], last: str, left: dict[str, int], url: str, console: Console) -> None:
+    console.print(f"dataset {url}, state {manifest.hash}")
     table = Table()
-    for column in ("split", "clips", "added", "shards", "MB", "refused"):
+    for column in ("split", "clips", "added", "shards", "MB", last):
         table.add_column(column, justify="left" if column == "split" else "right")
-    for split, part in done.manifest.splits.items():
-        refused = sum(entry[0] == split for entry in done.refused)
-        numbers = (sum(part.shards.clips), done.added[split], len(part.shards))
-        table.add_row(split, *map(str, numbers), f"{sum(part.shards.bytes) / 1e6:.1f}", str(refused))
+    for split, part in manifest.splits.items():
+        numbers = (sum(part.shards.clips), added[split], len(part.shards))
+        table.add_row(split, *map(str, numbers), f"{sum(part.shards.bytes) / 1e6:.1f}", str(left[split]))
     console.print(table)
-    if not any(done.added.values()):
-        console.print("nothing to add: the dataset already holds every usable clip of the tree")
 
 
 def _list_refused(clips: Sequence[tuple[str, str, str]], console: Console) -> None:
@@ -182,6 +209,10 @@ def _progress(what: str, console: Console) -> Iterator[Callable[[int, int], None
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _clips(text: str) -> dict[str, int]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import verify
+from cluster import tape
 from cluster.manifest import load_manifest
 from cluster.shards import read_index
 from cluster.storage import open_store
@@ -33,7 +33,7 @@ def flip(file: Path, at: int) -> None:
 
 @pytest.mark.parametrize("chunk", [1000, 1 << 24])
 def test_a_flipped_bit_is_named_with_clip_member_and_both_checksums(dataset: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(verify, "CHUNK", chunk)
+    monkeypatch.setattr(tape, "CHUNK", chunk)
     assert damage(dataset) == []
     store = open_store(str(dataset))
     manifest, index = load_manifest(store), read_index(store, TAR.removesuffix(".tar"))
