@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,13 @@ class Read:
     arrays: dict[Source, np.ndarray]
     bytes: int
     checksum: int
+
+
+class Fetched(NamedTuple):
+    """What came of a range: by offset, what is wrong with damaged pieces (their targets hold nothing of use); bytes asked of the store."""
+
+    damaged: dict[int, CorruptData]
+    bytes: int
 
 
 class Reader:
@@ -116,7 +123,7 @@ class Reader:
         targets = [Target(memoryview(array.data).cast("B")) for array in arrays.values()]
         ranges = self.plan(np.full(len(arrays), clip), list(arrays), targets)
         for part in ranges:
-            for _, error in self.fetch(part):
+            for error in self.fetch(part).damaged.values():
                 raise error
         return Read(arrays, sum(part.length for part in ranges), sum(piece.crc for part in ranges for piece in part.pieces))
 
@@ -154,15 +161,12 @@ class Reader:
             ranges += self._joined(shard, pieces)
         return ranges
 
-    def fetch(self, part: Range, keep: bool = True) -> list[tuple[Piece, CorruptData]]:
+    def fetch(self, part: Range, keep: bool = True) -> Fetched:
         """Read a range and fill its targets; what does not match its checksum is read once more: bytes also change on their way.
 
         Args:
             part: of `plan`.
             keep: whether it will be wanted again, so that the cache should keep it.
-
-        Returns:
-            The pieces that are damaged, and how; what their targets hold then is of no use.
 
         Raises:
             StorageError: if the range cannot be read.
@@ -171,19 +175,20 @@ class Reader:
         if self._cache and self._cache.read_into(tar, part.start, *layout.buffers):
             if not self._damaged(layout):
                 layout.deliver()
-                return []
+                return Fetched({}, 0)
             log.warning("%s: the cache on this node's disk differs from what was kept there; reading it again", self._name(part.shard))
             self._cache.drop(tar, part.start, part.length)
-        for again in (True, False):
+        for reads in (1, 2):
             self._store.read_into(f"{self._name(part.shard)}.tar", part.start, *layout.buffers)
             damaged = self._damaged(layout)
-            if not damaged or not again:
+            if not damaged:
                 break
-            log.warning("%s; reading it once more", damaged[0][1])
+            if reads == 1:
+                log.warning("%s; reading it once more", next(iter(damaged.values())))
         if self._cache and keep and not damaged:
             self._cache.admit(tar, part.start, *layout.buffers)
         layout.deliver()
-        return damaged
+        return Fetched(damaged, reads * part.length)
 
     def _joined(self, shard: int, pieces: list[Piece]) -> list[Range]:
         """What is in the cache is not joined with what is not."""
@@ -193,14 +198,14 @@ class Reader:
         held = {piece.offset: self._cache.holds(tar, piece.offset, piece.size) for piece in pieces}
         return [part for there in (True, False) for part in joined(shard, (piece for piece in pieces if held[piece.offset] == there))]
 
-    def _damaged(self, layout: Layout) -> list[tuple[Piece, CorruptData]]:
-        """The pieces of a filled layout whose bytes are not those that were written."""
-        damaged = []
+    def _damaged(self, layout: Layout) -> dict[int, CorruptData]:
+        """By offset, the pieces of a filled layout whose bytes are not those that were written."""
+        damaged = {}
         for piece, header, crc in layout.landed():
             if crc != piece.crc:
                 shard, member = layout.part.shard, self._manifest.members[piece.member]
-                error = CorruptData(self._name(shard), self._key(shard, piece.row), member, f"{piece.crc:08x}", f"{crc:08x}")
-                damaged.append((piece, error))
+                key = self._key(shard, piece.row)
+                damaged[piece.offset] = CorruptData(self._name(shard), key, member, f"{piece.crc:08x}", f"{crc:08x}")
             elif (known := (piece.member, bytes(header))) not in self._headers:
                 self._assert_header(layout.part.shard, piece, known[1])
                 self._headers.add(known)

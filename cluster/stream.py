@@ -19,6 +19,7 @@ import torch
 from cluster.quarantine import Bad, Quarantine
 from cluster.ranges import Range, Target
 from cluster.reader import Reader
+from cluster.shards import CorruptData
 from reactdiff.data.order import Order, step_slice
 from reactdiff.stage import Stage
 
@@ -94,16 +95,12 @@ class _Step:
         self.checksums = [0] * len(items)
         self.corrupt: dict[int, Bad] = {}
         self.read: Future[None] = Future()
-        self.drawn: Future[dict[str, np.ndarray]] | None = None
+        self.drawn: Future[dict[str, torch.Tensor]] | None = None
 
     def fail(self, error: BaseException) -> None:
         """The step cannot be had."""
         if not self.read.done():
             self.read.set_exception(error)
-
-
-Owner = tuple[_Step, int]
-"""A step, and the row of its tensors."""
 
 
 class Stream:
@@ -138,7 +135,7 @@ class Stream:
         self._sources = [stage.reads(side) for side in (0, 1)]
         self._kinds = {name: reader.array(source) for name, source in self._sources[0].items()}
         self._rows = -(-share.batch // share.ranks)
-        self._memory = _Memory(pin)
+        self._memory, self._pin = _Memory(pin), pin
         step_bytes = self._rows * sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in self._kinds.values())
         self._window = max(1, min(LARGEST, read_ahead // (2 * step_bytes)))
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="reader")
@@ -170,19 +167,15 @@ class Stream:
 
     def _plan(self, first: int, count: int) -> list[_Step]:
         """Open these steps and begin to read them."""
-        numbers = range(first, min(first + count, self._share.steps))
-        places = [self._share.positions(step) for step in numbers]
-        positions = [np.arange(place.start, place.stop) for place in places]
-        items = self._order.at(np.concatenate([*positions, np.empty(0, np.int64)])).tolist()
-        steps: list[_Step] = []
-        clips, sources, targets = [], [], []
-        for number, place in zip(numbers, places, strict=True):
-            mine, items = items[: len(place)], items[len(place) :]
-            tensors = {name: self._memory.take((self._rows, *shape), dtype) for name, (shape, dtype) in self._kinds.items()}
-            step = _Step(number, place, mine, tensors)
-            steps.append(step)
-            views = {name: memoryview(tensor.numpy().data).cast("B") for name, tensor in tensors.items()}
-            for row, (item, position) in enumerate(zip(mine, place, strict=True)):
+        steps = self._opened(range(first, min(first + count, self._share.steps)))
+        for step in steps[:DRAWN]:
+            self._draw_ahead(step)
+        clips: list[int] = []
+        sources: list[tuple[str, str]] = []
+        targets: list[Target] = []
+        for step in steps:
+            views = {name: memoryview(tensor.numpy().data).cast("B") for name, tensor in step.tensors.items()}
+            for row, (item, position) in enumerate(zip(step.items, step.positions, strict=True)):
                 if self._quarantine and self._quarantine.holds(item, position):
                     self._blank(step, row)
                     continue
@@ -195,33 +188,46 @@ class Stream:
                     step.coming += 1
             if not step.coming:
                 step.read.set_result(None)
-        for step in steps[:DRAWN]:
-            self._draw_ahead(step)
-        for part, owner in self._ranges(clips, sources, targets):
-            owner.bytes += part.length
-            self._pool.submit(self._fetch, part, self._wanted_again(owner.step))
+        ranges = self._reader.plan(np.array(clips, dtype=np.int64), sources, targets, self._pool.map)
+        for part, owner in sorted(((part, self._first_owner(part)) for part in ranges), key=lambda pair: pair[1].step):
+            self._pool.submit(self._fetch, part, owner)
         return steps
 
-    def _ranges(self, clips: list[int], sources: list[tuple[str, str]], targets: list[Target]) -> list[tuple[Range, _Step]]:
-        """The reads of a window and the first step each is for, in the order of these."""
-        ranges = self._reader.plan(np.array(clips, dtype=np.int64), sources, targets, self._pool.map)
-        firsts = [min((t.owner[0] for piece in part.pieces for t in piece.targets), key=lambda step: step.step) for part in ranges]
-        return sorted(zip(ranges, firsts, strict=True), key=lambda pair: pair[1].step)
+    def _opened(self, numbers: range) -> list[_Step]:
+        """Steps of which nothing has been read."""
+        shares = [self._share.positions(number) for number in numbers]
+        positions = [np.arange(share.start, share.stop) for share in shares]
+        items = iter(self._order.at(np.concatenate([*positions, np.empty(0, np.int64)])).tolist())
+        return [
+            _Step(
+                number,
+                share,
+                list(islice(items, len(share))),
+                {name: self._memory.take((self._rows, *k[0]), k[1]) for name, k in self._kinds.items()},
+            )
+            for number, share in zip(numbers, shares, strict=True)
+        ]
+
+    def _first_owner(self, part: Range) -> _Step:
+        """The first step that a range is for."""
+        return min((target.owner[0] for piece in part.pieces for target in piece.targets), key=lambda step: step.step)
 
     def _wanted_again(self, step: int) -> bool:
         """Whether there is another epoch after the one a step is in."""
         return (step * self._share.batch // self._order.items + 1) * self._order.items < self._share.total
 
-    def _fetch(self, part: Range, keep: bool) -> None:
+    def _fetch(self, part: Range, first: _Step) -> None:
         """Read a range and tell the steps that wait for it."""
-        owners: list[Owner] = [target.owner for piece in part.pieces for target in piece.targets]
         try:
-            damaged = {piece.offset: error for piece, error in self._reader.fetch(part, keep)}
+            damaged, size = self._reader.fetch(part, self._wanted_again(first.step))
         except BaseException as error:
-            for step, _ in owners:
-                step.fail(error)
+            with self._lock:
+                for piece in part.pieces:
+                    for target in piece.targets:
+                        target.owner[0].fail(error)
             return
         with self._lock:
+            first.bytes += size
             for piece in part.pieces:
                 for step, row in (target.owner for target in piece.targets):
                     step.checksums[row] += piece.crc
@@ -231,7 +237,7 @@ class Stream:
                     if not step.coming and not step.read.done():
                         step.read.set_result(None)
 
-    def _found(self, step: _Step, row: int, error: Exception) -> None:
+    def _found(self, step: _Step, row: int, error: CorruptData) -> None:
         """An item is damaged."""
         if self._quarantine is None:
             step.fail(error)
@@ -248,10 +254,10 @@ class Stream:
             if row in step.corrupt or (self._quarantine and self._quarantine.holds(item, position)):
                 self._blank(step, row)
                 weight[row] = 0
-        tensors = {name: tensor[:rows] for name, tensor in step.tensors.items()}
-        tensors |= {name: torch.from_numpy(array) for name, array in step.drawn.result().items()}
+        read = {name: tensor[:rows] for name, tensor in step.tensors.items()}
+        tensors = read | step.drawn.result() | {"weight": weight}
         ledger = sum(checksum for checksum, counts in zip(step.checksums, weight.tolist(), strict=True) if counts)
-        return Batch(step.step, step.positions, step.items, tensors | {"weight": weight}, ledger, step.bytes, tuple(step.corrupt.values()))
+        return Batch(step.step, step.positions, step.items, tensors, ledger, step.bytes, tuple(step.corrupt.values()))
 
     def _blank(self, step: _Step, row: int) -> None:
         for tensor in step.tensors.values():
@@ -261,10 +267,11 @@ class Stream:
         if step.drawn is None:
             step.drawn = self._drawer.submit(self._draw, step.positions)
 
-    def _draw(self, positions: range) -> dict[str, np.ndarray]:
+    def _draw(self, positions: range) -> dict[str, torch.Tensor]:
         """The random arrays of a share, with a leading axis of items; of an empty one too."""
         drawn = [self._stage.draw(self._seed, position) for position in positions] or [self._stage.draw(self._seed, 0)]
-        return {name: np.stack([arrays[name] for arrays in drawn])[: len(positions)] for name in drawn[0]}
+        stacked = {name: torch.from_numpy(np.stack([arrays[name] for arrays in drawn])[: len(positions)]) for name in drawn[0]}
+        return {name: tensor.pin_memory() for name, tensor in stacked.items()} if self._pin else stacked
 
 
 class _Memory:
