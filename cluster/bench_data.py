@@ -34,8 +34,8 @@ from reactdiff.data.sample import Clip
 from reactdiff.stage import LATENT, Source, Stage
 
 T = TypeVar("T")
-Done = Callable[[int], None]
-"""Told the items of each batch when it is there."""
+Done = Callable[[dict[str, torch.Tensor]], None]
+"""Takes each batch when it is there; of the wire, each time a range is, an empty one."""
 
 SPLIT = "train"
 CLIPS_PER_SHARD = 64
@@ -254,11 +254,11 @@ def measure(rival: Callable[..., Rival], *arguments: Any) -> Cost:
     held, items = _peak_memory(), 0
     times: list[float] = []
 
-    def done(count: int) -> None:
+    def done(batch: dict[str, torch.Tensor]) -> None:
         nonlocal items
         if not times:
             times.append(time.perf_counter())
-        items += count
+        items += len(next(iter(batch.values()), ()))
 
     read = rival(*arguments)
     cpu, begun = _cpu_seconds(), time.perf_counter()
@@ -285,7 +285,7 @@ def wire(task: Task, ranges: list[Range]) -> Rival:
                     at += count
                 assert at == length, f"{key}: {at} of {length} bytes came"
                 body.close()
-                done(0)
+                done({})
 
         with ThreadPoolExecutor(task.readers) as pool:
             for lane_done in [pool.submit(lane, buffer) for buffer in buffers]:
@@ -299,8 +299,8 @@ def ours(task: Task) -> Rival:
     store = open_store(task.url)
 
     def read(done: Done) -> None:
-        for items in _streamed(store, task):
-            done(items)
+        for batch in _streamed(store, task):
+            done(batch)
 
     return read
 
@@ -322,8 +322,7 @@ def webdataset(task: Task) -> Rival:
     def read(done: Done) -> None:
         samples = stock([f"pipe:curl -sSf {shlex.quote(url)}" for url in signed], buffer)
         for batch in samples.compose(items).batched(task.batch):
-            tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
-            done(len(next(iter(tensors.values()))))
+            done({name: torch.from_numpy(array) for name, array in batch.items()})
 
     return read
 
@@ -356,15 +355,15 @@ class _Recorder(S3Store):
         super().read_into(key, start, *buffers)
 
 
-def _streamed(store: Store, task: Task) -> Iterator[int]:
-    """The items of each batch of our stream, over one epoch."""
+def _streamed(store: Store, task: Task) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of each batch of our stream, over one epoch."""
     reader = Reader(store, load_manifest(store), SPLIT)
     order = Order(2 * reader.counts, 0, task.block, task.group)
     share = Share(task.batch, order.items, ranks=1, rank=0)
     stream = Stream(reader, task.stage, order, share, 0, task.read_ahead, task.readers)
     try:
         for batch in stream.batches(0):
-            yield len(batch.items)
+            yield batch.tensors
     finally:
         stream.close()
 

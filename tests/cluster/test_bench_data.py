@@ -1,0 +1,94 @@
+"""The benchmark of reading: three ways to the same items of the same dataset, and what each costs."""
+
+import hashlib
+import subprocess
+import sys
+import uuid
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.bench_data import SPLIT, Rival, Task, Undrawn, make_noise, measure, ours, record, webdataset, wire
+from cluster.manifest import load_manifest
+from cluster.shards import read_index
+from cluster.storage import open_store
+from infra.objectstore import ObjectStore
+from reactdiff.config import Diffusion
+from reactdiff.data.sample import StreamSpec
+from reactdiff.stage import LATENT, AutoencoderStage, DiffusionStage, Source, Stage
+from tests.cluster.conftest import BUCKET
+from tests.reactdiff.model.small import MODEL
+
+FRAMES = 50
+LATENTS = DiffusionStage(MODEL, Diffusion(), Source([StreamSpec(LATENT, "latent", MODEL.latent)], FRAMES))
+VOICE = MODEL.model_copy(update={"facial": (), "acoustic": ("mfcc",)})
+CLIPS = AutoencoderStage(VOICE, Source([StreamSpec("mfcc", "acoustic", 26)], FRAMES))
+
+
+@pytest.fixture(scope="module", params=[(LATENTS, 150_000), (CLIPS, 3_000_000)], ids=["latents", "clips"])
+def made(request: pytest.FixtureRequest, object_store: ObjectStore) -> tuple[str, Stage, int]:
+    """Where noise for a stage was made, the stage, and the size asked for: a full shard and a shorter one."""
+    stage, size = request.param
+    url = f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    make_noise(url, stage.source, size, lambda done, total: None)
+    return url, stage, size
+
+
+@pytest.fixture
+def task(made: tuple[str, Stage, int]) -> Task:
+    """Reading it, which finds it made."""
+    url, stage, size = made
+    there = make_noise(url, stage.source, size, lambda done, total: pytest.fail("it is made again"))
+    return Task(there, Undrawn(stage), batch=6, block=16, group=2, read_ahead=1 << 20, readers=2)
+
+
+def contents(rival: Rival) -> Counter[bytes]:
+    """How often which item came: the hash of its arrays."""
+    found: Counter[bytes] = Counter()
+
+    def done(batch: dict[str, torch.Tensor]) -> None:
+        arrays = [batch[name].numpy() for name in sorted(set(batch) - {"weight"})]
+        for item in zip(*arrays, strict=True):
+            found[hashlib.blake2b(b"".join(array.tobytes() for array in item)).digest()] += 1
+
+    rival(done)
+    return found
+
+
+def test_our_stream_and_webdataset_deliver_the_same_items(task: Task) -> None:
+    counts = load_manifest(open_store(task.url)).counts(SPLIT).tolist()
+    mine = contents(ours(task))
+    assert len(counts) == 2 and mine.total() == 2 * sum(counts)
+    assert mine == contents(webdataset(task))
+
+
+def test_the_wire_gets_the_ranges_our_stream_asked_for_which_hold_every_member_it_reads(task: Task) -> None:
+    asked, came = record(task), []
+    wire(task, asked.ranges)(came.append)
+    assert len(came) == len(asked.ranges) and asked.others >= 2, "dataset.json and the manifest, too"
+    store = open_store(task.url)
+    manifest = load_manifest(store)
+    wanted = {f"{person}.{array}.npy" for side in (0, 1) for person, array in task.stage.reads(side).values()}
+    columns = [place for place, name in enumerate(manifest.members) if name in wanted]
+    for position in range(len(manifest.split(SPLIT).shards)):
+        name = manifest.shard(SPLIT, position)
+        mine = [part for part in asked.ranges if part.key == f"{name}.tar"]
+        for row in read_index(store, name):
+            for start, size in zip(row["offset"][columns], row["size"][columns], strict=True):
+                assert any(part.start <= start and start + size <= part.start + part.length for part in mine)
+
+
+def test_a_cost_counts_the_memory_held_for_a_moment_and_the_time_of_children() -> None:
+    def spend() -> Rival:
+        def read(done: object) -> None:
+            np.ones(10_000_000)
+            subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass"], check=True)
+            done({"x": torch.zeros(3)})  # type: ignore[operator]
+
+        return read
+
+    cost = measure(spend)
+    assert cost.items == 3 and cost.memory > 70_000_000 and cost.cpu >= 0.3
+    assert measure(lambda: lambda done: done({})).memory < 70_000_000, "the peak of one measurement is not that of the next"
