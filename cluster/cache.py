@@ -249,6 +249,7 @@ class Cache:
         return used if settled else self._recount()
 
     def _recount(self) -> int:
+        self._write_count(0, settled=False)  # the count, too, is a file with disk space
         folders = (self._folder, self._folder / "uses")
         return sum(entry.stat().st_blocks * 512 for folder in folders for entry in os.scandir(folder) if entry.is_file())
 
