@@ -18,6 +18,7 @@ from cluster.experiment import digest
 from cluster.export import Export, load_reactor, untrained_reactor
 from cluster.latents import Coder, corrupt_clips, encode
 from cluster.reader import Reader
+from cluster.shards import CorruptData
 from cluster.sight import Sight
 from cluster.storage import NotFound, open_store
 from cluster.tasks import each
@@ -230,10 +231,15 @@ def _baseline(sight: _Sight, row: str, items: range) -> np.ndarray:
 
 
 def _mean_attributes(coder: Coder) -> tuple[float, ...]:
-    """Mean of the training split's attributes over its first clips, (25,)."""
+    """Mean of the training split's attributes over its first clips, (25,); without those that training was to do without, too."""
     reader = Reader(open_store(coder.source), coder.clips, coder.split)
-    wanted = [(person, "attributes") for person in PERSONS]
-    means = [np.mean(list(reader.read(clip, wanted).arrays.values()), axis=(0, 1)) for clip in range(min(reader.clips, MEAN_CLIPS))]
+    wanted, means = [(person, "attributes") for person in PERSONS], []
+    for clip in range(min(reader.clips, MEAN_CLIPS)):
+        try:
+            means.append(np.mean(list(reader.read(clip, wanted).arrays.values()), axis=(0, 1)))
+        except CorruptData:
+            if coder.on_corrupt == "stop":
+                raise
     return tuple(np.mean(means, axis=0).tolist())
 
 

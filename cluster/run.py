@@ -25,6 +25,7 @@ from cluster.encode import build_latents
 from cluster.evaluate import evaluate
 from cluster.experiment import ConfigError, build, digest, ends, identity, placement, to_yaml
 from cluster.export import read_export, write_export
+from cluster.failures import StageFailed, classify
 from cluster.history import watched_name, write_events
 from cluster.latents import Coder
 from cluster.launch import launch
@@ -34,6 +35,7 @@ from cluster.meter import Snapshot, Totals
 from cluster.opened import OpenedRun
 from cluster.placement import Resources, assert_visible, connect
 from cluster.progress import Display
+from cluster.shards import CorruptData
 from cluster.storage import NotFound, Store, open_store
 from cluster.telemetry import Exporter
 from cluster.watch import SPLIT as WATCHED
@@ -223,7 +225,10 @@ class _Life:
             self.train("autoencoder", self.experiment.data.url, self.clips)
 
     def latents(self) -> None:
-        made = build_latents(self.coder(), self.experiment.workers, self.display.counter("latents", "shards"))
+        try:
+            made = build_latents(self.coder(), self.experiment.workers, self.display.counter("latents", "shards"))
+        except CorruptData as error:
+            raise StageFailed("latents", classify([error])[0], error) from error
         self.display.end(f"latents {made.hash}")
 
     def diffusion(self) -> None:
@@ -273,11 +278,12 @@ class _Life:
             pass
         job = Job(self.experiment, stage, self.store.url, self.life, dataset, manifest.hash, self.watched(stage))
         self.display.stage(stage, end)
-        launch(job, self.watch(stage), self.exporter.restarts, f"{self.store.url}/ray")
+        trained = launch(job, self.watch(stage), self.exporter.restarts, f"{self.store.url}/ray")
         export = write_export(self.store, self.experiment, stage, Source(manifest.stream_specs, manifest.frames), end)
         for name in (stage, watched_name(stage)):
             write_events(self.store, name)
-        self.display.end(f"stage {stage}: {end} items, weights {export.hash}")
+        without = f"; {trained['quarantined']} items are quarantined" if trained["quarantined"] else ""
+        self.display.end(f"stage {stage}: {end} items, weights {export.hash}{without}")
 
     def watched(self, stage: str) -> Clips | None:
         """What is scored at the checkpoints of a stage: only the last one's generate reactions."""

@@ -1,9 +1,11 @@
 """The training loop every rank runs. It needs torch.distributed and a store, not Ray."""
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from cluster import checkpoint, lives
+from cluster.cache import Cache
 from cluster.checkpoint import Checkpoint, DamagedCheckpoint, Writer
 from cluster.config import Experiment
 from cluster.device import peak_flops, peak_memory
@@ -19,9 +22,10 @@ from cluster.engine import Engine, Settings
 from cluster.experiment import identity
 from cluster.failures import NonFinite
 from cluster.history import History, rows, watched_name
-from cluster.latents import read_range
+from cluster.latents import corrupt_clips, read_range
 from cluster.manifest import load_manifest
 from cluster.meter import Meter, Snapshot
+from cluster.quarantine import Bad, Quarantine
 from cluster.reader import Reader
 from cluster.start import warm_start
 from cluster.storage import open_store
@@ -91,7 +95,7 @@ def train(job: Job, place: Place, report: Callable[[Snapshot], None]) -> dict[st
         report: takes this rank's cumulative numbers, about once a second.
 
     Returns:
-        progress, steps and loss of the last step.
+        progress, steps, loss of the last step, and how many items are quarantined.
 
     Raises:
         NonFinite, CorruptData, StorageError, lives.Superseded: the run must not go on.
@@ -108,8 +112,10 @@ class _Training:
         self.job, self.place, self.meter, self.optim = job, place, meter, optim
         self.store = open_store(job.folder)
         manifest = load_manifest(open_store(job.dataset), job.manifest)
-        self.reader = Reader(open_store(job.dataset), manifest, experiment.data.split)
-        self.order = Order(2 * self.reader.counts, experiment.seed, experiment.data.block, experiment.data.group, experiment.data.order)
+        data = experiment.data
+        cache = Cache(Path(data.cache), int(1e9 * data.cache_limit)) if data.cache else None
+        self.reader = Reader(open_store(job.dataset), manifest, data.split, cache)
+        self.order = Order(2 * self.reader.counts, experiment.seed, data.block, data.group, data.order)
         total, batch = int(optim.epochs[job.stage] * self.order.items), optim.batch[job.stage]
         self.share = Share(batch, total, place.ranks, place.rank)
         source = Source(manifest.stream_specs, manifest.frames)
@@ -117,8 +123,20 @@ class _Training:
         with torch.device("meta"):
             self.flops = training_flops(kind.module(), empty_batch(kind, 1, "meta"))
         meter.gauges["peak_flops"] = peak_flops(place.device, optim.precision)
-        data = experiment.data
-        self.stream = Stream(self.reader, kind, self.order, self.share, experiment.seed, data.read_ahead, data.readers)
+        self.quarantine = Quarantine(
+            Bad(2 * clip + side, 0, why) for clip, why in corrupt_clips(manifest, data.split).items() for side in (0, 1)
+        )
+        self.stream = Stream(
+            self.reader,
+            kind,
+            self.order,
+            self.share,
+            experiment.seed,
+            int(1e6 * data.read_ahead),
+            data.readers,
+            pin=place.device.type == "cuda",
+            quarantine=self.quarantine if data.on_corrupt == "quarantine" else None,
+        )
         module = build(kind, experiment.seed)
         warm_start(module, job.stage, experiment, log.warning if place.rank == 0 else log.debug)
         if isinstance(module, LatentDiffusion):
@@ -151,7 +169,7 @@ class _Training:
             self.writer.commit()
         self.writer.close()
         self.stream.close()
-        return {"progress": self.share.total, "steps": self.share.steps, "loss": loss}
+        return {"progress": self.share.total, "steps": self.share.steps, "loss": loss, "quarantined": len(self.quarantine)}
 
     def resume(self) -> int:
         """Restore the newest checkpoint that is whole on every rank; returns the step to go on with."""
@@ -170,6 +188,7 @@ class _Training:
                 log.error("CHECKPOINT DAMAGED, falling back to the one before: %s", problems[0])
                 continue
             self.engine.restore(read, found.steps)
+            self.quarantine.add(found.quarantine)
             if self.watch and found.progress < self.share.total and not self.looked_at(found):
                 self.look(self.watch, found)  # the life that wrote it died before
             self.meter.gauges["progress_items"] = found.progress
@@ -192,6 +211,11 @@ class _Training:
                 raise ValueError(
                     f"{self.store.url}/{name} was trained on data {manifest.dataset}, but the run now reads {self.job.manifest} "
                     f"({self.job.dataset}): give other data a run of another name (run.name)"
+                )
+            if manifest.quarantine and self.job.experiment.data.on_corrupt == "stop":
+                raise ValueError(
+                    f"{self.store.url}/{name} has {len(manifest.quarantine)} items in quarantine, but data.on_corrupt=stop trains on all: "
+                    "go on with data.on_corrupt=quarantine, or train on the mended data in a run of another name (run.name)"
                 )
             whole_batches = manifest.progress < self.share.total and manifest.progress % self.share.batch == 0
             if whole_batches or manifest.progress == self.share.total:
@@ -216,8 +240,9 @@ class _Training:
         return loss
 
     def agree(self, loss: torch.Tensor, batch: Batch | None, upcoming: Batch | None) -> Verdict:
-        """The one small all-reduce: loss and ledger of this step, valid items of the next, uploads that have landed."""
-        mine = [float(loss), batch.ledger if batch else 0, upcoming.valid if upcoming else 0, self.writer.uploaded]
+        """The one small all-reduce: loss and ledger of this step, valid and corrupt items of the next, uploads that have landed."""
+        valid, corrupt = (upcoming.valid, upcoming.corrupt) if upcoming else (0, ())
+        mine = [float(loss), batch.ledger if batch else 0, valid, self.writer.uploaded, len(corrupt)]
         sums = torch.tensor(mine, dtype=torch.float64, device=self.place.device)  # sums of CRC32C stay exact below 2^53
         dist.all_reduce(sums)
         total = sums.tolist()
@@ -230,7 +255,18 @@ class _Training:
                 f"(clip = item // 2, side = item % 2) of split {self.job.experiment.data.split} of {self.job.dataset}. "
                 "Lower optim.lr, set optim.clip, or look at these clips"
             )
+        if total[4]:
+            self.isolate(corrupt)
         return Verdict(total[0], int(total[1]), int(total[2]), total[3] == self.place.ranks)
+
+    def isolate(self, corrupt: tuple[Bad, ...]) -> None:
+        """Put what any rank found corrupt into every rank's quarantine."""
+        for bad in self.quarantine.add(itertools.chain(*_gather(corrupt))):
+            if self.place.rank == 0:
+                log.error(
+                    "QUARANTINED: item %d (clip %d, side %d of split %s) counts nothing from position %d on: %s",
+                    *(bad.item, bad.item // 2, bad.item % 2, self.job.experiment.data.split, bad.position, bad.why),
+                )
 
     def update(self, batch: Batch, verdict: Verdict) -> None:
         """The optimiser's step, and what follows from the new progress: a row, a checkpoint."""
@@ -239,7 +275,8 @@ class _Training:
         with self.meter.phase("optimizer"):
             self.engine.step(rate)
         norm = self.engine.gradient_norm
-        self.meter.gauges.update(progress_items=after, loss=verdict.loss, gradient_norm=norm, learning_rate=rate)
+        gauges = {"loss": verdict.loss, "gradient_norm": norm, "learning_rate": rate, "quarantined_items": len(self.quarantine)}
+        self.meter.gauges.update(progress_items=after, **gauges)
         logged = (batch.step + 1) % self.job.experiment.run.log_every == 0 or after == self.share.total
         if self.history is not None and logged:
             row = {"loss": verdict.loss, "gradient_norm": norm, "learning_rate": rate, "ledger": verdict.ledger}
@@ -286,6 +323,7 @@ class _Training:
             life=self.job.life,
             dataset=self.job.manifest,
             config=identity(self.job.experiment),
+            quarantine=self.quarantine.entries,
         )
         if self.history is not None:
             self.history.flush()

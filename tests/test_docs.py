@@ -29,6 +29,9 @@ CLOUD = "needs a cloud"
 TRAINS = "tests/jobs/test_train.py::test_a_run_ends_done_with_exports_scores_and_curves"
 OTHER_RANKS = "tests/cluster/test_worker.py::test_saved_on_three_ranks_with_zero_3_goes_on_on_one_rank_with_zero_1"
 LONGER = "tests/cluster/test_worker.py::test_a_longer_end_goes_on_as_if_it_had_been_longer_from_the_start"
+WITHOUT = (
+    "tests/cluster/test_quarantine.py::test_every_other_step_reads_the_bytes_it_would_have_read_and_the_item_is_missing_in_both_epochs"
+)
 SWEEP = "tests/jobs/test_tune.py::test_seeded_sweep_trains_every_trial_shares_latents_and_leaves_the_best_as_a_configuration"
 RETRAIN = "tests/jobs/test_retrain.py::test_a_grown_dataset_brings_a_candidate_that_the_gate_judges_on_the_champion_s_clips"
 ROLLBACK = "tests/cluster/test_registry.py::test_rolling_back_is_a_decision_that_goes_to_the_champion_before"
@@ -53,6 +56,7 @@ ELSEWHERE = {
     "python jobs/retrain.py --rollback": ROLLBACK,
     f"{DEMO} workers.count=4 workers.zero=3 workers.micro_batch=1": OTHER_RANKS,
     f"{DEMO} optim.epochs.diffusion=12": LONGER,
+    f"{DEMO} data.on_corrupt=quarantine": WITHOUT,
     ".venv/bin/pip install --index-url https://download.pytorch.org/whl/cpu torch==2.13.0": INSTALLS,
     ".venv/bin/pip install -c constraints.txt -e '.[dev]'": INSTALLS,
     "apt-get update && apt-get install -y --no-install-recommends prometheus": PROMETHEUS,
