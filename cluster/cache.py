@@ -25,7 +25,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -71,7 +71,7 @@ class Cache:
     """
 
     def __init__(self, folder: Path, limit: int):
-        self._folder, self._limit = folder, limit
+        self._folder, self._root, self._limit = folder, str(folder), limit  # a Path takes microseconds to join
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         (folder / "uses").mkdir(mode=0o700, exist_ok=True)
         self._count = _File(folder / "count", os.O_CREAT)
@@ -163,10 +163,10 @@ class Cache:
         os.utime(file.descriptor)  # the order of eviction; a file system may be mounted without access times
         return file
 
-    def _path(self, tar: str) -> Path:
+    def _path(self, tar: str) -> str:
         if not TAR.fullmatch(tar):
             raise ValueError(f"{tar!r} is no content hash of a tar: 32 hexadecimal digits")
-        return self._folder / tar
+        return f"{self._root}/{tar}"
 
     def _marks(self, tar: str, units: range) -> bytes:
         try:
@@ -204,9 +204,11 @@ class Cache:
             return True
 
     def _created(self, tar: str) -> "_File":
+        with suppress(FileNotFoundError):
+            if os.fstat((file := self._files(tar)).descriptor).st_nlink:
+                return file
+            self._files.cache_clear()  # evicted since it was opened
         _File(self._path(tar), os.O_CREAT)
-        if not os.fstat(self._files(tar).descriptor).st_nlink:  # evicted since it was opened
-            self._files.cache_clear()
         return self._files(tar)
 
     def _blocks(self, length: int) -> int:
@@ -214,7 +216,7 @@ class Cache:
         return (length // self._block + 2) * self._block
 
     def _fits(self, used: int, need: int) -> bool:
-        disk = os.statvfs(self._folder)
+        disk = os.statvfs(self._root)
         return used + need <= self._limit and disk.f_bavail * disk.f_frsize - need >= SPARE * disk.f_blocks * disk.f_frsize
 
     def _evict(self, used: int, need: int) -> int:
@@ -290,7 +292,7 @@ class Cache:
 class _File:
     """An open file, closed when the last thread that uses it lets go."""
 
-    def __init__(self, path: Path, flags: int):
+    def __init__(self, path: str | Path, flags: int):
         self.descriptor = os.open(path, os.O_RDWR | flags, 0o600)
 
     def __del__(self) -> None:
