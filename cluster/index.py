@@ -76,12 +76,12 @@ def index(store: Store, kinds: Mapping[str, StreamKind], progress: Callable[[int
         ValueError: if there are no tars, if one is not what a dataset needs, or if the dataset there is another one.
         StorageError: if the store fails.
     """
-    store.prove()
     old, etag = current(store) if store.exists(CURRENT) else (None, "")
     tars = _tars(store)
     new = _new(store, old, tars)
     form = _form(old) if old else first_form(Tape(store, f"{new[0].name}.tar", new[0].size))
     streams = _streams(store, old, form, kinds)
+    store.prove()
     records: dict[Tar, Record] = {}
     for number, record in each(index_tar, [(tar.name, tar.size) for tar in new], Workers(), shared=(store.url, form)):
         records[new[number]] = record

@@ -82,6 +82,8 @@ def test_a_missing_folder_ends_the_program_with_a_file_s_name_and_nothing_is_wri
         ("simulate TMP/new --frames 51", "must be a positive multiple of 50"),
         ("simulate TMP/new --clips train", "should be like train=400,val=60,test=60"),
         ("react2024 TREE TMP/data --clips-per-shard 0", "'0' should be a whole number of at least 1"),
+        ("index TMP", "there are no tars at TMP: they must lie there as <split>/<name>.tar"),
+        ("index TMP --facial gaze --acoustic gaze", "gaze cannot be a stream of both --facial and --acoustic"),
     ],
 )
 def test_mistakes_are_explained_and_nothing_is_written(
@@ -89,7 +91,7 @@ def test_mistakes_are_explained_and_nothing_is_written(
 ) -> None:
     (tmp_path / "something").touch()
     assert prepare(*arguments.replace("TMP", str(tmp_path)).replace("TREE", str(simulated)).split()) != 0
-    assert message in capsys.readouterr().err
+    assert message.replace("TMP", str(tmp_path)) in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["something"]
 
 
@@ -103,3 +105,31 @@ def test_inspect_says_what_a_dataset_holds_and_lists_its_clips(shards: Path, cap
     assert len(keys) == 8
     assert prepare("inspect", shards, "--split", "test", "--clip", keys[3]) == 0
     assert f"clip {keys[3]} of test" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_tars_of_other_programs_are_indexed_inspected_and_verified_or_refused_in_one_sentence(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = tmp_path / "tars"
+    for number, split in enumerate(("train", "train", "test")):
+        (url / split).mkdir(parents=True, exist_ok=True)
+        shutil.copy(shards / split / f"00000{number % 2}.tar", url / split / f"part-{number}.tar")
+    shutil.copy(url / "train/part-0.tar", url / "train/bad.tar")
+    with open(url / "train/bad.tar", "r+b") as tar:
+        tar.truncate(100_000)
+    assert prepare("index", url) == 1
+    assert "error: train/bad.tar is no whole tar" in capsys.readouterr().err
+    assert not (url / "dataset.json").exists()
+    (url / "train/bad.tar").unlink()
+    assert prepare("index", url) == 0
+    said = capsys.readouterr().out
+    manifest = load_manifest(open_store(str(url)))
+    assert manifest.hash in said and "ignored files" in said
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if line.startswith("│")]
+    assert [[row[column] for column in (0, 1, 2, 3, 5)] for row in rows] == [["test", "6", "6", "1", "6"], ["train", "12", "12", "2", "12"]]
+    assert prepare("index", url) == 0
+    assert "nothing to add: the dataset already holds every tar" in capsys.readouterr().out
+    assert prepare("verify", url) == prepare("inspect", url, "--split", "train") == 0
+    said = capsys.readouterr().out
+    assert f"state {manifest.hash} of {url} is whole" in said and "a.attributes" in said and "100 frames (4 s)" in said
