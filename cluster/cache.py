@@ -93,10 +93,10 @@ class Cache:
             live = self._live()
             name = content_hash(text)
             use = _File(self._folder / "uses" / name, os.O_CREAT)
-            fcntl.flock(use.descriptor, fcntl.LOCK_SH)
+            use.lock(fcntl.LOCK_SH)
             self._uses.append(use)
             if name not in live:
-                os.pwrite(use.descriptor, text, 0)
+                use.write(0, text)
                 self._write_count(self._recount())
 
     def close(self) -> None:
@@ -121,7 +121,7 @@ class Cache:
         if not self.holds(tar, start, sum(map(len, buffers))):
             return False
         with self._forgiving():
-            return _transfer(os.preadv, self._files(tar).descriptor, buffers, HEAD + start)
+            return self._files(tar).transfer(os.preadv, HEAD + start, buffers)
         return False
 
     def admit(self, tar: str, start: int, *buffers: memoryview) -> bool:
@@ -146,9 +146,9 @@ class Cache:
             if b"\0" in marks and not (self._hopeful(length) and self._allocate(tar, units, length)):
                 return False
             file = self._files(tar)
-            _transfer(os.pwritev, file.descriptor, buffers, HEAD + start)
-            os.pwrite(file.descriptor, HERE * len(units), units.start)
-            return True
+            if written := file.transfer(os.pwritev, HEAD + start, buffers):
+                file.write(units.start, HERE * len(units))
+            return written
         return False
 
     def drop(self, tar: str, start: int, length: int) -> None:
@@ -156,11 +156,11 @@ class Cache:
         if self.holds(tar, start, length):
             with self._forgiving():
                 units = _units(start, length)
-                os.pwrite(self._files(tar).descriptor, SPACE * len(units), units.start)
+                self._files(tar).write(units.start, SPACE * len(units))
 
     def _open(self, tar: str) -> "_File":
         file = _File(self._path(tar), 0)
-        os.utime(file.descriptor)  # the order of eviction; a file system may be mounted without access times
+        file.touch()  # the order of eviction; a file system may be mounted without access times
         return file
 
     def _path(self, tar: str) -> str:
@@ -170,7 +170,7 @@ class Cache:
 
     def _marks(self, tar: str, units: range) -> bytes:
         try:
-            found = os.pread(self._files(tar).descriptor, len(units), units.start) if units.stop <= HEAD else b""
+            found = self._files(tar).read(units.start, len(units)) if units.stop <= HEAD else b""
         except OSError:
             found = b""
         return found.ljust(len(units), b"\0")
@@ -193,19 +193,19 @@ class Cache:
             if self._full:
                 return False
             file = self._created(tar)
-            before = file.allocated()
+            before = file.status().st_blocks
             self._write_count(used, settled=False)
             try:
-                os.posix_fallocate(file.descriptor, units.start, len(units))
-                os.posix_fallocate(file.descriptor, HEAD + units.start * UNIT, length)
+                file.allocate(units.start, len(units))
+                file.allocate(HEAD + units.start * UNIT, length)
             finally:
-                self._write_count(used + file.allocated() - before)
-            os.pwrite(file.descriptor, self._marks(tar, units).replace(b"\0", SPACE), units.start)
+                self._write_count(used + (file.status().st_blocks - before) * 512)
+            file.write(units.start, self._marks(tar, units).replace(b"\0", SPACE))
             return True
 
     def _created(self, tar: str) -> "_File":
         with suppress(FileNotFoundError):
-            if os.fstat((file := self._files(tar)).descriptor).st_nlink:
+            if (file := self._files(tar)).status().st_nlink:
                 return file
             self._files.cache_clear()  # evicted since it was opened
         _File(self._path(tar), os.O_CREAT)
@@ -239,7 +239,7 @@ class Cache:
         for name in os.listdir(self._folder / "uses"):
             use = _File(self._folder / "uses" / name, 0)
             try:
-                fcntl.flock(use.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                use.lock(fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 live[name] = (self._folder / "uses" / name).read_text().split()
             else:
@@ -256,18 +256,18 @@ class Cache:
         return sum(entry.stat().st_blocks * 512 for folder in folders for entry in os.scandir(folder) if entry.is_file())
 
     def _read_count(self) -> tuple[int, bool]:
-        data = os.pread(self._count.descriptor, COUNT.size, 0)
+        data = self._count.read(0, COUNT.size)
         return COUNT.unpack(data) if len(data) == COUNT.size else (0, False)
 
     def _write_count(self, used: int, settled: bool = True) -> None:
-        os.pwrite(self._count.descriptor, COUNT.pack(used, settled), 0)
+        self._count.write(0, COUNT.pack(used, settled))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         with self._mutex:
             for _ in range(TRIES if self._admits else 1):
                 try:
-                    fcntl.flock(self._count.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._count.lock(fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
                     time.sleep(0.001)
@@ -276,7 +276,7 @@ class Cache:
             try:
                 yield
             finally:
-                fcntl.flock(self._count.descriptor, fcntl.LOCK_UN)
+                self._count.lock(fcntl.LOCK_UN)
 
     @contextmanager
     def _forgiving(self) -> Iterator[None]:
@@ -290,37 +290,50 @@ class Cache:
 
 
 class _File:
-    """An open file, closed when the last thread that uses it lets go."""
+    """An open file, closed when the last thread that uses it lets go: the descriptor stays in here, where nobody outlives it."""
 
     def __init__(self, path: str | Path, flags: int):
-        self.descriptor = os.open(path, os.O_RDWR | flags, 0o600)
+        self._descriptor = os.open(path, os.O_RDWR | flags, 0o600)
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
 
-    def allocated(self) -> int:
-        """Bytes of disk space."""
-        return os.fstat(self.descriptor).st_blocks * 512
+    def read(self, offset: int, length: int) -> bytes:
+        return os.pread(self._descriptor, length, offset)
+
+    def write(self, offset: int, data: bytes) -> None:
+        os.pwrite(self._descriptor, data, offset)
+
+    def transfer(self, call: Callable[[int, Sequence[memoryview], int], int], offset: int, buffers: Iterable[memoryview]) -> bool:
+        """`os.preadv` or `os.pwritev` until all buffers are through; whether they are."""
+        rest = [buffer for buffer in buffers if len(buffer)]
+        while rest:
+            if not (count := call(self._descriptor, rest[:1024], offset)):
+                return False
+            offset += count
+            done = 0
+            while done < len(rest) and count >= len(rest[done]):
+                count -= len(rest[done])
+                done += 1
+            del rest[:done]
+            if count:
+                rest[0] = rest[0][count:]
+        return True
+
+    def allocate(self, offset: int, length: int) -> None:
+        os.posix_fallocate(self._descriptor, offset, length)
+
+    def status(self) -> os.stat_result:
+        return os.fstat(self._descriptor)
+
+    def lock(self, operation: int) -> None:
+        fcntl.flock(self._descriptor, operation)
+
+    def touch(self) -> None:
+        os.utime(self._descriptor)
 
 
 def _units(start: int, length: int) -> range:
     """The units that a range touches. The end of its last member's unit is padding, which nobody reads."""
     return range(start // UNIT, -(-(start + length) // UNIT))
-
-
-def _transfer(call: Callable[[int, Sequence[memoryview], int], int], descriptor: int, buffers: Iterable[memoryview], offset: int) -> bool:
-    """`preadv` or `pwritev` until all buffers are through; whether they are."""
-    rest = [buffer for buffer in buffers if len(buffer)]
-    while rest:
-        if not (count := call(descriptor, rest[:1024], offset)):
-            return False
-        offset += count
-        done = 0
-        while done < len(rest) and count >= len(rest[done]):
-            count -= len(rest[done])
-            done += 1
-        del rest[:done]
-        if count:
-            rest[0] = rest[0][count:]
-    return True
