@@ -191,12 +191,15 @@ class Reader:
         return Fetched(damaged, reads * part.length)
 
     def _joined(self, shard: int, pieces: list[Piece]) -> list[Range]:
-        """What is in the cache is not joined with what is not."""
-        if self._cache is None:
+        """What is in the cache is not joined with what is not, nor over a gap that is not there."""
+        if (cache := self._cache) is None:
             return joined(shard, pieces)
         tar = self._manifest.split(self._split).shards.info(shard).tar
-        held = {piece.offset: self._cache.holds(tar, piece.offset, piece.size) for piece in pieces}
-        return [part for there in (True, False) for part in joined(shard, (piece for piece in pieces if held[piece.offset] == there))]
+        held = {piece.offset for piece in pieces if cache.holds(tar, piece.offset, piece.size)}
+        ranges = joined(shard, (piece for piece in pieces if piece.offset not in held))
+        for part in joined(shard, (piece for piece in pieces if piece.offset in held)):
+            ranges += [part] if cache.holds(tar, part.start, part.length) else [Range(shard, [piece]) for piece in part.pieces]
+        return ranges
 
     def _damaged(self, layout: Layout) -> dict[int, CorruptData]:
         """By offset, the pieces of a filled layout whose bytes are not those that were written."""

@@ -113,8 +113,8 @@ class _Training:
         self.store = open_store(job.folder)
         manifest = load_manifest(open_store(job.dataset), job.manifest)
         data = experiment.data
-        cache = Cache(Path(data.cache), int(1e9 * data.cache_limit)) if data.cache else None
-        self.reader = Reader(open_store(job.dataset), manifest, data.split, cache)
+        self.cache = Cache(Path(data.cache), int(1e9 * data.cache_limit)) if data.cache else None
+        self.reader = Reader(open_store(job.dataset), manifest, data.split, self.cache)
         self.order = Order(2 * self.reader.counts, experiment.seed, data.block, data.group, data.order)
         total, batch = int(optim.epochs[job.stage] * self.order.items), optim.batch[job.stage]
         self.share = Share(batch, total, place.ranks, place.rank)
@@ -169,6 +169,8 @@ class _Training:
             self.writer.commit()
         self.writer.close()
         self.stream.close()
+        if self.cache:
+            self.cache.close()
         return {"progress": self.share.total, "steps": self.share.steps, "loss": loss, "quarantined": len(self.quarantine)}
 
     def resume(self) -> int:
