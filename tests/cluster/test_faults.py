@@ -1,0 +1,135 @@
+"""Whatever networks and servers do while shards are read, training goes on, and each step gets the bytes of the undisturbed run."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+from botocore.client import Config
+
+from cluster import history, storage
+from cluster.folder import FolderStore
+from cluster.storage import open_store
+from cluster.stream import Batch, Share
+from tests.cluster.conftest import BUCKET
+from tests.cluster.faulty import TAR_RANGE, FaultyProxy, faulty_proxy
+from tests.cluster.ranks import on_ranks
+from tests.cluster.streaming import make_latents, read_all, same
+from tests.cluster.training import parts, train_here, train_on
+from tests.tiny import tiny
+
+FAULTS = {
+    "cut": ["cut"] * 3,
+    "endless": ["endless"] * 3,
+    "busy": ["busy"] * 6,
+    "late": ["late"] * 4,
+    "stall": ["stall"] * 2,
+    "trickle": ["trickle"] * 2,
+    "flip": ["flip", "", "", "flip"],
+    "lose": ["lose"] * 2,
+    "down": ["down"] * 6,
+    "outage": ["outage"],
+    "expired": ["expired"],
+}
+"""What the proxy does to ranges of tars; an empty one is an answer as it should be."""
+
+SHARE = Share(6, 80, 1, 0)
+
+
+def hasten() -> None:
+    """Storage that takes silence for a fault after tenths of a second, in a process of its own."""
+    storage.STALL = 0.4
+    storage.CHUNK = 10_000
+    storage.CONFIG = storage.CONFIG.merge(Config(read_timeout=0.4))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Batch]:
+    """The batches of a small dataset in a folder."""
+    store = open_store(str(tmp_path_factory.mktemp("undisturbed")))
+    make_latents(store, [7, 6, 7], width=200)
+    return read_all(store, SHARE)
+
+
+@pytest.fixture(scope="module")
+def on_s3(object_store) -> str:
+    """The same dataset on the server."""
+    url = f"s3://{BUCKET}/faults"
+    make_latents(open_store(url), [7, 6, 7], width=200)
+    return url
+
+
+@pytest.fixture
+def proxy(object_store, monkeypatch: pytest.MonkeyPatch):
+    for name in ("STALL", "CHUNK", "CONFIG"):
+        monkeypatch.setattr(storage, name, getattr(storage, name))
+    hasten()
+    with faulty_proxy(object_store.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield proxy
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_step_is_the_undisturbed_one(fault: str, undisturbed: list[Batch], on_s3: str, proxy: FaultyProxy) -> None:
+    proxy.outage = 1.0
+    proxy.arm(FAULTS[fault], TAR_RANGE, after=3)
+    batches = read_all(open_store(on_s3), SHARE, read_ahead=1)
+    assert proxy.happened == [fault for fault in FAULTS[fault] if fault]
+    assert len(batches) == len(undisturbed) and all(map(same, batches, undisturbed))
+
+
+def test_credentials_that_expire_in_the_middle_are_asked_for_again(
+    undisturbed: list[Batch], on_s3: str, proxy: FaultyProxy, object_store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come from a program; the server takes none that were handed out before the fault."""
+    handed_out = tmp_path / "handed_out"
+    for name, value in hands_out(tmp_path, object_store).items():
+        monkeypatch.setenv(name, value)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    store = open_store(on_s3)
+    proxy.renewed = lambda: handed_out.read_text().count("\n") > 1
+    proxy.arm(["expired"], TAR_RANGE, after=3)
+    batches = read_all(store, SHARE, read_ahead=1)
+    assert proxy.happened == ["expired"] and proxy.renewed()
+    assert len(batches) == len(undisturbed) and all(map(same, batches, undisturbed))
+
+
+def hands_out(folder: Path, server) -> dict[str, str]:
+    """Variables by which an AWS client asks a program for its credentials; each time is a line of `folder`/handed_out."""
+    (folder / "keys.json").write_text(f'{{"Version": 1, "AccessKeyId": "{server.access_key}", "SecretAccessKey": "{server.secret_key}"}}')
+    (folder / "program.sh").write_text(f"echo again >> '{folder}/handed_out'\ncat '{folder}/keys.json'\n")
+    (folder / "config").write_text(f"[default]\ncredential_process = sh {folder}/program.sh\n")
+    return {"AWS_CONFIG_FILE": str(folder / "config")}
+
+
+def through(rank: int, ranks: int, environment: dict[str, str], experiment, folder: str) -> None:
+    """Train with these variables, which the fork server did not know, and little patience with silence."""
+    os.environ.update(environment)
+    hasten()
+    train_here(rank, ranks, experiment, folder, 1, "autoencoder")
+
+
+def copy(source: Path, url: str) -> None:
+    """Put a dataset's files on the server."""
+    store = open_store(url)
+    for entry in FolderStore(source).list():
+        store.put_file(entry.key, source / entry.key)
+
+
+def test_training_goes_on_under_one_fault_after_the_other(
+    shards: Path, s3_url: str, proxy: FaultyProxy, object_store, tmp_path: Path
+) -> None:
+    """In an order that REACTDIFF_SEED chooses. Ledger, losses and weights are those of the undisturbed run, bit for bit."""
+    copy(shards, s3_url)
+    train_on(1, tiny(shards, tmp_path, "optim.epochs=3"), tmp_path / "whole")
+    faults = ["cut", "busy", "busy", "late", "flip", "stall", "endless", "trickle", "lose", "expired", "down", "outage"]
+    random.Random(int(os.environ.get("REACTDIFF_SEED", "0"))).shuffle(faults)
+    proxy.outage = 1.0
+    proxy.arm([step for fault in faults for step in (fault, "")], TAR_RANGE, after=2)
+    environment = object_store.environment | {"AWS_ENDPOINT_URL": proxy.endpoint}
+    on_ranks(1, through, environment, tiny(s3_url, tmp_path, "optim.epochs=3", "data.read_ahead=1"), str(tmp_path / "disturbed"))
+    assert proxy.happened == faults
+    rows, expected = (history.rows(open_store(str(tmp_path / run)), "autoencoder") for run in ("disturbed", "whole"))
+    assert len(rows) == 20 and rows == expected
+    assert parts(tmp_path / "disturbed") == parts(tmp_path / "whole")
