@@ -104,9 +104,10 @@ def planned(experiment: Experiment, run: str, coder: Coder, diffusion: Export | 
     asked, clips = experiment.evaluation, coder.clips
     there = int(clips.counts(asked.split).sum())
     if clips.split(asked.split).appropriateness is None:
+        scorable = ", ".join(name for name, part in clips.splits.items() if part.appropriateness)
         raise ValueError(
             f"split {asked.split!r} of {coder.source} has no appropriateness matrix, so it cannot be scored; "
-            f"set evaluation.split to one of {', '.join(name for name, part in clips.splits.items() if part.appropriateness)}"
+            + (f"set evaluation.split to one of {scorable}" if scorable else "no split of it has one: prepare it with one (docs/data.md)")
         )
     return Evaluation(experiment, run, coder, diffusion, asked.split, asked.predictions, min(asked.clips or there, there))
 
