@@ -141,14 +141,14 @@ class Reading:
             with tarfile.open(fileobj=self._tape, mode="r:", errors="replace") as tar:
                 while (file := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                    if file.offset_data + file.size > self._tape.size:
-                        raise tarfile.ReadError(f"it ends inside {file.name}")
                     folder, slash, base = file.name.removeprefix("./").rpartition("/")
                     stem, _, name = base.partition(".")
                     if stem and name and not file.isdir():
                         member = Member(f"{folder}{slash}{stem}", name, file.offset_data, file.size)
                         if member.array and (not file.isreg() or file.issparse()):
                             self.refuse(member, "it is a link, or a file with holes, but must be plain")
+                        if member.array and member.offset + member.size > self._tape.size:
+                            raise tarfile.ReadError(f"it ends inside {file.name}")
                         yield member
                     elif not file.isdir():
                         self.ignored += 1
