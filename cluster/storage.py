@@ -15,7 +15,15 @@ from boto3 import Session
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.client import Config
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError, ResponseStreamingError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    HTTPClientError,
+    IncompleteReadError,
+    ResponseStreamingError,
+)
 from urllib3.exceptions import HTTPError
 
 from cluster.folder import FolderStore
@@ -62,7 +70,16 @@ CONFIG = Config(
 FAULTS = (BotoCoreError, Boto3Error, HTTPError, OSError)
 """What boto3 raises when no answer or half an answer came; an answer that says no is a ClientError."""
 
-PASSING = (HTTPClientError, ConnectionError, TimeoutError, HTTPError, ResponseStreamingError, IncompleteReadError)
+PASSING = (
+    EndpointConnectionError,
+    ConnectTimeoutError,
+    HTTPClientError,
+    ConnectionError,
+    TimeoutError,
+    HTTPError,
+    ResponseStreamingError,
+    IncompleteReadError,
+)
 """Those of them that may be over soon."""
 
 BUSY = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}

@@ -282,5 +282,6 @@ def test_a_conditional_write_whose_answer_is_lost_still_knows_that_it_won(s3_url
 
 def test_a_server_that_is_not_there_is_named(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(storage, "FIRST_PATIENCE", 0.0)
     with pytest.raises(StorageError, match=f"{s3_url}/x at http://127.0.0.1:9"):
         open_store(s3_url).read("x")
