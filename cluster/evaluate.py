@@ -17,6 +17,7 @@ from cluster.config import Experiment
 from cluster.experiment import digest
 from cluster.export import Export, load_reactor, untrained_reactor
 from cluster.latents import Coder, corrupt_clips, encode
+from cluster.manifest import Manifest
 from cluster.reader import Reader
 from cluster.shards import CorruptData
 from cluster.sight import Sight
@@ -95,6 +96,20 @@ class Evaluation:
         return (MODEL,) if not self.experiment.evaluation.baselines else names + (oracles if simulated else ())
 
 
+def assert_scorable(clips: Manifest, split: str) -> None:
+    """A split can be evaluated.
+
+    Raises:
+        ValueError: if it is not there, or has no appropriateness matrix.
+    """
+    if clips.split(split).appropriateness is None:
+        scorable = ", ".join(name for name, part in clips.splits.items() if part.appropriateness)
+        raise ValueError(
+            f"split {split!r} has no appropriateness matrix, so it cannot be scored; "
+            + (f"set evaluation.split to one of {scorable}" if scorable else "no split has one: prepare the data with one (docs/data.md)")
+        )
+
+
 def planned(experiment: Experiment, run: str, coder: Coder, diffusion: Export | None) -> Evaluation:
     """The evaluation an experiment asks for; arguments as `evaluate`.
 
@@ -102,13 +117,8 @@ def planned(experiment: Experiment, run: str, coder: Coder, diffusion: Export | 
         ValueError: if the split is not there or has no appropriateness matrix.
     """
     asked, clips = experiment.evaluation, coder.clips
+    assert_scorable(clips, asked.split)
     there = int(clips.counts(asked.split).sum())
-    if clips.split(asked.split).appropriateness is None:
-        scorable = ", ".join(name for name, part in clips.splits.items() if part.appropriateness)
-        raise ValueError(
-            f"split {asked.split!r} of {coder.source} has no appropriateness matrix, so it cannot be scored; "
-            + (f"set evaluation.split to one of {scorable}" if scorable else "no split of it has one: prepare it with one (docs/data.md)")
-        )
     return Evaluation(experiment, run, coder, diffusion, asked.split, asked.predictions, min(asked.clips or there, there))
 
 

@@ -22,7 +22,7 @@ import yaml
 from cluster import adopt, checkpoint, lives, start
 from cluster.config import Experiment
 from cluster.encode import build_latents
-from cluster.evaluate import evaluate
+from cluster.evaluate import assert_scorable, evaluate
 from cluster.experiment import ConfigError, build, digest, ends, identity, placement, to_yaml
 from cluster.export import read_export, write_export
 from cluster.failures import StageFailed, classify
@@ -127,7 +127,7 @@ def execute(experiment: Experiment, config_name: str, steps: Sequence[str], disp
         StageFailed, Superseded, KeyboardInterrupt: after the state was written.
     """
     pinned = pin(experiment, config_name)
-    for origin in check(experiment, pinned):
+    for origin in check(experiment, pinned, steps):
         display.say(origin)
     _say_what_lacks(experiment, connect(cpus=experiment.workers.count + 1), display)
     open_store(experiment.run.store).prove()
@@ -159,14 +159,16 @@ def execute(experiment: Experiment, config_name: str, steps: Sequence[str], disp
     return scores
 
 
-def check(experiment: Experiment, pinned: Pinned) -> list[str]:
-    """Refuse what no worker could build or begin with, and say what each stage starts from; writes nothing.
+def check(experiment: Experiment, pinned: Pinned, steps: Sequence[str]) -> list[str]:
+    """Refuse what these steps could not do, and say what each stage starts from; writes nothing.
 
     Raises:
         ConfigError, ValueError, StorageError: naming the key, and what to give it.
     """
     kinds = stages_over(Source(pinned.manifest.stream_specs, pinned.manifest.frames), experiment.model, experiment.diffusion)
     adopt.check(experiment, pinned.manifest, pinned.store)
+    if "evaluation" in steps:
+        assert_scorable(pinned.manifest, experiment.evaluation.split)
     return start.check(experiment, kinds)
 
 

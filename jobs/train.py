@@ -35,16 +35,17 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     config = arguments.config or DEMO
     experiment = command.anchored(load(config, arguments.overrides))
+    steps = STEPS if arguments.stage == "all" else (arguments.stage,)
     if arguments.dry_run:
         pinned = pin(experiment, config.stem)
-        for origin in check(experiment, pinned):
+        for origin in check(experiment, pinned, steps):
             print(origin)
         Console().print(plan(experiment, pinned))
         return 0
     with Display() as display:
         if arguments.config is None:
             make_demo(experiment.data.url, display)
-        scores = execute(experiment, config.stem, STEPS if arguments.stage == "all" else (arguments.stage,), display)
+        scores = execute(experiment, config.stem, steps, display)
     if scores:
         print_table(scores)
         if "oracle" in scores:

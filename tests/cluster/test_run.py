@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.run import check, pin
+from cluster.run import STEPS, check, pin
 from cluster.storage import open_store
 from tests.tiny import tiny
 
@@ -20,11 +20,20 @@ from tests.tiny import tiny
         ("model.facial=[none]", r"names the stream 'none', but the dataset has no facial stream of that name"),
         ("model.init_from=[nobody]", "there is no run at"),
         ("model.init_from=[none.pth] model.multipliers=[1,2,4,8]", "there is no file"),
+        (
+            "evaluation.split=train",
+            "split 'train' has no appropriateness matrix, so it cannot be scored; set evaluation.split to one of test",
+        ),
         ("run.autoencoder=nobody", r"run\.autoencoder=nobody cannot be taken"),
     ],
 )
 def test_what_no_worker_could_build_is_refused_and_nothing_is_written(overrides: str, said: str, shards: Path, tmp_path: Path) -> None:
     experiment = tiny(shards, tmp_path / "store", *overrides.split())
     with pytest.raises(ValueError, match=said):
-        check(experiment, pin(experiment, "tiny"))
+        check(experiment, pin(experiment, "tiny"), STEPS)
     assert not list(open_store(str(tmp_path / "store")).list())
+
+
+def test_what_is_not_evaluated_needs_no_matrix(shards: Path, tmp_path: Path) -> None:
+    experiment = tiny(shards, tmp_path / "store", "evaluation.split=train")
+    check(experiment, pin(experiment, "tiny"), ["autoencoder"])
