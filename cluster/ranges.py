@@ -1,16 +1,25 @@
-"""Ranged reads of exactly the members that are wanted: neighbours are joined, and arrays land where they are needed."""
+"""Ranged reads of exactly the members that are wanted: neighbours are joined, and arrays land where they are needed.
+
+What is wanted is kept in columns rather than objects: a window of small arrays has many thousands of members, and each of them
+should cost microseconds.
+"""
 
 import threading
-from collections.abc import Iterable
-from typing import Any, NamedTuple
-
-from crc32c import crc32c
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 GAP = 64 << 10
-"""Unwanted bytes between two members that are read along: another request costs more."""
+"""Unwanted bytes between two members that are always read along: another request costs more."""
 
-JOINED = 4 << 20
-"""Bytes of a read beyond which no further clip joins it: then several readers side by side are faster."""
+WIDE_GAP = 512 << 10
+"""The same where at least half of the range is wanted all the same."""
+
+JOINED = 1 << 20
+"""Bytes of a range beyond which no further clip joins it: then several readers side by side are faster."""
+
+CLIP = 64 << 20
+"""The same within one clip: a person of the official data is 42 MB."""
 
 DIRECT = 256 << 10
 """Bytes of an array from which on it is received in its place; smaller ones come many at a time and are copied there."""
@@ -18,118 +27,119 @@ DIRECT = 256 << 10
 _buffers = threading.local()
 
 
-class Target(NamedTuple):
-    """The bytes an array goes to, and whose they are."""
-
-    bytes: memoryview
-    owner: Any = None
-
-
-class Piece(NamedTuple):
-    """One member: its clip's row in the shard, its number in the manifest, where it lies in the tar, and where its array goes."""
-
-    row: int
-    member: int
-    offset: int
-    size: int
-    crc: int
-    targets: list[Target]
-
-    @property
-    def header(self) -> int:
-        """Bytes of the .npy file before the array."""
-        return self.size - len(self.targets[0].bytes)
-
-
 class Range(NamedTuple):
-    """One ranged read of a shard: its pieces in the order of their offsets."""
+    """One ranged read of a shard, and the wants it answers: those from `first` up to `last`."""
 
     shard: int
-    pieces: list[Piece]
-
-    @property
-    def start(self) -> int:
-        """Where it begins in the tar."""
-        return self.pieces[0].offset
-
-    @property
-    def length(self) -> int:
-        """Its bytes."""
-        last = self.pieces[-1]
-        return last.offset + last.size - self.start
+    start: int
+    length: int
+    first: int
+    last: int
 
 
-class Landed(NamedTuple):
-    """A piece after its range was read: its header, and its CRC32C as it came."""
+@dataclass(frozen=True)
+class Wants:
+    """Arrays that are wanted, in the order of shards and offsets, as columns; the same array may be wanted several times.
 
-    piece: Piece
-    header: memoryview
-    crc: int
+    Attributes:
+        places: for each kind of array, the bytes where they go, one row after the other.
+        widths: bytes of a row of each.
+        row: where the array goes.
+        kind: which of the places it goes to.
+        shard: position of its shard in the split.
+        clip: its clip's row in the shard's index.
+        member: its number in the manifest.
+        offset: of its member in the tar.
+        size: of the member.
+        crc: of the member.
+    """
 
+    places: list[memoryview]
+    widths: list[int]
+    row: list[int]
+    kind: list[int]
+    shard: list[int]
+    clip: list[int]
+    member: list[int]
+    offset: list[int]
+    size: list[int]
+    crc: list[int]
 
-def joined(shard: int, pieces: Iterable[Piece]) -> list[Range]:
-    """Pieces of one shard, in the order of their offsets, as few ranges; one clip's members share theirs, however large."""
-    ranges: list[Range] = []
-    for piece in pieces:
-        if ranges:
-            here = ranges[-1]
-            last = here.pieces[-1]
-            near = piece.offset - last.offset - last.size <= GAP
-            if near and (piece.row == last.row or piece.offset + piece.size - here.start <= JOINED):
-                here.pieces.append(piece)
-                continue
-        ranges.append(Range(shard, [piece]))
-    return ranges
+    def place(self, number: int) -> memoryview:
+        """Where a want's array goes."""
+        kind, row = self.kind[number], self.row[number]
+        width = self.widths[kind]
+        return self.places[kind][row * width : (row + 1) * width]
+
+    def direct(self, number: int) -> bool:
+        """Whether the array is received in its place."""
+        return self.widths[self.kind[number]] >= DIRECT
+
+    def joined(self, apart: list[bool] | None = None) -> list[Range]:
+        """As few ranges as answer all.
+
+        Args:
+            apart: for each want, which kind it is of where two kinds must not share a range.
+        """
+        cuts, start, end, wanted = [0], 0, 0, 0
+        for number, (shard, offset, size) in enumerate(zip(self.shard, self.offset, self.size, strict=True)):
+            if number and shard == self.shard[number - 1]:
+                if offset == self.offset[number - 1]:  # the same array once more
+                    continue
+                gap, whole = offset - end, offset + size - start
+                near = gap <= GAP or (gap <= WIDE_GAP and 2 * (wanted + size) >= whole)
+                small = whole <= (CLIP if self.clip[number] == self.clip[number - 1] else JOINED)
+                if near and small and (apart is None or apart[number] == apart[number - 1]):
+                    wanted, end = wanted + size, offset + size
+                    continue
+            if number:
+                cuts.append(number)
+            start, end, wanted = offset, offset + size, size
+        return self._ranges(cuts, len(self.shard))
+
+    def single(self, part: Range) -> list[Range]:
+        """A range for each member of this one."""
+        cuts = [number for number in range(part.first, part.last) if number == part.first or self.offset[number] != self.offset[number - 1]]
+        return self._ranges(cuts, part.last)
+
+    def _ranges(self, cuts: list[int], end: int) -> list[Range]:
+        """The ranges that begin with these wants."""
+        ranges = []
+        for first, last in pairwise([*cuts, end]):
+            start, final = self.offset[first], last - 1
+            ranges.append(Range(self.shard[first], start, self.offset[final] + self.size[final] - start, first, last))
+        return ranges
 
 
 class Layout:
-    """Where the bytes of one range are received: large arrays in their place, all else in a buffer of this thread."""
+    """Where the bytes of one range are received: large arrays in their place, all else in a buffer of this thread.
 
-    def __init__(self, part: Range):
-        self.part = part
-        direct = sum(len(piece.targets[0].bytes) for piece in part.pieces if _direct(piece))
-        scratch = _scratch(part.length - direct)
+    Attributes:
+        buffers: to be filled one after the other.
+        scratch: the thread's buffer.
+        at: for each want, where its member, or the header of one that is received in its place, lies in the buffer.
+    """
+
+    def __init__(self, wants: Wants, part: Range):
+        numbers = range(part.first, part.last)
+        direct = {wants.offset[number]: number for number in reversed(numbers) if wants.direct(number)}
+        self.scratch = _scratch(part.length - sum(wants.widths[wants.kind[number]] for number in direct.values()))
         self.buffers: list[memoryview] = []
-        self._at: list[int] = []
-        run = used = 0
-        position = part.start
-        for piece in part.pieces:
-            used += piece.offset - position
-            self._at.append(used)
-            if _direct(piece):
-                used += piece.header
-                self.buffers += [scratch[run:used], piece.targets[0].bytes]
-                run = used
+        self.at: list[int] = []
+        run = skipped = 0
+        for number in numbers:
+            offset = wants.offset[number]
+            if direct.get(offset) == number:
+                width = wants.widths[wants.kind[number]]
+                begin = offset - part.start - skipped
+                body = begin + wants.size[number] - width
+                self.buffers += [self.scratch[run:body], wants.place(number)]
+                run, skipped = body, skipped + width
+                self.at.append(begin)
             else:
-                used += piece.size
-            position = piece.offset + piece.size
-        if used > run:
-            self.buffers.append(scratch[run:used])
-        self._scratch = scratch
-
-    def landed(self) -> list[Landed]:
-        """The pieces and their checksums; call it when the buffers are full."""
-        found = []
-        for piece, at in zip(self.part.pieces, self._at, strict=True):
-            header = self._scratch[at : at + piece.header]
-            if _direct(piece):
-                crc = crc32c(piece.targets[0].bytes, crc32c(header))
-            else:
-                crc = crc32c(self._scratch[at : at + piece.size])
-            found.append(Landed(piece, header, crc))
-        return found
-
-    def deliver(self) -> None:
-        """Copy arrays to the targets that they were not received in."""
-        for piece, at in zip(self.part.pieces, self._at, strict=True):
-            direct = _direct(piece)
-            array = piece.targets[0].bytes if direct else self._scratch[at + piece.header : at + piece.size]
-            for target in piece.targets[direct:]:
-                target.bytes[:] = array
-
-
-def _direct(piece: Piece) -> bool:
-    return len(piece.targets[0].bytes) >= DIRECT
+                self.at.append(self.at[-1] if offset in direct else offset - part.start - skipped)
+        if len(self.scratch) > run:
+            self.buffers.append(self.scratch[run:])
 
 
 def _scratch(size: int) -> memoryview:

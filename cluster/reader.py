@@ -8,10 +8,11 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
+from crc32c import crc32c
 
 from cluster.cache import Cache
 from cluster.manifest import Manifest
-from cluster.ranges import Layout, Piece, Range, Target, joined
+from cluster.ranges import Layout, Range, Wants
 from cluster.shards import CorruptData, npy_header, read_index
 from cluster.storage import Store
 
@@ -34,7 +35,7 @@ class Read:
 
 
 class Fetched(NamedTuple):
-    """What came of a range: by offset, what is wrong with damaged pieces (their targets hold nothing of use); bytes asked of the store."""
+    """What came of a range: by number, what is wrong with damaged arrays (their places hold nothing of use); bytes asked of the store."""
 
     damaged: dict[int, CorruptData]
     bytes: int
@@ -61,7 +62,7 @@ class Reader:
         self._members = {name: number for number, name in enumerate(manifest.members)}
         self._headers: set[tuple[int, bytes]] = set()
         if cache:
-            cache.use(manifest.split(split).shards.info(shard).tar for shard in range(len(self.counts)))
+            cache.use(self._tar(shard) for shard in range(len(self.counts)))
 
     @property
     def clips(self) -> int:
@@ -101,11 +102,10 @@ class Reader:
         Raises:
             ValueError: if the dataset has none of this name.
         """
-        person, name = source
+        self.member(source)
         widths = {stream.name: stream.width for stream in self._manifest.streams} | self._manifest.targets
-        if f"{person}.{name}.npy" not in self._members:
-            raise ValueError(f"the dataset has no member {person}.{name}.npy; it has {', '.join(self._members)}")
-        return (self._manifest.frames, widths[name]), np.dtype(np.float32 if name in self._manifest.targets else self._manifest.dtype)
+        dtype = np.float32 if source[1] in self._manifest.targets else self._manifest.dtype
+        return (self._manifest.frames, widths[source[1]]), np.dtype(dtype)
 
     def read(self, clip: int, wanted: Collection[Source]) -> Read:
         """Arrays of a clip.
@@ -120,20 +120,40 @@ class Reader:
         """
         self._locate(clip)
         arrays = {source: np.empty(*self.array(source)) for source in wanted}
-        targets = [Target(memoryview(array.data).cast("B")) for array in arrays.values()]
-        ranges = self.plan(np.full(len(arrays), clip), list(arrays), targets)
+        members = np.array([[self.member(source) for source in arrays]], dtype=np.int64)
+        wants = self.plan(np.array([clip]), members, [array[None] for array in arrays.values()])
+        ranges = self.ranges(wants)
         for part in ranges:
-            for error in self.fetch(part).damaged.values():
+            for error in self.fetch(wants, part).damaged.values():
                 raise error
-        return Read(arrays, sum(part.length for part in ranges), sum(piece.crc for part in ranges for piece in part.pieces))
+        return Read(arrays, sum(part.length for part in ranges), sum(wants.crc))
 
-    def plan(self, clips: np.ndarray, sources: Sequence[Source], targets: Sequence[Target], each: Callable[..., Any] = map) -> list[Range]:
-        """As few ranged reads as it takes to fill all targets, none of more than is wanted and small gaps.
+    def member(self, source: Source) -> int:
+        """The number of an array's member in the manifest.
+
+        Raises:
+            ValueError: if the dataset has none of this name.
+        """
+        name = f"{source[0]}.{source[1]}.npy"
+        if name not in self._members:
+            raise ValueError(f"the dataset has no member {name}; it has {', '.join(self._members)}")
+        return self._members[name]
+
+    def plan(
+        self,
+        clips: np.ndarray,
+        members: np.ndarray,
+        places: Sequence[np.ndarray],
+        rows: np.ndarray | None = None,
+        each: Callable[..., Any] = map,
+    ) -> Wants:
+        """Find out where arrays lie.
 
         Args:
-            clips: (n,) the clip of each array.
-            sources: (n) which array of it.
-            targets: (n) where it goes: as many bytes as the array has.
+            clips: (n,) clips in the split.
+            members: (n, kinds) the members of each that are wanted.
+            places: of each kind, the array (rows, frames, width) that they go to, in C order.
+            rows: (n,) the row of each clip there; in their order where it is not given.
             each: like `map`, to read the indices of several shards at the same time.
 
         Raises:
@@ -141,90 +161,102 @@ class Reader:
             StorageError: if one cannot be read.
         """
         shards = np.searchsorted(self._first, clips, side="right") - 1
-        rows = clips - self._first[shards]
-        places = np.array([self._members[f"{person}.{name}.npy"] for person, name in sources], dtype=np.int64)
-        unique = np.unique(shards).tolist()
-        ranges = []
-        for shard, index in zip(unique, each(self._index, unique), strict=True):
-            mine = np.flatnonzero(shards == shard)
-            row, place = rows[mine], places[mine]
-            columns = [index[name][row, place] for name in ("offset", "size", "crc")]
-            by_offset = np.argsort(columns[0], kind="stable")
-            pieces: list[Piece] = []
-            fields = [column[by_offset].tolist() for column in (mine, row, place, *columns)]
-            for at, clip, member, offset, size, crc in zip(*fields, strict=True):
-                piece = Piece(clip, member, offset, size, crc, [targets[at]])
-                if pieces and pieces[-1].offset == piece.offset:
-                    pieces[-1].targets.append(targets[at])
-                else:
-                    pieces.append(piece)
-            ranges += self._joined(shard, pieces)
+        by_shard = np.argsort(shards, kind="stable")
+        unique, begins = np.unique(shards[by_shard], return_index=True)
+        found = {name: np.empty(members.shape, dtype=np.int64) for name in ("offset", "size", "crc")}
+        for index, mine in zip(each(self._index, unique.tolist()), np.split(by_shard, begins[1:]), strict=True):
+            clip = (clips[mine] - self._first[shards[mine]])[:, None]
+            for name, column in found.items():
+                column[mine] = index[name][clip, members[mine]]
+        numbers = (np.arange(len(clips)) if rows is None else rows)[:, None]
+        wide = [numbers, np.arange(members.shape[1]), shards[:, None], (clips - self._first[shards])[:, None], members, *found.values()]
+        flat = [np.broadcast_to(column, members.shape).ravel() for column in wide]
+        order = np.lexsort((flat[5], flat[2]))
+        columns = (column[order].tolist() for column in flat)
+        return Wants([memoryview(place.data).cast("B") for place in places], [place[0].nbytes for place in places], *columns)
+
+    def ranges(self, wants: Wants) -> list[Range]:
+        """As few ranged reads as it takes; what is in the cache is not joined with what is not, nor over a gap that is not there."""
+        if (cache := self._cache) is None:
+            return wants.joined()
+        tars = {shard: self._tar(shard) for shard in set(wants.shard)}
+        held = [cache.holds(tars[s], o, n) for s, o, n in zip(wants.shard, wants.offset, wants.size, strict=True)]
+        ranges: list[Range] = []
+        for part in wants.joined(held):
+            whole = not held[part.first] or cache.holds(tars[part.shard], part.start, part.length)
+            ranges += [part] if whole else wants.single(part)
         return ranges
 
-    def fetch(self, part: Range, keep: bool = True) -> Fetched:
-        """Read a range and fill its targets; what does not match its checksum is read once more: bytes also change on their way.
+    def fetch(self, wants: Wants, part: Range, keep: bool = True) -> Fetched:
+        """Read a range and put its arrays where they are wanted; bytes that do not match their checksum are read once more.
 
         Args:
-            part: of `plan`.
+            wants: of `plan`.
+            part: of `ranges`.
             keep: whether it will be wanted again, so that the cache should keep it.
 
         Raises:
             StorageError: if the range cannot be read.
         """
-        layout, tar = Layout(part), self._manifest.split(self._split).shards.info(part.shard).tar
+        layout, name, tar = Layout(wants, part), self._name(part.shard), self._tar(part.shard)
         if self._cache and self._cache.read_into(tar, part.start, *layout.buffers):
-            if not self._damaged(layout):
-                layout.deliver()
+            if not self._landed(wants, part, layout):
                 return Fetched({}, 0)
-            log.warning("%s: the cache on this node's disk differs from what was kept there; reading it again", self._name(part.shard))
+            log.warning("%s: the cache on this node's disk differs from what was kept there; reading it again", name)
             self._cache.drop(tar, part.start, part.length)
-        for reads in (1, 2):
-            self._store.read_into(f"{self._name(part.shard)}.tar", part.start, *layout.buffers)
-            damaged = self._damaged(layout)
+        for reads in (1, 2):  # bytes also change on their way
+            self._store.read_into(f"{name}.tar", part.start, *layout.buffers)
+            damaged = self._landed(wants, part, layout)
             if not damaged:
                 break
             if reads == 1:
                 log.warning("%s; reading it once more", next(iter(damaged.values())))
         if self._cache and keep and not damaged:
             self._cache.admit(tar, part.start, *layout.buffers)
-        layout.deliver()
         return Fetched(damaged, reads * part.length)
 
-    def _joined(self, shard: int, pieces: list[Piece]) -> list[Range]:
-        """What is in the cache is not joined with what is not, nor over a gap that is not there."""
-        if (cache := self._cache) is None:
-            return joined(shard, pieces)
-        tar = self._manifest.split(self._split).shards.info(shard).tar
-        held = {piece.offset for piece in pieces if cache.holds(tar, piece.offset, piece.size)}
-        ranges = joined(shard, (piece for piece in pieces if piece.offset not in held))
-        for part in joined(shard, (piece for piece in pieces if piece.offset in held)):
-            ranges += [part] if cache.holds(tar, part.start, part.length) else [Range(shard, [piece]) for piece in part.pieces]
-        return ranges
-
-    def _damaged(self, layout: Layout) -> dict[int, CorruptData]:
-        """By offset, the pieces of a filled layout whose bytes are not those that were written."""
-        damaged = {}
-        for piece, header, crc in layout.landed():
-            if crc != piece.crc:
-                shard, member = layout.part.shard, self._manifest.members[piece.member]
-                key = self._key(shard, piece.row)
-                damaged[piece.offset] = CorruptData(self._name(shard), key, member, f"{piece.crc:08x}", f"{crc:08x}")
-            elif (known := (piece.member, bytes(header))) not in self._headers:
-                self._assert_header(layout.part.shard, piece, known[1])
-                self._headers.add(known)
+    def _landed(self, wants: Wants, part: Range, layout: Layout) -> dict[int, CorruptData]:
+        """Copy what came to where it is wanted; by number, the wants whose bytes are not those that were written."""
+        damaged: dict[int, CorruptData] = {}
+        scratch, headers, before, array = layout.scratch, self._headers, -1, memoryview(b"")
+        for number, at in zip(range(part.first, part.last), layout.at, strict=True):
+            place, size = wants.place(number), wants.size[number]
+            body = at + size - len(place)
+            if wants.offset[number] == before:  # the same array once more
+                if number - 1 in damaged:
+                    damaged[number] = damaged[number - 1]
+                else:
+                    place[:] = array
+                continue
+            before = wants.offset[number]
+            if wants.direct(number):
+                array, crc = place, crc32c(place, crc32c(scratch[at:body]))
+            else:
+                array, crc = scratch[body : at + size], crc32c(scratch[at : at + size])
+                place[:] = array
+            if crc != wants.crc[number]:
+                damaged[number] = self._corrupt(wants, number, crc)
+            elif (known := (wants.member[number], bytes(scratch[at:body]))) not in headers:
+                self._assert_header(wants, number, known[1])
+                headers.add(known)
         return damaged
 
-    def _assert_header(self, shard: int, piece: Piece, header: bytes) -> None:
+    def _corrupt(self, wants: Wants, number: int, crc: int) -> CorruptData:
+        shard, member = wants.shard[number], self._manifest.members[wants.member[number]]
+        return CorruptData(self._name(shard), self._key(shard, wants.clip[number]), member, f"{wants.crc[number]:08x}", f"{crc:08x}")
+
+    def _assert_header(self, wants: Wants, number: int, header: bytes) -> None:
         """An array is of the shape and type that the manifest says."""
-        person, name, _ = self._manifest.members[piece.member].split(".")
+        person, name, _ = self._manifest.members[wants.member[number]].split(".")
         shape, dtype = self.array((person, name))
+        shard, clip = wants.shard[number], wants.clip[number]
         try:
             found = "{1} {0}".format(*npy_header(header))
         except ValueError as error:
             found = str(error)
         if found != f"{dtype} {shape}":
             raise ValueError(
-                f"shard {self._name(shard)}, clip {self._key(shard, piece.row)}, {person}.{name}.npy is not the {dtype} array {shape} "
+                f"shard {self._name(shard)}, clip {self._key(shard, clip)}, {person}.{name}.npy is not the {dtype} array {shape} "
                 f"that the manifest says, but {found}: prepare the dataset again"
             )
 
@@ -240,6 +272,10 @@ class Reader:
 
     def _key(self, shard: int, row: int) -> str:
         return bytes(self._index(shard)[row]["key"]).decode()
+
+    def _tar(self, shard: int) -> str:
+        """The hash of a shard's tar."""
+        return self._manifest.split(self._split).shards.info(shard).tar
 
     def _name(self, shard: int) -> str:
         return self._manifest.shard(self._split, shard)

@@ -10,14 +10,14 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
-from threading import Lock
+from itertools import accumulate, pairwise
+from threading import Condition
 
 import numpy as np
 import torch
 
 from cluster.quarantine import Bad, Quarantine
-from cluster.ranges import Range, Target
+from cluster.ranges import Range, Wants
 from cluster.reader import Reader
 from cluster.shards import CorruptData
 from reactdiff.data.order import Order, step_slice
@@ -86,21 +86,24 @@ class Share:
 
 
 class _Step:
-    """A step that is being read: its tensors, and how much of them has not come yet."""
+    """A step that is being read."""
 
-    def __init__(self, step: int, positions: range, items: list[int], tensors: dict[str, torch.Tensor]):
-        self.step, self.positions, self.items, self.tensors = step, positions, items, tensors
+    def __init__(self, number: int, positions: range, rows: slice):
+        self.number, self.positions, self.rows = number, positions, rows
         self.coming = 0
         self.bytes = 0
-        self.checksums = [0] * len(items)
-        self.corrupt: dict[int, Bad] = {}
-        self.read: Future[None] = Future()
+        self.error: BaseException | None = None
         self.drawn: Future[dict[str, torch.Tensor]] | None = None
 
-    def fail(self, error: BaseException) -> None:
-        """The step cannot be had."""
-        if not self.read.done():
-            self.read.set_exception(error)
+
+class _Window:
+    """Steps that are read together: their items, and tensors with a row for each."""
+
+    def __init__(self, steps: list[_Step], items: np.ndarray, tensors: dict[str, torch.Tensor]):
+        self.steps, self.items, self.tensors = steps, items, tensors
+        self.step_of = [step for step in steps for _ in step.positions]
+        self.checksums = np.zeros(len(items), dtype=np.int64)
+        self.corrupt: dict[int, Bad] = {}
 
 
 class Stream:
@@ -112,7 +115,7 @@ class Stream:
         order: which item is at a position.
         share: which positions of a step are read here.
         seed: keys the random arrays.
-        read_ahead: bytes that are read before they are asked for; at least one step's.
+        read_ahead: bytes of memory for what is read before it is asked for; at least one step's.
         readers: threads that read and decode.
         pin: whether the tensors are to lie in memory that a GPU copies from by itself.
         quarantine: items that do not count; without one damaged data is an error.
@@ -131,17 +134,19 @@ class Stream:
         quarantine: Quarantine | None = None,
     ):
         self._reader, self._stage, self._order, self._share = reader, stage, order, share
-        self._seed, self._quarantine = seed, quarantine
-        self._sources = [stage.reads(side) for side in (0, 1)]
-        self._kinds = {name: reader.array(source) for name, source in self._sources[0].items()}
-        self._rows = -(-share.batch // share.ranks)
-        self._memory, self._pin = _Memory(pin), pin
-        step_bytes = self._rows * sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in self._kinds.values())
-        self._window = max(1, min(LARGEST, read_ahead // (2 * step_bytes)))
+        self._seed, self._pin, self._quarantine = seed, pin, quarantine
+        sides = [stage.reads(side) for side in (0, 1)]
+        self._kinds = {name: reader.array(source) for name, source in sides[0].items()}
+        self._members = np.array([[reader.member(side[name]) for name in self._kinds] for side in sides], dtype=np.int64)
+        self._draws = bool(stage.draw(seed, 0))
+        self._memory = _Memory(pin)
+        item_bytes = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in self._kinds.values())
+        # Three windows are held at most: one that is read, one that is handed out, and one whose last batch is still in use.
+        self._window = max(1, min(LARGEST, read_ahead // (3 * item_bytes * -(-share.batch // share.ranks))))
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="reader")
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._drawer = ThreadPoolExecutor(1, thread_name_prefix="drawer")
-        self._lock = Lock()
+        self._landed = Condition()
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """All steps from `first_step` to the end of the run; an empty share still gives a batch.
@@ -152,120 +157,102 @@ class Stream:
         """
         size, begun = 1, first_step  # the first windows are small, so that the first batch is there soon
         planned = self._planner.submit(self._plan, begun, size)
-        while steps := deque(planned.result()):
+        while (window := planned.result()).steps:
             begun, size = begun + size, min(2 * size, self._window)
             planned = self._planner.submit(self._plan, begun, size)
-            while steps:
-                for step in islice(steps, 1 + DRAWN):
-                    self._draw_ahead(step)
-                yield self._finished(steps.popleft())
+            for place, step in enumerate(window.steps):
+                self._draw_ahead(window.steps[place : place + 1 + DRAWN])
+                yield self._finished(window, step)
 
     def close(self) -> None:
         """Stop the readers."""
         for pool in (self._planner, self._drawer, self._pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _plan(self, first: int, count: int) -> list[_Step]:
+    def _plan(self, first: int, count: int) -> _Window:
         """Open these steps and begin to read them."""
-        steps = self._opened(range(first, min(first + count, self._share.steps)))
-        for step in steps[:DRAWN]:
-            self._draw_ahead(step)
-        clips: list[int] = []
-        sources: list[tuple[str, str]] = []
-        targets: list[Target] = []
-        for step in steps:
-            views = {name: memoryview(tensor.numpy().data).cast("B") for name, tensor in step.tensors.items()}
-            for row, (item, position) in enumerate(zip(step.items, step.positions, strict=True)):
-                if self._quarantine and self._quarantine.holds(item, position):
-                    self._blank(step, row)
-                    continue
-                clip, side = divmod(item, 2)
-                for name, source in self._sources[side].items():
-                    size = len(views[name]) // self._rows
-                    clips.append(clip)
-                    sources.append(source)
-                    targets.append(Target(views[name][row * size : (row + 1) * size], (step, row)))
-                    step.coming += 1
-            if not step.coming:
-                step.read.set_result(None)
-        ranges = self._reader.plan(np.array(clips, dtype=np.int64), sources, targets, self._pool.map)
-        for part, owner in sorted(((part, self._first_owner(part)) for part in ranges), key=lambda pair: pair[1].step):
-            self._pool.submit(self._fetch, part, owner)
-        return steps
+        window = self._opened(range(first, min(first + count, self._share.steps)))
+        self._draw_ahead(window.steps[: 1 + DRAWN])
+        rows = np.arange(len(window.items))
+        if self._quarantine:
+            positions = (position for step in window.steps for position in step.positions)
+            held = [self._quarantine.holds(item, position) for item, position in zip(window.items.tolist(), positions, strict=True)]
+            rows = rows[~np.array(held, dtype=bool)]
+        if not len(rows):
+            return window
+        clips, sides = np.divmod(window.items[rows], 2)
+        places = [tensor.numpy() for tensor in window.tensors.values()]
+        wants = self._reader.plan(clips, self._members[sides], places, rows, self._pool.map)
+        np.add.at(window.checksums, wants.row, wants.crc)
+        for row in wants.row:
+            window.step_of[row].coming += 1
+        ranges = [(min(wants.row[part.first : part.last]), part) for part in self._reader.ranges(wants)]
+        for row, part in sorted(ranges):  # in the order in which they will be needed
+            self._pool.submit(self._fetch, window, wants, part, window.step_of[row])
+        return window
 
-    def _opened(self, numbers: range) -> list[_Step]:
-        """Steps of which nothing has been read."""
+    def _opened(self, numbers: range) -> _Window:
+        """A window of which nothing has been read."""
         shares = [self._share.positions(number) for number in numbers]
-        positions = [np.arange(share.start, share.stop) for share in shares]
-        items = iter(self._order.at(np.concatenate([*positions, np.empty(0, np.int64)])).tolist())
-        return [
-            _Step(
-                number,
-                share,
-                list(islice(items, len(share))),
-                {name: self._memory.take((self._rows, *k[0]), k[1]) for name, k in self._kinds.items()},
-            )
-            for number, share in zip(numbers, shares, strict=True)
-        ]
-
-    def _first_owner(self, part: Range) -> _Step:
-        """The first step that a range is for."""
-        return min((target.owner[0] for piece in part.pieces for target in piece.targets), key=lambda step: step.step)
+        ends = list(accumulate((len(share) for share in shares), initial=0))
+        steps = [_Step(*step) for step in zip(numbers, shares, (slice(*pair) for pair in pairwise(ends)), strict=True)]
+        items = self._order.at(np.concatenate([np.arange(share.start, share.stop) for share in shares] or [np.empty(0, np.int64)]))
+        return _Window(steps, items, {name: self._memory.take((len(items), *shape), dtype) for name, (shape, dtype) in self._kinds.items()})
 
     def _wanted_again(self, step: int) -> bool:
         """Whether there is another epoch after the one a step is in."""
         return (step * self._share.batch // self._order.items + 1) * self._order.items < self._share.total
 
-    def _fetch(self, part: Range, first: _Step) -> None:
+    def _fetch(self, window: _Window, wants: Wants, part: Range, first: _Step) -> None:
         """Read a range and tell the steps that wait for it."""
+        rows = wants.row[part.first : part.last]
         try:
-            damaged, size = self._reader.fetch(part, self._wanted_again(first.step))
-        except BaseException as error:
-            with self._lock:
-                for piece in part.pieces:
-                    for target in piece.targets:
-                        target.owner[0].fail(error)
+            damaged, size = self._reader.fetch(wants, part, self._wanted_again(first.number))
+        except BaseException as failure:
+            with self._landed:
+                for row in rows:
+                    window.step_of[row].error = failure
+                self._landed.notify()
             return
-        with self._lock:
+        with self._landed:
             first.bytes += size
-            for piece in part.pieces:
-                for step, row in (target.owner for target in piece.targets):
-                    step.checksums[row] += piece.crc
-                    if piece.offset in damaged:
-                        self._found(step, row, damaged[piece.offset])
-                    step.coming -= 1
-                    if not step.coming and not step.read.done():
-                        step.read.set_result(None)
+            for number, error in damaged.items():
+                self._found(window, wants.row[number], error)
+            for row in rows:
+                window.step_of[row].coming -= 1
+            self._landed.notify()
 
-    def _found(self, step: _Step, row: int, error: CorruptData) -> None:
+    def _found(self, window: _Window, row: int, error: CorruptData) -> None:
         """An item is damaged."""
+        step = window.step_of[row]
         if self._quarantine is None:
-            step.fail(error)
+            step.error = error
         else:
-            step.corrupt[row] = Bad(step.items[row], step.positions[row], str(error))
+            window.corrupt[row] = Bad(int(window.items[row]), step.positions[row - step.rows.start], str(error))
 
-    def _finished(self, step: _Step) -> Batch:
+    def _finished(self, window: _Window, step: _Step) -> Batch:
         """The batch of a step, when everything of it has come."""
-        step.read.result()
-        assert step.drawn is not None
-        rows = len(step.items)
-        weight = torch.ones(rows)
-        for row, (item, position) in enumerate(zip(step.items, step.positions, strict=True)):
-            if row in step.corrupt or (self._quarantine and self._quarantine.holds(item, position)):
-                self._blank(step, row)
+        with self._landed:
+            self._landed.wait_for(lambda: step.error or not step.coming)
+        if step.error:
+            raise step.error
+        items, weight = window.items[step.rows].tolist(), torch.ones(len(step.positions))
+        tensors = {name: tensor[step.rows] for name, tensor in window.tensors.items()}
+        corrupt = [(row - step.rows.start, bad) for row, bad in window.corrupt.items() if window.step_of[row] is step]
+        if self._quarantine is not None:
+            held = [row for row, (item, at) in enumerate(zip(items, step.positions, strict=True)) if self._quarantine.holds(item, at)]
+            for row in {*held, *(row for row, _ in corrupt)}:
                 weight[row] = 0
-        read = {name: tensor[:rows] for name, tensor in step.tensors.items()}
-        tensors = read | step.drawn.result() | {"weight": weight}
-        ledger = sum(checksum for checksum, counts in zip(step.checksums, weight.tolist(), strict=True) if counts)
-        return Batch(step.step, step.positions, step.items, tensors, ledger, step.bytes, tuple(step.corrupt.values()))
+                for tensor in tensors.values():
+                    tensor[row] = 0
+        ledger = int(window.checksums[step.rows][weight.numpy() > 0].sum())
+        tensors |= step.drawn.result() if step.drawn else {}
+        return Batch(step.number, step.positions, items, tensors | {"weight": weight}, ledger, step.bytes, tuple(bad for _, bad in corrupt))
 
-    def _blank(self, step: _Step, row: int) -> None:
-        for tensor in step.tensors.values():
-            tensor[row] = 0
-
-    def _draw_ahead(self, step: _Step) -> None:
-        if step.drawn is None:
-            step.drawn = self._drawer.submit(self._draw, step.positions)
+    def _draw_ahead(self, steps: list[_Step]) -> None:
+        for step in steps:
+            if self._draws and step.drawn is None:
+                step.drawn = self._drawer.submit(self._draw, step.positions)
 
     def _draw(self, positions: range) -> dict[str, torch.Tensor]:
         """The random arrays of a share, with a leading axis of items; of an empty one too."""
@@ -275,7 +262,7 @@ class Stream:
 
 
 class _Memory:
-    """Memory of batches: what nobody holds any more is used again, since the kernel gives out new pages slowly."""
+    """Memory of windows: what nobody holds any more is used again, since the kernel gives out new pages slowly."""
 
     def __init__(self, pin: bool):
         self._pin = pin
@@ -285,8 +272,12 @@ class _Memory:
         """A tensor of any content."""
         if self._pin:  # torch uses pinned memory again itself, and knows when a copy to the GPU is done with it
             return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True)
-        free = self._free.setdefault((shape, dtype), deque())
-        base = free.pop() if free else np.empty(shape, dtype)
-        view = base[:]
+        free = self._free.setdefault((shape[1:], dtype), deque())
+        base = np.empty((0, *shape[1:]), dtype)
+        while free and len(base) < shape[0]:
+            base = free.pop()  # smaller ones are of the first windows
+        if len(base) < shape[0]:
+            base = np.empty(shape, dtype)
+        view = base[: shape[0]]
         weakref.finalize(view, free.append, base).atexit = False
         return torch.from_numpy(view)

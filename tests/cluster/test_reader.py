@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.manifest import load_manifest
-from cluster.ranges import GAP, JOINED, Piece, Target, joined
+from cluster.ranges import GAP, JOINED, WIDE_GAP, Wants
 from cluster.reader import Reader
 from cluster.shards import CorruptData, decode_npy, read_index
 from cluster.storage import open_store
@@ -69,21 +69,39 @@ def test_an_array_that_is_not_as_the_manifest_says_is_refused(shards: Path) -> N
         Reader(store, manifest, "train").read(0, [("a", "w2v")])
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 2 * GAP), st.integers(200, 2 * JOINED)), min_size=1, max_size=30))
-def test_ranges_hold_every_piece_once_no_wide_gap_and_no_more_than_they_may(layout: list[tuple[bool, int, int]]) -> None:
-    pieces, row, position = [], 0, 0
-    target = [Target(memoryview(b""))]
-    for number, (next_clip, gap, size) in enumerate(layout):
-        row, position = row + next_clip, position + gap
-        pieces.append(Piece(row, number, position, size, 0, target))
+@given(
+    st.lists(
+        st.tuples(st.booleans(), st.integers(0, 2 * WIDE_GAP), st.integers(200, 2 * JOINED), st.integers(1, 3)), min_size=1, max_size=30
+    )
+)
+def test_ranges_answer_every_want_once_without_wide_gaps_and_are_no_longer_than_they_may(
+    layout: list[tuple[bool, int, int, int]],
+) -> None:
+    clip, position, columns = 0, 0, []
+    for number, (next_clip, gap, size, times) in enumerate(layout):
+        clip, position = clip + next_clip, position + gap
+        columns += [(0, 0, 7, clip, number, position, size, 0)] * times
         position += size
-    ranges = joined(7, pieces)
-    assert [piece for part in ranges for piece in part.pieces] == pieces
-    assert all(part.shard == 7 and part.start + part.length == part.pieces[-1].offset + part.pieces[-1].size for part in ranges)
+    wants = Wants([memoryview(bytes(8))], [1], *(list(column) for column in zip(*columns, strict=True)))
+    ranges = wants.joined()
+    assert [(part.first, part.last) for part in ranges] == list(pairwise([0, *(part.last for part in ranges)]))
+    assert ranges[-1].last == len(columns)
     for part in ranges:
-        for before, after in pairwise(part.pieces):
-            assert after.offset - before.offset - before.size <= GAP
-            assert after.row == before.row or after.offset + after.size - part.start <= JOINED
-    for before, after in pairwise(ranges):
-        last, first = before.pieces[-1], after.pieces[0]
-        assert first.offset - last.offset - last.size > GAP or (first.row != last.row and first.offset + first.size - before.start > JOINED)
+        numbers = range(part.first, part.last)
+        assert part.shard == 7 and part.start == wants.offset[part.first]
+        assert part.start + part.length == wants.offset[part.last - 1] + wants.size[part.last - 1]
+        for before, after in pairwise(numbers):
+            if wants.offset[before] != wants.offset[after]:
+                assert wants.offset[after] - wants.offset[before] - wants.size[before] <= WIDE_GAP
+                assert wants.clip[before] == wants.clip[after] or wants.offset[after] + wants.size[after] - part.start <= JOINED
+        wanted = sum(dict((wants.offset[number], wants.size[number]) for number in numbers).values())
+        members = len({wants.offset[number] for number in numbers})
+        assert 2 * wanted >= part.length - GAP * (members - 1)
+    assert all(len({wants.offset[n] for n in range(part.first, part.last)}) == 1 for whole in ranges for part in wants.single(whole))
+
+
+def test_what_is_apart_does_not_share_a_range() -> None:
+    rows = [(0, 0, 0, 0, number, 1000 * number, 900, 0) for number in range(6)]
+    wants = Wants([memoryview(bytes(8))], [1], *(list(column) for column in zip(*rows, strict=True)))
+    assert [(part.first, part.last) for part in wants.joined([True, True, False, False, True, False])] == [(0, 2), (2, 4), (4, 5), (5, 6)]
+    assert wants.joined() == [(0, 0, 5900, 0, 6)]

@@ -157,7 +157,7 @@ def test_no_more_is_read_ahead_than_was_allowed(tmp_path: Path) -> None:
         step = sum(tensor.nbytes for tensor in batch.tensors.values())
         delivered[0] += step
     stream.close()
-    assert most[0] >= allowed / 2, "it does read ahead"
+    assert most[0] >= allowed / 3, "it does read ahead"
     assert most[0] <= 1.02 * (allowed + step)
 
 
