@@ -1,7 +1,7 @@
 """How fast a rank reads from object storage: our stream against the wire and against stock webdataset, over the same bytes.
 
 The wire is boto3's cheapest way into memory: `readinto` of the public StreamingBody, into memory that is there already, the very
-ranges that our stream asked for, on as many threads. Every measurement is a process of its own. It reads the dataset once to
+ranges that our stream asked for, on as many threads. Every measurement is a process of its own. It reads the dataset twice to
 warm up, since a process's new memory costs more than anything else here, and is measured while it reads it again.
 """
 
@@ -49,6 +49,9 @@ SHUFFLED, SHUFFLED_BYTES = 1000, 1 << 30
 
 CHUNK = 1 << 20
 """Bytes the wire asks a connection for at once: of all sizes the cheapest, by a factor of two to a whole range at once."""
+
+WARM = 2
+"""Epochs that are read before one is measured: the memory of all windows has been written to by then."""
 
 ROW = 8
 """Clips that a dataset has a multiple of: whole blocks of the default order."""
@@ -262,15 +265,15 @@ def measure(rival: Callable[[Task, list[Range]], Rival], task: Task, ranges: lis
     """
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
     held, came = _peak_memory(), 0
-    marks: list[tuple[float, float]] = []  # wall and CPU seconds at the start, the first batch, after one epoch, after two
+    marks: list[tuple[float, float]] = []  # wall and CPU seconds: start, first batch, warm, an epoch later
 
     def done(count: int) -> bool:
         nonlocal came
         came += count
-        for reached in (1, units, 2 * units)[len(marks) - 1 :]:
+        for reached in (1, WARM * units, (WARM + 1) * units)[len(marks) - 1 :]:
             if came >= reached:
                 marks.append((time.perf_counter(), _cpu_seconds()))
-        return came >= 2 * units
+        return came >= (WARM + 1) * units
 
     read = rival(task, ranges)
     marks.append((time.perf_counter(), _cpu_seconds()))
@@ -313,7 +316,7 @@ def ours(task: Task, _: list[Range]) -> Rival:
     store = open_store(task.url)
 
     def read(done: Done) -> None:
-        for batch in streamed(store, task, epochs=3):
+        for batch in streamed(store, task, epochs=WARM + 2):
             if done(len(batch["weight"])):
                 break
 

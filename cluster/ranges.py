@@ -15,7 +15,7 @@ GAP = 64 << 10
 WIDE_GAP = 512 << 10
 """The same where at least half of the range is wanted all the same."""
 
-JOINED = 1 << 20
+JOINED = 2 << 20
 """Bytes of a range beyond which no further clip joins it: then several readers side by side are faster."""
 
 CLIP = 64 << 20

@@ -13,7 +13,7 @@ from crc32c import crc32c
 from cluster.cache import Cache
 from cluster.manifest import Manifest
 from cluster.ranges import Layout, Range, Wants
-from cluster.shards import CorruptData, npy_header, read_index
+from cluster.shards import CorruptData, index_dtype, npy_header, read_index
 from cluster.storage import Store
 
 log = logging.getLogger(__name__)
@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 Source = tuple[str, str]
 """(person, array name)."""
 
-INDICES = 128
-"""Indices of shards a reader keeps, newest use first; one costs less than half a kilobyte a clip."""
+INDICES = 64 << 20
+"""Bytes of indices that a reader keeps, newest use first."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class Reader:
         self.counts = manifest.counts(split)
         self._store, self._manifest, self._split, self._cache = store, manifest, split, cache
         self._first = np.concatenate(([0], np.cumsum(self.counts)))
-        self._index = lru_cache(maxsize=INDICES)(self._read_index)
+        largest = int(self.counts.max(initial=1)) * index_dtype(len(manifest.members)).itemsize
+        self._index = lru_cache(maxsize=max(1, INDICES // largest))(self._read_index)
         self._members = {name: number for number, name in enumerate(manifest.members)}
         self._headers: set[tuple[int, bytes]] = set()
         if cache:

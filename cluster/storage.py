@@ -7,6 +7,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -14,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 from boto3 import Session
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
+from botocore.awsrequest import AWSRequest
 from botocore.client import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -24,6 +26,7 @@ from botocore.exceptions import (
     IncompleteReadError,
     ResponseStreamingError,
 )
+from botocore.response import StreamingBody
 from urllib3.exceptions import HTTPError
 
 from cluster.folder import FolderStore
@@ -49,6 +52,9 @@ SLOWEST = 1 << 20
 LONGEST_PAUSE = 8.0
 """Seconds between two tries, at most."""
 
+SIGNED = 1800
+"""Seconds that a signed URL is used for."""
+
 PART = 64 << 20
 """Bytes of one part of a multipart upload."""
 
@@ -58,6 +64,7 @@ CHUNK = 1 << 20
 # Checksums "when_required": lengths and CRC32C are checked by the readers, and validation in boto3 costs four times the CPU.
 CONFIG = Config(
     s3={"addressing_style": "path"},
+    signature_version="s3v4",
     max_pool_connections=max(32, 4 * len(os.sched_getaffinity(0))),
     retries={"mode": "standard", "total_max_attempts": 2},
     connect_timeout=3,
@@ -119,6 +126,28 @@ class _Server:
     def renew(self) -> None:
         """Look up endpoint and credentials again."""
         self.client = Session().client("s3", config=CONFIG)
+        self._signed = lru_cache(maxsize=1024)(self._sign)
+
+    def get(self, bucket: str, name: str, headers: dict[str, str]) -> Any | None:
+        """The answer to a GET of a part of an object (status 206), or None where there is another one or none at all.
+
+        The URL is signed once for all parts of an object: boto3 signs, checks and parses each request anew, at four times the CPU time.
+        Whatever goes wrong here is for boto3 to try and to explain; nothing of it is logged, for the URL is as good as a password.
+        """
+        try:
+            url = self._signed(bucket, name, int(time.monotonic() // SIGNED))
+            request = AWSRequest("GET", url, headers, stream_output=True).prepare()
+            answer = self.client._endpoint.http_session.send(request)
+        except FAULTS:
+            return None
+        if answer.status_code == 206:
+            return answer
+        self._signed.cache_clear()
+        answer.raw.close()
+        return None
+
+    def _sign(self, bucket: str, name: str, _: int) -> str:
+        return self.client.generate_presigned_url("get_object", {"Bucket": bucket, "Key": name}, ExpiresIn=2 * SIGNED)
 
 
 class S3Store(Store):
@@ -203,15 +232,13 @@ class S3Store(Store):
         done, size, failures, begun = 0, sum(map(len, buffers)), 0, time.monotonic()
         while done < size:
             wanted = size - done
-            condition = {"IfMatch": etag} if etag else {}
-            answer = self._call("get_object", key, Range=f"bytes={start + done}-{start + size - 1}", **condition)
-            etag, coming = answer["ETag"], answer.get("ContentLength", wanted)
-            if coming != wanted:
+            etag, coming, body = self._part(key, start + done, start + size, etag)
+            if coming not in (wanted, None):
                 raise StorageError(
                     f"{self.url}/{key} at {self.endpoint}: {coming} bytes came, but bytes {start + done} to {start + size} "
                     "were asked for: the object is shorter, or the server ignores ranges"
                 )
-            count, cause = self._drain(answer["Body"], rest_of(buffers, done))
+            count, cause = self._drain(body, rest_of(buffers, done))
             done += count
             if done < size:
                 failures += 1
@@ -221,6 +248,17 @@ class S3Store(Store):
                         f"time at byte {start + done}: {cause or 'it ended early'}"
                     ) from cause
                 _back_off(failures)
+
+    def _part(self, key: str, start: int, end: int, etag: str) -> tuple[str, int | None, StreamingBody]:
+        """The etag, the length as far as it is told, and the body of an answer that is these bytes of an object."""
+        span, name = f"bytes={start}-{end - 1}", self._prefix + checked(key)
+        quick = self._server.get(self._bucket, name, {"Range": span} | ({"If-Match": etag} if etag else {}))
+        if quick is not None:
+            self._server.answered = True
+            length = quick.headers.get("Content-Length")
+            return quick.headers["ETag"], length and int(length), StreamingBody(quick.raw, length)
+        answer = self._call("get_object", key, Range=span, **({"IfMatch": etag} if etag else {}))
+        return answer["ETag"], answer.get("ContentLength"), answer["Body"]
 
     def _drain(self, body: Any, buffers: Sequence[memoryview]) -> tuple[int, Exception | None]:
         """Bytes that came before the buffers were full or the body broke off, and why it did."""

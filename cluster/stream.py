@@ -26,9 +26,6 @@ from reactdiff.stage import Stage
 DRAWN = 2
 """Steps whose random arrays are drawn ahead: they are larger than what is read, and quickly made."""
 
-LARGEST = 1000
-"""Steps of a window, at most."""
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -95,6 +92,10 @@ class _Step:
         self.error: BaseException | None = None
         self.drawn: Future[dict[str, torch.Tensor]] | None = None
 
+    def over(self) -> bool:
+        """Whether there is nothing to wait for any more."""
+        return self.error is not None or not self.coming
+
 
 class _Window:
     """Steps that are read together: their items, and tensors with a row for each."""
@@ -139,14 +140,16 @@ class Stream:
         self._kinds = {name: reader.array(source) for name, source in sides[0].items()}
         self._members = np.array([[reader.member(side[name]) for name in self._kinds] for side in sides], dtype=np.int64)
         self._draws = bool(stage.draw(seed, 0))
-        self._memory = _Memory(pin)
         item_bytes = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in self._kinds.values())
         # Three windows are held at most: one that is read, one that is handed out, and one whose last batch is still in use.
-        self._window = max(1, min(LARGEST, read_ahead // (3 * item_bytes * -(-share.batch // share.ranks))))
+        rows = -(-share.batch // share.ranks)
+        self._window = max(1, min(read_ahead // (3 * item_bytes * rows), share.steps))
+        self._memory = _Memory(self._window * rows, pin)
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="reader")
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._drawer = ThreadPoolExecutor(1, thread_name_prefix="drawer")
         self._landed = Condition()
+        self._awaited: _Step | None = None
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """All steps from `first_step` to the end of the run; an empty share still gives a batch.
@@ -197,7 +200,7 @@ class Stream:
         ends = list(accumulate((len(share) for share in shares), initial=0))
         steps = [_Step(*step) for step in zip(numbers, shares, (slice(*pair) for pair in pairwise(ends)), strict=True)]
         items = self._order.at(np.concatenate([np.arange(share.start, share.stop) for share in shares] or [np.empty(0, np.int64)]))
-        return _Window(steps, items, {name: self._memory.take((len(items), *shape), dtype) for name, (shape, dtype) in self._kinds.items()})
+        return _Window(steps, items, {name: self._memory.take(len(items), *kind) for name, kind in self._kinds.items()})
 
     def _wanted_again(self, step: int) -> bool:
         """Whether there is another epoch after the one a step is in."""
@@ -212,7 +215,7 @@ class Stream:
             with self._landed:
                 for row in rows:
                     window.step_of[row].error = failure
-                self._landed.notify()
+                self._notify()
             return
         with self._landed:
             first.bytes += size
@@ -220,6 +223,11 @@ class Stream:
                 self._found(window, wants.row[number], error)
             for row in rows:
                 window.step_of[row].coming -= 1
+            self._notify()
+
+    def _notify(self) -> None:
+        """Wake who waits, if it was this; a wake-up costs more than reading an item."""
+        if self._awaited and self._awaited.over():
             self._landed.notify()
 
     def _found(self, window: _Window, row: int, error: CorruptData) -> None:
@@ -233,7 +241,8 @@ class Stream:
     def _finished(self, window: _Window, step: _Step) -> Batch:
         """The batch of a step, when everything of it has come."""
         with self._landed:
-            self._landed.wait_for(lambda: step.error or not step.coming)
+            self._awaited = step
+            self._landed.wait_for(step.over)
         if step.error:
             raise step.error
         items, weight = window.items[step.rows].tolist(), torch.ones(len(step.positions))
@@ -262,22 +271,23 @@ class Stream:
 
 
 class _Memory:
-    """Memory of windows: what nobody holds any more is used again, since the kernel gives out new pages slowly."""
+    """Memory of windows: what nobody holds any more is used again, since the kernel gives out new pages slowly.
 
-    def __init__(self, pin: bool):
-        self._pin = pin
+    Args:
+        rows: of the largest window. Memory costs nothing before it is written to, so the first windows have as much.
+        pin: whether a GPU is to copy from it.
+    """
+
+    def __init__(self, rows: int, pin: bool):
+        self._rows, self._pin = rows, pin
         self._free: dict[tuple[tuple[int, ...], np.dtype], deque[np.ndarray]] = {}
 
-    def take(self, shape: tuple[int, ...], dtype: np.dtype) -> torch.Tensor:
-        """A tensor of any content."""
+    def take(self, rows: int, shape: tuple[int, ...], dtype: np.dtype) -> torch.Tensor:
+        """A tensor of so many rows of this shape, with any content."""
         if self._pin:  # torch uses pinned memory again itself, and knows when a copy to the GPU is done with it
-            return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True)
-        free = self._free.setdefault((shape[1:], dtype), deque())
-        base = np.empty((0, *shape[1:]), dtype)
-        while free and len(base) < shape[0]:
-            base = free.pop()  # smaller ones are of the first windows
-        if len(base) < shape[0]:
-            base = np.empty(shape, dtype)
-        view = base[: shape[0]]
-        weakref.finalize(view, free.append, base).atexit = False
+            return torch.empty((rows, *shape), dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True)
+        free = self._free.setdefault((shape, dtype), deque())
+        base = free.popleft() if free else np.empty((self._rows, *shape), dtype)
+        view = base[:rows]
+        weakref.finalize(view, free.appendleft, base).atexit = False
         return torch.from_numpy(view)

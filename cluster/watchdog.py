@@ -16,19 +16,19 @@ class Watchdog:
         self._watched: dict[int, tuple[float, Callable[[], object]]] = {}
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._wakes = float("inf")
 
     @contextmanager
     def within(self, seconds: float, end: Callable[[], object]) -> Iterator[None]:
         """What is not done after so many seconds is ended by this call, which may raise: then it was just over."""
         number = next(self._numbers)
         with self._changed:
-            soonest = min((deadline for deadline, _ in self._watched.values()), default=float("inf"))
             deadline = self._clock() + seconds
             self._watched[number] = deadline, end
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
                 self._thread.start()
-            elif deadline < soonest:
+            elif deadline < self._wakes:
                 self._changed.notify()
         try:
             yield
@@ -44,6 +44,7 @@ class Watchdog:
                 ends = [self._watched.pop(number)[1] for number in late]
                 if not ends:
                     soonest = min((deadline for deadline, _ in self._watched.values()), default=None)
+                    self._wakes = float("inf") if soonest is None else soonest
                     self._changed.wait(None if soonest is None else soonest - now)
             for end in ends:
                 try:

@@ -218,6 +218,29 @@ def test_a_body_that_breaks_off_is_continued_from_there(s3_url: str, proxy: Faul
         store.read_range("x", 0, 1 << 19)
 
 
+def test_ranges_of_an_object_are_asked_for_by_one_signed_url_and_boto3_is_asked_where_that_fails(
+    s3_url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, content = open_store(s3_url), os.urandom(10_000)
+    store.put("x", content)
+    client, asked = store.raw("x")[0], []
+    client.meta.events.register("before-call.s3.GetObject", lambda **_: asked.append(1))
+    for start in range(0, 9000, 1000):
+        assert store.read_range("x", start, 900) == content[start : start + 900]
+    assert not asked
+    proxy.faults = ["busy"]
+    assert store.read_range("x", 5, 900) == content[5:905]
+    assert proxy.happened == ["busy"] and len(asked) == 1
+    monkeypatch.setattr(client, "generate_presigned_url", lambda *_, **__: f"{proxy.endpoint}/nobody?X-Amz-Signature=0")
+    assert store.read_range("x", 7, 900) == content[7:907], "a URL that is refused"
+    assert len(asked) == 2
+    with pytest.raises(StorageError) as caught:
+        store.read_range("x", 9_999, 5)
+    with pytest.raises(NotFound) as gone:
+        store.read_range("y", 0, 5)
+    assert "Signature" not in f"{caught.value} {gone.value} {caplog.text}"
+
+
 @pytest.mark.parametrize("fault", ["stall", "endless", "trickle", "busy", "down", "lose"])
 def test_a_read_goes_on_from_where_it_was_whatever_the_server_does(
     fault: str, s3_url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
