@@ -55,6 +55,9 @@ LONGEST_PAUSE = 8.0
 SIGNED = 1800
 """Seconds that a signed URL is used for."""
 
+REFUSALS = 8
+"""Signed URLs refused one after the other until boto3 is asked at once: it may know of a redirection that they do not."""
+
 PART = 64 << 20
 """Bytes of one part of a multipart upload."""
 
@@ -127,6 +130,7 @@ class _Server:
         """Look up endpoint and credentials again."""
         self.client = Session().client("s3", config=CONFIG)
         self._signed = lru_cache(maxsize=1024)(self._sign)
+        self._refused = 0
 
     def get(self, bucket: str, name: str, headers: dict[str, str]) -> Any | None:
         """The answer to a GET of a part of an object (status 206), or None where there is another one or none at all.
@@ -134,6 +138,8 @@ class _Server:
         The URL is signed once for all parts of an object: boto3 signs, checks and parses each request anew, at four times the CPU time.
         Whatever goes wrong here is for boto3 to try and to explain; nothing of it is logged, for the URL is as good as a password.
         """
+        if self._refused >= REFUSALS:
+            return None
         try:
             url = self._signed(bucket, name, int(time.monotonic() // SIGNED))
             request = AWSRequest("GET", url, headers, stream_output=True).prepare()
@@ -141,7 +147,9 @@ class _Server:
         except FAULTS:
             return None
         if answer.status_code == 206:
+            self._refused = 0
             return answer
+        self._refused += answer.status_code in (301, 307, 400, 401, 403)
         self._signed.cache_clear()
         answer.raw.close()
         return None
