@@ -7,7 +7,7 @@ item counts: nothing is shuffled in memory, nothing is stored, and a position of
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,10 @@ from reactdiff.data.keyed import seed_of
 
 VERSION = 1
 ROUNDS = 6
+WORD = 2**64 - 1
+
+FEW = 6
+"""Values of which each is computed by itself."""
 
 
 class Order:
@@ -66,13 +70,12 @@ class Order:
 
     def _in_epoch(self, epoch: int, offsets: np.ndarray) -> np.ndarray:
         group = self._group_of(offsets)
-        items = np.empty_like(offsets)
-        for g in np.unique(group):
+        place = np.empty_like(offsets)
+        for g in np.unique(group).tolist():
             here = group == g
-            start, size = self._start(int(g)), self._start(int(g) + 1) - self._start(int(g))
-            mixed = permute(offsets[here] - start, size, seed_of("order", self.seed, epoch, "items", int(g)))
-            items[here] = self._item(epoch, int(g), mixed)
-        return items
+            start, size = self._start(g), self._start(g + 1) - self._start(g)
+            place[here] = permute(offsets[here] - start, size, seed_of("order", self.seed, epoch, "items", g))
+        return self._item(epoch, group, place)
 
     def _start(self, group: Any) -> Any:
         """The first offset of a group: every group gets its even share of full blocks and of single items."""
@@ -86,19 +89,19 @@ class Order:
             guess = guess + high
         return guess
 
-    def _item(self, epoch: int, group: int, place: np.ndarray) -> np.ndarray:
-        """The item at each place of a group: first its full blocks, then its single items."""
+    def _item(self, epoch: int, group: np.ndarray, place: np.ndarray) -> np.ndarray:
+        """The item at each place of its group: first the group's full blocks, then its single items."""
         first_block, end_block = group * self._blocks // self._groups, (group + 1) * self._blocks // self._groups
         in_blocks = self.block * (end_block - first_block)
         items = np.empty_like(place)
         full = place < in_blocks
         if full.any():
-            order = first_block + place[full] // self.block
+            order = first_block[full] + place[full] // self.block
             which = permute(order, self._blocks, seed_of("order", self.seed, epoch, "blocks"))
             shard = np.searchsorted(self._full, which, side="right") - 1
             items[full] = self._first[shard] + (which - self._full[shard]) * self.block + place[full] % self.block
         if not full.all():
-            order = group * self._singles // self._groups + place[~full] - in_blocks
+            order = (group * self._singles // self._groups + place - in_blocks)[~full]
             which = permute(order, self._singles, seed_of("order", self.seed, epoch, "singles"))
             shard = np.searchsorted(self._rest, which, side="right") - 1
             items[~full] = self._first[shard + 1] - (self._rest[shard + 1] - which)
@@ -118,29 +121,37 @@ def permute(values: np.ndarray, size: int, key: int) -> np.ndarray:
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     low, high = key % 2**64, key >> 64
-    keys = np.array([(low + (r + 1) * (high | 1) * 0x9E3779B97F4A7C15) % 2**64 for r in range(ROUNDS)], dtype=np.uint64)
+    keys = [(low + (r + 1) * (high | 1) * 0x9E3779B97F4A7C15) % 2**64 for r in range(ROUNDS)]
     walk = values.astype(np.uint64)
-    outside = np.ones(len(walk), dtype=bool)
-    while outside.any():
+    outside = np.arange(len(walk))
+    while len(outside) > FEW:
         walk[outside] = _feistel(walk[outside], half, keys)
-        outside = walk >= size
+        outside = outside[walk[outside] >= size]
+    for place, value in zip(outside.tolist(), walk[outside].tolist(), strict=True):
+        while (value := _feistel(value, half, keys)) >= size:
+            pass
+        walk[place] = value
     return walk.astype(np.int64)
 
 
-def _feistel(values: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
-    mask = np.uint64((1 << half) - 1)
-    left, right = values >> np.uint64(half), values & mask
+Words = TypeVar("Words", np.ndarray, int)
+"""Words of 64 bits: an array of them, or one as an integer, which is quicker than an array of a few."""
+
+
+def _feistel(values: Words, half: int, keys: list[int]) -> Words:
+    mask = (1 << half) - 1
+    left, right = values >> half, values & mask
     for key in keys:
         left, right = right, left ^ (_mix(right, key) & mask)
-    return (left << np.uint64(half)) | right
+    return (left << half) | right
 
 
-def _mix(values: np.ndarray, key: np.uint64) -> np.ndarray:
+def _mix(values: Words, key: int) -> Words:
     """The splitmix64 finaliser (Steele et al., 2014): every output bit depends on every input bit."""
-    mixed = values + key
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+    mixed = (values + key) & WORD
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & WORD
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & WORD
+    return mixed ^ (mixed >> 31)
 
 
 def step_slice(step: int, batch: int, total: int, ranks: int, rank: int) -> range:

@@ -18,7 +18,8 @@ def test_online_prints_how_much_faster_than_real_time_a_listener_is() -> None:
     assert "2 listeners online, 2 windows of 2 s" in done.stdout and "slowest window" in done.stdout
 
 
-def test_data_reads_from_a_server_of_its_own_beside_the_wire_and_webdataset(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_seeded_data_are_read_from_a_server_of_their_own_beside_the_wire_and_webdataset(tmp_path: Path) -> None:
     done = job("bench", "data", "--stage", "diffusion", "--size", "1", "--rounds", "1", "model.latent=8", cwd=tmp_path)
     assert "latents of 200 frames x 8, batches of 8" in done.stdout and "SeaweedFS" in done.stdout
     head, *rows = [line.split("│" if "│" in line else "┃")[1:-1] for line in done.stdout.splitlines() if line.startswith(("│", "┃"))]
