@@ -18,7 +18,7 @@ class Data(Branch):
     block: int = field(16, "Neighbouring items that are read together.", unit="items", ge=1)
     group: int = field(64, "Blocks whose items are mixed with each other.", unit="blocks", ge=1)
     read_ahead: int = field(
-        512, "Memory of each rank for data read before it is needed; at least a step's.", kind="placement", unit="MB", ge=1
+        512, "Memory of each rank for data read before it is needed; at least three steps'.", kind="placement", unit="MB", ge=1
     )
     readers: int = field(2, "Threads that read and decode on each rank.", kind="placement", ge=1)
     cache: str = field("", "Folder on each node's disk that keeps what was read for later epochs; empty: none.", kind="placement")

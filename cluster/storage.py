@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import os
 import random
 import time
@@ -97,6 +98,8 @@ EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
 
 WATCHDOG = Watchdog()
 
+logging.getLogger("urllib3.connection").setLevel(logging.ERROR)  # its warnings have whole URLs, signed ones too
+
 
 def open_store(url: str) -> Store:
     """The store at a folder's path, `file:///path` or `s3://bucket/prefix`.
@@ -144,12 +147,13 @@ class _Server:
             url = self._signed(bucket, name, int(time.monotonic() // SIGNED))
             request = AWSRequest("GET", url, headers, stream_output=True).prepare()
             answer = self.client._endpoint.http_session.send(request)
-        except FAULTS:
+        except (ClientError, *FAULTS):  # the former from whoever gives out credentials
             return None
-        if answer.status_code == 206:
+        if answer.status_code == 206 and "ETag" in answer.headers:
             self._refused = 0
             return answer
-        self._refused += answer.status_code in (301, 307, 400, 401, 403)
+        if self._signed.cache_info().currsize:  # else one of many that a URL's end met at the same time
+            self._refused += answer.status_code in (301, 307, 400, 401, 403)
         self._signed.cache_clear()
         answer.raw.close()
         return None
@@ -242,6 +246,7 @@ class S3Store(Store):
             wanted = size - done
             etag, coming, body = self._part(key, start + done, start + size, etag)
             if coming not in (wanted, None):
+                body.close()
                 raise StorageError(
                     f"{self.url}/{key} at {self.endpoint}: {coming} bytes came, but bytes {start + done} to {start + size} "
                     "were asked for: the object is shorter, or the server ignores ranges"

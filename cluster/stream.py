@@ -116,7 +116,7 @@ class Stream:
         order: which item is at a position.
         share: which positions of a step are read here.
         seed: keys the random arrays.
-        read_ahead: bytes of memory for what is read before it is asked for; at least one step's.
+        read_ahead: bytes of memory for what is read before it is asked for; at least three steps'.
         readers: threads that read and decode.
         pin: whether the tensors are to lie in memory that a GPU copies from by itself.
         quarantine: items that do not count; without one damaged data is an error.
@@ -146,6 +146,7 @@ class Stream:
         self._window = max(1, min(read_ahead // (3 * item_bytes * rows), share.steps))
         self._memory = _Memory(self._window * rows, pin)
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="reader")
+        self._indices = ThreadPoolExecutor(readers, thread_name_prefix="index")
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._drawer = ThreadPoolExecutor(1, thread_name_prefix="drawer")
         self._landed = Condition()
@@ -169,7 +170,7 @@ class Stream:
 
     def close(self) -> None:
         """Stop the readers."""
-        for pool in (self._planner, self._drawer, self._pool):
+        for pool in (self._planner, self._drawer, self._indices, self._pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _plan(self, first: int, count: int) -> _Window:
@@ -185,7 +186,7 @@ class Stream:
             return window
         clips, sides = np.divmod(window.items[rows], 2)
         places = [tensor.numpy() for tensor in window.tensors.values()]
-        wants = self._reader.plan(clips, self._members[sides], places, rows, self._pool.map)
+        wants = self._reader.plan(clips, self._members[sides], places, rows, self._indices.map)
         np.add.at(window.checksums, wants.row, wants.crc)
         for row in wants.row:
             window.step_of[row].coming += 1
@@ -236,7 +237,8 @@ class Stream:
         if self._quarantine is None:
             step.error = error
         else:
-            window.corrupt[row] = Bad(int(window.items[row]), step.positions[row - step.rows.start], str(error))
+            bad = Bad(int(window.items[row]), step.positions[row - step.rows.start], str(error))
+            window.corrupt[row] = min(window.corrupt.get(row, bad), bad)  # whichever thread was first
 
     def _finished(self, window: _Window, step: _Step) -> Batch:
         """The batch of a step, when everything of it has come."""
@@ -247,7 +249,7 @@ class Stream:
             raise step.error
         items, weight = window.items[step.rows].tolist(), torch.ones(len(step.positions))
         tensors = {name: tensor[step.rows] for name, tensor in window.tensors.items()}
-        corrupt = [(row - step.rows.start, bad) for row, bad in window.corrupt.items() if window.step_of[row] is step]
+        corrupt = [(row - step.rows.start, window.corrupt[row]) for row in range(step.rows.start, step.rows.stop) if row in window.corrupt]
         if self._quarantine is not None:
             held = [row for row, (item, at) in enumerate(zip(items, step.positions, strict=True)) if self._quarantine.holds(item, at)]
             for row in {*held, *(row for row, _ in corrupt)}:
@@ -285,7 +287,7 @@ class _Memory:
     def take(self, rows: int, shape: tuple[int, ...], dtype: np.dtype) -> torch.Tensor:
         """A tensor of so many rows of this shape, with any content."""
         if self._pin:  # torch uses pinned memory again itself, and knows when a copy to the GPU is done with it
-            return torch.empty((rows, *shape), dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True)
+            return torch.empty((self._rows, *shape), dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True)[:rows]
         free = self._free.setdefault((shape, dtype), deque())
         base = free.popleft() if free else np.empty((self._rows, *shape), dtype)
         view = base[:rows]

@@ -103,7 +103,11 @@ def train(job: Job, place: Place, report: Callable[[Snapshot], None]) -> dict[st
     meter = Meter(place.rank, place.ranks, job.stage)
     make_deterministic(job.experiment.workers.threads)
     with _reporting(meter, report):
-        return _Training(job, place, meter).run()
+        training = _Training(job, place, meter)
+        try:
+            return training.run()
+        finally:
+            training.stream.close()
 
 
 class _Training:
@@ -168,7 +172,6 @@ class _Training:
         if self.writer.busy:
             self.writer.commit()
         self.writer.close()
-        self.stream.close()
         if self.cache:
             self.cache.close()
         return {"progress": self.share.total, "steps": self.share.steps, "loss": loss, "quarantined": len(self.quarantine)}
