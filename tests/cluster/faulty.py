@@ -15,7 +15,7 @@ TAR_RANGE = r"GET \S+\.tar bytes="
 
 
 class FaultyProxy(ThreadingHTTPServer):
-    """Faults are used up one an answer; an empty one is none.
+    """Faults are used up one an answer, an empty one is none; no range is flipped twice, which would be a damaged object.
 
     "cut" half a body off; cut it and tell no length ("endless"); send half and "stall"; "trickle" a few bytes at a time; "flip" a bit;
     come "late"; "lose" the answer to a request that was carried out; answer "busy", or that credentials have "expired" (for as long as
@@ -65,6 +65,8 @@ class FaultyProxy(ThreadingHTTPServer):
                 return "expired"
             self._expired = False
             if not self.faults or not self._aim.match(request):
+                return ""
+            if self.faults[0] == "flip" and ("flip", request) in zip(self.happened, self.struck, strict=True):
                 return ""
             if self._spared:
                 self._spared -= 1

@@ -25,13 +25,13 @@ FAULTS = {
     "late": ["late"] * 4,
     "stall": ["stall"] * 2,
     "trickle": ["trickle"] * 2,
-    "flip": ["flip", "", "", "flip"],
+    "flip": ["flip"] * 2,
     "lose": ["lose"] * 2,
     "down": ["down"] * 6,
     "outage": ["outage"],
     "expired": ["expired"],
 }
-"""What the proxy does to ranges of tars; an empty one is an answer as it should be."""
+"""What the proxy does to ranges of tars."""
 
 SHARE = Share(6, 80, 1, 0)
 
