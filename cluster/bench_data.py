@@ -9,7 +9,6 @@ import itertools
 import multiprocessing
 import resource
 import shlex
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -23,26 +22,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from cluster.manifest import Manifest, Shards, Split, load_manifest, publish
-from cluster.manifest import Stream as StreamEntry
+from cluster.manifest import load_manifest
+from cluster.noise import SPLIT
 from cluster.reader import Reader
-from cluster.shards import members, shard_name, stock, write_shard
+from cluster.shards import stock
 from cluster.storage import S3Store, open_store
 from cluster.store import Store
 from cluster.stream import Share, Stream
-from reactdiff.clip import PERSONS, TARGETS
-from reactdiff.data.keyed import normal
 from reactdiff.data.order import Order
-from reactdiff.data.sample import Clip
-from reactdiff.stage import LATENT, Source, Stage
+from reactdiff.stage import Stage
 
 T = TypeVar("T")
 Done = Callable[[int], bool]
 """Told how many items came (the wire: ranges) whenever some did; whether that is enough."""
-
-SPLIT = "train"
-CLIPS_PER_SHARD = 64
-"""As `jobs/prepare.py` cuts them by default."""
 
 SHUFFLED, SHUFFLED_BYTES = 1000, 1 << 30
 """Samples that webdataset shuffles among each other, and most bytes of them."""
@@ -52,9 +44,6 @@ CHUNK = 1 << 20
 
 WARM = 2
 """Epochs that are read before one is measured: the memory of all windows has been written to by then."""
-
-ROW = 8
-"""Clips that a dataset has a multiple of: whole blocks of the default order."""
 
 
 class Undrawn:
@@ -122,9 +111,9 @@ class Cost:
     """One measurement.
 
     Attributes:
-        seconds: of the second epoch.
+        seconds: of the measured epoch.
         first: seconds from the start to the first batch (the wire: range).
-        cpu: seconds of this process and its children in the second epoch.
+        cpu: seconds of this process and its children in the measured epoch.
         memory: most bytes the process held beyond those it held after its imports.
     """
 
@@ -178,48 +167,6 @@ class Figures:
 
 
 Rival = Callable[[Done], None]
-
-
-def make_noise(url: str, source: Source, size: int, progress: Callable[[int, int], None]) -> str:
-    """A dataset of noise in object storage, unless it is there: the URL.
-
-    Args:
-        url: prefix below which it lies.
-        source: its streams and frames; targets come with facial and acoustic ones.
-        size: bytes of its tars, at least; they hold a multiple of 8 clips.
-        progress: told (clips written, clips in all).
-    """
-    encoded = any(spec.name == LATENT for spec in source.streams)
-    targets = {} if encoded else TARGETS
-    noise = {spec.name: normal((source.frames, spec.width), "bench", spec.name).astype(np.float16) for spec in source.streams}
-    noise |= {name: normal((source.frames, width), "bench", name) for name, width in targets.items()}
-    clips = -(-size // (len(PERSONS) * sum(array.nbytes for array in noise.values())) // ROW) * ROW
-    store = open_store(f"{url}/{'latents' if encoded else 'clips'}-{sum(spec.width for spec in source.streams)}x{source.frames}-{clips}")
-    try:
-        load_manifest(store)
-        return store.url
-    except ValueError:
-        pass  # none there yet
-    shards = Shards()
-    for number, first in enumerate(range(0, clips, CLIPS_PER_SHARD)):
-        last = min(first + CLIPS_PER_SHARD, clips)
-        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-            path, name = Path(folder) / "shard.tar", shard_name(SPLIT, number)
-            info = write_shard(path, (_clip(clip, noise) for clip in range(first, last)), noise)
-            store.put_file(f"{name}.tar", path)
-            store.put_file(f"{name}.index.npy", path.with_suffix(".index.npy"))
-        shards = shards.plus({number: info})
-        progress(last, clips)
-    manifest = Manifest(
-        kind="latents" if encoded else "clips",
-        frames=source.frames,
-        streams=[StreamEntry(name=spec.name, kind=spec.kind, width=spec.width) for spec in source.streams],
-        targets=targets,
-        members=list(members(noise)),
-        splits={SPLIT: Split(shards=shards)},
-    )
-    publish(store, manifest)
-    return store.url
 
 
 def bench_data(task: Task, rounds: int, progress: Callable[[int, int], None]) -> dict[str, Figures]:
@@ -393,12 +340,6 @@ def streamed(store: Store, task: Task, epochs: int) -> Iterator[dict[str, torch.
             yield batch.tensors
     finally:
         stream.close()
-
-
-def _clip(number: int, noise: dict[str, np.ndarray]) -> Clip:
-    """A clip whose arrays are the noise from another row on."""
-    shifts = enumerate(PERSONS, start=2 * number)
-    return Clip(f"clip{number:08d}", {person: {name: np.roll(array, at, axis=0) for name, array in noise.items()} for at, person in shifts})
 
 
 def _s3(url: str) -> S3Store:

@@ -144,12 +144,6 @@ class Store(ABC):
         """
         return self.get(key)[0]
 
-    def read_range(self, key: str, start: int, length: int) -> bytes:
-        """`length` bytes of an object from byte `start` on; errors as `read_into`."""
-        buffer = bytearray(length)
-        self.read_into(key, start, memoryview(buffer))
-        return bytes(buffer)
-
     def exists(self, key: str) -> bool:
         """Whether there is an object of this key."""
         try:

@@ -24,9 +24,10 @@ from rich.table import Table
 
 from cluster import command
 from cluster.bench import alone, bench_online, bench_training
-from cluster.bench_data import Figures, Task, Undrawn, bench_data, make_noise, server
+from cluster.bench_data import Figures, Task, Undrawn, bench_data, server
 from cluster.demo import make_demo
 from cluster.experiment import load
+from cluster.noise import make_noise
 from cluster.progress import Display
 from cluster.science import Comparison, compare
 from reactdiff.clip import FRAME_RATE, WINDOW

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.bench_data import SPLIT, WARM, Done, Range, Rival, Task, Undrawn, make_noise, measure, record, rival_batches, streamed, wire
+from cluster.bench_data import WARM, Done, Range, Rival, Task, Undrawn, measure, record, rival_batches, streamed, wire
 from cluster.manifest import load_manifest
+from cluster.noise import SPLIT, make_noise
 from cluster.shards import read_index
 from cluster.storage import S3Store, open_store
 from infra.objectstore import ObjectStore

@@ -1,0 +1,70 @@
+"""Datasets of noise, as wide and as long as a benchmark asks for."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from cluster.manifest import Manifest, Shards, Split, Stream, load_manifest, publish
+from cluster.shards import members, shard_name, write_shard
+from cluster.storage import open_store
+from reactdiff.clip import PERSONS, TARGETS
+from reactdiff.data.keyed import normal
+from reactdiff.data.sample import Clip
+from reactdiff.stage import LATENT, Source
+
+SPLIT = "train"
+CLIPS_PER_SHARD = 64
+"""As `jobs/prepare.py` cuts them by default."""
+
+ROW = 8
+"""Clips that a dataset has a multiple of: whole blocks of the default order."""
+
+
+def make_noise(url: str, source: Source, size: int, progress: Callable[[int, int], None]) -> str:
+    """A dataset of noise in object storage, unless it is there: the URL.
+
+    Args:
+        url: prefix below which it lies.
+        source: its streams and frames; targets come with facial and acoustic ones.
+        size: bytes of its tars, at least; they hold a multiple of 8 clips.
+        progress: told (clips written, clips in all).
+    """
+    encoded = any(spec.name == LATENT for spec in source.streams)
+    targets = {} if encoded else TARGETS
+    noise = {spec.name: normal((source.frames, spec.width), "bench", spec.name).astype(np.float16) for spec in source.streams}
+    noise |= {name: normal((source.frames, width), "bench", name) for name, width in targets.items()}
+    clips = -(-size // (len(PERSONS) * sum(array.nbytes for array in noise.values())) // ROW) * ROW
+    store = open_store(f"{url}/{'latents' if encoded else 'clips'}-{sum(spec.width for spec in source.streams)}x{source.frames}-{clips}")
+    try:
+        load_manifest(store)
+        return store.url
+    except ValueError:
+        pass  # none there yet
+    shards = Shards()
+    for number, first in enumerate(range(0, clips, CLIPS_PER_SHARD)):
+        last = min(first + CLIPS_PER_SHARD, clips)
+        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+            path, name = Path(folder) / "shard.tar", shard_name(SPLIT, number)
+            info = write_shard(path, (_clip(clip, noise) for clip in range(first, last)), noise)
+            store.put_file(f"{name}.tar", path)
+            store.put_file(f"{name}.index.npy", path.with_suffix(".index.npy"))
+        shards = shards.plus({number: info})
+        progress(last, clips)
+    manifest = Manifest(
+        kind="latents" if encoded else "clips",
+        frames=source.frames,
+        streams=[Stream(name=spec.name, kind=spec.kind, width=spec.width) for spec in source.streams],
+        targets=targets,
+        members=list(members(noise)),
+        splits={SPLIT: Split(shards=shards)},
+    )
+    publish(store, manifest)
+    return store.url
+
+
+def _clip(number: int, noise: dict[str, np.ndarray]) -> Clip:
+    """A clip whose arrays are the noise from another row on."""
+    shifts = enumerate(PERSONS, start=2 * number)
+    return Clip(f"clip{number:08d}", {person: {name: np.roll(array, at, axis=0) for name, array in noise.items()} for at, person in shifts})
