@@ -6,7 +6,7 @@ again. The last, shorter stretch of a shard counts as blocks of one item. All of
 item counts: nothing is shuffled in memory, nothing is stored, and a position of a dataset of 10^8 items costs microseconds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -125,10 +125,10 @@ def permute(values: np.ndarray, size: int, key: int) -> np.ndarray:
     walk = values.astype(np.uint64)
     outside = np.arange(len(walk))
     while len(outside) > FEW:
-        walk[outside] = _feistel(walk[outside], half, keys)
+        walk[outside] = _feistel(walk[outside], half, keys, _wrapped)
         outside = outside[walk[outside] >= size]
     for place, value in zip(outside.tolist(), walk[outside].tolist(), strict=True):
-        while (value := _feistel(value, half, keys)) >= size:
+        while (value := _feistel(value, half, keys, WORD.__and__)) >= size:
             pass
         walk[place] = value
     return walk.astype(np.int64)
@@ -138,19 +138,24 @@ Words = TypeVar("Words", np.ndarray, int)
 """Words of 64 bits: an array of them, or one as an integer, which is quicker than an array of a few."""
 
 
-def _feistel(values: Words, half: int, keys: list[int]) -> Words:
+def _wrapped(words: np.ndarray) -> np.ndarray:
+    """The words themselves: arithmetic on arrays of them is modulo 2^64 already; on integers `WORD.__and__` makes it so."""
+    return words
+
+
+def _feistel(values: Words, half: int, keys: list[int], modulo: Callable[[Words], Words]) -> Words:
     mask = (1 << half) - 1
     left, right = values >> half, values & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right, key) & mask)
+        left, right = right, left ^ (_mix(right, key, modulo) & mask)
     return (left << half) | right
 
 
-def _mix(values: Words, key: int) -> Words:
+def _mix(values: Words, key: int, modulo: Callable[[Words], Words]) -> Words:
     """The splitmix64 finaliser (Steele et al., 2014): every output bit depends on every input bit."""
-    mixed = (values + key) & WORD
-    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & WORD
-    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & WORD
+    mixed = modulo(values + key)
+    mixed = modulo((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9)
+    mixed = modulo((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB)
     return mixed ^ (mixed >> 31)
 
 
