@@ -5,7 +5,6 @@ fp32 weights, Adam's moments and the averaged weights; then `<progress>-<life>.j
 there is no checkpoint. Any number of ranks at any ZeRO stage writes and reads the same format.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable
@@ -18,7 +17,8 @@ import torch
 from safetensors.torch import load, save
 
 from cluster.quarantine import Bad
-from cluster.storage import AlreadyExists, NotFound, Store
+from cluster.storage import AlreadyExists, NotFound, Store, content_hash
+from cluster.verified import Altered, read_verified
 
 VERSION = 1
 BUFFER = "buffer/"
@@ -104,12 +104,11 @@ def read_part(store: Store, stage: str, part: Part) -> dict[str, torch.Tensor]:
     """
     key = f"checkpoints/{stage}/{part.file}"
     try:
-        data = store.read(key)
+        return load(read_verified(store, key, part.hash))
     except NotFound:
         raise DamagedCheckpoint(f"{store.url}/{key} is missing") from None
-    if (found := _hash(data)) != part.hash:
-        raise DamagedCheckpoint(f"{store.url}/{key} has hash {found}, but its manifest says {part.hash}")
-    return load(data)
+    except Altered as error:
+        raise DamagedCheckpoint(str(error)) from None
 
 
 def reader(store: Store, checkpoint: Checkpoint, extents: Iterable[Extent]) -> Read:
@@ -228,7 +227,7 @@ class Writer:
 
     def _write(self, stage: str, tensors: dict[str, torch.Tensor], extents: list[Extent]) -> Part:
         data = save(tensors)
-        part = Part(_hash(data), len(data), extents)
+        part = Part(content_hash(data), len(data), extents)
         self._store.put(f"checkpoints/{stage}/{part.file}", data)
         return part
 
@@ -274,7 +273,3 @@ def _tensor(name: str, start: int, kind: str) -> str:
 def _kinds(tensors: dict[str, torch.Tensor], name: str, start: int) -> list[str]:
     prefix = _tensor(name, start, "")
     return [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()

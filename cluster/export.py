@@ -4,7 +4,6 @@
 description is created last, so an export is whole or absent.
 """
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +15,8 @@ from torch import nn
 from cluster import checkpoint
 from cluster.config import Experiment
 from cluster.device import best_device
-from cluster.storage import AlreadyExists, NotFound, StorageError, Store
+from cluster.storage import AlreadyExists, NotFound, StorageError, Store, content_hash
+from cluster.verified import Altered, read_verified
 from reactdiff.config import Diffusion, Model
 from reactdiff.data.sample import StreamSpec
 from reactdiff.generate import Reactor
@@ -74,7 +74,7 @@ def write_export(store: Store, experiment: Experiment, name: str, source: Source
     export = Export(
         stage=name,
         progress=progress,
-        hash=hashlib.blake2b(data, digest_size=16).hexdigest(),
+        hash=content_hash(data),
         dataset=found.dataset,
         seed=experiment.seed,
         frames=source.frames,
@@ -88,10 +88,14 @@ def write_export(store: Store, experiment: Experiment, name: str, source: Source
 
 
 def take_over(export: Export, source: Store, store: Store) -> None:
-    """Copy an export of another run, the description last."""
+    """Copy an export of another run, the description last.
+
+    Raises:
+        StorageError: if its weights are not those the description names.
+    """
     key = f"exports/{export.stage}/{export.hash}.safetensors"
     if not store.exists(key):
-        store.put(key, source.read(key))
+        store.put(key, read_verified(source, key, export.hash))
     _describe(store, export)
 
 
@@ -162,10 +166,10 @@ def _reactor(codec: nn.Module, diffusion: nn.Module | None) -> Reactor:
 def load_weights(store: Store, export: Export) -> dict[str, torch.Tensor]:
     """Weights and buffers of an export by name, verified."""
     key = f"exports/{export.stage}/{export.hash}.safetensors"
-    data = store.read(key)
-    if (found := hashlib.blake2b(data, digest_size=16).hexdigest()) != export.hash:
-        raise StorageError(f"{store.url}/{key} has hash {found}: it is damaged; delete exports/{export.stage}/ and run the command again")
-    return load(data)
+    try:
+        return load(read_verified(store, key, export.hash))
+    except Altered as error:
+        raise StorageError(f"{error}: it is damaged; delete exports/{export.stage}/ and run the command again") from None
 
 
 def _manifests(store: Store, name: str) -> list[checkpoint.Checkpoint]:

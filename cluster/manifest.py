@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_
 
 from cluster.shards import ShardInfo, decode_npy, shard_name
 from cluster.storage import AlreadyExists, NotFound, Stale, Store, content_hash
+from cluster.verified import Altered, read_verified
 from reactdiff.data.sample import StreamKind, StreamSpec
 
 CURRENT = "dataset.json"
@@ -258,20 +259,20 @@ def read_part(store: Store, part: File) -> bytes:
     Raises:
         ValueError: if they differ.
     """
-    data = store.read(part.file)
-    if (actual := content_hash(data)) != part.hash:
-        raise ValueError(f"{store.url}/{part.file} has hash {actual}, but the manifest says {part.hash}: restore it from a copy")
-    return data
+    try:
+        return read_verified(store, part.file, part.hash)
+    except Altered as error:
+        raise ValueError(f"{error}: restore it from a copy") from None
 
 
 def _load(store: Store, digest: str) -> Manifest:
     where = f"{store.url}/{manifest_file(digest)}"
     try:
-        data = store.read(manifest_file(digest))
+        data = read_verified(store, manifest_file(digest), digest)
     except NotFound as error:
         raise ValueError(f"the dataset at {store.url} has no state {digest} ({where} is missing): correct data.manifest") from error
-    if (actual := content_hash(data)) != digest:
-        raise ValueError(f"{where} has hash {actual}: it was changed or damaged; restore it from a copy")
+    except Altered as error:
+        raise ValueError(f"{error}: it was changed or damaged; restore it from a copy") from None
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:

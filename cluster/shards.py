@@ -21,6 +21,7 @@ import webdataset
 from crc32c import crc32c
 
 from cluster.storage import Store, content_hash
+from cluster.verified import Altered, read_verified
 from reactdiff.clip import PERSONS
 from reactdiff.data.sample import Clip
 
@@ -183,10 +184,11 @@ def read_index(store: Store, name: str, digest: str = "") -> np.ndarray:
     Raises:
         CorruptData: if the file is not the one of this hash.
     """
-    data = store.read(f"{name}.index.npy")
-    if digest and (actual := content_hash(data)) != digest:
-        raise CorruptData(name, "", "index", digest, actual)
-    return decode_npy(data)
+    key = f"{name}.index.npy"
+    try:
+        return decode_npy(read_verified(store, key, digest) if digest else store.read(key))
+    except Altered as error:
+        raise CorruptData(name, "", "index", digest, error.actual) from None
 
 
 def stock(urls: Sequence[str], buffer: int) -> Any:

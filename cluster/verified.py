@@ -1,0 +1,40 @@
+"""Objects whose content is known by its hash."""
+
+import logging
+
+from cluster.store import StorageError, Store, content_hash
+
+log = logging.getLogger(__name__)
+
+
+class Altered(StorageError):
+    """An object has other content than it was written with.
+
+    Attributes:
+        actual: the hash of what was read.
+    """
+
+    def __init__(self, where: str, expected: str, actual: str):
+        super().__init__(where, expected, actual)
+        self.where, self.expected, self.actual = where, expected, actual
+
+    def __str__(self) -> str:
+        return f"{self.where} has hash {self.actual}, but was written with {self.expected}"
+
+
+def read_verified(store: Store, key: str, digest: str) -> bytes:
+    """An object's whole content, compared with its hash; what differs is read once more, since bytes also change on their way.
+
+    Raises:
+        NotFound: if there is none.
+        Altered: if it differs both times.
+    """
+    actual = ""
+    for _ in range(2):
+        if actual:
+            log.warning("%s/%s came with hash %s, but was written with %s; reading it once more", store.url, key, actual, digest)
+        data = store.read(key)
+        if (actual := content_hash(data)) == digest:
+            return data
+        del data  # a part of a checkpoint is not held twice
+    raise Altered(f"{store.url}/{key}", digest, actual)
