@@ -8,7 +8,7 @@ from crc32c import crc32c
 from cluster.config import Workers
 from cluster.manifest import File, Manifest, read_part
 from cluster.shards import CorruptData, read_index
-from cluster.storage import StorageError, Store, open_store
+from cluster.storage import NotFound, Store, open_store
 from cluster.tape import Tape
 from cluster.tasks import each
 
@@ -33,6 +33,9 @@ def verify(store: Store, manifest: Manifest, workers: Workers, progress: Callabl
 
     Returns:
         All damage there is, in the order of splits and shards.
+
+    Raises:
+        StorageError: if something that is there cannot be read, which says nothing about what it holds.
     """
     calls = [(split, position) for split, part in manifest.splits.items() for position in range(len(part.shards))]
     found: dict[int, list[Damage]] = {}
@@ -49,17 +52,24 @@ def _files(store: Store, manifest: Manifest) -> Iterator[Damage]:
             try:
                 if file is not None:
                     read_part(store, file)
-            except (ValueError, StorageError) as error:
+            except (NotFound, ValueError) as error:
                 yield Damage(split, file.file if file else "", str(error))
 
 
 def check_shard(shared: tuple[str, Manifest], split: str, position: int) -> list[Damage]:
-    """Read one shard from end to end."""
+    """Read one shard from end to end.
+
+    Raises:
+        StorageError: as `verify`.
+    """
     url, manifest = shared
     store, name, info = open_store(url), manifest.shard(split, position), manifest.split(split).shards.info(position)
     tar = f"{name}.tar"
     try:
         index = read_index(store, name, info.index)
+    except (NotFound, CorruptData) as error:
+        return [Damage(split, f"{name}.index.npy", str(error))]
+    try:
         if (size := store.size(tar)) != info.bytes:
             return [Damage(split, tar, f"it has {size} bytes, but was written with {info.bytes}")]
         pieces = [
@@ -76,7 +86,7 @@ def check_shard(shared: tuple[str, Manifest], split: str, position: int) -> list
             if actual != crc:
                 damage.append(Damage(split, tar, f"clip {clip}, member {member}: checksum {actual:08x}, but written with {crc:08x}"))
         actual_hash = tape.digest()
-    except (StorageError, CorruptData) as error:
+    except NotFound as error:
         return [Damage(split, tar, str(error))]
     if len(index) != info.clips:
         damage.append(Damage(split, f"{name}.index.npy", f"it has {len(index)} clips, but the manifest says {info.clips}"))

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from cluster import tape
+from cluster.config import Workers
 from cluster.manifest import load_manifest
 from cluster.shards import read_index
-from cluster.storage import open_store
-from cluster.verify import check_shard
+from cluster.storage import StorageError, open_store
+from cluster.verify import check_shard, verify
 from tests.tiny import job
 
 TAR = "train/000001.tar"
@@ -56,6 +57,21 @@ def test_damage_between_members_of_the_index_and_of_sizes_is_found(dataset: Path
     assert f"it has {len(content) - 512} bytes, but was written with {len(content)}" in damage(dataset)[0]
     (dataset / TAR).unlink()
     assert "no such" in damage(dataset)[0].lower()
+    (dataset / "train/000001.index.npy").unlink()
+    assert damage(dataset)[0].startswith("train/000001.index.npy: ") and "no such" in damage(dataset)[0].lower()
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("kind", ["tar", "index.npy", "appropriateness"])
+def test_what_cannot_be_read_is_not_called_damaged(dataset: Path, kind: str) -> None:
+    manifest = load_manifest(open_store(str(dataset)))
+    part = manifest.split("test").appropriateness
+    assert part is not None
+    file = part.file if kind == "appropriateness" else f"test/000000.{kind}"
+    (dataset / file).unlink()
+    (dataset / file).symlink_to(dataset / file)
+    with pytest.raises(StorageError, match=f"{file}: Too many levels of symbolic links"):
+        verify(open_store(str(dataset)), manifest, Workers(), lambda done, total: None)
 
 
 def test_the_job_prints_a_table_and_ends_with_1_if_anything_is_damaged(dataset: Path) -> None:
