@@ -1,15 +1,14 @@
 """One shard of a dataset, built from a tree of clips or found built: the task that `prepare` runs many times."""
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from crc32c import crc32c
 
+from cluster.scratch import scratch
 from cluster.shards import ShardInfo, encode_npy, members, read_index, write_shard
 from cluster.storage import NotFound, content_hash, open_store
 from reactdiff.clip import PERSONS, TARGETS
@@ -119,8 +118,8 @@ def build(source: Source, name: str, pairs: Sequence[Pair]) -> Built:
         return found
     refused: list[tuple[str, str]] = []
     subjects: dict[str, list[str | None]] = {person: [] for person in PERSONS}
-    with tempfile.TemporaryDirectory(prefix="shard-") as folder:
-        path = Path(folder) / "shard.tar"
+    with scratch() as folder:
+        path = folder / "shard.tar"
         built = Built(write_shard(path, _usable(source.tree, pairs, refused, subjects), source.arrays), refused, subjects)
         if not built.info.clips or (refused and source.strict):
             return built

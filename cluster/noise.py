@@ -1,12 +1,11 @@
 """Datasets of noise, as wide and as long as a benchmark asks for."""
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from cluster.manifest import Manifest, Shards, Split, Stream, load_manifest, publish
+from cluster.scratch import scratch
 from cluster.shards import members, shard_name, write_shard
 from cluster.storage import open_store
 from reactdiff.clip import PERSONS, TARGETS
@@ -45,8 +44,8 @@ def make_noise(url: str, source: Source, size: int, progress: Callable[[int, int
     shards = Shards()
     for number, first in enumerate(range(0, clips, CLIPS_PER_SHARD)):
         last = min(first + CLIPS_PER_SHARD, clips)
-        with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-            path, name = Path(folder) / "shard.tar", shard_name(SPLIT, number)
+        with scratch() as folder:
+            path, name = folder / "shard.tar", shard_name(SPLIT, number)
             info = write_shard(path, (_clip(clip, noise) for clip in range(first, last)), noise)
             store.put_file(f"{name}.tar", path)
             store.put_file(f"{name}.index.npy", path.with_suffix(".index.npy"))
