@@ -16,7 +16,11 @@ class StorageError(Exception):
     """A store could not do what was asked; the message names the URL and the cause, never a secret."""
 
 
-class NotFound(StorageError):
+class Permanent(StorageError):
+    """A store that answers, and says no: nothing is there, or it is not allowed. Asking again mends nothing."""
+
+
+class NotFound(Permanent):
     """There is no object of this key."""
 
 

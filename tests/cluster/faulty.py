@@ -3,6 +3,7 @@
 import http.client
 import re
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,13 +14,17 @@ from urllib.parse import urlsplit
 TAR_RANGE = r"GET \S+\.tar bytes="
 """What a request for a part of a shard looks like to `arm`."""
 
+SAYS = {"busy": (503, "SlowDown"), "denied": (403, "AccessDenied"), "gone": (404, "NoSuchUpload"), "expired": (400, "ExpiredToken")}
+"""Faults that are answers."""
+
 
 class FaultyProxy(ThreadingHTTPServer):
     """Faults are used up one an answer, an empty one is none; no range is flipped twice, which would be a damaged object.
 
     "cut" half a body off; cut it and tell no length ("endless"); send half and "stall"; "trickle" a few bytes at a time; "flip" a bit;
-    come "late"; "lose" the answer to a request that was carried out; answer "busy", or that credentials have "expired" (for as long as
-    `renewed` says no); be "down": close at once; begin an "outage": nobody listens for so many seconds.
+    come "late"; "lose" the answer to a request that was carried out; answer "busy", "denied", that an upload is "gone", or that
+    credentials have "expired" (for as long as `renewed` says no); be "down": close at once; begin an "outage": nobody listens for so many
+    seconds; "reset" the connection amid what is sent.
 
     Attributes:
         faults: what is done to the next answers that are `armed` for it.
@@ -121,15 +126,18 @@ class _Handler(BaseHTTPRequestHandler):
         self._forward()
 
     def _forward(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         wanted = self.headers.get("Range", "")
         self.server.requests.append(f"{self.command} {wanted}".strip())
         fault = self.server.next_fault(f"{self.command} {urlsplit(self.path).path} {wanted}")
-        if fault == "busy":
-            self._answer(503, [], b"<Error><Code>SlowDown</Code><Message>later</Message></Error>")
+        size = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(size // 2 if fault == "reset" else size)
+        if fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing throws away what is unread
+            self.close_connection = True
             return
-        if fault == "expired":
-            self._answer(400, [], b"<Error><Code>ExpiredToken</Code><Message>over</Message></Error>")
+        if fault in SAYS:
+            status, code = SAYS[fault]
+            self._answer(status, [], f"<Error><Code>{code}</Code><Message>a fault</Message></Error>".encode())
             return
         if fault in ("down", "outage"):
             self.close_connection = True

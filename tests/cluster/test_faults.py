@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from botocore.client import Config
 
-from cluster import history, storage
+from cluster import history, s3
 from cluster.folder import FolderStore
 from cluster.storage import open_store
 from cluster.stream import Batch, Share
@@ -38,9 +38,9 @@ SHARE = Share(6, 80, 1, 0)
 
 def hasten() -> None:
     """Storage that takes silence for a fault after tenths of a second, in a process of its own."""
-    storage.STALL = 0.4
-    storage.CHUNK = 10_000
-    storage.CONFIG = storage.CONFIG.merge(Config(read_timeout=0.4))
+    s3.STALL = 0.4
+    s3.CHUNK = 10_000
+    s3.CONFIG = s3.CONFIG.merge(Config(read_timeout=0.4))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def on_s3(object_store) -> str:
 @pytest.fixture
 def proxy(object_store, monkeypatch: pytest.MonkeyPatch):
     for name in ("STALL", "CHUNK", "CONFIG"):
-        monkeypatch.setattr(storage, name, getattr(storage, name))
+        monkeypatch.setattr(s3, name, getattr(s3, name))
     hasten()
     with faulty_proxy(object_store.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)

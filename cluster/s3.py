@@ -1,0 +1,335 @@
+"""A bucket as a store. This is the only module that knows boto3."""
+
+import contextlib
+import itertools
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from operator import methodcaller
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from boto3 import Session
+from botocore.awsrequest import AWSRequest
+from botocore.client import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    HTTPClientError,
+    IncompleteReadError,
+    ResponseStreamingError,
+)
+from botocore.response import StreamingBody
+from urllib3.exceptions import HTTPError
+
+from cluster import parts
+from cluster.patience import Patience
+from cluster.store import AlreadyExists, Entry, Meter, NotFound, Permanent, Stale, StorageError, Store, checked, rest_of
+from cluster.watchdog import Watchdog
+
+T = TypeVar("T")
+
+PATIENCE = 120.0
+"""Seconds that faults which may pass are put up with: an outage of a minute must not end a run of a week."""
+
+FIRST_PATIENCE = 10.0
+"""The same before a server has ever answered: then it is more likely a wrong address."""
+
+STALL = 10.0
+"""Seconds a server may be silent."""
+
+SLOWEST = 1 << 20
+"""Bytes a second below which an answer is given up and asked for again from where it is."""
+
+SIGNED = 1800
+"""Seconds that a signed URL is used for."""
+
+REFUSALS = 8
+"""Signed URLs refused one after the other until boto3 is asked at once: it may know of a redirection that they do not."""
+
+CHUNK = 1 << 20
+"""Bytes taken from a connection at once; what came of a chunk before the server fell silent is asked for again."""
+
+# Checksums "when_required": lengths and CRC32C are checked by the readers, and validation in boto3 costs four times the CPU.
+CONFIG = Config(
+    s3={"addressing_style": "path"},
+    signature_version="s3v4",
+    max_pool_connections=max(32, 4 * len(os.sched_getaffinity(0))),
+    retries={"mode": "standard", "total_max_attempts": 2},
+    connect_timeout=3,
+    read_timeout=STALL,
+    tcp_keepalive=True,
+    request_checksum_calculation="when_required",
+    response_checksum_validation="when_required",
+)
+
+FAULTS = (BotoCoreError, HTTPError, OSError)
+"""What boto3 raises when no answer or half an answer came; an answer that says no is a ClientError."""
+
+PASSING = (
+    EndpointConnectionError,
+    ConnectTimeoutError,
+    HTTPClientError,
+    ConnectionError,
+    TimeoutError,
+    HTTPError,
+    ResponseStreamingError,
+    IncompleteReadError,
+)
+"""Those of them that may be over soon."""
+
+BUSY = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}
+EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
+
+WATCHDOG = Watchdog()
+
+logging.getLogger("urllib3.connection").setLevel(logging.ERROR)  # its warnings have whole URLs, signed ones too
+
+
+class _Server:
+    """A server and the credentials for it, shared by all stores that were made of one."""
+
+    def __init__(self) -> None:
+        self.answered = False
+        self.renew()
+
+    def renew(self) -> None:
+        """Look up endpoint and credentials again."""
+        self.client = Session().client("s3", config=CONFIG)
+        self._signed = lru_cache(maxsize=1024)(self._sign)
+        self._refused = 0
+
+    def get(self, bucket: str, name: str, headers: dict[str, str]) -> Any | None:
+        """The answer to a GET of a part of an object (status 206), or None where there is another one or none at all.
+
+        The URL is signed once for all parts of an object: boto3 signs, checks and parses each request anew, at four times the CPU time.
+        Whatever goes wrong here is for boto3 to try and to explain; nothing of it is logged, for the URL is as good as a password.
+        """
+        if self._refused >= REFUSALS:
+            return None
+        try:
+            url = self._signed(bucket, name, int(time.monotonic() // SIGNED))
+            request = AWSRequest("GET", url, headers, stream_output=True).prepare()
+            answer = self.client._endpoint.http_session.send(request)
+        except (ClientError, *FAULTS):  # the former from whoever gives out credentials
+            return None
+        if answer.status_code == 206 and "ETag" in answer.headers:
+            self._refused = 0
+            return answer
+        if self._signed.cache_info().currsize:  # else one of many that a URL's end met at the same time
+            self._refused += answer.status_code in (301, 307, 400, 401, 403)
+        self._signed.cache_clear()
+        answer.raw.close()
+        return None
+
+    def _sign(self, bucket: str, name: str, _: int) -> str:
+        return self.client.generate_presigned_url("get_object", {"Bucket": bucket, "Key": name}, ExpiresIn=2 * SIGNED)
+
+
+class S3Store(Store):
+    """Objects below a prefix of a bucket, on AWS S3 or any server that speaks its protocol."""
+
+    node_local = False
+
+    def __init__(self, bucket: str, prefix: str, server: "_Server | None" = None, meter: Meter | None = None):
+        super().__init__(f"s3://{bucket}/{prefix}".rstrip("/"), meter or Meter())
+        self._bucket, self._prefix = bucket, f"{checked(prefix)}/" if prefix else ""
+        self._server = server or _Server()
+        if "@" in urlsplit(self.endpoint).netloc:
+            raise ValueError("AWS_ENDPOINT_URL holds credentials; leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return S3Store, (self._bucket, self._prefix.rstrip("/"))
+
+    @property
+    def endpoint(self) -> str:
+        """The server that answers."""
+        return self._server.client.meta.endpoint_url
+
+    def at(self, prefix: str) -> "S3Store":
+        """The store of the objects below this prefix."""
+        return S3Store(self._bucket, f"{self._prefix}{checked(prefix)}", self._server, self._meter)
+
+    def raw(self, key: str) -> tuple[Any, dict[str, str]]:
+        """boto3's client and how it names an object, for what no store does: measuring the wire, signing a URL."""
+        return self._server.client, {"Bucket": self._bucket, "Key": self._prefix + checked(key)}
+
+    def get(self, key: str) -> tuple[bytes, str]:
+        """An object's content and its etag."""
+        answer = self._call("get_object", key)
+        etag, size = answer["ETag"], answer.get("ContentLength")
+        if size is None:  # whoever stands between did not say; then the end of what comes is no sign that it was all
+            size = self._call("head_object", key, IfMatch=etag)["ContentLength"]
+        buffer = memoryview(bytearray(size))
+        done, _ = self._drain(answer["Body"], [buffer])
+        self._fill(key, done, [buffer[done:]], etag)
+        return bytes(buffer), etag
+
+    def read_into(self, key: str, start: int, *buffers: memoryview) -> None:
+        """Fill writable buffers, one after the other, with an object's content from byte `start` on."""
+        self._fill(key, start, buffers)
+
+    def size(self, key: str) -> int:
+        """An object's size in bytes."""
+        return self._call("head_object", key)["ContentLength"]
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object, whatever was there before."""
+        self._upload(key, len(data), lambda start, end: data[start:end])
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Write a large object from a local file, whatever was there before."""
+        with open(path, "rb") as file:
+            self._upload(key, os.fstat(file.fileno()).st_size, lambda start, end: os.pread(file.fileno(), end - start, start))
+
+    def create(self, key: str, data: bytes) -> str:
+        """Write an object that must not exist yet, and return its etag."""
+        return self._conditional(key, data, AlreadyExists(f"{self.url}/{key}: exists already"), IfNoneMatch="*")
+
+    def replace(self, key: str, data: bytes, etag: str) -> str:
+        """Overwrite the content this etag stands for, and return the new etag."""
+        return self._conditional(key, data, Stale(f"{self.url}/{key}: is not the content of etag {etag} any more"), IfMatch=etag)
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """All objects whose key begins with this text, in the order of their keys' UTF-8 bytes."""
+        checked(f"{prefix}x")
+
+        items: list[Entry] = []
+        more: dict[str, str] | None = {}
+        while more is not None:
+            page = self._patiently(prefix, methodcaller("list_objects_v2", Bucket=self._bucket, Prefix=self._prefix + prefix, **more))
+            items += [Entry(item["Key"].removeprefix(self._prefix), item["Size"]) for item in page.get("Contents", ())]
+            more = {"ContinuationToken": page["NextContinuationToken"]} if page["IsTruncated"] else None
+        yield from sorted(items, key=lambda entry: entry.key.encode())  # AWS sorts so; others sort folder by folder, or not at all
+
+    def delete(self, key: str) -> None:
+        """Remove an object; nothing happens if there is none."""
+        self._call("delete_object", key)
+
+    def _fill(self, key: str, start: int, buffers: Sequence[memoryview], etag: str = "") -> None:
+        """Read until the buffers are full. A body that breaks off is continued where it broke, if the object is still the same."""
+        done, size, patience = 0, sum(map(len, buffers)), Patience()
+        while done < size:
+            wanted = size - done
+            etag, coming, body = self._part(key, start + done, start + size, etag)
+            if coming not in (wanted, None):
+                body.close()
+                raise Permanent(
+                    f"{self.url}/{key} at {self.endpoint}: {coming} bytes came, but bytes {start + done} to {start + size} "
+                    "were asked for: the object is shorter, or the server ignores ranges"
+                )
+            count, cause = self._drain(body, rest_of(buffers, done))
+            done += count
+            if done < size and not patience.lasts(PATIENCE + size / SLOWEST):
+                raise StorageError(
+                    f"{self.url}/{key} at {self.endpoint}: the answer broke off {patience.faults} times in {PATIENCE:g} s and more, the "
+                    f"last time at byte {start + done}: {cause or 'it ended early'}"
+                ) from cause
+
+    def _part(self, key: str, start: int, end: int, etag: str) -> tuple[str, int | None, StreamingBody]:
+        """The etag, the length as far as it is told, and the body of an answer that is these bytes of an object."""
+        span, name = f"bytes={start}-{end - 1}", self._prefix + checked(key)
+        quick = self._server.get(self._bucket, name, {"Range": span} | ({"If-Match": etag} if etag else {}))
+        if quick is not None:
+            self._server.answered = True
+            length = quick.headers.get("Content-Length")
+            return quick.headers["ETag"], length and int(length), StreamingBody(quick.raw, length)
+        answer = self._call("get_object", key, Range=span, **({"IfMatch": etag} if etag else {}))
+        return answer["ETag"], answer.get("ContentLength"), answer["Body"]
+
+    def _drain(self, body: Any, buffers: Sequence[memoryview]) -> tuple[int, Exception | None]:
+        """Bytes that came before the buffers were full or the body broke off, and why it did."""
+        done, cause = 0, None
+        try:
+            with contextlib.closing(body), WATCHDOG.within(STALL + sum(map(len, buffers)) / SLOWEST, body._raw_stream.shutdown):
+                for buffer in buffers:
+                    at = 0
+                    while at < len(buffer) and (count := body.readinto(buffer[at : at + CHUNK])):
+                        at += count
+                        done += count
+                    if at < len(buffer):
+                        break
+        except FAULTS as error:
+            cause = error
+        self._meter.add(done)
+        return done, cause
+
+    def _conditional(self, key: str, data: bytes, refused: StorageError, **condition: str) -> str:
+        """A conditional put; its writer's name is kept beside it, so that a put whose answer was lost is known to be ours."""
+        writer, name, attempts = uuid.uuid4().hex, self._prefix + checked(key), itertools.count()
+
+        def write(client: Any) -> str:
+            attempt = next(attempts)
+            try:
+                return client.put_object(Bucket=self._bucket, Key=name, Body=data, Metadata={"writer": writer}, **condition)["ETag"]
+            except ClientError as error:
+                if _status(error) != 412 and _code(error) != "NoSuchKey":
+                    raise
+                if attempt or error.response["ResponseMetadata"].get("RetryAttempts"):
+                    etag = parts.etag_if_by(writer, lambda operation: self._call(operation, key))
+                    if etag is not None:
+                        return etag
+                raise refused from error
+
+        return self._patiently(key, write)
+
+    def _upload(self, key: str, size: int, piece: Callable[[int, int], bytes]) -> None:
+        """Write an object of this size, whose bytes `piece` gives from one place to another."""
+        parts.put(lambda operation, **arguments: self._call(operation, key, **arguments), size, piece)
+
+    def _call(self, operation: str, key: str, **arguments: Any) -> Any:
+        """The answer to an operation on an object."""
+        return self._patiently(key, methodcaller(operation, Bucket=self._bucket, Key=self._prefix + checked(key), **arguments))
+
+    def _patiently(self, key: str, request: Callable[[Any], T]) -> T:
+        """The answer to a request, which is made again while what keeps it from coming may pass."""
+        patience, renewed = Patience(), False
+        while True:
+            try:
+                answer = request(self._server.client)
+                self._server.answered = True
+                return answer
+            except (ClientError, *FAULTS) as error:
+                if isinstance(error, ClientError) and _code(error) in EXPIRED and not renewed:
+                    self._server.renew()  # the environment or its files may have new ones
+                    renewed = True
+                elif not (_may_pass(error) and patience.lasts(PATIENCE if self._server.answered else FIRST_PATIENCE)):
+                    raise self._error(key, error) from error
+
+    def _error(self, key: str, error: Exception) -> StorageError:
+        where = f"{self.url}/{key} at {self.endpoint}"
+        if not isinstance(error, ClientError) or _may_pass(error):
+            return StorageError(f"{where}: {error}")
+        if _code(error) == "NoSuchBucket":
+            return Permanent(f"{where}: there is no bucket {self._bucket!r}; create it, or correct the URL")
+        if _status(error) == 404:
+            return NotFound(f"{where}: there is no such {'upload' if _code(error) == 'NoSuchUpload' else 'object'}")
+        if _status(error) == 412:
+            return StorageError(f"{where}: the object was changed while it was being read")
+        if _status(error) == 416:
+            return Permanent(f"{where}: the object is shorter than the bytes asked for")
+        if _code(error) in EXPIRED:
+            return Permanent(f"{where}: the credentials have expired; renew them where Ray was started, and give the same command")
+        return Permanent(f"{where}: the server says {_code(error)} ({_status(error)}): {error.response['Error'].get('Message', '')}")
+
+
+def _code(error: ClientError) -> str:
+    return error.response.get("Error", {}).get("Code", "")
+
+
+def _status(error: ClientError) -> int:
+    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the same request may be answered soon."""
+    if isinstance(error, ClientError):
+        # 409: AWS, where two conditional writes met and neither was decided.
+        return _code(error) in BUSY or _status(error) in (409, 429) or (_status(error) >= 500 and _status(error) != 501)
+    return isinstance(error, PASSING)
