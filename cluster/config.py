@@ -27,6 +27,15 @@ class Data(Branch):
         "stop", "Data that differs from its checksum ends the run, or its item counts nothing from then on.", kind="placement"
     )
 
+    @model_validator(mode="after")
+    def _near(self) -> "Data":
+        if "://" in self.cache:
+            raise ValueError(
+                f"data.cache is {self.cache!r}, but it is a folder on each node's own disk and no URL: "
+                "set data.cache=/local/disk/reactdiff, for example"
+            )
+        return self
+
 
 class Run(Branch):
     """Where a run lives and how often it speaks."""
@@ -102,4 +111,10 @@ class Experiment(Branch):
             raise ValueError("workers.zero is 0, but optim.precision=bf16 needs the fp32 masters of ZeRO-1 and above: set workers.zero=1")
         if self.model.family == "trans-vae" and self.run.autoencoder:
             raise ValueError("run.autoencoder would take the only stage of model.family=trans-vae and leave nothing to train: leave it out")
+        unused = [f"diffusion.{name}={value}" for name, value in Diffusion() if value != getattr(self.diffusion, name)]
+        if self.model.family == "trans-vae" and unused:
+            raise ValueError(
+                f"model.family=trans-vae has no diffusion, and another one would change the run's name and nothing else: "
+                f"set the defaults {' '.join(unused)}"
+            )
         return self

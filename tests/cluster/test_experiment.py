@@ -48,7 +48,10 @@ def test_identity_changes_with_science_and_not_with_placement() -> None:
         ("model.family=perfrdiff model.online=true model.bounded=true", "no heads to bound"),
         ("model.family=trans-vae model.online=true", "hears the whole clip"),
         ("model.family=trans-vae model.denoiser=transformer", "no choice of denoiser"),
+        ("model.family=trans-vae diffusion.sampler=ddpm diffusion.steps=50", "defaults diffusion.steps=20 diffusion.sampler=ddim"),
         ("model.facial=[] model.acoustic=[]", "name at least one stream"),
+        ("data.cache=s3://bucket/cache", r"data\.cache is 's3://bucket/cache', but .* set data\.cache=/local/disk/reactdiff"),
+        ("data.cache=file:///tmp/cache", "on each node's own disk"),
         ("seed", "write key=value"),
     ],
 )

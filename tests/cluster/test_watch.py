@@ -13,7 +13,10 @@ from tests.cluster.ranks import on_ranks
 from tests.cluster.training import parts, train_here
 from tests.tiny import job, tiny
 
-FAMILY = ("model.family=trans-vae", "model.width=32", "model.layers=1", "optim.epochs=2", "run.keep=9")
+FAMILY = (
+    *("model.family=trans-vae", "model.width=32", "model.layers=1", "diffusion.prediction=epsilon", "diffusion.sampling_steps=20"),
+    *("optim.epochs=2", "run.keep=9"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ import yaml
 from tests.tiny import job, settings
 
 ONLINE = {"model.online": True, "model.denoiser": "transformer", "model.width": 16, "model.layers": 1}
+PLAIN = {"diffusion.prediction": "epsilon", "diffusion.sampling_steps": 20}
+"""A family without a diffusion leaves its fields as they are."""
 
 
 def test_online_prints_how_much_faster_than_real_time_a_listener_is() -> None:
@@ -33,7 +35,7 @@ def test_science_trains_every_row_shares_autoencoders_and_writes_the_table_and_a
         "first": {"evaluation.baselines": True, "model.online": True},
         "transformer": ONLINE,
         "perfrdiff": {"model.family": "perfrdiff", "model.online": True, "model.width": 16, "model.layers": 1},
-        "trans-vae": {"model.family": "trans-vae", "model.width": 16, "model.layers": 1},
+        "trans-vae": {"model.family": "trans-vae", "model.width": 16, "model.layers": 1, **PLAIN},
     }
     file, page = tmp_path / "compared.yaml", tmp_path / "page.md"
     overrides = {"evaluation.baselines": False, "evaluation.clips": 3}
