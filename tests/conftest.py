@@ -5,20 +5,43 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
     from cluster.placement import Resources
+    from infra.objectstore import ObjectStore
 
 # No test may reach a developer's cluster or cloud account. Set before ray, torch and boto3 are imported.
 for name in [name for name in os.environ if name.startswith(("RAY_", "AWS_"))]:
     del os.environ[name]
 os.environ |= {"OMP_NUM_THREADS": "1", "RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0", "AWS_EC2_METADATA_DISABLED": "true"}
+os.environ |= {"AWS_SHARED_CREDENTIALS_FILE": os.devnull, "AWS_CONFIG_FILE": os.devnull, "NO_PROXY": "127.0.0.1,localhost"}
+
+hypothesis.settings.register_profile("patient", deadline=None)  # the machine's pauses are no property of the code
+hypothesis.settings.load_profile("patient")
+
+BUCKET = "tests"
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> "Iterator[Resources]":
-    """One local Ray with 4 logical CPUs or more, shared by all tests: it takes seconds to start and 0.9 GB."""
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[ObjectStore]":
+    """An S3 server with the bucket `tests`; the AWS_* variables lead this process and its children to it."""
+    from infra.objectstore import ObjectStore
+
+    with ObjectStore(tmp_path_factory.mktemp("objectstore")) as server, pytest.MonkeyPatch.context() as patch:
+        server.make_bucket(BUCKET)
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def local_ray(object_store: "ObjectStore") -> "Iterator[Resources]":
+    """One local Ray with 4 logical CPUs or more, shared by all tests: it takes seconds to start and 0.9 GB.
+
+    It starts after the S3 server, since its workers inherit the variables that lead there.
+    """
     import ray
 
     from cluster.placement import connect

@@ -20,7 +20,7 @@ from infra.objectstore import ObjectStore
 from reactdiff.config import Diffusion
 from reactdiff.data.sample import StreamSpec
 from reactdiff.stage import LATENT, AutoencoderStage, DiffusionStage, Source, Stage
-from tests.cluster.conftest import BUCKET
+from tests.conftest import BUCKET
 from tests.reactdiff.model.small import MODEL
 
 FRAMES = 50
@@ -101,5 +101,5 @@ def test_a_cost_counts_the_memory_held_for_a_moment_and_the_time_of_children(tas
         return lambda done: print(*(done(1) for _ in range(WARM + 1)))
 
     cost = measure(spend, task, [], 1)
-    assert cost.memory > 70_000_000 and cost.cpu >= 0.3 and cost.first < cost.seconds
+    assert cost.memory > 70_000_000 and cost.cpu >= 0.3 and cost.seconds >= 0.3 and cost.first > 0
     assert measure(rest, task, [], 1).memory < 70_000_000, "the peak of one measurement is not that of the next"

@@ -132,12 +132,10 @@ def test_an_appropriateness_matrix_is_the_one_the_manifest_names(store: Store) -
 
 
 MEASURE = """
-import re, sys, time
-from pathlib import Path
+import sys, time
 from cluster.manifest import load_manifest
 from cluster.storage import open_store
-def kilobytes(what):  # of this program; getrusage would begin with its parent's peak
-    return int(re.search(rf"{what}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+from tests.memory import kilobytes
 store, before, start = open_store(sys.argv[1]), kilobytes("VmRSS"), time.process_time()
 manifest = load_manifest(store)
 assert manifest.counts("train").sum() == 10**8 and manifest.shard("train", 99_999) == sys.argv[2]

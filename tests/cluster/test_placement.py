@@ -4,8 +4,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 import pytest
@@ -48,7 +49,7 @@ class Shell:
     @contextmanager
     def cluster(self) -> Iterator[tuple[int, int]]:
         """`ray start --head`; gives the ports of the cluster and of its dashboard."""
-        port, dashboard = _free_port(), _free_port()
+        port, dashboard = _free_ports()
         command = ["ray", "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}"]
         head = subprocess.Popen(command, env=self.env, start_new_session=True, text=True)
         try:
@@ -77,14 +78,16 @@ def _job_address(output: str) -> str:
 
 
 @pytest.fixture
-def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
-    return Shell(tmp_path_factory.mktemp("h"))  # a short path: Unix sockets allow 107 bytes
+def shell() -> Iterator[Shell]:
+    with TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as home:  # a short path: Unix sockets allow 107 bytes
+        yield Shell(Path(home))
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _free_ports() -> tuple[int, int]:
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        return one.getsockname()[1], other.getsockname()[1]
 
 
 def test_a_local_ray_has_the_cpus_asked_for_and_connecting_again_changes_nothing(local_ray: placement.Resources) -> None:
@@ -95,7 +98,10 @@ def test_a_local_ray_has_the_cpus_asked_for_and_connecting_again_changes_nothing
 
 def test_a_local_ray_listens_on_loopback_only(local_ray: placement.Resources) -> None:
     processes = psutil.Process().children(recursive=True)
-    listening = {c.laddr.ip for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    listening = set()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):  # some of Ray's live for a moment only
+            listening |= {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
     assert len(processes) > 3
     assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
 

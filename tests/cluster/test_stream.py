@@ -162,15 +162,16 @@ def test_no_more_is_read_ahead_than_was_allowed(tmp_path: Path) -> None:
 
 
 RESIDENT = """
-import resource, sys
+import sys
+from tests.memory import kilobytes
 from cluster.storage import open_store
 from cluster.stream import Share
 from tests.cluster.streaming import open_stream
 stream = open_stream(open_store(sys.argv[1]), Share(4, int(sys.argv[2]), 1, 0), read_ahead=4 << 20)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = kilobytes("VmRSS")
 size = sum(batch.bytes for batch in stream.batches(0))
 stream.close()
-print(size, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+print(size, 1024 * (kilobytes("VmHWM") - before))
 """
 
 
@@ -270,7 +271,7 @@ def test_no_position_is_read_by_two_ranks(batch: int, total: int, ranks: int, da
     assert sorted(read) == list(range(step * batch, min((step + 1) * batch, total)))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.lists(st.integers(1, 5), min_size=3, max_size=3), st.integers(1, 20), st.integers(0, 9), st.data())
 def test_changing_ranks_in_the_middle_of_an_epoch_leaves_the_ledger_as_it_was(latents, ranks, batch, seed, data) -> None:
     store, total = open_store(str(latents)), 80
@@ -281,20 +282,19 @@ def test_changing_ranks_in_the_middle_of_an_epoch_leaves_the_ledger_as_it_was(la
 
 
 START = """
-import resource, sys, time
-import numpy as np
+import sys, time
+from tests.memory import kilobytes
 from cluster.stream import Share, Stream
 from cluster.storage import open_store
 from tests.cluster.streaming import open_stream
-store, before, start = open_store(sys.argv[1]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+store, before, start = open_store(sys.argv[1]), kilobytes("VmRSS"), time.process_time()
 stream = open_stream(store, Share(64_000, 10**9, 1000, 999))
-print(time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, file=sys.stderr)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(time.process_time() - start, (kilobytes("VmHWM") - before) / 1024)
 stream.close()
 """
 
 
-def test_a_stream_of_100_000_shards_starts_in_64_megabytes(tmp_path: Path) -> None:
+def test_a_stream_of_100_000_shards_starts_in_2_seconds_and_64_megabytes(tmp_path: Path) -> None:
     """Manifest, reader, order and stream of a rank of a thousand; 10^8 clips of which none is touched."""
     count = 100_000
     digests = "".join(content_hash(number.to_bytes(4)) for number in range(count))
@@ -309,7 +309,8 @@ def test_a_stream_of_100_000_shards_starts_in_64_megabytes(tmp_path: Path) -> No
     )
     publish(open_store(str(tmp_path)), manifest)
     done = subprocess.run([sys.executable, "-c", START, str(tmp_path)], check=True, capture_output=True, text=True)
-    assert float(done.stdout) < 64, done.stderr
+    seconds, megabytes = map(float, done.stdout.split())
+    assert seconds < 2 and megabytes < 64, done.stdout
 
 
 def test_the_second_epoch_comes_from_the_cache_and_is_the_same(latents: Path, tmp_path: Path) -> None:

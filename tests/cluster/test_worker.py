@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -71,19 +71,38 @@ def test_saved_on_three_ranks_with_zero_3_goes_on_on_one_rank_with_zero_1(undist
     np.testing.assert_allclose([row["loss"] for row in rows], [row["loss"] for row in expected], rtol=TOLERANCE)
 
 
+def from_the_first_checkpoint(folder: str, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> list[int]:
+    """Losses of this process are what `loss_of` makes of them as soon as there is a checkpoint; grows by one at every step."""
+    from cluster import worker
+
+    original, store, steps = worker.Engine.forward, open_store(folder), []
+
+    def forward(self, batch, valid):
+        loss = original(self, batch, valid)
+        steps.append(len(steps))
+        return loss_of(loss) if checkpoint.listing(store, "autoencoder") else loss
+
+    worker.Engine.forward = forward
+    return steps
+
+
+def murdered(rank: int, ranks: int, experiment, folder: str) -> None:
+    """Train; rank 1 gets a SIGKILL in the step after the first checkpoint."""
+    if rank == 1:
+        from_the_first_checkpoint(folder, lambda loss: os.kill(os.getpid(), signal.SIGKILL))
+    train_here(rank, ranks, experiment, folder, 1, "autoencoder")
+
+
 def test_killed_with_sigkill_and_started_again_the_final_weights_are_identical(shards: Path, tmp_path: Path) -> None:
     settings = ("optim.epochs=6", "run.checkpoint_every=18", "workers.zero=2", "run.keep=9")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train_on(2, tiny(shards, whole, *settings), whole)
-    group = start_ranks(2, train_here, tiny(shards, killed, *settings), str(killed), 1, "autoencoder")
-    store = open_store(str(killed))
-    while not checkpoint.listing(store, "autoencoder"):
-        assert group.processes[1].is_alive(), "the run ended before it could be killed"
-        time.sleep(0.01)
-    os.kill(group.processes[1].pid, signal.SIGKILL)
+    group = start_ranks(2, murdered, tiny(shards, killed, *settings), str(killed))
     with pytest.raises((mp.ProcessExitedException, mp.ProcessRaisedException)):
         while not group.join():
             pass
+    assert group.processes[1].exitcode == -signal.SIGKILL
+    store = open_store(str(killed))
     at_the_kill = checkpoint.read_manifest(store, checkpoint.listing(store, "autoencoder")[0])
     assert 0 < at_the_kill.progress < 240, "the kill came in the middle"
     train_on(2, tiny(shards, killed, *settings), killed, life=2)
@@ -113,31 +132,22 @@ def test_a_longer_end_goes_on_as_if_it_had_been_longer_from_the_start(undisturbe
     assert parts(tmp_path) == parts(undisturbed)
 
 
-def poisoned(rank: int, ranks: int, experiment, folder: str) -> str:
-    """Train with a loss that becomes NaN at step 2."""
-    from cluster import worker
-
-    original = worker.Engine.forward
-    calls = []
-
-    def forward(self, batch, valid):
-        calls.append(1)
-        return original(self, batch, valid) * (torch.nan if len(calls) == 3 and rank == 0 else 1)
-
-    worker.Engine.forward = forward
+def poisoned(rank: int, ranks: int, experiment, folder: str) -> tuple[str, int]:
+    """What is said, and the last step, of training with a loss that becomes NaN on rank 0 after the first checkpoint."""
+    steps = from_the_first_checkpoint(folder, lambda loss: loss * (1 if rank else torch.nan))
     try:
         train_here(rank, ranks, experiment, folder, 1, "autoencoder")
     except NonFinite as error:
-        return str(error)
-    return "finished"
+        return str(error), steps[-1]
+    return "finished", steps[-1]
 
 
 def test_a_loss_that_is_no_number_stops_all_ranks_before_the_update_and_names_the_items(shards: Path, tmp_path: Path) -> None:
-    said = on_ranks(2, poisoned, tiny(shards, tmp_path, "run.checkpoint_every=6"), str(tmp_path))
-    assert said[0] == said[1] and "the loss of step 2 of stage autoencoder is nan; its items are [" in said[0]
-    store = open_store(str(tmp_path))
-    progress = [checkpoint.read_manifest(store, name).progress for name in checkpoint.listing(store, "autoencoder")]
-    assert all(p <= 12 for p in progress)
+    said = on_ranks(2, poisoned, tiny(shards, tmp_path, "run.checkpoint_every=6", "optim.epochs=6"), str(tmp_path))
+    (text, step), store = said[0], open_store(str(tmp_path))
+    assert said[0] == said[1] and f"the loss of step {step} of stage autoencoder is nan; its items are [" in text
+    newest = checkpoint.read_manifest(store, checkpoint.listing(store, "autoencoder")[0])
+    assert 0 < newest.steps <= step < 40
 
 
 def test_a_checkpoint_without_its_manifest_does_not_exist(undisturbed: Path) -> None:

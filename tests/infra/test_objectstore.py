@@ -1,13 +1,13 @@
 """What the S3 server of our own promises: a command finds it, gets its exit code through, and nothing is left behind."""
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "infra" / "objectstore.py"
@@ -30,10 +30,9 @@ def servers(root: Path) -> list[int]:
 
 def lives(process: int) -> bool:
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    return True
 
 
 def test_a_command_finds_its_bucket_again_and_its_exit_code_comes_through(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """jobs/train.py as a user runs it."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -26,8 +27,8 @@ def test_a_run_ends_done_with_exports_scores_and_curves(finished: Path) -> None:
     assert {"model", "oracle", "mimic", "wrong speaker"} <= scores.keys()
 
 
-def test_a_finished_run_says_so_and_ends(finished: Path, shards: Path) -> None:
-    store = finished.parent.parent
+def test_a_finished_run_says_so_and_ends(finished: Path, shards: Path, tmp_path: Path) -> None:
+    store = shutil.copytree(finished.parent.parent, tmp_path / "store")
     done = job("train", "--config", DEMO, "run.name=tiny", *settings(shards, store))
     assert "stage autoencoder is done" in done.stdout and "from random listener (0 %) to oracle (100 %): model" in done.stdout
 

@@ -31,7 +31,7 @@ def plain_cost(x, y):
     return table[-1, -1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(features=st.sampled_from([2, 8, 15]), frames=st.integers(1, 60), seed=st.integers(0, 1000), part=st.floats(0.05, 3))
 def test_the_cost_is_exact_up_to_the_limit_and_infinite_above(features, frames, seed, part):
     x, y = walks(2, features, frames, seed=seed)
@@ -43,7 +43,7 @@ def test_the_cost_is_exact_up_to_the_limit_and_infinite_above(features, frames, 
         assert found == pytest.approx(cost, rel=1e-6)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 1000), slower=st.floats(0.5, 2), share=st.floats(1.001, 1.2))
 def test_a_path_far_from_the_diagonal_is_exact_beside_all_that_is_given_up(seed, slower, share):
     """The second series runs ahead of the first or lags behind: whole vectors of cells are given up on one side of the path."""
