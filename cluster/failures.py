@@ -3,6 +3,7 @@
 fault            | detected by                      | brought back by
 -----------------|----------------------------------|----------------------------------------------
 worker, machine  | Ray (actor death), peers (gloo)  | us, at once, up to run.retries times
+refused          | Permanent, of a store's answer   | the same command with another URL or other credentials
 storage          | StorageError after its own tries | us, up to run.retries times
 out of memory    | the allocator or Ray             | the same command with a smaller workers.micro_batch
 data             | CRC32C, decoding                 | the same command once the data is mended, or with data.on_corrupt=quarantine
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 
 from cluster.lives import Superseded
 from cluster.shards import CorruptData
-from cluster.storage import StorageError
+from cluster.storage import Permanent, StorageError
 
 
 class NonFinite(RuntimeError):
@@ -38,6 +39,7 @@ TABLE = (
     Failure("data", (CorruptData,), False),
     Failure("non_finite", (NonFinite,), False),
     Failure("out_of_memory", (MemoryError,), False),
+    Failure("refused", (Permanent,), False),
     Failure("storage", (StorageError,), True),
     Failure("user", (ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError), False),
 )

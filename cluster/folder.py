@@ -9,7 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cluster.store import PRIVATE, AlreadyExists, Entry, Meter, NotFound, Stale, StorageError, Store, checked, content_hash, rest_of
+from cluster.store import (
+    PRIVATE,
+    AlreadyExists,
+    Entry,
+    Meter,
+    NotFound,
+    Permanent,
+    Stale,
+    StorageError,
+    Store,
+    checked,
+    content_hash,
+    rest_of,
+)
 
 IOV_MAX = 1024
 """Buffers that one system call fills, at most."""
@@ -128,6 +141,8 @@ class FolderStore(Store):
             yield
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise NotFound(f"{self.url}/{key}: there is no such object") from error
+        except PermissionError as error:
+            raise Permanent(f"{self.url}/{key}: {error.strerror}") from error
         except OSError as error:
             raise StorageError(f"{self.url}/{key}: {error.strerror or error}") from error
 
