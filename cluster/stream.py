@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from threading import Condition
+from threading import Condition, Event
 
 import numpy as np
 import torch
 
+from cluster.patience import end_with
 from cluster.quarantine import Bad, Quarantine
 from cluster.ranges import Range, Wants
 from cluster.reader import Reader
@@ -145,10 +146,11 @@ class Stream:
         rows = -(-share.batch // share.ranks)
         self._window = max(1, min(read_ahead // (3 * item_bytes * rows), share.steps))
         self._memory = _Memory(self._window * rows, pin)
-        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="reader")
-        self._indices = ThreadPoolExecutor(readers, thread_name_prefix="index")
-        self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
-        self._drawer = ThreadPoolExecutor(1, thread_name_prefix="drawer")
+        self._closing = Event()
+        self._pool, self._indices, self._planner, self._drawer = (
+            ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=end_with, initargs=(self._closing,))
+            for name, threads in {"reader": readers, "index": readers, "planner": 1, "drawer": 1}.items()
+        )
         self._landed = Condition()
         self._awaited: _Step | None = None
 
@@ -169,7 +171,8 @@ class Stream:
                 yield self._finished(window, step)
 
     def close(self) -> None:
-        """Stop the readers."""
+        """Stop the readers; one that waits for a store to come back waits no longer."""
+        self._closing.set()
         for pool in (self._planner, self._drawer, self._indices, self._pool):
             pool.shutdown(wait=False, cancel_futures=True)
 

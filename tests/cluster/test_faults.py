@@ -2,6 +2,9 @@
 
 import os
 import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,12 +12,12 @@ from botocore.client import Config
 
 from cluster import history, s3
 from cluster.folder import FolderStore
-from cluster.storage import open_store
+from cluster.storage import StorageError, open_store
 from cluster.stream import Batch, Share
 from tests.cluster.conftest import BUCKET
 from tests.cluster.faulty import TAR_RANGE, FaultyProxy, faulty_proxy
 from tests.cluster.ranks import on_ranks
-from tests.cluster.streaming import make_latents, read_all, same
+from tests.cluster.streaming import make_latents, open_stream, read_all, same
 from tests.cluster.training import parts, train_here, train_on
 from tests.tiny import tiny
 
@@ -76,6 +79,25 @@ def test_every_step_is_the_undisturbed_one(fault: str, undisturbed: list[Batch],
     batches = read_all(open_store(on_s3), SHARE, read_ahead=1)
     assert proxy.happened == [fault for fault in FAULTS[fault] if fault]
     assert len(batches) == len(undisturbed) and all(map(same, batches, undisturbed))
+
+
+def test_a_stream_that_is_closed_does_not_wait_for_the_server_to_come_back(on_s3: str, proxy: FaultyProxy) -> None:
+    before = set(threading.enumerate())
+    stream = open_stream(open_store(on_s3), SHARE, read_ahead=1)
+    batches = stream.batches(0)
+    next(batches)
+    proxy.arm(["down"] * 10_000, TAR_RANGE)
+    with ThreadPoolExecutor(1) as pool:
+        rest = pool.submit(list, batches)
+        while len(proxy.happened) < 4:
+            time.sleep(0.01)
+        stream.close()
+        for thread in set(threading.enumerate()) - before:
+            if thread.name.startswith(("reader", "index", "planner", "drawer")):
+                thread.join(30)
+                assert not thread.is_alive(), thread
+        assert isinstance(rest.exception(30), StorageError)
+    assert len(proxy.faults) > 9_000
 
 
 def test_credentials_that_expire_in_the_middle_are_asked_for_again(
