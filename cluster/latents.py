@@ -7,11 +7,9 @@ their range over the training split lies beside them.
 
 import json
 import logging
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from cluster.experiment import digest
 from cluster.export import Export, load_codec
 from cluster.manifest import File, Manifest, load_manifest, read_part
 from cluster.reader import Reader
+from cluster.scratch import scratch
 from cluster.shards import CorruptData, ShardInfo, decode_npy, encode_npy, write_shard
 from cluster.storage import NotFound, Store, open_store
 from reactdiff.clip import PERSONS
@@ -105,6 +104,11 @@ class Coder:
         """The source's manifest."""
         return load_manifest(open_store(self.source), self.source_hash)
 
+    @cached_property
+    def codec(self) -> Codec:
+        """The autoencoder."""
+        return load_codec(open_store(self.run), self.export)
+
 
 def corrupt_clips(manifest: Manifest, split: str) -> dict[int, str]:
     """The clips of a split whose latents are zeros because the source was damaged, and the damage; none in a dataset of clips."""
@@ -154,8 +158,7 @@ def encode_shard(coder: Coder, split: str, position: int) -> Encoded:
     except NotFound:
         pass
     make_deterministic(THREADS)
-    codec = load_codec(open_store(coder.run), coder.export)
-    reader = Reader(open_store(coder.source), coder.clips, split)
+    codec, reader = coder.codec, Reader(open_store(coder.source), coder.clips, split)
     first = int(reader.counts[:position].sum())
     clips: list[Clip] = []
     corrupt, bounds = {}, nowhere(coder)
@@ -171,8 +174,8 @@ def encode_shard(coder: Coder, split: str, position: int) -> Encoded:
             latents = dict.fromkeys(PERSONS, np.zeros((coder.clips.frames, coder.width), np.float16))
             corrupt[clip] = str(error)
         clips.append(Clip(key, {person: {LATENT: latent} for person, latent in latents.items()}))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "shard.tar"
+    with scratch() as folder:
+        path = folder / "shard.tar"
         info = write_shard(path, clips, [LATENT])
         target.put_file(f"{name}.tar", path)
         target.put_file(f"{name}.index.npy", path.with_suffix(".index.npy"))
