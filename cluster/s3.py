@@ -53,6 +53,9 @@ SIGNED = 1800
 REFUSALS = 8
 """Signed URLs refused one after the other until boto3 is asked at once: it may know of a redirection that they do not."""
 
+POOL = 256
+"""Connections that are kept for later, more than readers and what is sent in parts have at a time; none is opened before it is needed."""
+
 CHUNK = 1 << 20
 """Bytes taken from a connection at once; what came of a chunk before the server fell silent is asked for again."""
 
@@ -60,7 +63,7 @@ CHUNK = 1 << 20
 CONFIG = Config(
     s3={"addressing_style": "path"},
     signature_version="s3v4",
-    max_pool_connections=max(32, 4 * len(os.sched_getaffinity(0))),
+    max_pool_connections=POOL,
     retries={"mode": "standard", "total_max_attempts": 2},
     connect_timeout=3,
     read_timeout=STALL,

@@ -398,6 +398,16 @@ def test_a_listing_goes_on_from_the_page_where_it_was(s3_url: str, proxy: Faulty
     assert len(proxy.requests) == 3 + 5
 
 
+def test_many_readers_use_their_connections_again(s3_url: str, proxy: FaultyProxy, caplog: pytest.LogCaptureFixture) -> None:
+    store = open_store(s3_url)
+    store.put("x", b"0123456789")
+    proxy.faults = ["late"] * 40
+    with ThreadPoolExecutor(40) as pool:
+        assert set(pool.map(lambda _: read_range(store, "x", 3, 2), range(40))) == {b"34"}
+    assert proxy.happened == ["late"] * 40
+    assert "pool is full" not in caplog.text
+
+
 def test_patience_counts_from_the_first_fault() -> None:
     now = 0.0
     patience = Patience(lambda: now)
