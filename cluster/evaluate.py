@@ -8,8 +8,7 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
-from operator import add
+from functools import cached_property
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from cluster.manifest import Manifest
 from cluster.reader import Reader
 from cluster.shards import CorruptData
 from cluster.sight import Sight
-from cluster.storage import NotFound, open_store
+from cluster.storage import open_store
 from cluster.tasks import each
 from reactdiff.clip import PERSONS, speaker_listener
 from reactdiff.data import synthetic
@@ -30,7 +29,7 @@ from reactdiff.determinism import make_deterministic
 from reactdiff.generate import Reactor
 from reactdiff.metrics import baselines
 from reactdiff.metrics.official import Scores, merge
-from reactdiff.metrics.part import Part
+from reactdiff.metrics.part import Part, total
 from reactdiff.stage import LATENT
 
 VERSION = 2
@@ -70,14 +69,14 @@ class Evaluation:
         return f"evaluation/{self.id}/{row.replace(' ', '-')}-{start:09d}"
 
     def kept(self, row: str) -> Part:
-        """What was scored of a row, once it is.
+        """What was scored of a row, once it is; the parts are read one after the other.
 
         Raises:
             NotFound: if it is not.
         """
         store = open_store(self.run)
         parts = (np.load(io.BytesIO(store.read(f"{self.file(row, start)}.npz")), allow_pickle=False) for start in self.starts)
-        return reduce(add, map(Part.from_arrays, parts))
+        return total(map(Part.from_arrays, parts))
 
     @property
     def id(self) -> str:
@@ -142,24 +141,20 @@ def evaluate(
     """
     what = replace(planned(experiment, run, coder, diffusion), mean=_mean_attributes(coder))
     calls = [(row, start) for row in what.rows for start in what.starts]
-    parts: dict[tuple[str, int], Part] = {}
-    for number, arrays in each(_score, calls, experiment.workers, shared=what):
-        parts[calls[number]] = Part.from_arrays(arrays)
-        progress(len(parts), len(calls))
-    scores = {row: merge(parts[row, start] for start in what.starts) for row in what.rows}
+    for done, _ in enumerate(each(_score, calls, experiment.workers, shared=what)):
+        progress(done + 1, len(calls))
+    scores = {row: merge([what.kept(row)]) for row in what.rows}
     report = {"evaluation": what.id, "split": what.split, "clips": what.clips, "predictions": what.predictions}
     values = {row: score.to_dict() for row, score in scores.items()}
     open_store(run).put(f"evaluation/{what.split}-{what.id}.json", json.dumps({**report, "scores": values}, indent=1).encode())
     return scores
 
 
-def _score(what: Evaluation, row: str, start: int) -> dict[str, np.ndarray]:
-    """One part of one row: made and scored, unless that is done."""
+def _score(what: Evaluation, row: str, start: int) -> None:
+    """Make, score and keep one part of one row, unless that is done."""
     store, name = open_store(what.run), what.file(row, start)
-    try:
-        return dict(np.load(io.BytesIO(store.read(f"{name}.npz")), allow_pickle=False))
-    except NotFound:
-        pass
+    if store.exists(f"{name}.npz"):
+        return
     make_deterministic(what.experiment.workers.threads)
     sight = _sight(what)
     items = range(start, min(start + PART, 2 * what.clips))
@@ -170,7 +165,6 @@ def _score(what: Evaluation, row: str, start: int) -> dict[str, np.ndarray]:
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **part.to_arrays())
     store.put(f"{name}.npz", buffer.getvalue())
-    return part.to_arrays()
 
 
 class _Sight(Sight):

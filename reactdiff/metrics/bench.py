@@ -5,6 +5,7 @@ The reactions are random: knots a second apart, a straight line between them, al
 
 import resource
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,23 +88,25 @@ def pair_costs(progress: Progress) -> list[Cost]:
 def full_size(threads: int, progress: Progress, clips: int = CLIPS) -> Full:
     """Score ten independent predictions of each clip against groups of five neighbours, part by part as they are made."""
     wall, cpu, making, pairs = time.perf_counter(), time.process_time(), 0.0, 0
-    total: Part | None = None
-    for start in range(0, clips, PART):
-        rows = range(start, min(start + PART, clips))
-        begun = time.process_time()
-        pred = np.stack([_reactions("prediction", clip, PREDICTIONS) for clip in rows])
-        target, speaker = (np.concatenate([_reactions(role, clip, 1) for clip in rows]) for role in ("listener", "speaker"))
-        making += time.process_time() - begun
-        group = np.array(rows) // NEIGHBOURS
-        near = [np.flatnonzero(group == one) for one in group]
-        pairs += PREDICTIONS * sum(map(len, near))
-        part = score_part(pred, target, speaker, near, range(len(rows)), threads)
-        total = part if total is None else total + part
-        progress(rows.stop, clips)
-    assert total is not None
+
+    def parts() -> Iterator[Part]:
+        nonlocal making, pairs
+        for start in range(0, clips, PART):
+            rows = range(start, min(start + PART, clips))
+            begun = time.process_time()
+            pred = np.stack([_reactions("prediction", clip, PREDICTIONS) for clip in rows])
+            target, speaker = (np.concatenate([_reactions(role, clip, 1) for clip in rows]) for role in ("listener", "speaker"))
+            making += time.process_time() - begun
+            group = np.array(rows) // NEIGHBOURS
+            near = [np.flatnonzero(group == one) for one in group]
+            pairs += PREDICTIONS * sum(map(len, near))
+            yield score_part(pred, target, speaker, near, range(len(rows)), threads)
+            progress(rows.stop, clips)
+
+    scores = merge(parts())
     official = pairs * (OFFICIAL_SECONDS["FRCorr"] + OFFICIAL_SECONDS["FRDist"]) + clips * PREDICTIONS * OFFICIAL_SECONDS["FRSyn"]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Full(merge([total]), time.perf_counter() - wall, time.process_time() - cpu, making, memory, official)
+    return Full(scores, time.perf_counter() - wall, time.process_time() - cpu, making, memory, official)
 
 
 def _clip_seconds(clip: int, neighbours: int, reactions: str) -> dict[str, float]:
@@ -133,4 +136,5 @@ def _reactions(role: str, clip: int, count: int) -> np.ndarray:
     place = np.arange(FRAMES, dtype=np.float32) / FRAME_RATE
     before = place.astype(int)
     share = (place - before)[:, None]
-    return 1 / (1 + np.exp(-(knots[:, before] * (1 - share) + knots[:, before + 1] * share)))
+    reactions = 1 / (1 + np.exp(-(knots[:, before] * (1 - share) + knots[:, before + 1] * share)))
+    return np.ascontiguousarray(reactions, dtype=np.float32)  # as a model's are

@@ -5,10 +5,8 @@ numbers. Definitions, and what is wrong with the official ones: docs/metrics.md.
 """
 
 import dataclasses
-import functools
 import math
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +18,7 @@ from reactdiff.metrics.agreement import Reaction, concordance
 from reactdiff.metrics.arrays import Targets, check_part, check_whole
 from reactdiff.metrics.frechet import Moments, frechet
 from reactdiff.metrics.intervals import intervals
-from reactdiff.metrics.part import PER_CLIP, Part, means_to_metrics
+from reactdiff.metrics.part import PER_CLIP, Part, means_to_metrics, total
 from reactdiff.metrics.synchrony import offsets
 from reactdiff.metrics.warping import laid_out, nearest
 
@@ -122,15 +120,14 @@ def score_part(
         real = Moments.none() if own is None else Moments.of(Reaction.of(targets[own[clip]]).series)
         return _score_clip(predictions, pred[clip], speaker[clip], listeners), Moments.of(predictions.series), real
 
-    total: Part | None = None
-    with ThreadPoolExecutor(threads) as pool:
-        for clip, (values, predicted, real) in enumerate(pool.map(score_one, range(len(pred)))):
-            part = Part(np.array([values]), pred[clip].astype(np.float32).astype(np.float64), 0.0, predicted, real)
-            total = part if total is None else total + part
-            if progress:
-                progress(clip + 1, len(pred))
-    assert total is not None  # check_part refuses an empty part
-    return total
+    def parts() -> Iterator[Part]:
+        with ThreadPoolExecutor(threads) as pool:
+            for clip, (values, predicted, real) in enumerate(pool.map(score_one, range(len(pred)))):
+                yield Part(np.array([values]), pred[clip].astype(np.float32).astype(np.float64), 0.0, predicted, real)
+                if progress:
+                    progress(clip + 1, len(pred))
+
+    return total(parts())
 
 
 def merge(parts: Iterable[Part]) -> Scores:
@@ -139,17 +136,14 @@ def merge(parts: Iterable[Part]) -> Scores:
     Raises:
         ValueError: if there are no parts, or they are of different evaluations.
     """
-    parts = iter(parts)
-    if (first := next(parts, None)) is None:
-        raise ValueError("there are no parts to merge: score at least one clip")
-    total = functools.reduce(operator.add, parts, first)
-    metrics = {name: float(value) for name, value in means_to_metrics(total.values.mean(axis=0), len(total.mean)).items()}
+    every = total(parts)
+    metrics = {name: float(value) for name, value in means_to_metrics(every.values.mean(axis=0), len(every.mean)).items()}
     # The mean squared difference of two different clips is twice the unbiased variance.
-    metrics["FRDvs"] = 2 * total.scatter / (total.clips - 1) / total.mean.size if total.clips > 1 else math.nan
-    known = total.predicted.frames == total.real.frames * len(total.mean)  # not where a part was scored without `own`
-    metrics["FrechetAttributes"] = frechet(total.predicted, total.real) if known else math.nan
+    metrics["FRDvs"] = 2 * every.scatter / (every.clips - 1) / every.mean.size if every.clips > 1 else math.nan
+    known = every.predicted.frames == every.real.frames * len(every.mean)  # not where a part was scored without `own`
+    metrics["FrechetAttributes"] = frechet(every.predicted, every.real) if known else math.nan
     official, repaired, extra = ({name: metrics[name] for name in names} for names in (OFFICIAL, REPAIRED, EXTRA))
-    return Scores(official, repaired, extra, intervals([total]))
+    return Scores(official, repaired, extra, intervals([every]))
 
 
 def _score_clip(predictions: Reaction, pred: np.ndarray, speaker: np.ndarray, listeners: Sequence[Reaction]) -> list[float]:

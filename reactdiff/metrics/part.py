@@ -1,6 +1,6 @@
 """What is kept of scored clips: a few numbers of each, and sums that add up, so that clips can be scored anywhere, in any order."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ PER_CLIP = ("FRCorr", "FRDist", "FRDiv", "FRVar", "FRSyn", "FRSyn_varying", "var
 
 @dataclass(frozen=True)
 class Part:
-    """The state of the metrics after some clips; two of them add up to the state after all their clips.
+    """The state of the metrics after some clips; `total` adds up those of several.
 
     Attributes:
         values: (clips, len(PER_CLIP)) float64, in the order in which clips came.
@@ -34,27 +34,6 @@ class Part:
         """Number of clips."""
         return len(self.values)
 
-    def __add__(self, other: "Part") -> "Part":
-        """Both parts' clips together (mean and scatter: Chan, Golub and LeVeque, 1983).
-
-        Raises:
-            ValueError: if their numbers of predictions or frames differ.
-        """
-        if self.mean.shape != other.mean.shape:
-            raise ValueError(
-                f"a part of (predictions, frames, attributes) {self.mean.shape} cannot be merged with one of {other.mean.shape}: "
-                "all parts must come from one evaluation; delete the stale ones and run it again"
-            )
-        clips = self.clips + other.clips
-        shift = other.mean - self.mean
-        return Part(
-            np.concatenate([self.values, other.values]),
-            self.mean + shift * (other.clips / clips),
-            self.scatter + other.scatter + float(np.vdot(shift, shift)) * self.clips * other.clips / clips,
-            self.predicted + other.predicted,
-            self.real + other.real,
-        )
-
     def to_arrays(self) -> dict[str, np.ndarray]:
         """For `numpy.savez`: nothing in it needs pickle."""
         return {
@@ -71,6 +50,33 @@ class Part:
         both = zip(arrays["frames"].tolist(), arrays["moments"], strict=True)
         predicted, real = (Moments(frames, moments[0], moments[1:]) for frames, moments in both)
         return cls(arrays["values"], arrays["mean"], float(arrays["scatter"]), predicted, real)
+
+
+def total(parts: Iterable[Part]) -> Part:
+    """The state after the clips of all parts, in their order (mean and scatter: Chan, Golub and LeVeque, 1983).
+
+    The time is linear in the parts, and none is kept but its values: they may come from a generator.
+
+    Raises:
+        ValueError: if there are none, or their numbers of predictions or frames differ.
+    """
+    parts = iter(parts)
+    if (first := next(parts, None)) is None:
+        raise ValueError("there are no parts to merge: score at least one clip")
+    values, clips, mean, scatter, predicted, real = [first.values], first.clips, first.mean, first.scatter, first.predicted, first.real
+    for part in parts:
+        if part.mean.shape != mean.shape:
+            raise ValueError(
+                f"a part of (predictions, frames, attributes) {mean.shape} cannot be merged with one of {part.mean.shape}: "
+                "all parts must come from one evaluation; delete the stale ones and run it again"
+            )
+        before, clips = clips, clips + part.clips
+        shift = part.mean - mean
+        mean = mean + shift * (part.clips / clips)
+        scatter = scatter + part.scatter + float(np.vdot(shift, shift)) * before * part.clips / clips
+        predicted, real = predicted + part.predicted, real + part.real
+        values.append(part.values)
+    return Part(np.concatenate(values), mean, scatter, predicted, real)
 
 
 def means_to_metrics(means: np.ndarray, predictions: int) -> dict[str, np.ndarray]:

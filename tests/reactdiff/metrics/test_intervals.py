@@ -5,7 +5,7 @@ import pytest
 
 from reactdiff.metrics.frechet import Moments
 from reactdiff.metrics.intervals import intervals
-from reactdiff.metrics.part import PER_CLIP, Part
+from reactdiff.metrics.part import PER_CLIP, Part, total
 
 
 def part(**values):
@@ -54,7 +54,7 @@ def test_neither_parts_nor_their_order_matter_but_the_seed_does():
     rng = np.random.default_rng(0)
     one, other = (part(FRCorr=rng.random(20), FRSyn=rng.integers(0, 50, 20), varying=[2] * 20) for _ in range(2))
     whole = intervals([one, other])
-    assert intervals([other, one]) == whole == intervals([one + other])
+    assert intervals([other, one]) == whole == intervals([total([one, other])])
     assert intervals([one, other], seed=1) != whole
 
 

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +186,18 @@ def test_a_part_comes_back_from_a_file_bit_for_bit(tmp_path):
     with np.load(tmp_path / "part.npz", allow_pickle=False) as file:
         back = Part.from_arrays(file)
     assert_identical(back, part)
+
+
+def test_merging_parts_that_are_read_one_by_one_takes_no_more_memory_for_many_than_for_few():
+    arrays = score_part(*(small(clips=1, predictions=20)[name] for name in ("pred", "target", "speaker")), [np.array([0])]).to_arrays()
+    peaks = {}
+    for count in (4, 4, 40):  # the first one imports
+        tracemalloc.start()
+        scores = merge(Part.from_arrays({name: array.copy() for name, array in arrays.items()}) for _ in range(count))
+        peaks[count] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert math.isfinite(scores.official["FRDvs"])
+    assert peaks[40] - peaks[4] < arrays["mean"].nbytes
 
 
 def test_nothing_to_merge_and_parts_of_different_evaluations_are_refused():

@@ -1,0 +1,25 @@
+"""What the driver of an evaluation holds; tests/jobs/test_evaluate.py has what it says."""
+
+import gc
+from pathlib import Path
+
+import pytest
+
+from cluster.evaluate import evaluate
+from cluster.opened import open_run
+from reactdiff.metrics.part import Part
+
+
+def parts_alive() -> int:
+    """Parts that somebody in this process holds."""
+    gc.collect()
+    return sum(type(one) is Part for one in gc.get_objects())
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_the_driver_holds_no_part_while_parts_are_scored(finished: Path) -> None:
+    run = open_run(str(finished), "")
+    before, alive = parts_alive(), []
+    scores = evaluate(run.experiment, run.store.url, run.coder(), run.diffusion(), lambda done, of: alive.append((done, of, parts_alive())))
+    assert [(done, of) for done, of, _ in alive] == [(done, 16) for done in range(1, 17)] and len(scores) == 8
+    assert max(count for _, _, count in alive) == before
