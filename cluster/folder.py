@@ -24,8 +24,16 @@ from cluster.store import (
     rest_of,
 )
 
+STAGED = f"{PRIVATE}staged-"
+"""How the names of temporary files begin."""
+
+ABANDONED = 3600.0
+"""Seconds without a write after which a temporary file is one that a killed writer left."""
+
 IOV_MAX = 1024
 """Buffers that one system call fills, at most."""
+
+_swept: set[Path] = set()
 
 
 class FolderStore(Store):
@@ -118,9 +126,12 @@ class FolderStore(Store):
         """A temporary file beside the key with the content safely on disk; what is left of it at the end is removed."""
         folder = self._path(key).parent
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor, staged = tempfile.mkstemp(prefix=PRIVATE, dir=folder)
+        descriptor, staged = tempfile.mkstemp(prefix=STAGED, dir=folder)
         try:
             with open(descriptor, "wb") as file:
+                if folder not in _swept:  # once in a process: a folder of shards takes long to list
+                    _swept.add(folder)
+                    _sweep(folder, os.fstat(descriptor).st_mtime)
                 os.fchmod(descriptor, 0o644)
                 if isinstance(source, bytes):
                     file.write(source)
@@ -145,6 +156,14 @@ class FolderStore(Store):
             raise Permanent(f"{self.url}/{key}: {error.strerror}") from error
         except OSError as error:
             raise StorageError(f"{self.url}/{key}: {error.strerror or error}") from error
+
+
+def _sweep(folder: Path, now: float) -> None:
+    """Remove what killed writers left in a folder; `now` is of the clock that its files' times are of."""
+    for entry in os.scandir(folder):
+        with contextlib.suppress(OSError):  # it is gone by now, or somebody else's
+            if entry.name.startswith(STAGED) and now - entry.stat().st_mtime > ABANDONED:
+                os.unlink(entry)
 
 
 def _sync(folder: Path) -> None:

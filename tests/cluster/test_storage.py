@@ -13,7 +13,7 @@ import pytest
 from botocore.client import Config
 
 from cluster import parts, s3
-from cluster.folder import FolderStore
+from cluster.folder import ABANDONED, FolderStore
 from cluster.patience import Patience, end_with
 from cluster.storage import AlreadyExists, NotFound, Permanent, Stale, StorageError, Store, open_store
 from tests.cluster.faulty import FaultyProxy, faulty_proxy
@@ -179,18 +179,24 @@ def test_folder_urls_name_the_same_store(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_writer_killed_in_the_middle_leaves_the_old_content_and_nothing_listed(tmp_path: Path) -> None:
-    store = open_store(str(tmp_path))
-    store.put("x", b"old")
     program = (
         "import os, sys\n"
         "from cluster.storage import open_store\n"
+        "open_store(sys.argv[1]).put('x', b'old')\n"
         "os.fsync = lambda descriptor: os.kill(os.getpid(), 9)\n"
         "open_store(sys.argv[1]).put('x', b'new')\n"
     )
     assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == -9
-    assert len(list(tmp_path.iterdir())) == 2, "the fault happened: a temporary file was left"
+    (left,) = tmp_path.glob(".~*")  # the fault happened
+    store = open_store(str(tmp_path))
     assert [tuple(entry) for entry in store.list()] == [("x", 3)]
     assert store.read("x") == b"old"
+    lock, living = tmp_path / ".~lock", left.with_name(f"{left.name}2")
+    for path, age in {left: ABANDONED + 5, lock: 2 * ABANDONED, living: ABANDONED - 60}.items():
+        path.touch()
+        os.utime(path, times=(path.stat().st_mtime - age,) * 2)
+    store.put("y", b"another process writes beside it")
+    assert sorted(tmp_path.iterdir()) == sorted([lock, living, tmp_path / "x", tmp_path / "y"])
 
 
 def test_a_missing_bucket_and_a_wrong_secret_fail_at_once_without_a_secret(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
