@@ -2,9 +2,10 @@
 
 import difflib
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from crc32c import crc32c
 
 from cluster.cache import Cache
 from cluster.manifest import Manifest
+from cluster.overlap import overlapped
 from cluster.ranges import Layout, Range, Wants
 from cluster.shards import CorruptData, index_dtype, npy_header, read_index
 from cluster.storage import Store
@@ -23,6 +25,9 @@ Source = tuple[str, str]
 
 INDICES = 64 << 20
 """Bytes of indices that a reader keeps, newest use first."""
+
+NEAR = 10_000
+"""Keys that one that is not there is compared with, at most: a second's work."""
 
 
 @dataclass(frozen=True)
@@ -74,26 +79,30 @@ class Reader:
         """A clip's key."""
         return self._key(*self._locate(clip))
 
+    def keys(self) -> Iterator[np.ndarray]:
+        """The keys of each shard's clips, (clips,) bytes, shard by shard; reads every index, several at the same time."""
+        return overlapped(lambda shard: self._index(shard)["key"].copy(), range(len(self.counts)))
+
     def find(self, key: str) -> int | None:
-        """The number of the clip with this key, None if the split has none; reads every index."""
-        for shard in range(len(self.counts)):
-            found = np.flatnonzero(self._index(shard)["key"] == key.encode())
-            if found.size:
-                return int(self._first[shard] + found[0])
+        """The number of the clip with this key, None if the split has none; reads the indices as far as there."""
+        for first, keys in zip(self._first[:-1], self.keys(), strict=True):
+            if (found := np.flatnonzero(keys == key.encode())).size:
+                return int(first + found[0])
         return None
 
     def number(self, key: str) -> int:
         """The number of the clip with this key.
 
         Raises:
-            ValueError: if the split has none, with the nearest ones.
+            ValueError: if the split has none, with the nearest ones among its first 10 000.
         """
         if (clip := self.find(key)) is None:
-            keys = [self.key(number) for number in range(self.clips)]
+            keys = [known.decode() for known in islice(chain.from_iterable(map(np.ndarray.tolist, self.keys())), NEAR)]
             near = difflib.get_close_matches(key, keys, cutoff=0)
+            among = f" of the first {len(keys)}" if len(keys) < self.clips else ""
             raise ValueError(
-                f"none of the {len(keys)} clips of split {self._split} has the key {key!r}; "
-                f"the nearest: {', '.join(near)} (or choose --split)"
+                f"none of the {self.clips} clips of split {self._split} has the key {key!r}; "
+                f"the nearest{among}: {', '.join(near)} (or choose --split)"
             )
         return clip
 

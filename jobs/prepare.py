@@ -134,8 +134,8 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
     split = options.split or next(iter(manifest.splits))
     reader = Reader(store, manifest, split)
     if options.keys:
-        for clip in range(reader.clips):
-            print(reader.key(clip))
+        for keys in reader.keys():
+            print(*(key.decode() for key in keys.tolist()), sep="\n")
         return 0
     console.print(f"dataset {store.url}, state {manifest.hash}, {manifest.frames} frames ({manifest.frames / FRAME_RATE:g} s) a clip")
     streams = Table("stream", "class", Column("width", justify="right"), title="what each person has", title_justify="left")

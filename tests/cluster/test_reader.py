@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster import reader as reading
 from cluster.manifest import load_manifest
 from cluster.ranges import GAP, JOINED, WIDE_GAP, Wants
 from cluster.reader import Reader
@@ -42,6 +43,25 @@ def test_a_person_is_one_read_that_holds_little_else(shards: Path) -> None:
     index = read_index(store, manifest.shard("train", 0))
     own = sum(int(index["size"][3][manifest.members.index(f"b.{name}.npy")]) for _, name in person)
     assert own <= read.bytes < own + 1024 * len(person)
+
+
+def test_clips_are_found_by_their_keys_and_one_that_is_not_there_is_compared_with_the_first_ones(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(shards))
+    reader = Reader(store, load_manifest(store), "train")
+    keys = [reader.key(clip) for clip in range(reader.clips)]
+    assert [key.decode() for shard in reader.keys() for key in shard] == keys
+    assert [reader.number(key) for key in keys] == list(range(reader.clips))
+    wrong = f"{keys[-1]}x"
+    assert reader.find(wrong) is None
+    with pytest.raises(ValueError, match=f"none of the 20 clips of split train has the key '{wrong}'; the nearest: {keys[-1]}, "):
+        reader.number(wrong)
+    monkeypatch.setattr(reading, "NEAR", 7)
+    with pytest.raises(ValueError, match=r"none of the 20 clips .*; the nearest of the first 7: ") as caught:
+        reader.number(wrong)
+    near = str(caught.value).partition("first 7: ")[2].removesuffix(" (or choose --split)").split(", ")
+    assert near and set(near) <= set(keys[:7])
 
 
 def test_one_flipped_bit_is_named_with_shard_clip_member_and_both_checksums(shards: Path, tmp_path: Path) -> None:

@@ -1,0 +1,19 @@
+"""Many small requests to a store, several at the same time: each waits for the network, not for this machine."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+THREADS = 16
+AHEAD = 256
+"""Answers that are held, at most."""
+
+
+def overlapped(function: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
+    """Like `map`, in the same order; whoever stops listening waits for those that were begun."""
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="overlap") as pool:
+        for first in range(0, len(items), AHEAD):
+            yield from pool.map(function, items[first : first + AHEAD])

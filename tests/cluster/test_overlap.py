@@ -1,0 +1,32 @@
+"""Requests overlap, their answers keep their order, and only so many are made ahead."""
+
+import threading
+
+import pytest
+
+from cluster import overlap
+from cluster.overlap import THREADS, overlapped
+
+
+def test_answers_come_in_order_though_several_wait_at_the_same_time() -> None:
+    together = threading.Barrier(THREADS, timeout=60)
+
+    def ask(number: int) -> int:
+        together.wait()
+        return number * number
+
+    assert list(overlapped(ask, range(3 * THREADS))) == [number * number for number in range(3 * THREADS)]
+
+
+def test_who_stops_listening_asks_for_little_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlap, "AHEAD", 4)
+    asked: list[int] = []
+
+    def ask(number: int) -> int:
+        asked.append(number)
+        return number
+
+    answers = overlapped(ask, range(100))
+    assert [next(answers) for _ in range(5)] == [0, 1, 2, 3, 4]
+    del answers
+    assert set(range(5)) <= set(asked) <= set(range(8))
