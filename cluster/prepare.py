@@ -4,8 +4,9 @@ Published shards are never rewritten. A clip that is in the dataset already is n
 shard, which must still be the same; clips that are new in the tree, or were refused before, become new shards behind the old.
 """
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ import numpy as np
 from cluster.build import Built, Pair, Source, Tree, build, compare
 from cluster.config import Workers
 from cluster.manifest import CURRENT, File, Manifest, Split, Stream, current, read_part, succeed
-from cluster.shards import encode_npy, members, read_index, shard_name
+from cluster.overlap import overlapped
+from cluster.reader import Reader
+from cluster.shards import encode_npy, members, shard_name
 from cluster.storage import AlreadyExists, Store, content_hash
 from cluster.tasks import each
 from reactdiff.clip import PERSONS, TARGETS
@@ -23,8 +26,11 @@ TRAIN = "train"
 """The one split that is not for evaluation and needs no appropriateness matrix."""
 
 Progress = Callable[[int, int], None]
-Keys = dict[str, list[list[str]]]
-"""split -> for each shard, the keys of its clips."""
+Keys = dict[str, np.ndarray]
+"""split -> the keys of its clips in their order, (clips,) bytes."""
+
+NONE = np.array([], dtype="S80")
+"""No keys."""
 
 
 class Refused(ValueError):
@@ -92,10 +98,7 @@ def _before(store: Store) -> tuple[Manifest | None, str, Keys]:
     if not store.exists(CURRENT):
         return None, "", {}
     manifest, etag = current(store)
-    keys = {}
-    for split, part in manifest.splits.items():
-        indices = [read_index(store, manifest.shard(split, i), part.shards.info(i).index) for i in range(len(part.shards))]
-        keys[split] = [[bytes(key).decode() for key in index["key"]] for index in indices]
+    keys = {split: np.concatenate([NONE, *Reader(store, manifest, split).keys()]) for split in manifest.splits}
     return manifest, etag, keys
 
 
@@ -125,9 +128,9 @@ class _Preparation:
     def tree(self) -> Tree:
         return self.source.tree
 
-    def order(self, split: str) -> list[str]:
+    def order(self, split: str) -> np.ndarray:
         """The keys of a split's clips before, in their order."""
-        return [key for shard in self.keys.get(split, []) for key in shard]
+        return self.keys.get(split, NONE)
 
     def before(self, split: str) -> Split:
         """A split's state before."""
@@ -146,35 +149,51 @@ class _Preparation:
             if old != new:
                 raise ValueError(f"the dataset at {self.store.url} has {what} {old}, but the tree has {new}: prepare it to another URL")
         for split in self.old.splits:
-            names = {pair.key for pair in self.tree.pairs(split)} if split in self.tree.splits else set()
-            if gone := [key for key in self.order(split) if key not in names]:
+            held, names = self.order(split), _keys(self.tree.pairs(split)) if split in self.tree.splits else NONE
+            if (gone := held[~np.isin(held, names)]).size:
+                example = gone[0].decode()
                 raise ValueError(
-                    f"split {split} of the dataset at {self.store.url} has {len(gone)} clips that the tree lacks, for example {gone[0]}: "
+                    f"split {split} of the dataset at {self.store.url} has {len(gone)} clips that the tree lacks, for example {example}: "
                     "a dataset only grows; prepare this tree to another URL"
                 )
 
     def compare(self) -> None:
         """The first clip of every shard must still be what the tree has."""
         calls = []
-        for split, shards in self.keys.items():
+        for split, keys in self.keys.items():
             assert self.old is not None, "it has shards"
-            pairs, part = {pair.key: pair for pair in self.tree.pairs(split)}, self.before(split).shards
-            calls += [(self.old.shard(split, i), part.info(i), [pairs[keys[0]]]) for i, keys in enumerate(shards)]
+            pairs, part, clip = {pair.key: pair for pair in self.tree.pairs(split)}, self.before(split).shards, 0
+            for position in range(len(part)):
+                calls.append((self.old.shard(split, position), part.info(position), [pairs[keys[clip].decode()]]))
+                clip += part.clips[position]
         _run(compare, calls, self.source, lambda number: None)
 
     def plan(self, clips_per_shard: int) -> list[_Plan]:
         """New clips cut into shards, each with a number that this content has claimed: no two preparations write to one shard."""
         plans = []
         for split in self.tree.splits:
-            held, number = set(self.order(split)), max(map(int, self.before(split).shards.number), default=-1) + 1
-            new = [pair for pair in self.tree.pairs(split) if pair.key not in held]
-            for start in range(0, len(new), clips_per_shard):
-                pairs = new[start : start + clips_per_shard]
-                while not _claim(self.store, shard_name(split, number), self.source.content(pairs)):
-                    number += 1
-                plans.append(_Plan(split, number, pairs))
-                number += 1
+            number = max(map(int, self.before(split).shards.number), default=-1) + 1
+            pairs = self.tree.pairs(split)
+            new = list(itertools.compress(pairs, ~np.isin(_keys(pairs), self.order(split))))
+            parts = [new[start : start + clips_per_shard] for start in range(0, len(new), clips_per_shard)]
+            numbers = self._claimed(split, number, parts)
+            plans += [_Plan(split, number, pairs) for number, pairs in zip(numbers, parts, strict=True)]
         return plans
+
+    def _claimed(self, split: str, number: int, parts: list[list[Pair]]) -> list[int]:
+        """A number for each part, from this one on; those that others have are passed over."""
+        numbers, waiting = [-1] * len(parts), list(range(len(parts)))
+        while waiting:
+            tried = list(zip(waiting, itertools.count(number), strict=False))
+            wins = overlapped(lambda one: _claim(self.store, shard_name(split, one[1]), self.source.content(parts[one[0]])), tried)
+            waiting = []
+            for (part, taken), won in zip(tried, wins, strict=True):
+                if won:
+                    numbers[part] = taken
+                else:
+                    waiting.append(part)
+            number += len(tried)
+        return numbers
 
     def build(self, plans: list[_Plan], progress: Progress) -> Results:
         """Build every planned shard."""
@@ -191,7 +210,7 @@ class _Preparation:
     def split(self, split: str, results: Results, matrix: np.ndarray | None) -> Split:
         """A split's new state: the old clips in their order, then the new ones."""
         old, new = self.before(split), [(plan, result) for plan, result in results if plan.split == split]
-        order = self.order(split)
+        order = [key.decode() for key in self.order(split).tolist()]
         for plan, result in new:
             left_out = {key for key, _ in result.refused}
             order += [pair.key for pair in plan.pairs if pair.key not in left_out]
@@ -233,7 +252,7 @@ class _Preparation:
     def _subjects(self, split: str, new: list[Built]) -> File | None:
         """Who is seen in each clip; None where the tree does not tell for all."""
         file = self.before(split).subjects
-        if self.order(split) and file is None:
+        if len(self.order(split)) and file is None:
             return None
         names = json.loads(read_part(self.store, file)) if file else {person: [] for person in PERSONS}
         for result in new:
@@ -248,6 +267,11 @@ class _Preparation:
         part = File(file=f"{split}/{name}-{digest}.{'json' if name == 'subjects' else 'npy'}", hash=digest)
         self.store.put(part.file, data)
         return part
+
+
+def _keys(pairs: Sequence[Pair]) -> np.ndarray:
+    """The keys of clips, (clips,) bytes."""
+    return np.array([pair.key.encode() for pair in pairs], dtype=NONE.dtype)
 
 
 def _claim(store: Store, name: str, content: str) -> bool:
