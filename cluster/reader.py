@@ -27,7 +27,7 @@ INDICES = 64 << 20
 """Bytes of indices that a reader keeps, newest use first."""
 
 NEAR = 10_000
-"""Keys that one that is not there is compared with, at most: a second's work."""
+"""Keys that one that is not there is compared with, at most: a second's work or two."""
 
 
 @dataclass(frozen=True)
