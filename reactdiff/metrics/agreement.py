@@ -24,9 +24,9 @@ class Reaction:
     @classmethod
     def of(cls, attributes: np.ndarray) -> "Reaction":
         """From attributes (..., frames, 25)."""
-        series = np.ascontiguousarray(np.swapaxes(attributes, -1, -2), dtype=np.float32)
-        mean = _sums(series.reshape(-1, series.shape[-1])).reshape(series.shape[:-1]) / series.shape[-1]
-        return cls(series, mean, _covariance(series, mean, series))
+        *lead, frames, width = attributes.shape
+        series, mean, variance = _laid_out(np.ascontiguousarray(attributes, dtype=np.float32).reshape(-1, frames, width))
+        return cls(series.reshape(*lead, width, frames), mean.reshape(*lead, width), variance.reshape(*lead, width))
 
 
 def concordance(predictions: Reaction, listeners: Sequence[Reaction]) -> np.ndarray:
@@ -42,19 +42,39 @@ def concordance(predictions: Reaction, listeners: Sequence[Reaction]) -> np.ndar
     Returns:
         (predictions, listeners), the mean over the 25 attributes.
     """
-    # r sd_t sd_p is the covariance; clipping r to [-1, 1], as the official code does, would change rounding only.
-    each = [_covariance(predictions.series, predictions.mean, listener.series) for listener in listeners]
-    covariance = np.stack(each, axis=1)  # (predictions, listeners, 25)
-    mean, variance = (np.stack([getattr(listener, name) for listener in listeners]) for name in ("mean", "variance"))
-    covariance = np.where(variance > 0, covariance, 0.0)
-    spread = predictions.variance[:, None] + variance + (predictions.mean[:, None] - mean) ** 2
-    return (2 * covariance / (spread + 1e-8)).mean(axis=-1)
+    of = (predictions.series, predictions.mean, predictions.variance)
+    return np.stack([_concordance(*of, other.series, other.mean, other.variance) for other in listeners], axis=1)
 
 
-def _covariance(x: np.ndarray, x_mean: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Population covariance over time of x (..., 25, frames) with y, of the same shape or (25, frames)."""
-    frames = x.shape[-1]
-    return _centred_products(x.reshape(-1, frames), x_mean.ravel(), y.reshape(-1, frames)).reshape(x_mean.shape) / frames
+@numba.njit(nogil=True, error_model="numpy")
+def _laid_out(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Series, mean and variance of x (clips, frames, width), clip by clip while it is in the cache, each read in order."""
+    clips, frames, width = x.shape
+    series, mean, variance = np.empty((clips, width, frames), np.float32), np.empty((clips, width)), np.empty((clips, width))
+    for clip in range(clips):
+        for t in range(frames):
+            for attribute in range(width):
+                series[clip, attribute, t] = x[clip, t, attribute]
+        mean[clip] = _sums(series[clip]) / frames
+        variance[clip] = _centred_products(series[clip], mean[clip], series[clip]) / frames
+    return series, mean, variance
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _concordance(
+    x: np.ndarray, x_mean: np.ndarray, x_variance: np.ndarray, y: np.ndarray, y_mean: np.ndarray, y_variance: np.ndarray
+) -> np.ndarray:
+    """Of each x (clips, width, frames) with the one y (width, frames): (clips,)."""
+    clips, width, frames = x.shape
+    found = np.zeros(clips)
+    for clip in range(clips):
+        covariance = _centred_products(x[clip], x_mean[clip], y) / frames
+        for attribute in range(width):
+            if y_variance[attribute] > 0:
+                # r sd_t sd_p is the covariance; clipping r to [-1, 1], as the official code does, would change rounding only.
+                spread = x_variance[clip, attribute] + y_variance[attribute] + (x_mean[clip, attribute] - y_mean[attribute]) ** 2
+                found[clip] += 2 * covariance[attribute] / (spread + 1e-8) / width
+    return found
 
 
 @numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"})
@@ -71,10 +91,10 @@ def _sums(x: np.ndarray) -> np.ndarray:
 
 @numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
 def _centred_products(x: np.ndarray, x_mean: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Sums over time of (x - mean) y in float64, row by row; y's rows are repeated. As x is centred, y need not be."""
+    """Sums over time of (x - mean) y in float64, row by row. As x is centred, y need not be."""
     sums = np.zeros(len(x))
     for row in range(len(x)):
-        xs, ys, mean = x[row], y[row % len(y)], x_mean[row]
+        xs, ys, mean = x[row], y[row], x_mean[row]
         total = 0.0
         for t in range(x.shape[1]):
             total += (np.float64(xs[t]) - mean) * np.float64(ys[t])
