@@ -55,8 +55,10 @@ def _laid_out(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         for t in range(frames):
             for attribute in range(width):
                 series[clip, attribute, t] = x[clip, t, attribute]
-        mean[clip] = _sums(series[clip]) / frames
-        variance[clip] = _centred_products(series[clip], mean[clip], series[clip]) / frames
+        for attribute in range(width):
+            row = series[clip, attribute]
+            mean[clip, attribute] = _sum(row) / frames
+            variance[clip, attribute] = _centred_product(row, mean[clip, attribute], row) / frames
     return series, mean, variance
 
 
@@ -68,35 +70,28 @@ def _concordance(
     clips, width, frames = x.shape
     found = np.zeros(clips)
     for clip in range(clips):
-        covariance = _centred_products(x[clip], x_mean[clip], y) / frames
         for attribute in range(width):
             if y_variance[attribute] > 0:
                 # r sd_t sd_p is the covariance; clipping r to [-1, 1], as the official code does, would change rounding only.
+                covariance = _centred_product(x[clip, attribute], x_mean[clip, attribute], y[attribute]) / frames
                 spread = x_variance[clip, attribute] + y_variance[attribute] + (x_mean[clip, attribute] - y_mean[attribute]) ** 2
-                found[clip] += 2 * covariance[attribute] / (spread + 1e-8) / width
+                found[clip] += 2 * covariance / (spread + 1e-8) / width
     return found
 
 
-@numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"})
-def _sums(x: np.ndarray) -> np.ndarray:
-    """Sums over time in float64, row by row: exact for a constant row, whose variance is then exactly 0."""
-    sums = np.zeros(len(x))
-    for row in range(len(x)):
-        total = 0.0
-        for t in range(x.shape[1]):
-            total += np.float64(x[row, t])
-        sums[row] = total
-    return sums
+@numba.njit(nogil=True, fastmath={"reassoc"})
+def _sum(x: np.ndarray) -> float:
+    """Over time in float64: exact for a constant series, whose variance is then exactly 0."""
+    total = 0.0
+    for t in range(len(x)):
+        total += np.float64(x[t])
+    return total
 
 
-@numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
-def _centred_products(x: np.ndarray, x_mean: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Sums over time of (x - mean) y in float64, row by row. As x is centred, y need not be."""
-    sums = np.zeros(len(x))
-    for row in range(len(x)):
-        xs, ys, mean = x[row], y[row], x_mean[row]
-        total = 0.0
-        for t in range(x.shape[1]):
-            total += (np.float64(xs[t]) - mean) * np.float64(ys[t])
-        sums[row] = total
-    return sums
+@numba.njit(nogil=True, fastmath={"reassoc", "contract"})
+def _centred_product(x: np.ndarray, mean: float, y: np.ndarray) -> float:
+    """The sum over time of (x - mean) y in float64. As x is centred, y need not be."""
+    total = 0.0
+    for t in range(len(x)):
+        total += (np.float64(x[t]) - mean) * np.float64(y[t])
+    return total
