@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +11,7 @@ from crc32c import crc32c
 
 from cluster.scratch import scratch
 from cluster.shards import ShardInfo, encode_npy, members, read_index, write_shard
-from cluster.storage import NotFound, content_hash, open_store
+from cluster.storage import NotFound, Store, content_hash, open_store
 from reactdiff.clip import PERSONS, TARGETS
 from reactdiff.data.files import ClipError
 from reactdiff.data.sample import Clip, StreamSpec
@@ -63,6 +64,11 @@ class Source:
     url: str
     strict: bool
 
+    @cached_property
+    def store(self) -> Store:
+        """The dataset."""
+        return open_store(self.url)
+
     @property
     def arrays(self) -> list[str]:
         """Names of each person's arrays."""
@@ -108,7 +114,7 @@ def build(source: Source, name: str, pairs: Sequence[Pair]) -> Built:
         ValueError: if the shard there was made of other data.
         StorageError: if it cannot be written.
     """
-    store, record = open_store(source.url), f"{name}.done.json"
+    store, record = source.store, f"{name}.done.json"
     try:
         found = Built.decode(store.read(record))
     except NotFound:
@@ -135,7 +141,7 @@ def compare(source: Source, name: str, info: ShardInfo, pairs: Sequence[Pair]) -
     Raises:
         ValueError: if the clip differs, naming it, or if the shard is not whole.
     """
-    store = open_store(source.url)
+    store = source.store
     if (size := store.size(f"{name}.tar")) != info.bytes:
         raise ValueError(f"{source.url}/{name}.tar has {size} bytes, but was written with {info.bytes}; restore it from a copy")
     row = read_index(store, name, info.index)[0]

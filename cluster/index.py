@@ -15,7 +15,7 @@ from cluster.config import Workers
 from cluster.foreign import Form, first_form, read_tar
 from cluster.manifest import CURRENT, HASH, File, Manifest, Split, Stream, current, succeed
 from cluster.shards import ShardInfo, decode_npy, encode_npy
-from cluster.storage import AlreadyExists, NotFound, Store, content_hash, open_store
+from cluster.storage import AlreadyExists, NotFound, Store, content_hash
 from cluster.tape import Tape
 from cluster.tasks import each
 from reactdiff.clip import TARGETS
@@ -83,7 +83,7 @@ def index(store: Store, kinds: Mapping[str, StreamKind], progress: Callable[[int
     streams = _streams(store, old, form, kinds)
     store.prove()
     records: dict[Tar, Record] = {}
-    for number, record in each(index_tar, [(tar.name, tar.size) for tar in new], Workers(), shared=(store.url, form)):
+    for number, record in each(index_tar, [(tar.name, tar.size) for tar in new], Workers(), shared=(store, form)):
         records[new[number]] = record
         progress(len(records), len(new))
     splits = {}
@@ -109,15 +109,14 @@ def index(store: Store, kinds: Mapping[str, StreamKind], progress: Callable[[int
     return Indexed(succeed(store, manifest, old, etag), added, ignored)
 
 
-def index_tar(shared: tuple[str, Form], name: str, size: int) -> Record:
+def index_tar(shared: tuple[Store, Form], name: str, size: int) -> Record:
     """Read one tar and write its index beside it, unless its record says that this is done. The record is written last.
 
     Raises:
         ValueError: if the tar is not what the dataset needs, or not the one that was read before.
         StorageError: if it cannot be read.
     """
-    (url, form), key = shared, f"{name}.indexed.json"
-    store = open_store(url)
+    (store, form), key = shared, f"{name}.indexed.json"
     try:
         values = json.loads(store.read(key))
     except NotFound:
@@ -126,8 +125,8 @@ def index_tar(shared: tuple[str, Form], name: str, size: int) -> Record:
         record = Record(ShardInfo(**values["info"]), values["ignored"], Form(**values["form"]))
         if record.info.bytes != size:
             raise ValueError(
-                f"{url}/{name}.tar has {size} bytes, but had {record.info.bytes} when it was read; tars must not change: restore it, or, "
-                f"if no dataset has it yet, delete {name}.index.npy and {key}"
+                f"{store.url}/{name}.tar has {size} bytes, but had {record.info.bytes} when it was read; tars must not change: restore it, "
+                f"or, if no dataset has it yet, delete {name}.index.npy and {key}"
             )
         if record.form == form:
             return record
@@ -139,8 +138,8 @@ def index_tar(shared: tuple[str, Form], name: str, size: int) -> Record:
     except AlreadyExists as error:
         if store.read(f"{name}.index.npy") != data:
             raise ValueError(
-                f"{url}/{name}.index.npy is there, but is not the index of {name}.tar: if no dataset has the tar yet, delete the index, "
-                "else restore the tar"
+                f"{store.url}/{name}.index.npy is there, but is not the index of {name}.tar: if no dataset has the tar yet, delete the "
+                "index, else restore the tar"
             ) from error
     record = Record(ShardInfo(len(rows), size, tape.digest(), content_hash(data)), ignored, form)
     store.put(key, json.dumps(asdict(record)).encode())

@@ -80,7 +80,7 @@ class Coder:
         Raises:
             ValueError: if they have not been built, or lack clips although `on_corrupt` is "stop".
         """
-        manifest = load_manifest(open_store(self.url))
+        manifest = load_manifest(self.target)
         for split in manifest.splits:
             self.assert_whole(split, corrupt_clips(manifest, split))
         return manifest
@@ -100,9 +100,19 @@ class Coder:
             )
 
     @cached_property
+    def target(self) -> Store:
+        """The latents' dataset."""
+        return open_store(self.url)
+
+    @cached_property
+    def dataset(self) -> Store:
+        """The dataset of clips."""
+        return open_store(self.source)
+
+    @cached_property
     def clips(self) -> Manifest:
         """The source's manifest."""
-        return load_manifest(open_store(self.source), self.source_hash)
+        return load_manifest(self.dataset, self.source_hash)
 
     @cached_property
     def codec(self) -> Codec:
@@ -150,7 +160,7 @@ def encode_shard(coder: Coder, split: str, position: int) -> Encoded:
     Raises:
         CorruptData: if bytes of a clip are damaged and `coder.on_corrupt` is "stop", or the shard's index is.
     """
-    target, name = open_store(coder.url), coder.clips.shard(split, position)
+    target, name = coder.target, coder.clips.shard(split, position)
     try:
         done = json.loads(target.read(_done(name)))
         corrupt = dict(done.pop(CORRUPT, []))
@@ -158,7 +168,7 @@ def encode_shard(coder: Coder, split: str, position: int) -> Encoded:
     except NotFound:
         pass
     make_deterministic(THREADS)
-    codec, reader = coder.codec, Reader(open_store(coder.source), coder.clips, split)
+    codec, reader = coder.codec, Reader(coder.dataset, coder.clips, split)
     first = int(reader.counts[:position].sum())
     clips: list[Clip] = []
     corrupt, bounds = {}, nowhere(coder)

@@ -8,7 +8,7 @@ from crc32c import crc32c
 from cluster.config import Workers
 from cluster.manifest import File, Manifest, read_part
 from cluster.shards import CorruptData, read_index
-from cluster.storage import NotFound, Store, open_store
+from cluster.storage import NotFound, Store
 from cluster.tape import Tape
 from cluster.tasks import each
 
@@ -39,7 +39,7 @@ def verify(store: Store, manifest: Manifest, workers: Workers, progress: Callabl
     """
     calls = [(split, position) for split, part in manifest.splits.items() for position in range(len(part.shards))]
     found: dict[int, list[Damage]] = {}
-    for number, damage in each(check_shard, calls, workers, shared=(store.url, manifest)):
+    for number, damage in each(check_shard, calls, workers, shared=(store, manifest)):
         found[number] = damage
         progress(len(found), len(calls))
     return [*_files(store, manifest), *(damage for number in sorted(found) for damage in found[number])]
@@ -56,14 +56,14 @@ def _files(store: Store, manifest: Manifest) -> Iterator[Damage]:
                 yield Damage(split, file.file if file else "", str(error))
 
 
-def check_shard(shared: tuple[str, Manifest], split: str, position: int) -> list[Damage]:
+def check_shard(shared: tuple[Store, Manifest], split: str, position: int) -> list[Damage]:
     """Read one shard from end to end.
 
     Raises:
         StorageError: as `verify`.
     """
-    url, manifest = shared
-    store, name, info = open_store(url), manifest.shard(split, position), manifest.split(split).shards.info(position)
+    store, manifest = shared
+    name, info = manifest.shard(split, position), manifest.split(split).shards.info(position)
     tar = f"{name}.tar"
     try:
         index = read_index(store, name, info.index)

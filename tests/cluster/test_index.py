@@ -177,16 +177,16 @@ def test_the_same_tars_again_change_nothing(copied: Store) -> None:
 def test_a_tar_that_was_read_is_not_read_again_and_one_that_changed_is_refused(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     store.put("train/x.tar", content := tarred(files("one", "two")))
-    first = index_tar((store.url, FORM), "train/x", len(content))
+    first = index_tar((store, FORM), "train/x", len(content))
     assert first.info.clips == 2
     store.delete("train/x.tar")
-    assert index_tar((store.url, FORM), "train/x", len(content)) == first
+    assert index_tar((store, FORM), "train/x", len(content)) == first
     with pytest.raises(ValueError, match=rf"train/x.tar has 7 bytes, but had {len(content)} when it was read; tars must not change"):
-        index_tar((store.url, FORM), "train/x", 7)
+        index_tar((store, FORM), "train/x", 7)
     store.put("train/x.tar", other := tarred(files("three", "two")))
     store.delete("train/x.indexed.json")
     with pytest.raises(ValueError, match=r"train/x.index.npy is there, but is not the index of train/x.tar"):
-        index_tar((store.url, FORM), "train/x", len(other))
+        index_tar((store, FORM), "train/x", len(other))
 
 
 def test_an_interrupted_index_goes_on_to_the_same_dataset(small: Path, tmp_path: Path) -> None:

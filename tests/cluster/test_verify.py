@@ -23,7 +23,8 @@ def dataset(shards: Path, tmp_path: Path) -> Path:
 
 def damage(dataset: Path) -> list[str]:
     """What is wrong with the second shard."""
-    return [f"{each.file}: {each.what}" for each in check_shard((str(dataset), load_manifest(open_store(str(dataset)))), "train", 1)]
+    store = open_store(str(dataset))
+    return [f"{each.file}: {each.what}" for each in check_shard((store, load_manifest(store)), "train", 1)]
 
 
 def flip(file: Path, at: int) -> None:
