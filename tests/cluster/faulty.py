@@ -19,9 +19,9 @@ SAYS = {"busy": (503, "SlowDown"), "denied": (403, "AccessDenied"), "gone": (404
 
 
 class FaultyProxy(ThreadingHTTPServer):
-    """Faults are used up one an answer, an empty one is none; no range is flipped twice, which would be a damaged object.
+    """Faults are used up one an answer, an empty one is none; no bit is flipped twice, which would be a damaged object.
 
-    "cut" half a body off; cut it and tell no length ("endless"); send half and "stall"; "trickle" a few bytes at a time; "flip" a bit;
+    "cut" half a body off; cut it and tell no length ("endless"); send half and "stall", or "trickle" the rest; "flip" a bit;
     come "late"; "lose" the answer to a request that was carried out; answer "busy", "denied", that an upload is "gone", or that
     credentials have "expired" (for as long as `renewed` says no); be "down": close at once; begin an "outage": nobody listens for so many
     seconds; "reset" the connection amid what is sent.
@@ -53,6 +53,7 @@ class FaultyProxy(ThreadingHTTPServer):
         self.renewed: Callable[[], bool] = lambda: True
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self._aim, self._spared, self._expired = re.compile(""), 0, False
+        self._flipped: set[str] = set()
         self._lock = threading.Lock()
         self._over, self._away = threading.Event(), threading.Event()
 
@@ -71,7 +72,7 @@ class FaultyProxy(ThreadingHTTPServer):
             self._expired = False
             if not self.faults or not self._aim.match(request):
                 return ""
-            if self.faults[0] == "flip" and ("flip", request) in zip(self.happened, self.struck, strict=True):
+            if self.faults[0] == "flip" and _end(request) in self._flipped:
                 return ""
             if self._spared:
                 self._spared -= 1
@@ -81,6 +82,10 @@ class FaultyProxy(ThreadingHTTPServer):
             self.happened.append(fault)
             self.struck.append(request)
             self._expired = fault == "expired"
+            if fault == "flip":
+                self._flipped.add(_end(request))
+            if fault == "expired":
+                self.renewed()  # it sees what the client has at this moment
             if fault == "outage":
                 self._away.set()
             return fault
@@ -110,10 +115,15 @@ class FaultyProxy(ThreadingHTTPServer):
         """A connection that was cut on purpose is no news."""
 
 
+def _end(request: str) -> str:
+    """What of a request does not change when a range that broke off is continued; the bit that is flipped is there."""
+    return re.sub(r"bytes=\d+", "", request)
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: FaultyProxy
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # headers and content are two writes: the second would wait 40 ms for the first to be acknowledged
+    wbufsize = 1 << 20  # head and content are one write: between two the thread may rest for longer than a client waits
 
     def log_message(self, *_: object) -> None:
         pass
@@ -164,8 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "endless":
             self._answer(answer.status, headers, half, None)
         elif fault == "trickle":
-            self._answer(answer.status, headers, b"", length)
-            self._slowly(content)
+            self._answer(answer.status, headers, half, length)
+            self._slowly(content[len(half) :])
         else:
             self._answer(answer.status, headers, half if fault in ("cut", "stall") else content, length)
         if fault == "stall":

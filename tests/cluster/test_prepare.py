@@ -1,6 +1,7 @@
 """What preparing a dataset promises: all of the tree, in order, whole or not at all; again goes on, and grows."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -83,19 +84,25 @@ def test_the_same_tree_again_changes_nothing(simulated: Path, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_an_interrupted_preparation_publishes_nothing_and_goes_on_to_the_same_dataset(simulated: Path, tmp_path: Path) -> None:
+def test_an_interrupted_preparation_publishes_nothing_and_goes_on_to_the_same_dataset(simulated: Path, root: Path, tmp_path: Path) -> None:
+    """Until the interrupt, whoever reads the last clip waits for ever."""
     store, whole = open_store(str(tmp_path / "data")), open_store(str(tmp_path / "whole"))
+    last = file_of(root, "val", 3)
+    last.unlink()
+    os.mkfifo(last)
 
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(simulated, store, progress=interrupt)
+        run(root, store, progress=interrupt)
+    last.unlink()
+    shutil.copy(file_of(simulated, "val", 3), last)
     records = [entry.key for entry in store.list() if entry.key.endswith(".done.json")]
     assert 0 < len(records) < 5
     assert not store.exists("dataset.json")
     times = {key: (tmp_path / "data" / key.replace("done.json", "tar")).stat().st_mtime_ns for key in records}
-    done = run(simulated, store)
+    done = run(root, store)
     assert times == {key: (tmp_path / "data" / key.replace("done.json", "tar")).stat().st_mtime_ns for key in records}
     assert done.manifest.hash == run(simulated, whole).manifest.hash
     assert shards(store) == shards(whole)
