@@ -92,8 +92,15 @@ def listing(store: Store, stage: str) -> list[str]:
 
 
 def read_manifest(store: Store, key: str) -> Checkpoint:
-    """The checkpoint described by one key of `listing`."""
-    return Checkpoint.from_json(store.read(key), f"{store.url}/{key}")
+    """The checkpoint described by one key of `listing`.
+
+    Raises:
+        DamagedCheckpoint: as `Checkpoint.from_json`, or if it is gone: a life that is over deletes old ones until it notices.
+    """
+    try:
+        return Checkpoint.from_json(store.read(key), f"{store.url}/{key}")
+    except NotFound:
+        raise DamagedCheckpoint(f"{store.url}/{key} is gone since the checkpoints were listed") from None
 
 
 def read_part(store: Store, stage: str, part: Part) -> dict[str, torch.Tensor]:

@@ -1,9 +1,10 @@
 """Checkpoints: what is kept, what is deleted."""
 
+import pytest
 import torch
 
 from cluster import checkpoint
-from cluster.checkpoint import Writer
+from cluster.checkpoint import DamagedCheckpoint, Writer
 from cluster.engine import Fragment
 from cluster.storage import Store
 
@@ -52,6 +53,14 @@ def test_what_a_life_that_died_left_behind_goes_when_the_next_begins(store: Stor
     store.put(orphan, b"of a rank that was killed")
     checkpoint.sweep(store, "autoencoder")
     assert parts(store) == named and len(named) == 2
+
+
+def test_a_checkpoint_that_goes_between_listing_and_reading_is_no_checkpoint(store: Store) -> None:
+    commit(Writer(store, lambda value: [value], rank=0, keep=2, superseded=lambda: None), 1)
+    (listed,) = checkpoint.listing(store, "autoencoder")
+    store.delete(listed)
+    with pytest.raises(DamagedCheckpoint, match=f"{store.url}/{listed} is gone"):
+        checkpoint.read_manifest(store, listed)
 
 
 def test_nothing_is_swept_while_a_manifest_cannot_be_read(store: Store) -> None:
