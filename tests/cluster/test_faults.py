@@ -14,11 +14,11 @@ from cluster import history, s3
 from cluster.folder import FolderStore
 from cluster.storage import StorageError, open_store
 from cluster.stream import Batch, Share
-from tests.cluster.conftest import BUCKET
 from tests.cluster.faulty import TAR_RANGE, FaultyProxy, faulty_proxy
 from tests.cluster.ranks import on_ranks
 from tests.cluster.streaming import make_latents, open_stream, read_all, same
 from tests.cluster.training import parts, train_here, train_on
+from tests.conftest import BUCKET
 from tests.tiny import tiny
 
 FAULTS = {

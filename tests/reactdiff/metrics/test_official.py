@@ -135,7 +135,7 @@ def plain_offset(pred, speaker):
     return abs(49 - int(np.argmax(curve)))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(cuts=st.sets(st.integers(1, 5)), order=st.randoms(use_true_random=False), seed=st.integers(0, 3))
 def test_any_split_into_parts_gives_the_same_scores(cuts, order, seed):
     arrays = small(clips=6, predictions=2, frames=52, seed=seed)
