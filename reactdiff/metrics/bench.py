@@ -28,7 +28,7 @@ CLIPS = 1612
 PART = 20
 """Clips of one part of the full-size set: whole groups of neighbours."""
 
-CLIPS_TIMED = 5
+CLIPS_TIMED = 15
 
 
 @dataclass(frozen=True)
