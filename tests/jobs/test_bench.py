@@ -49,4 +49,5 @@ def test_science_trains_every_row_shares_autoencoders_and_writes_the_table_and_a
     for row in (*rows, "wrong speaker (first)", "mimic", "oracle", "online oracle"):
         assert f"| {row} |" in text
     again = job("bench", *command)
-    assert page.read_text() == text and "weights" not in again.stdout.replace("weights are", ""), "nothing is trained twice"
+    assert done.stdout.count("items, weights") == 6, "stages that were trained"
+    assert page.read_text() == text and "items, weights" not in again.stdout, "nothing is trained twice"
