@@ -17,6 +17,7 @@ from cluster.experiment import digest
 from cluster.export import Export, load_reactor, untrained_reactor
 from cluster.latents import Coder, corrupt_clips, encode
 from cluster.manifest import Manifest
+from cluster.overlap import overlapped
 from cluster.reader import Reader
 from cluster.shards import CorruptData
 from cluster.sight import Sight
@@ -69,14 +70,14 @@ class Evaluation:
         return f"evaluation/{self.id}/{row.replace(' ', '-')}-{start:09d}"
 
     def kept(self, row: str) -> Part:
-        """What was scored of a row, once it is; the parts are read one after the other.
+        """What was scored of a row, once it is; of its parts a few are held at a time.
 
         Raises:
             NotFound: if it is not.
         """
         store = open_store(self.run)
-        parts = (np.load(io.BytesIO(store.read(f"{self.file(row, start)}.npz")), allow_pickle=False) for start in self.starts)
-        return total(map(Part.from_arrays, parts))
+        parts = overlapped(lambda start: store.read(f"{self.file(row, start)}.npz"), self.starts, ahead=8)
+        return total(Part.from_arrays(np.load(io.BytesIO(part), allow_pickle=False)) for part in parts)
 
     @property
     def id(self) -> str:

@@ -5,6 +5,7 @@ description is created last, so an export is whole or absent.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -173,4 +174,9 @@ def load_weights(store: Store, export: Export) -> dict[str, torch.Tensor]:
 
 
 def _manifests(store: Store, name: str) -> list[checkpoint.Checkpoint]:
-    return [checkpoint.read_manifest(store, key) for key in checkpoint.listing(store, name)]
+    """Those that can be read, newest first."""
+    found = []
+    for key in checkpoint.listing(store, name):
+        with suppress(checkpoint.DamagedCheckpoint):
+            found.append(checkpoint.read_manifest(store, key))
+    return found

@@ -33,7 +33,8 @@ ABANDONED = 3600.0
 IOV_MAX = 1024
 """Buffers that one system call fills, at most."""
 
-_swept: set[Path] = set()
+_swept: dict[Path, float] = {}
+"""When this process looked for those in a folder: to list one of shards takes long."""
 
 
 class FolderStore(Store):
@@ -67,7 +68,7 @@ class FolderStore(Store):
                 done += count
         self._meter.add(done)
         if done < size:
-            raise StorageError(f"{self.url}/{key}: ends at byte {start + done}, but bytes {start} to {start + size} were asked for")
+            raise Permanent(f"{self.url}/{key}: ends at byte {start + done}, but bytes {start} to {start + size} were asked for")
 
     def size(self, key: str) -> int:
         """An object's size in bytes."""
@@ -79,17 +80,17 @@ class FolderStore(Store):
 
     def put(self, key: str, data: bytes) -> None:
         """Write an object, whatever was there before."""
-        with self._errors(key), self._staged(key, data) as staged:
+        with self._errors(key, writing=True), self._staged(key, data) as staged:
             os.replace(staged, self._path(key))
 
     def put_file(self, key: str, path: Path) -> None:
         """Write a large object from a local file, whatever was there before."""
-        with self._errors(key), self._staged(key, path) as staged:
+        with self._errors(key, writing=True), self._staged(key, path) as staged:
             os.replace(staged, self._path(key))
 
     def create(self, key: str, data: bytes) -> str:
         """Write an object that must not exist yet: a hard link to an existing name fails, for all racers but one."""
-        with self._errors(key), self._staged(key, data) as staged:
+        with self._errors(key, writing=True), self._staged(key, data) as staged:
             try:
                 os.link(staged, self._path(key))
             except FileExistsError as error:
@@ -99,7 +100,7 @@ class FolderStore(Store):
     def replace(self, key: str, data: bytes, etag: str) -> str:
         """Overwrite the content this etag stands for, under a lock that all replacers in the same folder take."""
         path = self._path(key)
-        with self._errors(key), self._staged(key, data) as staged, open(path.parent / f"{PRIVATE}lock", "wb") as lock:
+        with self._errors(key, writing=True), self._staged(key, data) as staged, open(path.parent / f"{PRIVATE}lock", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.is_file() or content_hash(path.read_bytes()) != etag:
                 raise Stale(f"{self.url}/{key}: is not the content of etag {etag} any more")
@@ -129,9 +130,9 @@ class FolderStore(Store):
         descriptor, staged = tempfile.mkstemp(prefix=STAGED, dir=folder)
         try:
             with open(descriptor, "wb") as file:
-                if folder not in _swept:  # once in a process: a folder of shards takes long to list
-                    _swept.add(folder)
-                    _sweep(folder, os.fstat(descriptor).st_mtime)
+                if (now := os.fstat(descriptor).st_mtime) - _swept.get(folder, 0.0) > ABANDONED:
+                    _swept[folder] = now
+                    _sweep(folder, now)
                 os.fchmod(descriptor, 0o644)
                 if isinstance(source, bytes):
                     file.write(source)
@@ -147,10 +148,12 @@ class FolderStore(Store):
         _sync(folder)
 
     @contextlib.contextmanager
-    def _errors(self, key: str) -> Iterator[None]:
+    def _errors(self, key: str, writing: bool = False) -> Iterator[None]:
         try:
             yield
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            if writing:  # somebody took the folder, or what was staged, away: to write it again may help
+                raise StorageError(f"{self.url}/{key}: {error.strerror}") from error
             raise NotFound(f"{self.url}/{key}: there is no such object") from error
         except PermissionError as error:
             raise Permanent(f"{self.url}/{key}: {error.strerror}") from error

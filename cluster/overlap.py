@@ -9,11 +9,10 @@ B = TypeVar("B")
 
 THREADS = 16
 AHEAD = 256
-"""Answers that are held, at most."""
 
 
-def overlapped(function: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
-    """Like `map`, in the same order; whoever stops listening waits for those that were begun."""
+def overlapped(function: Callable[[A], B], items: Sequence[A], ahead: int = AHEAD) -> Iterator[B]:
+    """Like `map`, in the same order; at most `ahead` results are held, and whoever stops listening waits for those that were begun."""
     with ThreadPoolExecutor(THREADS, thread_name_prefix="overlap") as pool:
-        for first in range(0, len(items), AHEAD):
-            yield from pool.map(function, items[first : first + AHEAD])
+        for first in range(0, len(items), ahead):
+            yield from pool.map(function, items[first : first + ahead])

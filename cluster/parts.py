@@ -28,7 +28,8 @@ def put(call: Callable[..., Any], size: int, piece: Callable[[int, int], bytes])
         piece: its bytes from one place to another.
 
     Raises:
-        StorageError: if it cannot be written. Parts that came are forgotten, if the server can still be asked to.
+        StorageError: if it cannot be written, or the server forgot what came of it. Parts that came are forgotten, if the server
+            can still be asked to.
     """
     if size <= PART:
         call("put_object", Body=piece(0, size))
@@ -48,6 +49,8 @@ def put(call: Callable[..., Any], size: int, piece: Callable[[int, int], bytes])
         except NotFound:  # the upload is not known any more
             if etag_if_by(writer, call) is None:
                 raise
+    except NotFound as error:  # to write it again may help
+        raise StorageError(str(error)) from error
     except BaseException as error:
         if isinstance(error, Permanent) or not isinstance(error, StorageError):  # else nobody answers
             with contextlib.suppress(StorageError):

@@ -88,7 +88,12 @@ PASSING = (
 """Those of them that may be over soon."""
 
 BUSY = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}
-EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
+
+MANGLED = {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"}
+"""What was sent changed on its way, or not all of it came."""
+
+EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestTimeTooSkewed", "400"}
+"""The last is all that is said to a HEAD, whose answer has no body."""
 
 WATCHDOG = Watchdog()
 
@@ -318,7 +323,10 @@ class S3Store(Store):
         if _status(error) == 416:
             return Permanent(f"{where}: the object is shorter than the bytes asked for")
         if _code(error) in EXPIRED:
-            return Permanent(f"{where}: the credentials have expired; renew them where Ray was started, and give the same command")
+            return Permanent(
+                f"{where}: the credentials have expired; renew them where Ray was started, and give the same command; if they have not, "
+                "correct this machine's clock"
+            )
         return Permanent(f"{where}: the server says {_code(error)} ({_status(error)}): {error.response['Error'].get('Message', '')}")
 
 
@@ -334,5 +342,5 @@ def _may_pass(error: BaseException) -> bool:
     """Whether the same request may be answered soon."""
     if isinstance(error, ClientError):
         # 409: AWS, where two conditional writes met and neither was decided.
-        return _code(error) in BUSY or _status(error) in (409, 429) or (_status(error) >= 500 and _status(error) != 501)
+        return _code(error) in BUSY | MANGLED or _status(error) in (408, 409, 429) or (_status(error) >= 500 and _status(error) != 501)
     return isinstance(error, PASSING)

@@ -7,14 +7,18 @@ process lives; the lock is a flock, which the kernel releases however the proces
 import fcntl
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PREFIX = f"reactdiff-{platform.node()}-"
+PREFIX = f"reactdiff-scratch-{platform.node()}-"
 """What their names begin with: of this node, for not every file system that nodes share knows other nodes' locks."""
+
+OURS = re.compile(re.escape(PREFIX) + r"[a-z0-9_]{8}")
+"""Their whole names, by which node a is told from node a-2."""
 
 
 @contextmanager
@@ -35,7 +39,9 @@ def scratch() -> Iterator[Path]:
 
 def sweep(root: Path) -> None:
     """Remove all such folders here that no living process has locked."""
-    for folder in root.glob(f"{PREFIX}*"):
+    for folder in root.iterdir():
+        if not OURS.fullmatch(folder.name):
+            continue
         with suppress(OSError):  # another user's; gone since; locked (BlockingIOError); of a file system without locks
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:

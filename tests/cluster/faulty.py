@@ -14,7 +14,13 @@ from urllib.parse import urlsplit
 TAR_RANGE = r"GET \S+\.tar bytes="
 """What a request for a part of a shard looks like to `arm`."""
 
-SAYS = {"busy": (503, "SlowDown"), "denied": (403, "AccessDenied"), "gone": (404, "NoSuchUpload"), "expired": (400, "ExpiredToken")}
+SAYS = {
+    "busy": (503, "SlowDown"),
+    "mangled": (400, "XAmzContentSHA256Mismatch"),
+    "denied": (403, "AccessDenied"),
+    "gone": (404, "NoSuchUpload"),
+    "expired": (400, "ExpiredToken"),
+}
 """Faults that are answers."""
 
 
@@ -22,9 +28,9 @@ class FaultyProxy(ThreadingHTTPServer):
     """Faults are used up one an answer, an empty one is none; no bit is flipped twice, which would be a damaged object.
 
     "cut" half a body off; cut it and tell no length ("endless"); send half and "stall", or "trickle" the rest; "flip" a bit;
-    come "late"; "lose" the answer to a request that was carried out; answer "busy", "denied", that an upload is "gone", or that
-    credentials have "expired" (for as long as `renewed` says no); be "down": close at once; begin an "outage": nobody listens for so many
-    seconds; "reset" the connection amid what is sent.
+    come "late"; "lose" the answer to a request that was carried out; answer "busy", "denied", that what was sent came "mangled", that
+    an upload is "gone", or that credentials have "expired" (for as long as `renewed` says no); be "down": close at once; begin an
+    "outage": nobody listens for so many seconds; "reset" the connection amid what is sent.
 
     Attributes:
         faults: what is done to the next answers that are `armed` for it.
@@ -188,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in [*headers, *([] if length is None else [("Content-Length", length or str(len(content)))])]:
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content)
+        self.wfile.write(content if self.command != "HEAD" else b"")
         self.wfile.flush()
 
     def _slowly(self, content: bytes) -> None:

@@ -2,9 +2,6 @@
 
 import threading
 
-import pytest
-
-from cluster import overlap
 from cluster.overlap import THREADS, overlapped
 
 
@@ -18,15 +15,14 @@ def test_answers_come_in_order_though_several_wait_at_the_same_time() -> None:
     assert list(overlapped(ask, range(3 * THREADS))) == [number * number for number in range(3 * THREADS)]
 
 
-def test_who_stops_listening_asks_for_little_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overlap, "AHEAD", 4)
+def test_who_stops_listening_asks_for_little_more() -> None:
     asked: list[int] = []
 
     def ask(number: int) -> int:
         asked.append(number)
         return number
 
-    answers = overlapped(ask, range(100))
+    answers = overlapped(ask, range(100), ahead=4)
     assert [next(answers) for _ in range(5)] == [0, 1, 2, 3, 4]
     del answers
     assert set(range(5)) <= set(asked) <= set(range(8))
