@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import folder, parts, s3
+from cluster import folder, parts, patience, s3
 from cluster.folder import ABANDONED, FolderStore
 from cluster.patience import Patience, end_with
 from cluster.storage import AlreadyExists, NotFound, Permanent, Stale, StorageError, Store, open_store
@@ -336,7 +336,8 @@ def test_a_server_that_is_not_there_is_named(s3_url: str, monkeypatch: pytest.Mo
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """Content of three parts, of the least size that a server takes."""
+    """Content of three parts, of the least size that a server takes; between tries there is little rest."""
+    monkeypatch.setattr(patience, "LONGEST_PAUSE", 0.1)
     monkeypatch.setattr(parts, "PART", 5 << 20)
     return os.urandom((12 << 20) + 7)
 
