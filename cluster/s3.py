@@ -50,6 +50,9 @@ SLOWEST = 1 << 20
 SIGNED = 1800
 """Seconds that a signed URL is used for."""
 
+URLS = 1 << 14
+"""Signed URLs that are kept: 0.7 KB each, 1.8 with a session token. To sign one costs as much as to send a request."""
+
 REFUSALS = 8
 """Signed URLs refused one after the other until boto3 is asked at once: it may know of a redirection that they do not."""
 
@@ -110,7 +113,7 @@ class _Server:
     def renew(self) -> None:
         """Look up endpoint and credentials again."""
         self.client = Session().client("s3", config=CONFIG)
-        self._signed = lru_cache(maxsize=1024)(self._sign)
+        self._signed = lru_cache(maxsize=URLS)(self._sign)
         self._refused = 0
 
     def get(self, bucket: str, name: str, headers: dict[str, str]) -> Any | None:
