@@ -79,6 +79,11 @@ class Evaluation:
         parts = overlapped(lambda start: store.read(f"{self.file(row, start)}.npz"), self.starts, ahead=8)
         return total(Part.from_arrays(np.load(io.BytesIO(part), allow_pickle=False)) for part in parts)
 
+    @cached_property
+    def sight(self) -> "_Sight":
+        """What its tasks see; a process does many of them."""
+        return _Sight(self)
+
     @property
     def id(self) -> str:
         """Stands for everything the scores depend on."""
@@ -157,7 +162,7 @@ def _score(what: Evaluation, row: str, start: int) -> None:
     if store.exists(f"{name}.npz"):
         return
     make_deterministic(what.experiment.workers.threads)
-    sight = _sight(what)
+    sight = what.sight
     items = range(start, min(start + PART, 2 * what.clips))
     predictions = _predict(sight, row, items)
     if row == MODEL:
@@ -196,17 +201,6 @@ class _Sight(Sight):
         if clip in self.corrupt:  # nothing is scored on zeros: the source is whole by now, or this raises
             return encode(self.trained.codec, self.reader, clip)[source[0]]
         return self.latents.read(clip, [source]).arrays[source]
-
-
-_seen: dict[str, _Sight] = {}
-"""What this process looked at last: a worker process does many parts of one evaluation."""
-
-
-def _sight(what: Evaluation) -> _Sight:
-    if what.id not in _seen:
-        _seen.clear()
-        _seen[what.id] = _Sight(what)
-    return _seen[what.id]
 
 
 def _predict(sight: _Sight, row: str, items: range) -> np.ndarray:

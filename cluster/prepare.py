@@ -17,7 +17,7 @@ from cluster.config import Workers
 from cluster.manifest import CURRENT, File, Manifest, Split, Stream, current, read_part, succeed
 from cluster.overlap import overlapped
 from cluster.reader import Reader
-from cluster.shards import encode_npy, members, shard_name
+from cluster.shards import encode_npy, index_dtype, members, shard_name
 from cluster.storage import AlreadyExists, Store, content_hash
 from cluster.tasks import each
 from reactdiff.clip import PERSONS, TARGETS
@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]
 Keys = dict[str, np.ndarray]
 """split -> the keys of its clips in their order, (clips,) bytes."""
 
-NONE = np.array([], dtype="S80")
+NONE = np.array([], dtype=index_dtype(0)["key"])
 """No keys."""
 
 

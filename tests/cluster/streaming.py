@@ -30,6 +30,13 @@ from tests.reactdiff.model.small import MODEL
 FRAMES = 50
 
 
+def read_range(store: Store, key: str, start: int, length: int) -> bytes:
+    """What `read_into` brings."""
+    buffer = bytearray(length)
+    store.read_into(key, start, memoryview(buffer))
+    return bytes(buffer)
+
+
 def make_clips(store: Store, counts: Sequence[int], mfcc: int = 26, unread: int = 0) -> Manifest:
     """A dataset of clips with so many in each shard, the stream `mfcc`, and one that no model of the tests reads."""
     streams = {"mfcc": mfcc} | ({"unread": unread} if unread else {})

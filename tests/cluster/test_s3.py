@@ -1,0 +1,257 @@
+"""What a bucket promises beyond a store, whatever the network and the server do."""
+
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cluster import parts, patience, s3
+from cluster.patience import Patience, end_with
+from cluster.storage import AlreadyExists, NotFound, Permanent, StorageError, open_store
+from tests.cluster.faulty import FaultyProxy, faulty_proxy
+from tests.cluster.streaming import read_range
+
+
+@pytest.fixture
+def proxy(object_store, monkeypatch: pytest.MonkeyPatch):
+    with faulty_proxy(object_store.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield proxy
+
+
+def test_a_body_that_breaks_off_is_continued_from_there(s3_url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, content = open_store(s3_url), os.urandom(1 << 20)
+    store.put("x", content)
+    proxy.requests.clear()
+    proxy.faults = ["cut", "cut"]
+    assert read_range(store, "x", 1000, 1 << 19) == content[1000 : 1000 + (1 << 19)]
+    assert proxy.happened == ["cut", "cut"]
+    end = 1000 + (1 << 19)
+    assert proxy.requests == [f"GET bytes={end - left}-{end - 1}" for left in (1 << 19, 1 << 18, 1 << 17)]
+    for fault in ("cut", "endless"):
+        proxy.faults = [fault]
+        assert store.read("x") == content
+        assert proxy.happened[-1] == fault
+    monkeypatch.setattr(s3, "PATIENCE", 0.2)
+    proxy.faults = ["cut"] * 30
+    with pytest.raises(StorageError, match=rf"{s3_url}/x.*broke off \d+ times"):
+        read_range(store, "x", 0, 1 << 19)
+
+
+def test_ranges_of_an_object_are_asked_for_by_one_signed_url_and_boto3_is_asked_where_that_fails(
+    s3_url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, content = open_store(s3_url), os.urandom(10_000)
+    store.put("x", content)
+    client, asked = store.raw("x")[0], []
+    client.meta.events.register("before-call.s3.GetObject", lambda **_: asked.append(1))
+    for start in range(0, 9000, 1000):
+        assert read_range(store, "x", start, 900) == content[start : start + 900]
+    assert not asked
+    proxy.faults = ["busy"]
+    assert read_range(store, "x", 5, 900) == content[5:905]
+    assert proxy.happened == ["busy"] and len(asked) == 1
+    monkeypatch.setattr(client, "generate_presigned_url", lambda *_, **__: f"{proxy.endpoint}/nobody?X-Amz-Signature=0")
+    for _ in range(s3.REFUSALS):
+        assert read_range(store, "x", 7, 900) == content[7:907], "a URL that is refused"
+    assert len(asked) == 1 + s3.REFUSALS
+    proxy.requests.clear()
+    assert read_range(store, "x", 7, 900) == content[7:907]
+    assert len(proxy.requests) == 1, "boto3 is asked at once"
+    with pytest.raises(StorageError) as caught:
+        read_range(store, "x", 9_999, 5)
+    with pytest.raises(NotFound) as gone:
+        read_range(store, "y", 0, 5)
+    assert "Signature" not in f"{caught.value} {gone.value} {caplog.text}"
+
+
+@pytest.mark.parametrize("fault", ["stall", "endless", "trickle", "busy", "down", "lose"])
+def test_a_read_goes_on_from_where_it_was_whatever_the_server_does(
+    fault: str, s3_url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "STALL", 0.3)  # of bodies: that an answer begins late is no part of this
+    monkeypatch.setattr(s3, "CHUNK", 10_000)
+    store, content = open_store(s3_url), os.urandom(300_000)
+    store.put("x", content)
+    proxy.faults, proxy.requests = [fault] * 2, []
+    assert read_range(store, "x", 1000, 200_000) == content[1000:201_000]
+    assert proxy.happened == [fault] * 2
+    if fault in ("stall", "trickle"):
+        starts = [int(request.removeprefix("GET bytes=").partition("-")[0]) for request in proxy.requests]
+        assert starts[0] == 1000 < starts[1] < starts[2], "what came was kept"
+
+
+def test_an_outage_is_waited_out_by_who_has_seen_the_server_and_not_by_who_never_has(
+    s3_url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "FIRST_PATIENCE", 0.0)
+    store, stranger = open_store(s3_url), open_store(s3_url)
+    store.put("x", b"1")
+    proxy.faults = ["down"] * 12
+    with pytest.raises(StorageError, match=f"{s3_url}/x at http://"):
+        stranger.read("x")
+    left = len(proxy.faults)
+    assert store.read("x") == b"1" and proxy.happened.count("down") == 12 and left > 4
+
+
+def test_credentials_that_have_expired_are_looked_up_once_more(s3_url: str, proxy: FaultyProxy) -> None:
+    store = open_store(s3_url)
+    proxy.faults = ["expired"]
+    store.put("x", b"1")
+    proxy.faults = ["expired"]
+    assert store.size("x") == 1, "what is said to a HEAD has no words"
+    proxy.faults = ["expired"] * 2
+    with pytest.raises(StorageError, match="credentials have expired; renew them"):
+        store.read("x")
+    assert proxy.happened == ["expired"] * 4
+
+
+def test_a_busy_server_is_asked_again(s3_url: str, proxy: FaultyProxy) -> None:
+    store = open_store(s3_url)
+    proxy.faults = ["busy", "busy"]
+    store.put("x", b"1")
+    proxy.faults = ["busy"]
+    assert store.read("x") == b"1"
+    assert proxy.happened == ["busy"] * 3
+
+
+def test_a_conditional_write_whose_answer_is_lost_still_knows_that_it_won(s3_url: str, proxy: FaultyProxy) -> None:
+    store = open_store(s3_url)
+    proxy.faults = ["lose"]
+    etag = store.create("x", b"mine")
+    proxy.faults = ["lose"]
+    etag = store.replace("x", b"mine too", etag)
+    assert proxy.happened == ["lose", "lose"]
+    assert store.get("x") == (b"mine too", etag)
+    proxy.faults = ["lose"]
+    with pytest.raises(AlreadyExists):
+        store.create("x", b"mine too")
+
+
+def test_a_server_that_is_not_there_is_named(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(s3, "FIRST_PATIENCE", 0.0)
+    with pytest.raises(StorageError, match=f"{s3_url}/x at http://127.0.0.1:9"):
+        open_store(s3_url).read("x")
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """Content of three parts, of the least size that a server takes; between tries there is little rest."""
+    monkeypatch.setattr(patience, "LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr(parts, "PART", 5 << 20)
+    return os.urandom((12 << 20) + 7)
+
+
+@pytest.mark.parametrize("way", ["put", "put_file"])
+def test_what_is_large_is_written_in_parts(way: str, s3_url: str, proxy: FaultyProxy, small_parts: bytes, tmp_path: Path) -> None:
+    store = open_store(s3_url)
+    (tmp_path / "local").write_bytes(small_parts)
+    getattr(store, way)("x", small_parts if way == "put" else tmp_path / "local")
+    assert proxy.requests == ["POST", "PUT", "PUT", "PUT", "POST"]
+    assert store.read("x") == small_parts
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        ["busy"] * 9,
+        ["mangled"] * 9,
+        ["reset"] * 9,
+        ["lose"] * 5,
+        ["down"] * 9,
+        ["", "busy", "", "busy", "", "busy", "reset", "lose", "down"],
+    ],
+    ids=lambda faults: "-".join(sorted(set(faults))),
+)
+def test_a_write_in_parts_goes_on_whatever_the_server_does(faults: list[str], s3_url: str, proxy: FaultyProxy, small_parts: bytes) -> None:
+    store = open_store(s3_url)
+    store.put("x", b"before")
+    proxy.arm(faults, aim="PUT|POST", after=1)
+    store.put("x", small_parts)
+    assert proxy.happened == [fault for fault in faults if fault]
+    assert store.read("x") == small_parts
+
+
+@pytest.mark.parametrize("again", ["", "gone"])
+def test_a_write_whose_last_answer_is_lost_is_known_to_be_whole(again: str, s3_url: str, proxy: FaultyProxy, small_parts: bytes) -> None:
+    store = open_store(s3_url)
+    proxy.arm(["lose", again], aim="POST", after=1)
+    store.put("x", small_parts)
+    assert proxy.happened == (["lose", "gone"] if again else ["lose"])
+    assert proxy.requests.count("PUT") == 3, "no part came twice"
+    assert store.read("x") == small_parts
+    proxy.arm(["gone"], aim="POST", after=1)
+    with pytest.raises(StorageError, match="no such upload") as caught:
+        store.put("x", small_parts[::-1])
+    assert not isinstance(caught.value, Permanent), "to write it again may help"
+    assert store.read("x") == small_parts
+
+
+def test_a_write_that_is_refused_in_the_middle_leaves_nothing(
+    s3_url: str, proxy: FaultyProxy, small_parts: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(s3_url)
+    store.put("x", b"before")
+    client, where = store.raw("x")
+    monkeypatch.setattr(parts, "AT_ONCE", 1)
+    proxy.arm(["", "denied"], aim="PUT")
+    with pytest.raises(Permanent, match="AccessDenied"):
+        store.put("x", small_parts)
+    assert proxy.happened == ["denied"]
+    assert store.read("x") == b"before"
+    uploads = client.list_multipart_uploads(Bucket=where["Bucket"], Prefix=where["Key"])
+    assert not uploads.get("Uploads")
+
+
+def test_a_listing_goes_on_from_the_page_where_it_was(s3_url: str, proxy: FaultyProxy) -> None:
+    store = open_store(s3_url)
+    for number in range(6):
+        store.put(f"{number}", b"")
+    client, _ = store.raw("x")
+    client.meta.events.register("provide-client-params.s3.ListObjectsV2", lambda params, **_: params | {"MaxKeys": 2})
+    proxy.requests.clear()
+    proxy.arm(["busy", "busy", "busy", "", "busy", "busy"], aim="GET", after=1)
+    assert [entry.key for entry in store.list()] == list("012345")
+    assert proxy.happened == ["busy"] * 5
+    assert len(proxy.requests) == 3 + 5
+
+
+def test_many_readers_use_their_connections_again(s3_url: str, proxy: FaultyProxy, caplog: pytest.LogCaptureFixture) -> None:
+    store = open_store(s3_url)
+    store.put("x", b"0123456789")
+    proxy.faults = ["late"] * 40
+    with ThreadPoolExecutor(40) as pool:
+        assert set(pool.map(lambda _: read_range(store, "x", 3, 2), range(40))) == {b"34"}
+    assert proxy.happened == ["late"] * 40
+    assert "pool is full" not in caplog.text
+
+
+def test_patience_counts_from_the_first_fault() -> None:
+    now = 0.0
+    patience = Patience(lambda: now)
+    now = 1e6
+    assert patience.lasts(120)
+    now += 119
+    assert patience.lasts(120)
+    now += 1
+    assert not patience.lasts(120)
+    assert patience.faults == 3
+
+
+def test_a_thread_whose_work_is_over_waits_for_nothing(s3_url: str, proxy: FaultyProxy) -> None:
+    store, over = open_store(s3_url), threading.Event()
+    store.put("x", b"1")
+    proxy.faults = ["down"] * 1000
+    with ThreadPoolExecutor(1, initializer=end_with, initargs=(over,)) as pool:
+        reading = pool.submit(store.read, "x")
+        while len(proxy.happened) < 4:
+            time.sleep(0.01)
+        over.set()
+        with pytest.raises(StorageError, match=f"{s3_url}/x"):
+            reading.result(60)
+    left = len(proxy.faults)
+    assert left > 900
