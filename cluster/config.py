@@ -15,8 +15,8 @@ class Data(Branch):
     manifest: str = field("", "Hash of the dataset state to train on; empty: the current one at the run's first start.")
     split: str = field("train", "Split that is trained on.")
     order: int = field(VERSION, "Version of the order of items.")
-    block: int = field(16, "Neighbouring items that are read together.", unit="items", ge=1)
-    group: int = field(64, "Blocks whose items are mixed with each other.", unit="blocks", ge=1)
+    block: int = field(64, "Neighbouring items that are read together.", unit="items", ge=1)
+    group: int = field(16, "Blocks whose items are mixed with each other.", unit="blocks", ge=1)
     read_ahead: int = field(
         512, "Memory of each rank for data read before it is needed; at least three steps'.", kind="placement", unit="MB", ge=1
     )

@@ -164,7 +164,7 @@ class Stream:
         size, begun = 1, first_step  # the first windows are small, so that the first batch is there soon
         planned = self._planner.submit(self._plan, begun, size)
         while (window := planned.result()).steps:
-            begun, size = begun + size, min(2 * size, self._window)
+            begun, size = begun + len(window.steps), min(2 * size, self._window)
             planned = self._planner.submit(self._plan, begun, size)
             for place, step in enumerate(window.steps):
                 self._draw_ahead(window.steps[place : place + 1 + DRAWN])
@@ -178,7 +178,7 @@ class Stream:
 
     def _plan(self, first: int, count: int) -> _Window:
         """Open these steps and begin to read them."""
-        window = self._opened(range(first, min(first + count, self._share.steps)))
+        window = self._opened(range(first, self._end(first, count)))
         self._draw_ahead(window.steps[: 1 + DRAWN])
         rows = np.arange(len(window.items))
         if self._quarantine:
@@ -191,12 +191,20 @@ class Stream:
         places = [tensor.numpy() for tensor in window.tensors.values()]
         wants = self._reader.plan(clips, self._members[sides], places, rows, self._indices.map)
         np.add.at(window.checksums, wants.row, wants.crc)
-        for row in wants.row:
-            window.step_of[row].coming += 1
+        for row in rows.tolist():
+            window.step_of[row].coming += len(self._kinds)
         ranges = [(min(wants.row[part.first : part.last]), part) for part in self._reader.ranges(wants)]
         for row, part in sorted(ranges):  # in the order in which they will be needed
             self._pool.submit(self._fetch, window, wants, part, window.step_of[row])
         return window
+
+    def _end(self, first: int, count: int) -> int:
+        """Where a window of at most so many steps ends: before a group that reaches beyond it, whose blocks would be read in pieces."""
+        end = first + count
+        if end >= self._share.steps:
+            return self._share.steps
+        whole = self._order.begin(end * self._share.batch) // self._share.batch
+        return whole if whole > first else end
 
     def _opened(self, numbers: range) -> _Window:
         """A window of which nothing has been read."""
@@ -252,16 +260,18 @@ class Stream:
             raise step.error
         items, weight = window.items[step.rows].tolist(), torch.ones(len(step.positions))
         tensors = {name: tensor[step.rows] for name, tensor in window.tensors.items()}
-        corrupt = [(row - step.rows.start, window.corrupt[row]) for row in range(step.rows.start, step.rows.stop) if row in window.corrupt]
+        checksums, corrupt = window.checksums[step.rows], {}
         if self._quarantine is not None:
+            corrupt = {row: window.corrupt[at] for row, at in enumerate(range(step.rows.start, step.rows.stop)) if at in window.corrupt}
             held = [row for row, (item, at) in enumerate(zip(items, step.positions, strict=True)) if self._quarantine.holds(item, at)]
-            for row in {*held, *(row for row, _ in corrupt)}:
-                weight[row] = 0
+            for row in {*held, *corrupt}:
+                weight[row] = checksums[row] = 0
                 for tensor in tensors.values():
                     tensor[row] = 0
-        ledger = int(window.checksums[step.rows][weight.numpy() > 0].sum())
-        tensors |= step.drawn.result() if step.drawn else {}
-        return Batch(step.number, step.positions, items, tensors | {"weight": weight}, ledger, step.bytes, tuple(bad for _, bad in corrupt))
+        tensors["weight"] = weight
+        if step.drawn:
+            tensors |= step.drawn.result()
+        return Batch(step.number, step.positions, items, tensors, int(checksums.sum()), step.bytes, tuple(corrupt.values()))
 
     def _draw_ahead(self, steps: list[_Step]) -> None:
         for step in steps:

@@ -68,6 +68,11 @@ class Order:
             items[here] = self._in_epoch(int(epoch), positions[here] % self.items)
         return items
 
+    def begin(self, position: int) -> int:
+        """The first position of the group that a position lies in."""
+        epoch, offset = divmod(position, self.items)
+        return epoch * self.items + int(self._start(self._group_of(np.array([offset]))[0]))
+
     def _in_epoch(self, epoch: int, offsets: np.ndarray) -> np.ndarray:
         group = self._group_of(offsets)
         place = np.empty_like(offsets)

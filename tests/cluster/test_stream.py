@@ -115,6 +115,16 @@ def test_neighbours_are_read_together_and_what_nobody_wants_is_not(tmp_path: Pat
     assert sum(size for _, _, size in store.reads) <= sum(info.stat().st_size for info in tmp_path.rglob("*.tar"))
 
 
+def test_a_block_is_not_read_in_two_pieces(tmp_path: Path) -> None:
+    """A group is two shards and two steps; a window has room for three, which would take every other group in halves."""
+    store, width = Recorded(tmp_path), 16
+    manifest = make_latents(store, [8] * 8, width=width)
+    order, window = order_of(manifest, block=16, group=2), 3 * 16 * 2 * FRAMES * width * 2
+    batches = read_all(store, Share(16, 2 * 128, 1, 0), order=order, readers=1, read_ahead=3 * window)
+    assert sum(len(batch.items) for batch in batches) == 2 * 128
+    assert len(store.reads) == 2 * 8 + 2, "but for the first group, of which the first window has one step"
+
+
 def test_what_the_model_does_not_read_is_left_where_it_is(tmp_path: Path) -> None:
     store = Recorded(tmp_path)
     manifest = make_clips(store, [12], unread=2000)

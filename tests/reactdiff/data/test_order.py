@@ -50,6 +50,25 @@ def test_a_block_is_read_from_one_shard(sizes: list[int], block: int) -> None:
     assert len(blocks) == full_blocks
 
 
+@given(counts, st.integers(1, 9), st.integers(0, 3))
+def test_a_group_begins_where_its_blocks_do(sizes: list[int], block: int, epoch: int) -> None:
+    """Whatever of a block comes after the position where a group begins, all of it does."""
+    order = Order(sizes, seed=1, block=block, group=2)
+    positions = np.arange(epoch * order.items, (epoch + 1) * order.items)
+    begins = [order.begin(int(position)) for position in positions]
+    assert begins == sorted(begins) and begins[0] == positions[0] and all(order.begin(begin) == begin for begin in set(begins))
+    first = np.concatenate(([0], np.cumsum(sizes)))
+    items = order.at(positions)
+    shard = np.searchsorted(first, items, side="right") - 1
+    place = items - first[shard]
+    groups: dict[tuple[int, int], set[int]] = {}
+    for begin, s, p in zip(begins, shard.tolist(), place.tolist(), strict=True):
+        if p < sizes[s] // block * block:
+            groups.setdefault((s, p // block), set()).add(begin)
+    assert all(len(begin) == 1 for begin in groups.values())
+    assert len(set(begins)) == max(1, -(-order.items // (2 * order.block)))
+
+
 def test_epochs_and_seeds_differ_and_neighbours_are_spread() -> None:
     order, other = (Order([400], seed=seed, block=4, group=200) for seed in (0, 1))
     first = order.at(np.arange(400))
