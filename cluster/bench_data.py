@@ -27,7 +27,7 @@ from cluster.noise import SPLIT
 from cluster.reader import Reader
 from cluster.shards import stock
 from cluster.storage import S3Store, open_store
-from cluster.store import Store
+from cluster.store import Filled, Store, unheard
 from cluster.stream import Share, Stream
 from reactdiff.data.order import Order
 from reactdiff.stage import Stage
@@ -323,10 +323,10 @@ class _Recorder(S3Store):
         self.others += 1
         return super().get(key)
 
-    def read_into(self, key: str, start: int, *buffers: memoryview) -> None:
+    def read_into(self, key: str, start: int, *buffers: memoryview, filled: Filled = unheard) -> None:
         """Fill buffers."""
         self.ranges.append(Range(key, start, sum(map(len, buffers))))
-        super().read_into(key, start, *buffers)
+        super().read_into(key, start, *buffers, filled=filled)
 
 
 def streamed(store: Store, task: Task, epochs: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -13,6 +13,7 @@ from cluster.store import (
     PRIVATE,
     AlreadyExists,
     Entry,
+    Filled,
     Meter,
     NotFound,
     Permanent,
@@ -22,6 +23,7 @@ from cluster.store import (
     checked,
     content_hash,
     rest_of,
+    unheard,
 )
 
 STAGED = f"{PRIVATE}staged-"
@@ -60,7 +62,7 @@ class FolderStore(Store):
         self._meter.add(len(data))
         return data, content_hash(data)
 
-    def read_into(self, key: str, start: int, *buffers: memoryview) -> None:
+    def read_into(self, key: str, start: int, *buffers: memoryview, filled: Filled = unheard) -> None:
         """Fill writable buffers, one after the other, with an object's content from byte `start` on."""
         done, size = 0, sum(map(len, buffers))
         with self._errors(key), open(self._path(key), "rb", buffering=0) as file:
@@ -69,6 +71,8 @@ class FolderStore(Store):
         self._meter.add(done)
         if done < size:
             raise Permanent(f"{self.url}/{key}: ends at byte {start + done}, but bytes {start} to {start + size} were asked for")
+        for buffer in buffers:
+            filled(buffer)
 
     def size(self, key: str) -> int:
         """An object's size in bytes."""

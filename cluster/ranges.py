@@ -118,11 +118,13 @@ class Layout:
         buffers: to be filled one after the other.
         scratch: the thread's buffer.
         at: for each want, where its member, or the header of one that is received in its place, lies in the buffer.
+        direct: for each want whose array is received in its place, in their order: its member's header, and the bytes of the array.
     """
 
     def __init__(self, wants: Wants, part: Range):
         numbers = range(part.first, part.last)
         direct = {wants.offset[number]: number for number in reversed(numbers) if wants.direct(number)}
+        self.direct: dict[int, tuple[memoryview, int]] = {}
         self.scratch = _scratch(part.length - sum(wants.widths[wants.kind[number]] for number in direct.values()))
         self.buffers: list[memoryview] = []
         self.at: list[int] = []
@@ -134,6 +136,7 @@ class Layout:
                 begin = offset - part.start - skipped
                 body = begin + wants.size[number] - width
                 self.buffers += [self.scratch[run:body], wants.place(number)]
+                self.direct[number] = self.scratch[begin:body], width
                 run, skipped = body, skipped + width
                 self.at.append(begin)
             else:

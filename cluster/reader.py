@@ -17,6 +17,7 @@ from cluster.overlap import overlapped
 from cluster.ranges import Layout, Range, Wants
 from cluster.shards import CorruptData, index_dtype, npy_header, read_index
 from cluster.storage import Store
+from cluster.sums import Sums
 
 log = logging.getLogger(__name__)
 
@@ -210,13 +211,14 @@ class Reader:
         """
         layout, name, tar = Layout(wants, part), self._name(part.shard), self._tar(part.shard)
         if self._cache and self._cache.read_into(tar, part.start, *layout.buffers):
-            if not self._landed(wants, part, layout):
+            if not self._landed(wants, part, layout, {}):
                 return Fetched({}, 0)
             log.warning("%s: the cache on this node's disk differs from what was kept there; reading it again", name)
             self._cache.drop(tar, part.start, part.length)
         for reads in (1, 2):  # bytes also change on their way
-            self._store.read_into(f"{name}.tar", part.start, *layout.buffers)
-            damaged = self._landed(wants, part, layout)
+            sums = Sums(layout)
+            self._store.read_into(f"{name}.tar", part.start, *layout.buffers, filled=sums.filled)
+            damaged = self._landed(wants, part, layout, sums.of)
             if not damaged:
                 break
             if reads == 1:
@@ -225,8 +227,15 @@ class Reader:
             self._cache.admit(tar, part.start, *layout.buffers)
         return Fetched(damaged, reads * part.length)
 
-    def _landed(self, wants: Wants, part: Range, layout: Layout) -> dict[int, CorruptData]:
-        """Copy what came to where it is wanted; by number, the wants whose bytes are not those that were written."""
+    def _landed(self, wants: Wants, part: Range, layout: Layout, sums: dict[int, int]) -> dict[int, CorruptData]:
+        """Copy what came to where it is wanted; by number, the wants whose bytes are not those that were written.
+
+        Args:
+            wants: of `plan`.
+            part: of `ranges`.
+            layout: where it lies.
+            sums: by number, checksums that are known.
+        """
         damaged: dict[int, CorruptData] = {}
         scratch, headers, before, array = layout.scratch, self._headers, -1, memoryview(b"")
         for number, at in zip(range(part.first, part.last), layout.at, strict=True):
@@ -240,7 +249,7 @@ class Reader:
                 continue
             before = wants.offset[number]
             if wants.direct(number):
-                array, crc = place, crc32c(place, crc32c(scratch[at:body]))
+                array, crc = place, sums[number] if number in sums else crc32c(place, crc32c(scratch[at:body]))
             else:
                 array, crc = scratch[body : at + size], crc32c(scratch[at : at + size])
                 place[:] = array

@@ -30,7 +30,7 @@ from urllib3.exceptions import HTTPError
 
 from cluster import parts
 from cluster.patience import Patience
-from cluster.store import AlreadyExists, Entry, Meter, NotFound, Permanent, Stale, StorageError, Store, checked, rest_of
+from cluster.store import AlreadyExists, Entry, Filled, Meter, NotFound, Permanent, Stale, StorageError, Store, checked, rest_of, unheard
 from cluster.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -182,9 +182,9 @@ class S3Store(Store):
         self._fill(key, done, [buffer[done:]], etag)
         return bytes(buffer), etag
 
-    def read_into(self, key: str, start: int, *buffers: memoryview) -> None:
+    def read_into(self, key: str, start: int, *buffers: memoryview, filled: Filled = unheard) -> None:
         """Fill writable buffers, one after the other, with an object's content from byte `start` on."""
-        self._fill(key, start, buffers)
+        self._fill(key, start, buffers, filled=filled)
 
     def size(self, key: str) -> int:
         """An object's size in bytes."""
@@ -223,7 +223,7 @@ class S3Store(Store):
         """Remove an object; nothing happens if there is none."""
         self._call("delete_object", key)
 
-    def _fill(self, key: str, start: int, buffers: Sequence[memoryview], etag: str = "") -> None:
+    def _fill(self, key: str, start: int, buffers: Sequence[memoryview], etag: str = "", filled: Filled = unheard) -> None:
         """Read until the buffers are full. A body that breaks off is continued where it broke, if the object is still the same."""
         done, size, patience = 0, sum(map(len, buffers)), Patience()
         while done < size:
@@ -235,7 +235,7 @@ class S3Store(Store):
                     f"{self.url}/{key} at {self.endpoint}: {coming} bytes came, but bytes {start + done} to {start + size} "
                     "were asked for: the object is shorter, or the server ignores ranges"
                 )
-            count, cause = self._drain(body, rest_of(buffers, done))
+            count, cause = self._drain(body, rest_of(buffers, done), filled)
             done += count
             if done < size and not patience.lasts(PATIENCE + size / SLOWEST):
                 raise StorageError(
@@ -254,7 +254,7 @@ class S3Store(Store):
         answer = self._call("get_object", key, Range=span, **({"IfMatch": etag} if etag else {}))
         return answer["ETag"], answer.get("ContentLength"), answer["Body"]
 
-    def _drain(self, body: Any, buffers: Sequence[memoryview]) -> tuple[int, Exception | None]:
+    def _drain(self, body: Any, buffers: Sequence[memoryview], filled: Filled = unheard) -> tuple[int, Exception | None]:
         """Bytes that came before the buffers were full or the body broke off, and why it did."""
         done, cause = 0, None
         try:
@@ -262,6 +262,7 @@ class S3Store(Store):
                 for buffer in buffers:
                     at = 0
                     while at < len(buffer) and (count := body.readinto(buffer[at : at + CHUNK])):
+                        filled(buffer[at : at + count])
                         at += count
                         done += count
                     if at < len(buffer):

@@ -6,10 +6,18 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PRIVATE = ".~"
 """A path segment that begins so belongs to the store itself: never a key, never listed."""
+
+
+Filled = Callable[[memoryview], Any]
+"""Told a piece of a buffer that is full now."""
+
+
+def unheard(_: memoryview) -> None:
+    """Nobody asked to be told."""
 
 
 class StorageError(Exception):
@@ -92,8 +100,14 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def read_into(self, key: str, start: int, *buffers: memoryview) -> None:
+    def read_into(self, key: str, start: int, *buffers: memoryview, filled: Filled = unheard) -> None:
         """Fill writable buffers of bytes, one after the other, with an object's content from byte `start` on.
+
+        Args:
+            key: of the object.
+            start: byte of it that comes first.
+            buffers: to be filled.
+            filled: told each piece of a buffer once it is full, in their order, each byte once.
 
         Raises:
             NotFound: if there is no such object.

@@ -18,6 +18,7 @@ from cluster.manifest import Stream as StreamEntry
 from cluster.reader import Reader
 from cluster.shards import ShardInfo, members, read_index, shard_name, write_shard
 from cluster.storage import Store
+from cluster.store import Filled, unheard
 from cluster.stream import Batch, Share, Stream
 from reactdiff.clip import PERSONS, TARGETS
 from reactdiff.config import Diffusion
@@ -171,13 +172,13 @@ class Recorded(FolderStore):
         self.reads: list[tuple[str, int, int]] = []
         self._lock = threading.Lock()
 
-    def read_into(self, key: str, start: int, *buffers: memoryview) -> None:
+    def read_into(self, key: str, start: int, *buffers: memoryview, filled: Filled = unheard) -> None:
         """Fill buffers from byte `start` on."""
         if key.endswith(".tar"):
             with self._lock:
                 self.reads.append((key, start, sum(map(len, buffers))))
                 self.noticed()
-        super().read_into(key, start, *buffers)
+        super().read_into(key, start, *buffers, filled=filled)
 
     def noticed(self) -> None:
         """Called at every read, one at a time."""
