@@ -82,6 +82,8 @@ def test_version_1_never_changes() -> None:
     order = Order([13, 1, 30, 0, 7], seed=42, block=4, group=3)
     assert order.at(np.arange(12)).tolist() == [17, 41, 16, 39, 43, 40, 14, 15, 38, 24, 13, 23]
     assert order.at(np.array([10**9])).tolist() == [46]
+    large = Order(np.full(1000, 10**5 + 7), seed=42, block=64, group=16)
+    assert large.at(np.array([0, 1, 2, 10**8 - 1, 12345678901])).tolist() == [92068200, 50749058, 50749061, 54773887, 14063028]
 
 
 def test_an_unknown_version_is_refused() -> None:
@@ -90,14 +92,14 @@ def test_an_unknown_version_is_refused() -> None:
 
 
 def test_a_hundred_million_items_need_no_list() -> None:
-    order = Order(np.full(100_000, 1000), seed=1, block=16, group=64)
+    order = Order(np.full(100_000, 1000), seed=1, block=64, group=16)
     items = order.at(np.arange(10**8 - 16, 10**8))
     assert len(set(items.tolist())) == 16 and items.max() < 10**8
 
 
 def test_a_rank_of_a_thousand_finds_its_positions_in_a_megabyte() -> None:
     """What a step costs, beyond the order itself, does not depend on how many items there are; nor does the order."""
-    small, large = (Order(np.full(100_000, clips), seed=1, block=16, group=64) for clips in (10, 1000))
+    small, large = (Order(np.full(100_000, clips), seed=1, block=64, group=16) for clips in (10, 1000))
     arrays = [[value.size for value in vars(order).values() if isinstance(value, np.ndarray)] for order in (small, large)]
     assert arrays[0] == arrays[1] and max(arrays[1]) == 100_001
     peaks = []
