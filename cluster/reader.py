@@ -211,7 +211,10 @@ class Reader:
         """
         layout, name, tar = Layout(wants, part), self._name(part.shard), self._tar(part.shard)
         if self._cache and self._cache.read_into(tar, part.start, *layout.buffers):
-            if not self._landed(wants, part, layout, {}):
+            sums = Sums(layout)
+            for buffer in layout.buffers:
+                sums.filled(buffer)
+            if not self._landed(wants, part, layout, sums.of):
                 return Fetched({}, 0)
             log.warning("%s: the cache on this node's disk differs from what was kept there; reading it again", name)
             self._cache.drop(tar, part.start, part.length)
@@ -234,7 +237,7 @@ class Reader:
             wants: of `plan`.
             part: of `ranges`.
             layout: where it lies.
-            sums: by number, checksums that are known.
+            sums: by number, the checksums of what was received in its place.
         """
         damaged: dict[int, CorruptData] = {}
         scratch, headers, before, array = layout.scratch, self._headers, -1, memoryview(b"")
@@ -249,7 +252,7 @@ class Reader:
                 continue
             before = wants.offset[number]
             if wants.direct(number):
-                array, crc = place, sums[number] if number in sums else crc32c(place, crc32c(scratch[at:body]))
+                array, crc = place, sums[number]
             else:
                 array, crc = scratch[body : at + size], crc32c(scratch[at : at + size])
                 place[:] = array

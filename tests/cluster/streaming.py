@@ -32,9 +32,10 @@ FRAMES = 50
 
 
 def read_range(store: Store, key: str, start: int, length: int) -> bytes:
-    """What `read_into` brings."""
-    buffer = bytearray(length)
-    store.read_into(key, start, memoryview(buffer))
+    """What `read_into` brings, which it must also tell of: each byte once, in order, whatever happens on the way."""
+    buffer, told = bytearray(length), bytearray()
+    store.read_into(key, start, memoryview(buffer), filled=told.extend)
+    assert told == buffer
     return bytes(buffer)
 
 
