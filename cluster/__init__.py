@@ -1,1 +1,1 @@
-"""The machinery: object storage, streaming, the ZeRO engine, checkpoints, Ray, Prometheus; it knows nothing of faces."""
+"""The machinery around the science: data, runs, training and studies over object storage, Ray and DeepSpeed."""

@@ -22,14 +22,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cluster import command
-from cluster.bench import alone, bench_online, bench_training
-from cluster.bench_data import Figures, Task, Undrawn, bench_data, server
-from cluster.demo import make_demo
-from cluster.experiment import load
-from cluster.noise import make_noise
-from cluster.progress import Display
-from cluster.science import Comparison, compare
+from cluster import cli
+from cluster.bench.loading import Figures, Task, Undrawn, bench_data, server
+from cluster.bench.noise_dataset import make_noise
+from cluster.bench.training import alone, bench_online, bench_training
+from cluster.config.loading import load
+from cluster.config.paths import anchored
+from cluster.data.demo import make_demo
+from cluster.studies.comparison import Comparison, compare
+from cluster.telemetry.display import Display
 from reactdiff.clip import FRAME_RATE, WINDOW
 from reactdiff.config import STAGES
 from reactdiff.data.sample import StreamSpec
@@ -70,17 +71,17 @@ def main() -> int:
     verb = _verb(
         verbs, "train", train, CONFIGS / "demo.yaml", "items/s and peak memory of both stages on one rank, against a plain PyTorch loop"
     )
-    verb.add_argument("--steps", type=command.positive, default=10, help="measured steps of each stage (default: 10)")
+    verb.add_argument("--steps", type=cli.positive, default=10, help="measured steps of each stage (default: 10)")
     verb.add_argument("--stage", choices=STAGES, action="append", help="only this stage")
     verb = _verb(verbs, "online", online, CONFIGS / "online.yaml", "reacting window by window, against the speaker's real time")
-    verb.add_argument("--seconds", type=command.positive, default=30, help="length of the clip (default: 30)")
-    verb.add_argument("--count", type=command.positive, default=10, metavar="K", help="reactions at the same time (default: 10)")
+    verb.add_argument("--seconds", type=cli.positive, default=30, help="length of the clip (default: 30)")
+    verb.add_argument("--count", type=cli.positive, default=10, metavar="K", help="reactions at the same time (default: 10)")
     verb = _verb(
         verbs, "data", data, CONFIGS / "demo.yaml", "reading from S3: verified batches, against raw boto3 and stock webdataset, same bytes"
     )
     verb.add_argument("--url", metavar="s3://BUCKET/PREFIX", help="where the data is made (default: a server of our own, in work/bench)")
-    verb.add_argument("--size", type=command.positive, default=2000, metavar="MB", help="of each dataset (default: 2000)")
-    verb.add_argument("--rounds", type=command.positive, default=5, help="measurements of each reader, in turns (default: 5)")
+    verb.add_argument("--size", type=cli.positive, default=2000, metavar="MB", help="of each dataset (default: 2000)")
+    verb.add_argument("--rounds", type=cli.positive, default=5, help="measurements of each reader, in turns (default: 5)")
     verb.add_argument("--stage", choices=STAGES, action="append", help="only what this stage reads")
     verb = _verb(
         verbs, "science", science, CONFIGS / "science.yaml", "models, ablations and peers on equal data, against baselines and oracles"
@@ -217,7 +218,7 @@ def science(arguments: argparse.Namespace) -> int:
     if arguments.write and (not arguments.write.is_file() or arguments.write.read_text().count(MARK) != 2):
         raise ValueError(f"{arguments.write} is no file with two lines {MARK}: make it, the table goes between them")
     with Display() as display:
-        make_demo(command.anchored(comparison.load(arguments.overrides)).data.url, display)
+        make_demo(anchored(comparison.load(arguments.overrides)).data.url, display)
         table = compare(comparison, arguments.overrides, display)
     print(table)
     if arguments.write:
@@ -228,4 +229,4 @@ def science(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(cli.run(main))

@@ -22,13 +22,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster import command
-from cluster.config import Experiment, Run
-from cluster.encode import build_latents
-from cluster.evaluate import evaluate
-from cluster.opened import open_run
-from cluster.placement import connect
-from cluster.progress import Display
+from cluster import cli
+from cluster.config.schema import Experiment, Run
+from cluster.evaluation.evaluate import evaluate
+from cluster.runs.build_latents import build_latents
+from cluster.runs.saved import open_run
+from cluster.runtime.ray_cluster import connect
+from cluster.telemetry.display import Display
 from reactdiff.metrics.arrays import load_arrays
 from reactdiff.metrics.official import Scores, score
 from reactdiff.metrics.report import print_table
@@ -63,9 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arrays", type=Path, metavar="FILE.npz", help="score the arrays of this file instead of a run")
     parser.add_argument("--split", help="split that is scored (default: the run's evaluation.split)")
     parser.add_argument(
-        "--predictions", type=command.positive, metavar="K", help="reactions to a speaker (default: evaluation.predictions)"
+        "--predictions", type=cli.positive, metavar="K", help="reactions to a speaker (default: evaluation.predictions)"
     )
-    parser.add_argument("--clips", type=command.positive, metavar="N", help="score the first N clips only (default: evaluation.clips)")
+    parser.add_argument("--clips", type=cli.positive, metavar="N", help="score the first N clips only (default: evaluation.clips)")
     parser.add_argument("--store", default=Run().store, metavar="URL", help="where a run's mere name is looked up (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout; progress goes to stderr")
     return parser
@@ -92,4 +92,4 @@ def _score_run(options: argparse.Namespace, display: Display) -> tuple[dict[str,
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(cli.run(main))

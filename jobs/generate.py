@@ -29,14 +29,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster import command
-from cluster.config import Experiment, Run
-from cluster.device import best_device
-from cluster.experiment import load
-from cluster.latents import encode
-from cluster.manifest import Manifest, load_manifest
-from cluster.opened import open_run
-from cluster.reader import Reader
+from cluster import cli
+from cluster.config.loading import load
+from cluster.config.paths import absolute, anchored
+from cluster.config.schema import Experiment, Run
+from cluster.data.manifest import Manifest, load_manifest
+from cluster.data.reader import Reader
+from cluster.runs.latents import encode
+from cluster.runs.saved import open_run
+from cluster.runtime.device import best_device
 from cluster.storage import open_store
 from reactdiff.clip import PERSONS, speaker_listener
 from reactdiff.determinism import make_deterministic
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = opened.model()
     latents = encode(model.codec, reader, clip)
     faces = reader.read(clip, [(person, "attributes") for person in PERSONS]).arrays
-    out, console = open_store(command.absolute(options.out)), Console(markup=False, highlight=False, soft_wrap=True)
+    out, console = open_store(absolute(options.out)), Console(markup=False, highlight=False, soft_wrap=True)
     for direction in DIRECTIONS[options.direction]:
         speaker, listener = speaker_listener(direction)
         # Each direction by itself: what is drawn beside it must not change the rounding.
@@ -116,9 +117,9 @@ class OpenedFiles:
 
 def open_files(options: argparse.Namespace) -> OpenedFiles:
     """The files of --import-checkpoint over the dataset of --config and KEY=VALUE."""
-    experiment = command.anchored(load(options.config, options.overrides))
+    experiment = anchored(load(options.config, options.overrides))
     clips = load_manifest(open_store(experiment.data.url), experiment.data.manifest)
-    return OpenedFiles(experiment, clips, [Path(command.absolute(file)) for file in options.import_checkpoint])
+    return OpenedFiles(experiment, clips, [Path(absolute(file)) for file in options.import_checkpoint])
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -137,14 +138,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clip", required=True, metavar="KEY", help="key of the clip")
     parser.add_argument("--split", help="split that holds the clip (default: evaluation.split of the run or the configuration)")
     parser.add_argument("--direction", choices=DIRECTIONS, default="0", help="0: a speaks, b listens; 1: the other way round (default: 0)")
-    parser.add_argument("--count", type=command.positive, default=10, metavar="K", help="reactions in each direction (default: 10)")
+    parser.add_argument("--count", type=cli.positive, default=10, metavar="K", help="reactions in each direction (default: 10)")
     parser.add_argument("--out", default="reactions", metavar="URL", help="folder or s3://bucket/prefix of the files (default: reactions)")
     parser.add_argument("--store", default=Run().store, metavar="URL", help="where a run's mere name is looked up (default: %(default)s)")
     options = parser.parse_intermixed_args(arguments)
     if options.import_checkpoint:
         # What follows the option may be overrides too, and without RUN the first of them stands in its place.
         words = [*options.import_checkpoint, *filter(None, [options.run]), *options.overrides]
-        files = [word for word in words if "=" not in word or Path(command.absolute(word)).is_file()]
+        files = [word for word in words if "=" not in word or Path(absolute(word)).is_file()]
         options.import_checkpoint, options.overrides = files, [word for word in words if word not in files]
         options.config = options.config or PUBLISHED
         if not 2 <= len(options.import_checkpoint) <= 3:
@@ -157,4 +158,4 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(cli.run(main))

@@ -23,15 +23,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from cluster import command
-from cluster.config import Workers
-from cluster.index import KINDS, index
-from cluster.manifest import Manifest, load_manifest
-from cluster.placement import connect
-from cluster.prepare import Refused, prepare
-from cluster.reader import Reader
+from cluster import cli
+from cluster.config.paths import absolute
+from cluster.config.schema import Workers
+from cluster.data.index_tars import KINDS, index
+from cluster.data.manifest import Manifest, load_manifest
+from cluster.data.prepare import Refused, prepare
+from cluster.data.reader import Reader
+from cluster.data.verify import verify
+from cluster.runtime.ray_cluster import connect
 from cluster.storage import open_store
-from cluster.verify import verify
 from reactdiff.clip import FRAME_RATE, PERSONS
 from reactdiff.data.react2024 import Tree
 from reactdiff.data.sample import StreamKind
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     react.add_argument("root", metavar="ROOT", help="folder that holds train.csv, val.csv, ... (docs/data.md has the layout)")
     react.add_argument("url", metavar="URL", help="folder or s3://bucket/prefix of the dataset")
     react.add_argument("--strict", action="store_true", help="fail, and publish nothing, if any clip cannot be used")
-    react.add_argument("--clips-per-shard", type=command.positive, default=64, metavar="N", help="clips of each new shard (default: 64)")
+    react.add_argument("--clips-per-shard", type=cli.positive, default=64, metavar="N", help="clips of each new shard (default: 64)")
     found = verbs.add_parser("index", help="make a dataset of WebDataset tars that another program wrote, where they lie")
     found.add_argument("url", metavar="URL", help="folder or s3://bucket/prefix that holds them as <split>/<name>.tar")
     for kind, what in (("facial", "face"), ("acoustic", "voice")):
@@ -87,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 def _simulate(options: argparse.Namespace, console: Console) -> int:
     simulation = Simulation(seed=options.seed, frames=options.frames, clips=options.clips)
     with _progress("simulating clips", console) as progress:
-        write_tree(simulation, command.absolute(options.root), progress)
+        write_tree(simulation, absolute(options.root), progress)
     counts = ", ".join(f"{count} {split}" for split, count in simulation.clips.items())
     console.print(f"{options.root}: {counts} clips of {simulation.frames} frames, seed {simulation.seed}")
     console.print(f"next: python jobs/prepare.py react2024 {options.root} URL")
@@ -95,7 +96,7 @@ def _simulate(options: argparse.Namespace, console: Console) -> int:
 
 
 def _react2024(options: argparse.Namespace, console: Console) -> int:
-    tree, store = Tree(command.absolute(options.root)), open_store(command.absolute(options.url))
+    tree, store = Tree(absolute(options.root)), open_store(absolute(options.url))
     console.print(f"{options.root}: clips of {tree.frames} frames, streams {', '.join(f'{s.name} {s.width}' for s in tree.streams)}")
     connect()
     try:
@@ -114,7 +115,7 @@ def _react2024(options: argparse.Namespace, console: Console) -> int:
 
 
 def _index(options: argparse.Namespace, console: Console) -> int:
-    store = open_store(command.absolute(options.url))
+    store = open_store(absolute(options.url))
     kinds: dict[str, StreamKind] = {name: "facial" for name in options.facial}
     if twice := [name for name in options.acoustic if name in kinds]:
         raise ValueError(f"{twice[0]} cannot be a stream of both --facial and --acoustic")
@@ -129,7 +130,7 @@ def _index(options: argparse.Namespace, console: Console) -> int:
 
 
 def _inspect(options: argparse.Namespace, console: Console) -> int:
-    store = open_store(command.absolute(options.url))
+    store = open_store(absolute(options.url))
     manifest = load_manifest(store)
     split = options.split or next(iter(manifest.splits))
     reader = Reader(store, manifest, split)
@@ -162,7 +163,7 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
 
 
 def _verify(options: argparse.Namespace, console: Console) -> int:
-    store = open_store(command.absolute(options.url))
+    store = open_store(absolute(options.url))
     manifest = load_manifest(store)
     connect()
     with _progress("verifying shards", console) as progress:
@@ -223,4 +224,4 @@ def _clips(text: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(cli.run(main))

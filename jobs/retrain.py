@@ -13,9 +13,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from cluster import command, registry
-from cluster.progress import Display
-from cluster.retrain import Retraining, folder, now, tick
+from cluster import cli
+from cluster.runs import registry
+from cluster.studies.retrain import Retraining, folder, now, tick
+from cluster.telemetry.display import Display
 
 CONFIG = Path(__file__).parent / "configs" / "retrain.yaml"
 
@@ -38,4 +39,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(cli.run(main))

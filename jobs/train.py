@@ -9,13 +9,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster import command
-from cluster.demo import make_demo
-from cluster.evaluate import MODEL, WRONG
-from cluster.experiment import help_text, load
-from cluster.plan import plan
-from cluster.progress import Display
-from cluster.run import STEPS, check, execute, pin
+from cluster import cli
+from cluster.config.loading import help_text, load
+from cluster.config.paths import anchored
+from cluster.data.demo import make_demo
+from cluster.evaluation.evaluate import MODEL, WRONG
+from cluster.telemetry.display import Display
+from cluster.training.plan import plan
+from cluster.training.run import STEPS, check, execute, pin
 from reactdiff.metrics.report import gap_closed, print_table
 
 DEMO = Path(__file__).parent / "configs" / "demo.yaml"
@@ -34,7 +35,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change one key, for example optim.lr=1e-4")
     arguments = parser.parse_intermixed_args()
     config = arguments.config or DEMO
-    experiment = command.anchored(load(config, arguments.overrides))
+    experiment = anchored(load(config, arguments.overrides))
     steps = STEPS if arguments.stage == "all" else (arguments.stage,)
     if arguments.dry_run:
         pinned = pin(experiment, config.stem)
@@ -56,4 +57,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(cli.run(main))

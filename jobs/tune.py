@@ -17,9 +17,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cluster import command
-from cluster.progress import Display
-from cluster.sweep import Outcome, Sweep, best, folder, outcome, search, trials
+from cluster import cli
+from cluster.studies.sweep import Outcome, Sweep, best, folder, outcome, search, trials
+from cluster.telemetry.display import Display
 
 CONFIG = Path(__file__).parent / "configs" / "sweep.yaml"
 
@@ -65,4 +65,4 @@ def table(sweep: Sweep, outcomes: Sequence[Outcome]) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main))
+    sys.exit(cli.run(main))

@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 
 if TYPE_CHECKING:
-    from cluster.placement import Resources
+    from cluster.runtime.ray_cluster import Resources
     from infra.objectstore import ObjectStore
 
 # No test may reach a developer's cluster or cloud account. Set before ray, torch and boto3 are imported.
@@ -44,7 +44,7 @@ def local_ray(object_store: "ObjectStore") -> "Iterator[Resources]":
     """
     import ray
 
-    from cluster.placement import connect
+    from cluster.runtime.ray_cluster import connect
 
     yield connect(cpus=4)
     ray.shutdown()

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.experiment import load
-from cluster.opened import open_run
-from cluster.reader import Reader
+from cluster.config.loading import load
+from cluster.data.reader import Reader
+from cluster.runs.saved import open_run
 from cluster.storage import open_store
 from tests.tiny import ROOT
 
@@ -27,17 +27,17 @@ PROSE = {"python", "yaml", "text", "promql"}
 CLOUD = "needs a cloud"
 
 TRAINS = "tests/jobs/test_train.py::test_a_run_ends_done_with_exports_scores_and_curves"
-OTHER_RANKS = "tests/cluster/test_worker.py::test_saved_on_three_ranks_with_zero_3_goes_on_on_one_rank_with_zero_1"
-LONGER = "tests/cluster/test_worker.py::test_a_longer_end_goes_on_as_if_it_had_been_longer_from_the_start"
+OTHER_RANKS = "tests/cluster/training/test_loop.py::test_saved_on_three_ranks_with_zero_3_goes_on_on_one_rank_with_zero_1"
+LONGER = "tests/cluster/training/test_loop.py::test_a_longer_end_goes_on_as_if_it_had_been_longer_from_the_start"
 WITHOUT = (
-    "tests/cluster/test_quarantine.py::test_every_other_step_reads_the_bytes_it_would_have_read_and_the_item_is_missing_in_both_epochs"
+    "tests/cluster/data/test_quarantine.py::test_every_other_step_reads_the_bytes_it_would_have_read_and_the_item_is_missing_in_both_epochs"
 )
 SWEEP = "tests/jobs/test_tune.py::test_seeded_sweep_trains_every_trial_shares_latents_and_leaves_the_best_as_a_configuration"
 RETRAIN = "tests/jobs/test_retrain.py::test_a_grown_dataset_brings_a_candidate_that_the_gate_judges_on_the_champion_s_clips"
-ROLLBACK = "tests/cluster/test_registry.py::test_rolling_back_is_a_decision_that_goes_to_the_champion_before"
+ROLLBACK = "tests/cluster/runs/test_registry.py::test_rolling_back_is_a_decision_that_goes_to_the_champion_before"
 S3 = "tests/cluster/test_whole.py::test_shards_latents_checkpoints_and_runs_in_s3_give_the_weights_of_the_folder"
 JOB = "tests/cluster/test_whole.py::test_seeded_ray_start_and_job_submit_bring_the_run_to_done"
-PROMETHEUS = "tests/cluster/test_prometheus.py::test_items_are_exact_over_a_restart_of_the_workers_and_of_the_driver"
+PROMETHEUS = "tests/cluster/telemetry/test_prometheus.py::test_items_are_exact_over_a_restart_of_the_workers_and_of_the_driver"
 INSTALLS = "tests/test_docs.py::test_the_page_installs_what_make_and_the_pins_say"
 CI = ".ci/run"
 DEMO = "python jobs/train.py --config jobs/configs/demo.yaml data.url=work/shards"

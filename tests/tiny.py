@@ -4,8 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cluster.config import Experiment
-from cluster.experiment import load
+from cluster.config.loading import load
+from cluster.config.schema import Experiment
 
 ROOT = Path(__file__).parent.parent
 FRAMES = 100

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from cluster.manifest import load_manifest
-from cluster.noise import SPLIT
-from cluster.reader import Reader
-from cluster.shards import stock
+from cluster.bench.noise_dataset import SPLIT
+from cluster.data.manifest import load_manifest
+from cluster.data.reader import Reader
+from cluster.data.shards import stock
+from cluster.data.stream import Share, Stream
 from cluster.storage import S3Store, open_store
-from cluster.store import Filled, Store, unheard
-from cluster.stream import Share, Stream
+from cluster.storage.base import Filled, Store, unheard
 from reactdiff.data.order import Order
 from reactdiff.stage import Stage
 

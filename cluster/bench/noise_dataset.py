@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cluster.manifest import Manifest, Shards, Split, Stream, load_manifest, publish
-from cluster.scratch import scratch
-from cluster.shards import members, shard_name, write_shard
+from cluster.data.manifest import Manifest, Shards, Split, Stream, load_manifest, publish
+from cluster.data.shards import members, shard_name, write_shard
+from cluster.runtime.scratch import scratch
 from cluster.storage import open_store
 from reactdiff.clip import PERSONS, TARGETS
 from reactdiff.data.keyed import normal

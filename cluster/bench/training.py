@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from cluster.config import Experiment
-from cluster.device import best_device, peak_flops, peak_memory
-from cluster.engine import Engine, Settings
-from cluster.worker import micro_batches
+from cluster.config.schema import Experiment
+from cluster.runtime.device import best_device, peak_flops, peak_memory
+from cluster.training.engine import Engine, Settings
+from cluster.training.loop import micro_batches
 from reactdiff.clip import WINDOW
 from reactdiff.data.keyed import normal
 from reactdiff.determinism import make_deterministic

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from cluster.config import Experiment
+from cluster.config.schema import Experiment
 from reactdiff.config import STAGES, Branch, PerStage
 
 

@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from pydantic import Field, PrivateAttr, ValidationError
 
-from cluster.config import Experiment
-from cluster.experiment import ConfigError, load, read_yaml
+from cluster.config.loading import ConfigError, load, read_yaml
+from cluster.config.schema import Experiment
 from reactdiff.config import Branch
 from reactdiff.metrics.official import OFFICIAL, REPAIRED
 
@@ -49,7 +49,7 @@ class Recipe(Branch):
         """The experiment: file or tree, then the overrides, then layers of `key=value`.
 
         Raises:
-            ConfigError: as `cluster.experiment.load`.
+            ConfigError: as `cluster.config.loading.load`.
         """
         tree = self.experiment if isinstance(self.experiment, dict) else {}
         path = None if isinstance(self.experiment, dict) else self._source.parent / self.experiment

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from crc32c import crc32c
 
-from cluster.scratch import scratch
-from cluster.shards import ShardInfo, encode_npy, members, read_index, write_shard
+from cluster.data.shards import ShardInfo, encode_npy, members, read_index, write_shard
+from cluster.runtime.scratch import scratch
 from cluster.storage import NotFound, Store, content_hash, open_store
 from reactdiff.clip import PERSONS, TARGETS
 from reactdiff.data.files import ClipError

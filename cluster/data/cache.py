@@ -29,7 +29,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
-from cluster.store import content_hash
+from cluster.storage.base import content_hash
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ Summing 42 MB after all of it has come reads it from memory again, at twice the 
 
 from crc32c import crc32c
 
-from cluster.ranges import Layout
+from cluster.data.ranges import Layout
 
 
 class Sums:

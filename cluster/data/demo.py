@@ -1,11 +1,11 @@
 """The demo's data: simulated dyads, packed into shards where a configuration expects them."""
 
-from cluster.command import home
-from cluster.manifest import CURRENT
-from cluster.placement import connect
-from cluster.prepare import prepare
-from cluster.progress import Display
+from cluster.config.paths import home
+from cluster.data.manifest import CURRENT
+from cluster.data.prepare import prepare
+from cluster.runtime.ray_cluster import connect
 from cluster.storage import open_store
+from cluster.telemetry.display import Display
 from reactdiff.data.react2024 import Tree
 from reactdiff.data.synthetic import Simulation, write_tree
 

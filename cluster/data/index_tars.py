@@ -1,7 +1,7 @@
 """Tars that another program wrote become a dataset where they lie: every one is read once and gets an index, the manifest comes last.
 
 They are `<split>/<any name>.tar` below one URL and are never changed. The same command again goes on, or adds the tars that are new:
-what was published keeps its place, as in `cluster/prepare.py`.
+what was published keeps its place, as in `cluster/data/prepare.py`.
 """
 
 import json
@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cluster.config import Workers
-from cluster.foreign import Form, first_form, read_tar
-from cluster.manifest import CURRENT, HASH, File, Manifest, Split, Stream, current, succeed
-from cluster.shards import ShardInfo, decode_npy, encode_npy
+from cluster.config.schema import Workers
+from cluster.data.manifest import CURRENT, HASH, File, Manifest, Split, Stream, current, succeed
+from cluster.data.sequential import Tape
+from cluster.data.shards import ShardInfo, decode_npy, encode_npy
+from cluster.data.tar_scan import Form, first_form, read_tar
+from cluster.runtime.tasks import each
 from cluster.storage import AlreadyExists, NotFound, Store, content_hash
-from cluster.tape import Tape
-from cluster.tasks import each
 from reactdiff.clip import TARGETS
 from reactdiff.data.sample import StreamKind
 

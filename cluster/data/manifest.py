@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
 
-from cluster.shards import ShardInfo, decode_npy, shard_name
+from cluster.data.shards import ShardInfo, decode_npy, shard_name
 from cluster.storage import AlreadyExists, NotFound, Stale, Store, content_hash
-from cluster.verified import Altered, read_verified
+from cluster.storage.hashing import Altered, read_verified
 from reactdiff.data.sample import StreamKind, StreamSpec
 
 CURRENT = "dataset.json"

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from cluster.build import Built, Pair, Source, Tree, build, compare
-from cluster.config import Workers
-from cluster.manifest import CURRENT, File, Manifest, Split, Stream, current, read_part, succeed
-from cluster.overlap import overlapped
-from cluster.reader import Reader
-from cluster.shards import encode_npy, index_dtype, members, shard_name
+from cluster.config.schema import Workers
+from cluster.data.build_shard import Built, Pair, Source, Tree, build, compare
+from cluster.data.manifest import CURRENT, File, Manifest, Split, Stream, current, read_part, succeed
+from cluster.data.reader import Reader
+from cluster.data.shards import encode_npy, index_dtype, members, shard_name
+from cluster.runtime.tasks import each
 from cluster.storage import AlreadyExists, Store, content_hash
-from cluster.tasks import each
+from cluster.storage.parallel import overlapped
 from reactdiff.clip import PERSONS, TARGETS
 
 TRAIN = "train"

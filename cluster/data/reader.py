@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from crc32c import crc32c
 
-from cluster.cache import Cache
-from cluster.manifest import Manifest
-from cluster.overlap import overlapped
-from cluster.ranges import Layout, Range, Wants
-from cluster.shards import CorruptData, index_dtype, npy_header, read_index
+from cluster.data.cache import Cache
+from cluster.data.checksums import Sums
+from cluster.data.manifest import Manifest
+from cluster.data.ranges import Layout, Range, Wants
+from cluster.data.shards import CorruptData, index_dtype, npy_header, read_index
 from cluster.storage import Store
-from cluster.sums import Sums
+from cluster.storage.parallel import overlapped
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ import webdataset
 from crc32c import crc32c
 
 from cluster.storage import Store, content_hash
-from cluster.verified import Altered, read_verified
+from cluster.storage.hashing import Altered, read_verified
 from reactdiff.clip import PERSONS
 from reactdiff.data.sample import Clip
 

@@ -16,11 +16,11 @@ from threading import Condition, Event
 import numpy as np
 import torch
 
-from cluster.patience import end_with
-from cluster.quarantine import Bad, Quarantine
-from cluster.ranges import Range, Wants
-from cluster.reader import Reader
-from cluster.shards import CorruptData
+from cluster.data.quarantine import Bad, Quarantine
+from cluster.data.ranges import Range, Wants
+from cluster.data.reader import Reader
+from cluster.data.shards import CorruptData
+from cluster.storage.retry import end_with
 from reactdiff.data.order import Order, step_slice
 from reactdiff.stage import Stage
 

@@ -16,8 +16,8 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 from crc32c import crc32c
 
-from cluster.shards import NPY, index_dtype, npy_header
-from cluster.tape import Tape
+from cluster.data.sequential import Tape
+from cluster.data.shards import NPY, index_dtype, npy_header
 from reactdiff.clip import PERSONS, TARGETS, WINDOW
 from reactdiff.data.paths import key_of
 

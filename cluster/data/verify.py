@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from crc32c import crc32c
 
-from cluster.config import Workers
-from cluster.manifest import File, Manifest, read_part
-from cluster.shards import CorruptData, read_index
+from cluster.config.schema import Workers
+from cluster.data.manifest import File, Manifest, read_part
+from cluster.data.sequential import Tape
+from cluster.data.shards import CorruptData, read_index
+from cluster.runtime.tasks import each
 from cluster.storage import NotFound, Store
-from cluster.tape import Tape
-from cluster.tasks import each
 
 
 @dataclass(frozen=True)

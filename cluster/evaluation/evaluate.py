@@ -12,17 +12,17 @@ from functools import cached_property
 
 import numpy as np
 
-from cluster.config import Experiment
-from cluster.experiment import digest
-from cluster.export import Export, load_reactor, untrained_reactor
-from cluster.latents import Coder, corrupt_clips, encode
-from cluster.manifest import Manifest
-from cluster.overlap import overlapped
-from cluster.reader import Reader
-from cluster.shards import CorruptData
-from cluster.sight import Sight
+from cluster.config.loading import digest
+from cluster.config.schema import Experiment
+from cluster.data.manifest import Manifest
+from cluster.data.reader import Reader
+from cluster.data.shards import CorruptData
+from cluster.evaluation.ground_truth import Sight
+from cluster.runs.export import Export, load_reactor, untrained_reactor
+from cluster.runs.latents import Coder, corrupt_clips, encode
+from cluster.runtime.tasks import each
 from cluster.storage import open_store
-from cluster.tasks import each
+from cluster.storage.parallel import overlapped
 from reactdiff.clip import PERSONS, speaker_listener
 from reactdiff.data import synthetic
 from reactdiff.data.keyed import generator

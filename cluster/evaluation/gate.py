@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, field_validator
 
-from cluster.manifest import HASH, Manifest, load_appropriateness, read_part
-from cluster.recipe import known_metric
+from cluster.config.spec import known_metric
+from cluster.data.manifest import HASH, Manifest, load_appropriateness, read_part
 from cluster.storage import Store
 from reactdiff.config import Branch
 

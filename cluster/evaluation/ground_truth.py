@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cluster.manifest import Manifest, load_appropriateness
-from cluster.reader import Reader
+from cluster.data.manifest import Manifest, load_appropriateness
+from cluster.data.reader import Reader
 from cluster.storage import Store
 from reactdiff.clip import speaker_listener
 from reactdiff.metrics.official import score_part

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from cluster import checkpoint
-from cluster.checkpoint import Checkpoint
-from cluster.config import Experiment
-from cluster.export import load_codec
-from cluster.latents import Coder, encode
-from cluster.manifest import load_manifest
-from cluster.sight import Sight
+from cluster.config.schema import Experiment
+from cluster.data.manifest import load_manifest
+from cluster.evaluation.ground_truth import Sight
+from cluster.runs import checkpoint
+from cluster.runs.checkpoint import Checkpoint
+from cluster.runs.export import load_codec
+from cluster.runs.latents import Coder, encode
 from cluster.storage import Store, open_store
 from reactdiff.clip import speaker_listener
 from reactdiff.generate import Reactor

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from cluster.config import Workers
-from cluster.latents import CORRUPT, RANGE, Coder, Encoded, encode_shard, nowhere, range_file, wider
-from cluster.manifest import CURRENT, File, Manifest, Shards, Split, Stream, publish
-from cluster.shards import decode_npy, encode_npy, members
+from cluster.config.schema import Workers
+from cluster.data.manifest import CURRENT, File, Manifest, Shards, Split, Stream, publish
+from cluster.data.shards import decode_npy, encode_npy, members
+from cluster.runs.latents import CORRUPT, RANGE, Coder, Encoded, encode_shard, nowhere, range_file, wider
+from cluster.runtime.tasks import each
 from cluster.storage import AlreadyExists, content_hash, open_store
-from cluster.tasks import each
 from reactdiff.stage import LATENT
 
 

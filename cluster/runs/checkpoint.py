@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from cluster.quarantine import Bad
+from cluster.data.quarantine import Bad
 from cluster.storage import AlreadyExists, NotFound, Store, content_hash
-from cluster.verified import Altered, read_verified
+from cluster.storage.hashing import Altered, read_verified
 
 VERSION = 1
 BUFFER = "buffer/"

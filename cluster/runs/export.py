@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from cluster import checkpoint
-from cluster.config import Experiment
-from cluster.device import best_device
+from cluster.config.schema import Experiment
+from cluster.runs import checkpoint
+from cluster.runtime.device import best_device
 from cluster.storage import AlreadyExists, NotFound, StorageError, Store, content_hash
-from cluster.verified import Altered, read_verified
+from cluster.storage.hashing import Altered, read_verified
 from reactdiff.config import Diffusion, Model
 from reactdiff.data.sample import StreamSpec
 from reactdiff.generate import Reactor

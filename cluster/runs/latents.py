@@ -14,12 +14,12 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from cluster.experiment import digest
-from cluster.export import Export, load_codec
-from cluster.manifest import File, Manifest, load_manifest, read_part
-from cluster.reader import Reader
-from cluster.scratch import scratch
-from cluster.shards import CorruptData, ShardInfo, decode_npy, encode_npy, write_shard
+from cluster.config.loading import digest
+from cluster.data.manifest import File, Manifest, load_manifest, read_part
+from cluster.data.reader import Reader
+from cluster.data.shards import CorruptData, ShardInfo, decode_npy, encode_npy, write_shard
+from cluster.runs.export import Export, load_codec
+from cluster.runtime.scratch import scratch
 from cluster.storage import NotFound, Store, open_store
 from reactdiff.clip import PERSONS
 from reactdiff.data.sample import Clip

@@ -6,13 +6,13 @@ from typing import Any
 
 import yaml
 
-from cluster.command import absolute
-from cluster.config import Experiment
-from cluster.experiment import ConfigError, build, changed
-from cluster.export import Export, load_reactor, newest_export
-from cluster.latents import Coder
-from cluster.lives import read_state
-from cluster.manifest import CURRENT, Manifest, load_manifest
+from cluster.config.loading import ConfigError, build, changed
+from cluster.config.paths import absolute
+from cluster.config.schema import Experiment
+from cluster.data.manifest import CURRENT, Manifest, load_manifest
+from cluster.runs.export import Export, load_reactor, newest_export
+from cluster.runs.latents import Coder
+from cluster.runs.state import read_state
 from cluster.storage import NotFound, Store, open_store
 from reactdiff.generate import Reactor
 from reactdiff.stage import stages_of

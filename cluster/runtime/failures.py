@@ -16,8 +16,8 @@ driver, head     | the scheduler, the user          | the same command again
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cluster.lives import Superseded
-from cluster.shards import CorruptData
+from cluster.data.shards import CorruptData
+from cluster.runs.state import Superseded
 from cluster.storage import Permanent, StorageError
 
 

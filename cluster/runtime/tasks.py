@@ -6,8 +6,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from cluster.config import Workers
-from cluster.placement import resources
+from cluster.config.schema import Workers
+from cluster.runtime.ray_cluster import resources
 
 
 def each(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], workers: Workers, shared: Any = None) -> Iterator[tuple[int, Any]]:

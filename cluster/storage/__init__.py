@@ -1,11 +1,14 @@
-"""One small API over folders and S3."""
+"""Named byte objects with atomic writes: one small API over folders and S3.
+
+Imports nothing of this project.
+"""
 
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from cluster.folder import FolderStore
-from cluster.s3 import S3Store
-from cluster.store import AlreadyExists, Entry, NotFound, Permanent, Stale, StorageError, Store, content_hash
+from cluster.storage.base import AlreadyExists, Entry, NotFound, Permanent, Stale, StorageError, Store, content_hash
+from cluster.storage.folder import FolderStore
+from cluster.storage.s3 import S3Store
 
 __all__ = [
     "AlreadyExists",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cluster.store import (
+from cluster.storage.base import (
     PRIVATE,
     AlreadyExists,
     Entry,

@@ -2,7 +2,7 @@
 
 import logging
 
-from cluster.store import StorageError, Store, content_hash
+from cluster.storage.base import StorageError, Store, content_hash
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from cluster.store import NotFound, Permanent, StorageError
+from cluster.storage.base import NotFound, Permanent, StorageError
 
 PART = 16 << 20
 """Bytes of one part; what is no larger is written at once."""

@@ -28,10 +28,23 @@ from botocore.exceptions import (
 from botocore.response import StreamingBody
 from urllib3.exceptions import HTTPError
 
-from cluster import parts
-from cluster.patience import Patience
-from cluster.store import AlreadyExists, Entry, Filled, Meter, NotFound, Permanent, Stale, StorageError, Store, checked, rest_of, unheard
-from cluster.watchdog import Watchdog
+from cluster.storage import multipart as parts
+from cluster.storage.base import (
+    AlreadyExists,
+    Entry,
+    Filled,
+    Meter,
+    NotFound,
+    Permanent,
+    Stale,
+    StorageError,
+    Store,
+    checked,
+    rest_of,
+    unheard,
+)
+from cluster.storage.deadline import Watchdog
+from cluster.storage.retry import Patience
 
 T = TypeVar("T")
 

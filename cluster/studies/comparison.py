@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from cluster import command
-from cluster.config import Experiment
-from cluster.evaluate import MODEL, ONLINE_ORACLE, ORACLE, UNTRAINED, WRONG, planned
-from cluster.experiment import ConfigError, digest, identity
-from cluster.export import newest_export
-from cluster.opened import open_run
-from cluster.progress import Display
-from cluster.recipe import Recipe, assignments
-from cluster.run import STEPS, execute
+from cluster.config.loading import ConfigError, digest, identity
+from cluster.config.paths import anchored
+from cluster.config.schema import Experiment
+from cluster.config.spec import Recipe, assignments
+from cluster.evaluation.evaluate import MODEL, ONLINE_ORACLE, ORACLE, UNTRAINED, WRONG, planned
+from cluster.runs.export import newest_export
+from cluster.runs.saved import open_run
 from cluster.storage import Store, open_store
+from cluster.telemetry.display import Display
+from cluster.training.run import STEPS, execute
 from reactdiff.config import ENCODING
 from reactdiff.metrics.official import merge
 from reactdiff.metrics.part import Part
@@ -63,7 +63,7 @@ def trials(comparison: Comparison, overrides: Sequence[str]) -> list[Trial]:
     owners: dict[str, str] = {}
     for seed in comparison.seeds:
         for row, keys in comparison.rows.items():
-            experiment = command.anchored(comparison.load(overrides, assignments(keys), [f"seed={seed}", "telemetry.port=0"]))
+            experiment = anchored(comparison.load(overrides, assignments(keys), [f"seed={seed}", "telemetry.port=0"]))
             key = _stage_1(experiment)
             owner = owners.get(key, "") if "diffusion" in stages_of(experiment.model) else ""
             experiment = _with(experiment, autoencoder=owner)

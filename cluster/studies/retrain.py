@@ -9,20 +9,22 @@ from collections.abc import Sequence
 import yaml
 from pydantic import Field
 
-from cluster import command, gate, registry
-from cluster.config import Evaluation, Experiment
-from cluster.encode import build_latents
-from cluster.evaluate import MODEL, evaluate
-from cluster.experiment import ConfigError, build
-from cluster.export import read_export
-from cluster.gate import Metrics, Rule, frozen_clips, judge
-from cluster.latents import Coder
-from cluster.manifest import Manifest, load_manifest
-from cluster.progress import Display
-from cluster.recipe import Recipe, assignments
-from cluster.registry import Decision, Version
-from cluster.run import STEPS, end_of, execute
+from cluster.config.loading import ConfigError, build
+from cluster.config.paths import anchored
+from cluster.config.schema import Evaluation, Experiment
+from cluster.config.spec import Recipe, assignments
+from cluster.data.manifest import Manifest, load_manifest
+from cluster.evaluation import gate
+from cluster.evaluation.evaluate import MODEL, evaluate
+from cluster.evaluation.gate import Metrics, Rule, frozen_clips, judge
+from cluster.runs import registry
+from cluster.runs.build_latents import build_latents
+from cluster.runs.export import read_export
+from cluster.runs.latents import Coder
+from cluster.runs.registry import Decision, Version
 from cluster.storage import AlreadyExists, StorageError, Store, open_store
+from cluster.telemetry.display import Display
+from cluster.training.run import STEPS, end_of, execute
 from reactdiff.stage import stages_of
 
 
@@ -34,7 +36,7 @@ class Retraining(Recipe):
 
 def folder(retraining: Retraining, overrides: Sequence[str]) -> Store:
     """The registry's folder in the experiment's store."""
-    return open_store(command.anchored(retraining.load(overrides)).run.store).at(f"registry/{retraining.name}")
+    return open_store(anchored(retraining.load(overrides)).run.store).at(f"registry/{retraining.name}")
 
 
 def tick(retraining: Retraining, overrides: Sequence[str], display: Display) -> Decision | None:
@@ -45,9 +47,9 @@ def tick(retraining: Retraining, overrides: Sequence[str], display: Display) -> 
 
     Raises:
         ConfigError, ValueError, StorageError: before anything starts.
-        StageFailed, Superseded, KeyboardInterrupt: as `cluster.run.execute`; nothing is decided then.
+        StageFailed, Superseded, KeyboardInterrupt: as `cluster.training.run.execute`; nothing is decided then.
     """
-    experiment = command.anchored(retraining.load(overrides))
+    experiment = anchored(retraining.load(overrides))
     if experiment.run.autoencoder:
         raise ConfigError("run.autoencoder has no place in retraining: a candidate is trained whole on the grown dataset; leave it out")
     store, dataset = folder(retraining, overrides), open_store(experiment.data.url)
@@ -59,7 +61,7 @@ def tick(retraining: Retraining, overrides: Sequence[str], display: Display) -> 
         return None
     clips = frozen_clips(dataset, manifest, _state(dataset, registry.newest(store)), experiment.data.split)
     name = f"{retraining.name}-{manifest.hash[:8]}"
-    candidate = command.anchored(retraining.load(overrides, assignments({"data.manifest": manifest.hash, "run.name": name})))
+    candidate = anchored(retraining.load(overrides, assignments({"data.manifest": manifest.hash, "run.name": name})))
     candidate = candidate.model_copy(update={"evaluation": _asked(candidate, clips)})
     store.prove()
     execute(candidate, name, STEPS, display)

@@ -14,16 +14,17 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 from ray import tune
 
-from cluster import command, lives
-from cluster.config import Experiment
-from cluster.evaluate import MODEL
-from cluster.experiment import ConfigError, digest, ends, identity, to_yaml, value_of
-from cluster.manifest import load_manifest
-from cluster.placement import connect
-from cluster.progress import Display
-from cluster.recipe import Recipe, assignments, known_metric
-from cluster.run import STEPS, execute
+from cluster.config.loading import ConfigError, digest, ends, identity, to_yaml, value_of
+from cluster.config.paths import anchored
+from cluster.config.schema import Experiment
+from cluster.config.spec import Recipe, assignments, known_metric
+from cluster.data.manifest import load_manifest
+from cluster.evaluation.evaluate import MODEL
+from cluster.runs import state as lives
+from cluster.runtime.ray_cluster import connect
 from cluster.storage import AlreadyExists, NotFound, Store, open_store
+from cluster.telemetry.display import Display
+from cluster.training.run import STEPS, execute
 
 SPLIT = "val"
 """What trials are compared on: never what is reported in the end."""
@@ -90,7 +91,7 @@ class Outcome:
 
 def folder(sweep: Sweep, overrides: Sequence[str]) -> Store:
     """The sweep's folder in the experiment's store."""
-    return open_store(command.anchored(sweep.load(overrides)).run.store).at(f"sweeps/{sweep.name}")
+    return open_store(anchored(sweep.load(overrides)).run.store).at(f"sweeps/{sweep.name}")
 
 
 def trials(sweep: Sweep, overrides: Sequence[str]) -> list[Trial]:
@@ -174,7 +175,7 @@ def best(sweep: Sweep, outcomes: Sequence[Outcome]) -> Outcome | None:
 
 def _manifest(sweep: Sweep, overrides: Sequence[str]) -> str:
     """Hash of the dataset state that every trial uses."""
-    experiment = command.anchored(sweep.load(overrides))
+    experiment = anchored(sweep.load(overrides))
     try:
         wanted = experiment.data.manifest or json.loads(folder(sweep, overrides).read("sweep.json"))["manifest"]
     except NotFound:
@@ -188,7 +189,7 @@ def _manifest(sweep: Sweep, overrides: Sequence[str]) -> str:
 def _experiment(sweep: Sweep, overrides: Sequence[str], parameters: dict[str, Any], manifest: str, *more: str) -> Experiment:
     """The experiment of one combination: its run's name, any free telemetry port, and what else is given."""
     fixed = [f"data.manifest={json.dumps(manifest)}", "telemetry.port=0", *more]
-    experiment = command.anchored(sweep.load(overrides, assignments(parameters), fixed))
+    experiment = anchored(sweep.load(overrides, assignments(parameters), fixed))
     name = f"{sweep.name}-{digest(identity(experiment))[:8]}"
     return experiment.model_copy(update={"run": experiment.run.model_copy(update={"name": name})})
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Metric, make_wsgi_app, start_http_server
 
-from cluster.meter import BUCKETS, Snapshot, Tally, Totals
+from cluster.telemetry.meter import BUCKETS, Snapshot, Tally, Totals
 
 COUNTERS: dict[Literal["items", "bytes", "flops"], tuple[str, str]] = {
     "items": ("items_processed", "Items the ranks trained on, those replayed after a restart included."),

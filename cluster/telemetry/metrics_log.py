@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cluster.progress import Events
 from cluster.storage import Store
+from cluster.telemetry.display import Events
 
 SHOWN = ("loss", "gradient_norm", "learning_rate", "FRCorr", "FRDist")
 """Columns that become TensorBoard curves."""

@@ -14,10 +14,10 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cluster.config import Workers
-from cluster.failures import StageFailed, classify
-from cluster.meter import Snapshot
-from cluster.worker import Job, Place, train
+from cluster.config.schema import Workers
+from cluster.runtime.failures import StageFailed, classify
+from cluster.telemetry.meter import Snapshot
+from cluster.training.loop import Job, Place, train
 
 log = logging.getLogger(__name__)
 

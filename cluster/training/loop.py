@@ -13,24 +13,25 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cluster import checkpoint, lives
-from cluster.cache import Cache
-from cluster.checkpoint import Checkpoint, DamagedCheckpoint, Writer
-from cluster.config import Experiment
-from cluster.device import peak_flops, peak_memory
-from cluster.engine import Engine, Settings
-from cluster.experiment import identity
-from cluster.failures import NonFinite
-from cluster.history import History, rows, watched_name
-from cluster.latents import corrupt_clips, read_range
-from cluster.manifest import load_manifest
-from cluster.meter import Meter, Snapshot
-from cluster.quarantine import Bad, Quarantine
-from cluster.reader import Reader
-from cluster.start import warm_start
+from cluster.config.loading import identity
+from cluster.config.schema import Experiment
+from cluster.data.cache import Cache
+from cluster.data.manifest import load_manifest
+from cluster.data.quarantine import Bad, Quarantine
+from cluster.data.reader import Reader
+from cluster.data.stream import Batch, Share, Stream
+from cluster.evaluation.validation import Clips, Watch
+from cluster.runs import checkpoint
+from cluster.runs import state as lives
+from cluster.runs.checkpoint import Checkpoint, DamagedCheckpoint, Writer
+from cluster.runs.latents import corrupt_clips, read_range
+from cluster.runtime.device import peak_flops, peak_memory
+from cluster.runtime.failures import NonFinite
 from cluster.storage import open_store
-from cluster.stream import Batch, Share, Stream
-from cluster.watch import Clips, Watch
+from cluster.telemetry.meter import Meter, Snapshot
+from cluster.telemetry.metrics_log import History, rows, watched_name
+from cluster.training.engine import Engine, Settings
+from cluster.training.warm_start import warm_start
 from reactdiff.data.keyed import seed_of
 from reactdiff.data.order import Order
 from reactdiff.determinism import make_deterministic

@@ -6,10 +6,10 @@ import torch
 from rich.console import Group
 from rich.table import Table
 
-from cluster.config import Experiment
-from cluster.manifest import Manifest
-from cluster.run import Pinned, end_of
-from cluster.worker import micro_batches
+from cluster.config.schema import Experiment
+from cluster.data.manifest import Manifest
+from cluster.training.loop import micro_batches
+from cluster.training.run import Pinned, end_of
 from reactdiff.clip import windows_of
 from reactdiff.model.flops import training_flops
 from reactdiff.model.shapes import parameters_by_module

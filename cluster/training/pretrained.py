@@ -1,10 +1,10 @@
 """A run may take the finished autoencoder of another one, whole, instead of training its own (`run.autoencoder`)."""
 
-from cluster.config import Experiment
-from cluster.experiment import ConfigError
-from cluster.export import Export, load_weights, newest_export, take_over
-from cluster.manifest import Manifest
-from cluster.opened import OpenedRun, open_run
+from cluster.config.loading import ConfigError
+from cluster.config.schema import Experiment
+from cluster.data.manifest import Manifest
+from cluster.runs.export import Export, load_weights, newest_export, take_over
+from cluster.runs.saved import OpenedRun, open_run
 from cluster.storage import NotFound, StorageError, Store
 from reactdiff.config import ENCODING, Model
 from reactdiff.data.sample import StreamSpec

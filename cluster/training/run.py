@@ -19,28 +19,31 @@ from typing import Any
 
 import yaml
 
-from cluster import adopt, checkpoint, lives, start
-from cluster.config import Experiment
-from cluster.encode import build_latents
-from cluster.evaluate import assert_scorable, evaluate
-from cluster.experiment import ConfigError, build, digest, ends, identity, placement, to_yaml
-from cluster.export import read_export, write_export
-from cluster.failures import StageFailed, classify
-from cluster.history import watched_name, write_events
-from cluster.latents import Coder
-from cluster.launch import launch
-from cluster.lives import State
-from cluster.manifest import CURRENT, Manifest, load_manifest
-from cluster.meter import Snapshot, Totals
-from cluster.opened import OpenedRun
-from cluster.placement import Resources, assert_visible, connect
-from cluster.progress import Display
-from cluster.shards import CorruptData
+from cluster.config.loading import ConfigError, build, digest, ends, identity, placement, to_yaml
+from cluster.config.schema import Experiment
+from cluster.data.manifest import CURRENT, Manifest, load_manifest
+from cluster.data.shards import CorruptData
+from cluster.evaluation.evaluate import assert_scorable, evaluate
+from cluster.evaluation.validation import SPLIT as WATCHED
+from cluster.evaluation.validation import Clips
+from cluster.runs import checkpoint
+from cluster.runs import state as lives
+from cluster.runs.build_latents import build_latents
+from cluster.runs.export import read_export, write_export
+from cluster.runs.latents import Coder
+from cluster.runs.saved import OpenedRun
+from cluster.runs.state import State
+from cluster.runtime.failures import StageFailed, classify
+from cluster.runtime.ray_cluster import Resources, assert_visible, connect
 from cluster.storage import NotFound, Store, open_store
-from cluster.telemetry import Exporter
-from cluster.watch import SPLIT as WATCHED
-from cluster.watch import Clips
-from cluster.worker import Job
+from cluster.telemetry.display import Display
+from cluster.telemetry.exporter import Exporter
+from cluster.telemetry.meter import Snapshot, Totals
+from cluster.telemetry.metrics_log import watched_name, write_events
+from cluster.training import pretrained as adopt
+from cluster.training import warm_start as start
+from cluster.training.launch import launch
+from cluster.training.loop import Job
 from reactdiff.metrics.official import Scores
 from reactdiff.stage import Source, stages_of, stages_over
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cluster.command import absolute
-from cluster.config import Experiment
-from cluster.export import Export, load_weights
-from cluster.opened import OpenedRun, open_run
+from cluster.config.paths import absolute
+from cluster.config.schema import Experiment
+from cluster.runs.export import Export, load_weights
+from cluster.runs.saved import OpenedRun, open_run
 from reactdiff.model.authors import FILES, UNTRAINED, assert_authors, fill_autoencoder, fill_diffusion
 from reactdiff.model.autoencoder import Autoencoder
 from reactdiff.model.latent_diffusion import LatentDiffusion

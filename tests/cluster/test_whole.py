@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from cluster.storage import open_store
-from tests.cluster.test_placement import Shell, shell  # noqa: F401
-from tests.cluster.test_prometheus import Server
+from tests.cluster.runtime.test_ray_cluster import Shell, shell  # noqa: F401
+from tests.cluster.telemetry.test_prometheus import Server
 from tests.tiny import ROOT, job, settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

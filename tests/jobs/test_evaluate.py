@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.command import run
+from cluster.cli import run
 from jobs.evaluate import main
 from reactdiff.metrics.official import OFFICIAL, REPAIRED
 from tests.tiny import ROOT, job

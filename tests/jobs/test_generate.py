@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.build import Source, build
-from cluster.command import run
-from cluster.latents import encode
-from cluster.manifest import Manifest, Shards, Split, Stream, load_manifest, publish
-from cluster.opened import open_run
-from cluster.reader import Reader
-from cluster.shards import members
+from cluster.cli import run
+from cluster.data.build_shard import Source, build
+from cluster.data.manifest import Manifest, Shards, Split, Stream, load_manifest, publish
+from cluster.data.reader import Reader
+from cluster.data.shards import members
+from cluster.runs.latents import encode
+from cluster.runs.saved import open_run
 from cluster.storage import open_store
 from jobs.generate import main
 from reactdiff.clip import PERSONS, TARGETS, WINDOW

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.command import run
-from cluster.manifest import load_manifest
+from cluster.cli import run
+from cluster.data.manifest import load_manifest
 from cluster.storage import open_store
 from jobs.prepare import main
 from reactdiff.data.react2024 import Tree

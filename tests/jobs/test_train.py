@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import command
+from cluster import cli
 from jobs import train
 from tests.tiny import ROOT, job, settings
 
@@ -36,7 +36,7 @@ def test_a_finished_run_says_so_and_ends(finished: Path, shards: Path, tmp_path:
 def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     """What the job says on stderr when it refuses to start; in this process, since nothing is started."""
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    assert command.run(train.main) == 1
+    assert cli.run(train.main) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1, "one paragraph"
     return said

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.experiment import load
-from cluster.run import pin
+from cluster.config.loading import load
+from cluster.training.run import pin
 from tests.tiny import ROOT, job, settings
 
 SHIPPED = ROOT / "jobs/configs/sweep.yaml"

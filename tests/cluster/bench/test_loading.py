@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.bench_data import WARM, Done, Range, Rival, Task, Undrawn, measure, record, rival_batches, streamed, wire
-from cluster.manifest import load_manifest
-from cluster.noise import SPLIT, make_noise
-from cluster.shards import read_index
+from cluster.bench.loading import WARM, Done, Range, Rival, Task, Undrawn, measure, record, rival_batches, streamed, wire
+from cluster.bench.noise_dataset import SPLIT, make_noise
+from cluster.data.manifest import load_manifest
+from cluster.data.shards import read_index
 from cluster.storage import S3Store, open_store
 from infra.objectstore import ObjectStore
 from reactdiff.config import Diffusion

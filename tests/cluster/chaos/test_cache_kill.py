@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cache import Cache
-from tests.cluster.test_cache import MB, counted, disk_space, fill, kept, process, tar_of
+from cluster.data.cache import Cache
+from tests.cluster.data.test_cache import MB, counted, disk_space, fill, kept, process, tar_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

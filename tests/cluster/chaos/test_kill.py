@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import checkpoint
+from cluster.runs import checkpoint
 from cluster.storage import open_store
 from tests.tiny import ROOT, job, settings
 

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster import history
-from cluster.config import Experiment
-from cluster.manifest import load_manifest
+from cluster.config.schema import Experiment
+from cluster.data.manifest import load_manifest
 from cluster.storage import open_store
-from cluster.worker import Job, Place, train
-from tests.cluster.faulty import TAR_RANGE, FaultyProxy, faulty_proxy
-from tests.cluster.ranks import on_ranks
-from tests.cluster.test_faults import FAULTS, copy, hands_out, through
-from tests.cluster.training import parts, train_on
+from cluster.telemetry import metrics_log as history
+from cluster.training.loop import Job, Place, train
+from tests.cluster.data.test_stream_faults import FAULTS, copy, hands_out, through
+from tests.cluster.support.faulty import TAR_RANGE, FaultyProxy, faulty_proxy
+from tests.cluster.support.ranks import on_ranks
+from tests.cluster.support.training import parts, train_on
 from tests.tiny import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch.multiprocessing as mp
 
-from cluster import history
-from cluster.cache import HEAD
+from cluster.data.cache import HEAD
 from cluster.storage import open_store
-from tests.cluster.ranks import start_ranks
-from tests.cluster.training import parts, train_here, train_on
+from cluster.telemetry import metrics_log as history
+from tests.cluster.support.ranks import start_ranks
+from tests.cluster.support.training import parts, train_here, train_on
 from tests.tiny import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

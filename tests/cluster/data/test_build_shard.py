@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.build import Built, Source, build, checked
-from cluster.shards import decode_npy, read_index
+from cluster.data.build_shard import Built, Source, build, checked
+from cluster.data.shards import decode_npy, read_index
 from cluster.storage import Store
 from reactdiff.data.files import ClipError
 from reactdiff.data.keyed import generator

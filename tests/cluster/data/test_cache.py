@@ -19,8 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster import cache as module
-from cluster.cache import HEAD, Cache
+from cluster.data import cache as module
+from cluster.data.cache import HEAD, Cache
 from tests.tiny import ROOT
 
 KB, MB, GB = 1 << 10, 1 << 20, 1 << 30

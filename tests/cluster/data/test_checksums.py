@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from crc32c import crc32c
 
-from cluster.ranges import DIRECT, Layout, Range, Wants
-from cluster.sums import Sums
+from cluster.data.checksums import Sums
+from cluster.data.ranges import DIRECT, Layout, Range, Wants
 from reactdiff.data.keyed import generator
 
 

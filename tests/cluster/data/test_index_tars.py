@@ -13,23 +13,23 @@ import numpy as np
 import pytest
 import webdataset
 
-from cluster import tape
-from cluster.config import Workers
-from cluster.foreign import Form, first_form, read_tar
-from cluster.index import Indexed, index, index_tar
-from cluster.manifest import load_appropriateness, load_manifest
-from cluster.prepare import prepare
-from cluster.reader import Reader
-from cluster.shards import index_dtype
+from cluster.config.schema import Workers
+from cluster.data import sequential as tape
+from cluster.data.index_tars import Indexed, index, index_tar
+from cluster.data.manifest import load_appropriateness, load_manifest
+from cluster.data.prepare import prepare
+from cluster.data.reader import Reader
+from cluster.data.sequential import Tape
+from cluster.data.shards import index_dtype
+from cluster.data.stream import Share
+from cluster.data.tar_scan import Form, first_form, read_tar
+from cluster.data.verify import verify
 from cluster.storage import Store, open_store
-from cluster.stream import Share
-from cluster.tape import Tape
-from cluster.verify import verify
 from reactdiff.clip import PERSONS
 from reactdiff.data.keyed import generator
 from reactdiff.data.order import Order
 from reactdiff.data.react2024 import Tree
-from tests.cluster.streaming import make_clips, read_all, same
+from tests.cluster.support.streaming import make_clips, read_all, same
 from tests.tiny import FRAMES
 
 Files = list[tuple[str, bytes]]

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.manifest import Manifest, Shards, Split, Stream, current, load_appropriateness, load_manifest, publish
-from cluster.shards import ShardInfo, encode_npy, members
+from cluster.data.manifest import Manifest, Shards, Split, Stream, current, load_appropriateness, load_manifest, publish
+from cluster.data.shards import ShardInfo, encode_npy, members
 from cluster.storage import AlreadyExists, Stale, Store, content_hash, open_store
 from reactdiff.data.sample import StreamSpec
 
@@ -133,7 +133,7 @@ def test_an_appropriateness_matrix_is_the_one_the_manifest_names(store: Store) -
 
 MEASURE = """
 import sys, time
-from cluster.manifest import load_manifest
+from cluster.data.manifest import load_manifest
 from cluster.storage import open_store
 from tests.memory import kilobytes
 store, before, start = open_store(sys.argv[1]), kilobytes("VmRSS"), time.process_time()

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.manifest import load_appropriateness, load_manifest, read_part
-from cluster.prepare import Prepared, Refused, prepare
-from cluster.reader import Reader
+from cluster.data.manifest import load_appropriateness, load_manifest, read_part
+from cluster.data.prepare import Prepared, Refused, prepare
+from cluster.data.reader import Reader
 from cluster.storage import Store, open_store
 from reactdiff.data.react2024 import Tree
 from reactdiff.data.synthetic import Simulation, write_tree

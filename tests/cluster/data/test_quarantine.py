@@ -11,20 +11,20 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from cluster import checkpoint
-from cluster.encode import build_latents
-from cluster.latents import Coder, corrupt_clips, encode_shard, read_range
-from cluster.manifest import load_manifest
-from cluster.opened import open_run
-from cluster.placement import Resources
-from cluster.quarantine import Bad, Quarantine
-from cluster.reader import Reader
-from cluster.shards import CorruptData
+from cluster.data.manifest import load_manifest
+from cluster.data.quarantine import Bad, Quarantine
+from cluster.data.reader import Reader
+from cluster.data.shards import CorruptData
+from cluster.runs import checkpoint
+from cluster.runs.build_latents import build_latents
+from cluster.runs.latents import Coder, corrupt_clips, encode_shard, read_range
+from cluster.runs.saved import open_run
+from cluster.runtime.ray_cluster import Resources
 from cluster.storage import open_store
 from reactdiff.data.order import Order
 from reactdiff.stage import LATENT, Source, build, stage
-from tests.cluster.damage import flip
-from tests.cluster.training import parts, train_on
+from tests.cluster.support.damage import flip
+from tests.cluster.support.training import parts, train_on
 from tests.tiny import ROOT, job, settings, tiny
 
 QUARANTINE = "data.on_corrupt=quarantine"
@@ -55,7 +55,7 @@ def member_of(item: int) -> str:
 
 
 def rows_of(folder: Path) -> list[dict]:
-    from cluster import history
+    from cluster.telemetry import metrics_log as history
 
     return history.rows(open_store(str(folder)), "autoencoder")
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster import reader as reading
-from cluster.manifest import load_manifest
-from cluster.ranges import GAP, JOINED, WIDE_GAP, Wants
-from cluster.reader import Reader
-from cluster.shards import CorruptData, decode_npy, read_index
+from cluster.data import reader as reading
+from cluster.data.manifest import load_manifest
+from cluster.data.ranges import GAP, JOINED, WIDE_GAP, Wants
+from cluster.data.reader import Reader
+from cluster.data.shards import CorruptData, decode_npy, read_index
 from cluster.storage import open_store
 
 WANTED = [("a", "mfcc"), ("a", "attributes"), ("b", "coefficients")]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from cluster.shards import (
+from cluster.data.shards import (
     CorruptData,
     ShardInfo,
     decode_npy,

@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.cache import HEAD, Cache
-from cluster.manifest import Manifest, Shards, Split, load_manifest, publish
-from cluster.manifest import Stream as StreamEntry
-from cluster.shards import CorruptData, members, read_index
+from cluster.data.cache import HEAD, Cache
+from cluster.data.manifest import Manifest, Shards, Split, load_manifest, publish
+from cluster.data.manifest import Stream as StreamEntry
+from cluster.data.shards import CorruptData, members, read_index
+from cluster.data.stream import Share
 from cluster.storage import StorageError, Store, content_hash, open_store
-from cluster.stream import Share
 from reactdiff.clip import TARGETS
-from tests.cluster.streaming import (
+from tests.cluster.support.streaming import (
     FRAMES,
     Recorded,
     damage,
@@ -35,7 +35,7 @@ from tests.cluster.streaming import (
     read_all,
     same,
 )
-from tests.cluster.training import train_on
+from tests.cluster.support.training import train_on
 from tests.tiny import tiny
 
 WIDE = 2800
@@ -175,8 +175,8 @@ RESIDENT = """
 import sys
 from tests.memory import kilobytes
 from cluster.storage import open_store
-from cluster.stream import Share
-from tests.cluster.streaming import open_stream
+from cluster.data.stream import Share
+from tests.cluster.support.streaming import open_stream
 stream = open_stream(open_store(sys.argv[1]), Share(4, int(sys.argv[2]), 1, 0), read_ahead=4 << 20)
 before = kilobytes("VmRSS")
 size = sum(batch.bytes for batch in stream.batches(0))
@@ -294,9 +294,9 @@ def test_changing_ranks_in_the_middle_of_an_epoch_leaves_the_ledger_as_it_was(la
 START = """
 import sys, time
 from tests.memory import kilobytes
-from cluster.stream import Share, Stream
+from cluster.data.stream import Share, Stream
 from cluster.storage import open_store
-from tests.cluster.streaming import open_stream
+from tests.cluster.support.streaming import open_stream
 store, before, start = open_store(sys.argv[1]), kilobytes("VmRSS"), time.process_time()
 stream = open_stream(store, Share(64_000, 10**9, 1000, 999))
 print(time.process_time() - start, (kilobytes("VmHWM") - before) / 1024)
@@ -368,10 +368,10 @@ def test_damaged_bytes_in_the_cache_are_read_from_the_store_again(clips: Path, t
 RANK = """
 import os, signal, sys
 from pathlib import Path
-from cluster.cache import Cache
+from cluster.data.cache import Cache
 from cluster.storage import open_store
-from cluster.stream import Share
-from tests.cluster.streaming import ledgers
+from cluster.data.stream import Share
+from tests.cluster.support.streaming import ledgers
 data, folder, limit, fatal = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 write, calls = os.pwritev, []
 def dying(*arguments):

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from botocore.client import Config
 
-from cluster import history, s3
-from cluster.folder import FolderStore
-from cluster.storage import StorageError, open_store
-from cluster.stream import Batch, Share
-from tests.cluster.faulty import TAR_RANGE, FaultyProxy, faulty_proxy
-from tests.cluster.ranks import on_ranks
-from tests.cluster.streaming import make_latents, open_stream, read_all, same
-from tests.cluster.training import parts, train_here, train_on
+from cluster.data.stream import Batch, Share
+from cluster.storage import StorageError, open_store, s3
+from cluster.storage.folder import FolderStore
+from cluster.telemetry import metrics_log as history
+from tests.cluster.support.faulty import TAR_RANGE, FaultyProxy, faulty_proxy
+from tests.cluster.support.ranks import on_ranks
+from tests.cluster.support.streaming import make_latents, open_stream, read_all, same
+from tests.cluster.support.training import parts, train_here, train_on
 from tests.conftest import BUCKET
 from tests.tiny import tiny
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster import tape
-from cluster.config import Workers
-from cluster.manifest import load_manifest
-from cluster.shards import read_index
+from cluster.config.schema import Workers
+from cluster.data import sequential as tape
+from cluster.data.manifest import load_manifest
+from cluster.data.shards import read_index
+from cluster.data.verify import check_shard, verify
 from cluster.storage import StorageError, open_store
-from cluster.verify import check_shard, verify
 from tests.tiny import job
 
 TAR = "train/000001.tar"

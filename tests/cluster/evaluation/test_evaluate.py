@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.evaluate import evaluate
-from cluster.opened import open_run
+from cluster.evaluation.evaluate import evaluate
+from cluster.runs.saved import open_run
 from reactdiff.metrics.part import Part
 
 

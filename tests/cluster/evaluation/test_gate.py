@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.experiment import ConfigError
-from cluster.gate import GateError, Guard, Rule, frozen_clips, judge
-from cluster.manifest import File, Manifest, Shards, Split
-from cluster.retrain import Retraining
-from cluster.shards import ShardInfo, encode_npy
+from cluster.config.loading import ConfigError
+from cluster.data.manifest import File, Manifest, Shards, Split
+from cluster.data.shards import ShardInfo, encode_npy
+from cluster.evaluation.gate import GateError, Guard, Rule, frozen_clips, judge
 from cluster.storage import Store, content_hash, open_store
+from cluster.studies.retrain import Retraining
 
 RULE = Rule.model_validate({"margin": 0.1, "guards": {"FRDist": {"mode": "min", "percent": 10}}})
 CHAMPION = {"FRCorr": 0.5, "FRDist": 100.0}

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster import checkpoint, history
-from cluster.config import Experiment
-from cluster.manifest import load_manifest
+from cluster.config.schema import Experiment
+from cluster.data.manifest import load_manifest
+from cluster.evaluation.validation import Clips
+from cluster.runs import checkpoint
 from cluster.storage import open_store
-from cluster.watch import Clips
-from tests.cluster.ranks import on_ranks
-from tests.cluster.training import parts, train_here
+from cluster.telemetry import metrics_log as history
+from tests.cluster.support.ranks import on_ranks
+from tests.cluster.support.training import parts, train_here
 from tests.tiny import job, tiny
 
 FAMILY = (

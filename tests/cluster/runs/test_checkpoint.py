@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from cluster import checkpoint
-from cluster.checkpoint import DamagedCheckpoint, Writer
-from cluster.engine import Fragment
+from cluster.runs import checkpoint
+from cluster.runs.checkpoint import DamagedCheckpoint, Writer
 from cluster.storage import Store
+from cluster.training.engine import Fragment
 
 
 def test_an_unreadable_manifest_does_not_stop_the_next_checkpoint(store: Store) -> None:

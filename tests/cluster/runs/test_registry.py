@@ -6,8 +6,8 @@ from threading import Barrier
 
 import pytest
 
-from cluster import registry
-from cluster.registry import Decision, Version
+from cluster.runs import registry
+from cluster.runs.registry import Decision, Version
 from cluster.storage import AlreadyExists, StorageError, Store
 
 

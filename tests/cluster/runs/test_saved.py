@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.opened import open_run
+from cluster.runs.saved import open_run
 from cluster.storage import NotFound
 
 

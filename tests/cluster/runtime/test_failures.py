@@ -2,10 +2,9 @@
 
 import pytest
 
-from cluster import s3
-from cluster.failures import classify
-from cluster.storage import StorageError, Store, open_store
-from tests.cluster.faulty import faulty_proxy
+from cluster.runtime.failures import classify
+from cluster.storage import StorageError, Store, open_store, s3
+from tests.cluster.support.faulty import faulty_proxy
 
 
 def met(store: Store, key: str = "x") -> str:

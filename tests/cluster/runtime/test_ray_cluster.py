@@ -12,11 +12,11 @@ import psutil
 import pytest
 import ray
 
-from cluster import placement
+from cluster.runtime import ray_cluster as placement
 
 BIN = Path(sys.executable).parent
 JOB = """
-from cluster.placement import connect
+from cluster.runtime.ray_cluster import connect
 total = connect(cpus=4)
 import ray
 

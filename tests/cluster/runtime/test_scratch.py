@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.scratch import PREFIX, scratch, sweep
+from cluster.runtime.scratch import PREFIX, scratch, sweep
 
 HOLDER = """
 from pathlib import Path
-from cluster.scratch import scratch
+from cluster.runtime.scratch import scratch
 with scratch() as folder:
     (folder / "shard.tar").write_bytes(bytes(1000))
     print(folder, flush=True)

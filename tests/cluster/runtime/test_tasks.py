@@ -6,8 +6,8 @@ from functools import cached_property
 
 import pytest
 
-from cluster.config import Workers
-from cluster.tasks import each
+from cluster.config.schema import Workers
+from cluster.runtime.tasks import each
 
 CALLS = 40
 

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from cluster import checkpoint
-from cluster.checkpoint import Writer
-from cluster.engine import Fragment
-from cluster.manifest import load_manifest
-from cluster.shards import read_index
+from cluster.data.manifest import load_manifest
+from cluster.data.shards import read_index
+from cluster.runs import checkpoint
+from cluster.runs.checkpoint import Writer
 from cluster.storage import Store, content_hash, open_store
-from cluster.verified import Altered, read_verified
+from cluster.storage.hashing import Altered, read_verified
+from cluster.training.engine import Fragment
 from infra.objectstore import ObjectStore
-from tests.cluster.faulty import faulty_proxy
-from tests.cluster.streaming import make_latents
+from tests.cluster.support.faulty import faulty_proxy
+from tests.cluster.support.streaming import make_latents
 
 CONTENT = b"what was written"
 

@@ -2,7 +2,7 @@
 
 import threading
 
-from cluster.overlap import THREADS, overlapped
+from cluster.storage.parallel import THREADS, overlapped
 
 
 def test_answers_come_in_order_though_several_wait_at_the_same_time() -> None:

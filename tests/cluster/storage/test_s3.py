@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster import parts, patience, s3
-from cluster.patience import Patience, end_with
-from cluster.storage import AlreadyExists, NotFound, Permanent, StorageError, open_store
-from tests.cluster.faulty import FaultyProxy, faulty_proxy
-from tests.cluster.streaming import read_range
+from cluster.storage import AlreadyExists, NotFound, Permanent, StorageError, open_store, s3
+from cluster.storage import multipart as parts
+from cluster.storage import retry as patience
+from cluster.storage.retry import Patience, end_with
+from tests.cluster.support.faulty import FaultyProxy, faulty_proxy
+from tests.cluster.support.streaming import read_range
 
 
 @pytest.fixture

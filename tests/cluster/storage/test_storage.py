@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster import folder
-from cluster.folder import ABANDONED, FolderStore
-from cluster.storage import AlreadyExists, NotFound, Stale, StorageError, Store, open_store
-from tests.cluster.streaming import read_range
+from cluster.storage import AlreadyExists, NotFound, Stale, StorageError, Store, folder, open_store
+from cluster.storage.folder import ABANDONED, FolderStore
+from tests.cluster.support.streaming import read_range
 
 
 def race(racers: int, attempt) -> list:

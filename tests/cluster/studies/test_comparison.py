@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from cluster.experiment import ConfigError
-from cluster.science import Comparison, markdown, trials
+from cluster.config.loading import ConfigError
+from cluster.studies.comparison import Comparison, markdown, trials
 from reactdiff.data.keyed import generator
 from reactdiff.metrics.official import score_part
 from reactdiff.metrics.part import Part

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from cluster.experiment import ConfigError
-from cluster.manifest import File, Manifest, Split, publish
+from cluster.config.loading import ConfigError
+from cluster.data.manifest import File, Manifest, Split, publish
 from cluster.storage import open_store
-from cluster.sweep import Outcome, Sweep, best, folder, trials
+from cluster.studies.sweep import Outcome, Sweep, best, folder, trials
 
 GRID = {"diffusion.schedule": ["cosine", "linear"], "model.inter_depth": [1, 2]}
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from cluster.manifest import load_manifest
-from cluster.shards import read_index
+from cluster.data.manifest import load_manifest
+from cluster.data.shards import read_index
 from cluster.storage import open_store
 
 

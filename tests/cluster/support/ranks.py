@@ -27,7 +27,7 @@ def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[
 def start_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> Any:
     """Start the ranks and return at once; `.processes` can be killed, `.join()` is torch's."""
     folder = tempfile.mkdtemp(prefix="ranks-")
-    multiprocessing.set_forkserver_preload(["cluster.worker"])  # torch and deepspeed are imported once, not once per rank
+    multiprocessing.set_forkserver_preload(["cluster.training.loop"])  # torch and deepspeed are imported once, not once per rank
     group = mp.start_processes(_rank, (ranks, folder, function, arguments), nprocs=ranks, join=False, start_method="forkserver")
     group.folder = folder
     return group

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from crc32c import crc32c
 
-from cluster.cache import Cache
-from cluster.folder import FolderStore
-from cluster.manifest import Manifest, Shards, Split, load_manifest, publish
-from cluster.manifest import Stream as StreamEntry
-from cluster.reader import Reader
-from cluster.shards import ShardInfo, members, read_index, shard_name, write_shard
+from cluster.data.cache import Cache
+from cluster.data.manifest import Manifest, Shards, Split, load_manifest, publish
+from cluster.data.manifest import Stream as StreamEntry
+from cluster.data.reader import Reader
+from cluster.data.shards import ShardInfo, members, read_index, shard_name, write_shard
+from cluster.data.stream import Batch, Share, Stream
 from cluster.storage import Store
-from cluster.store import Filled, unheard
-from cluster.stream import Batch, Share, Stream
+from cluster.storage.base import Filled, unheard
+from cluster.storage.folder import FolderStore
 from reactdiff.clip import PERSONS, TARGETS
 from reactdiff.config import Diffusion
 from reactdiff.data.keyed import generator

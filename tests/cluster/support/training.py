@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from cluster import history
-from cluster.config import Experiment
-from cluster.manifest import load_manifest
+from cluster.config.schema import Experiment
+from cluster.data.manifest import load_manifest
+from cluster.evaluation.validation import Clips
 from cluster.storage import open_store
-from cluster.watch import Clips
-from cluster.worker import Job, Place, train
-from tests.cluster.ranks import on_ranks
+from cluster.telemetry import metrics_log as history
+from cluster.training.loop import Job, Place, train
+from tests.cluster.support.ranks import on_ranks
 
 
 def train_on(ranks: int, experiment: Experiment, folder: Path | str, life: int = 1, stage: str = "autoencoder") -> list[dict[str, Any]]:
@@ -33,7 +33,7 @@ def train_here(
 
 def parts(folder: Path | str, stage: str = "autoencoder") -> list[str]:
     """Content hashes of the parts of the newest checkpoint: equal if and only if weights, moments and averages are bitwise equal."""
-    from cluster import checkpoint
+    from cluster.runs import checkpoint
 
     store = open_store(str(folder))
     return [part.hash for part in checkpoint.read_manifest(store, checkpoint.listing(store, stage)[0]).parts]

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from cluster.progress import Display, Events
+from cluster.telemetry.display import Display, Events
 
 
 class Clock:

@@ -7,8 +7,8 @@ from contextlib import closing
 
 import pytest
 
-from cluster.meter import Meter
-from cluster.telemetry import Exporter
+from cluster.telemetry.exporter import Exporter
+from cluster.telemetry.meter import Meter
 
 
 class Clock:

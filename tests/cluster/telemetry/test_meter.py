@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.meter import BUCKETS, PHASES, STATES, Meter, Tally
+from cluster.telemetry.meter import BUCKETS, PHASES, STATES, Meter, Tally
 
 
 class Clock:

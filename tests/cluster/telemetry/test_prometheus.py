@@ -9,15 +9,15 @@ import urllib.parse
 import urllib.request
 from contextlib import closing
 from functools import cached_property
-from pathlib import Path
 
 import pytest
 import yaml
 
-from cluster.meter import Meter
-from cluster.telemetry import Exporter
+from cluster.telemetry.exporter import Exporter
+from cluster.telemetry.meter import Meter
+from tests.tiny import ROOT
 
-INFRA = Path(__file__).parents[2] / "infra" / "prometheus"
+INFRA = ROOT / "infra" / "prometheus"
 PATIENCE = 60
 """Seconds after which something that was to happen is taken not to happen; Prometheus takes up new targets every 5."""
 

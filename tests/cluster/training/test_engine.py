@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.engine import Engine, Settings
+from cluster.training.engine import Engine, Settings
 from reactdiff.config import Diffusion, Model
 from reactdiff.data.sample import StreamSpec
 from reactdiff.stage import Source, build, empty_batch, stages_over
-from tests.cluster.ranks import on_ranks
+from tests.cluster.support.ranks import on_ranks
 
 CLIPS = Source((StreamSpec("au", "facial", 15), StreamSpec("mfcc", "acoustic", 26)), 100)
 SMALL = {"facial": ("au",), "acoustic": ("mfcc",), "hidden": 16, "latent": 8, "channels": 32, "multipliers": (1, 1), "condition": 64}

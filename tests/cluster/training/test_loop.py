@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from cluster import checkpoint
-from cluster.failures import NonFinite
+from cluster.runs import checkpoint
+from cluster.runtime.failures import NonFinite
 from cluster.storage import open_store
-from tests.cluster.ranks import on_ranks, start_ranks
-from tests.cluster.training import parts, train_here, train_on
+from tests.cluster.support.ranks import on_ranks, start_ranks
+from tests.cluster.support.training import parts, train_here, train_on
 from tests.tiny import tiny
 
 TOLERANCE = 1e-5
@@ -31,7 +31,7 @@ def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows_of(folder: Path) -> list[dict]:
-    from cluster import history
+    from cluster.telemetry import metrics_log as history
 
     return history.rows(open_store(str(folder)), "autoencoder")
 
@@ -48,8 +48,8 @@ def test_any_ranks_and_zero_stage_use_the_same_items_and_give_the_same_losses(
 
 def test_every_item_is_consumed_exactly_once_per_epoch(undisturbed: Path, shards: Path) -> None:
     """The ledger is a sum of checksums, so the steps of both epochs add up to twice the sum over all items."""
-    from cluster.manifest import load_manifest
-    from cluster.reader import Reader
+    from cluster.data.manifest import load_manifest
+    from cluster.data.reader import Reader
     from reactdiff.stage import Source, stage
     from tests.tiny import tiny
 
@@ -73,7 +73,7 @@ def test_saved_on_three_ranks_with_zero_3_goes_on_on_one_rank_with_zero_1(undist
 
 def from_the_first_checkpoint(folder: str, loss_of: Callable[[torch.Tensor], torch.Tensor]) -> list[int]:
     """Losses of this process are what `loss_of` makes of them as soon as there is a checkpoint; grows by one at every step."""
-    from cluster import worker
+    from cluster.training import loop as worker
 
     original, store, steps = worker.Engine.forward, open_store(folder), []
 

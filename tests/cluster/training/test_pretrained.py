@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.adopt import adopt, check
-from cluster.experiment import ConfigError
-from cluster.export import load_weights, newest_export
-from cluster.manifest import load_manifest
+from cluster.config.loading import ConfigError
+from cluster.data.manifest import load_manifest
+from cluster.runs.export import load_weights, newest_export
 from cluster.storage import StorageError, open_store
+from cluster.training.pretrained import adopt, check
 from tests.tiny import tiny
 
 

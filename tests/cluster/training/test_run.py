@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.run import STEPS, check, pin
 from cluster.storage import open_store
+from cluster.training.run import STEPS, check, pin
 from tests.tiny import tiny
 
 

@@ -9,19 +9,19 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from cluster import checkpoint
-from cluster.command import anchored
-from cluster.config import Experiment
-from cluster.experiment import load
-from cluster.export import load_weights
-from cluster.opened import open_run
-from cluster.start import check, warm_start
+from cluster.config.loading import load
+from cluster.config.paths import anchored
+from cluster.config.schema import Experiment
+from cluster.runs import checkpoint
+from cluster.runs.export import load_weights
+from cluster.runs.saved import open_run
 from cluster.storage import StorageError, open_store
+from cluster.training.warm_start import check, warm_start
 from reactdiff.data.sample import StreamSpec
 from reactdiff.model.authors import load_published, projector_of
 from reactdiff.model.latent_diffusion import LatentDiffusion
 from reactdiff.stage import LATENT, Source, Stage, build, stage, stages_over
-from tests.cluster.training import train_on
+from tests.cluster.support.training import train_on
 from tests.reactdiff.model.published import write_files
 from tests.reactdiff.model.rule import DATA, Case
 from tests.tiny import tiny
