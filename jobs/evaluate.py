@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _score_run(options: argparse.Namespace, display: Display) -> tuple[dict[str, Any], dict[str, Scores]]:
     """The scores of a run's newest exports, as facts for JSON and as rows of the table."""
-    run = open_run(options.run, options.store).sampled(options.overrides)
+    run = open_run(options.run, options.store).with_sampling(options.overrides)
     coder, diffusion = run.coder(), run.diffusion()
     asked = {name: getattr(options, name) for name in ("split", "predictions", "clips") if getattr(options, name)}
     evaluation = run.experiment.evaluation.model_copy(update=asked)

@@ -35,7 +35,7 @@ from cluster.config.paths import absolute, anchored
 from cluster.config.schema import Experiment, Run
 from cluster.data.manifest import Manifest, load_manifest
 from cluster.data.reader import Reader
-from cluster.runs.latents import encode
+from cluster.runs.latents import encode_clip
 from cluster.runs.saved import open_run
 from cluster.runtime.device import best_device
 from cluster.storage import open_store
@@ -54,13 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, draw the reactions, and write them."""
     options = _options(arguments)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first product on a GPU
-    opened = open_files(options) if options.import_checkpoint else open_run(options.run, options.store).sampled(options.overrides)
+    opened = open_files(options) if options.import_checkpoint else open_run(options.run, options.store).with_sampling(options.overrides)
     experiment = opened.experiment
     make_deterministic(experiment.workers.threads)
     reader = Reader(open_store(experiment.data.url), opened.clips, options.split or experiment.evaluation.split)
-    clip = reader.number(options.clip)
+    clip = reader.clip_number(options.clip)
     model = opened.model()
-    latents = encode(model.codec, reader, clip)
+    latents = encode_clip(model.codec, reader, clip)
     faces = reader.read(clip, [(person, "attributes") for person in PERSONS]).arrays
     out, console = open_store(absolute(options.out)), Console(markup=False, highlight=False, soft_wrap=True)
     for direction in DIRECTIONS[options.direction]:

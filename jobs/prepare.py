@@ -26,9 +26,9 @@ from rich.table import Column, Table
 from cluster import cli
 from cluster.config.paths import absolute
 from cluster.config.schema import Workers
-from cluster.data.index_tars import KINDS, index
+from cluster.data.index_tars import STREAM_KINDS, index_tars
 from cluster.data.manifest import Manifest, load_manifest
-from cluster.data.prepare import Refused, prepare
+from cluster.data.prepare import RefusedClips, prepare
 from cluster.data.reader import Reader
 from cluster.data.verify import verify
 from cluster.runtime.ray_cluster import connect
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     found = verbs.add_parser("index", help="make a dataset of WebDataset tars that another program wrote, where they lie")
     found.add_argument("url", metavar="URL", help="folder or s3://bucket/prefix that holds them as <split>/<name>.tar")
     for kind, what in (("facial", "face"), ("acoustic", "voice")):
-        known = ", ".join(name for name in KINDS if KINDS[name] == kind)
+        known = ", ".join(name for name in STREAM_KINDS if STREAM_KINDS[name] == kind)
         found.add_argument(f"--{kind}", type=_names, default=[], metavar="NAME,...", help=f"streams of the {what}, beside {known}")
     look = verbs.add_parser("inspect", help="say what a dataset holds: streams, splits, one clip")
     look.add_argument("url", metavar="URL", help="folder or s3://bucket/prefix of the dataset")
@@ -102,7 +102,7 @@ def _react2024(options: argparse.Namespace, console: Console) -> int:
     try:
         with _progress("preparing clips", console) as progress:
             done = prepare(tree, store, clips_per_shard=options.clips_per_shard, strict=options.strict, progress=progress)
-    except Refused as error:
+    except RefusedClips as error:
         _list_refused(error.clips, console)
         raise
     if done.refused:
@@ -122,7 +122,7 @@ def _index(options: argparse.Namespace, console: Console) -> int:
     kinds |= {name: "acoustic" for name in options.acoustic}
     connect()
     with _progress("reading tars", console) as progress:
-        done = index(store, kinds, progress)
+        done = index_tars(store, kinds, progress)
     _summarise(done.manifest, done.added, "ignored files", done.ignored, store.url, console)
     if not any(done.added.values()):
         console.print("nothing to add: the dataset already holds every tar")
@@ -149,7 +149,7 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
         clips, gigabytes = sum(part.shards.clips), sum(part.shards.bytes) / 1e9
         known = ["yes" if file else "no" for file in (part.appropriateness, part.subjects)]
         splits.add_row(name, f"{clips:,}", f"{2 * clips:,}", f"{len(part.shards):,}", f"{gigabytes:.3f}", *known)
-    clip = reader.number(options.clip) if options.clip else 0
+    clip = reader.clip_number(options.clip) if options.clip else 0
     read = reader.read(clip, [(person, name) for person in PERSONS for name in (*(s.name for s in manifest.streams), *manifest.targets)])
     columns = [Column(name, justify="right") for name in ("shape", "type", "smallest", "mean", "largest")]
     arrays = Table("member", *columns, title=f"clip {reader.key(clip)} of {split}", title_justify="left")

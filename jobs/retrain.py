@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cluster import cli
 from cluster.runs import registry
-from cluster.studies.retrain import Retraining, folder, now, tick
+from cluster.studies.retrain import Retraining, now, registry_folder, tick
 from cluster.telemetry.display import Display
 
 CONFIG = Path(__file__).parent / "configs" / "retrain.yaml"
@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change one key of the experiment, for example optim.epochs=2")
     arguments = parser.parse_args()
     retraining, overrides = Retraining.read(arguments.config), arguments.overrides
-    store = folder(retraining, overrides)
+    store = registry_folder(retraining, overrides)
     with Display() as display:
         decision = registry.roll_back(store, now()) if arguments.rollback else tick(retraining, overrides, display)
     if decision is not None:

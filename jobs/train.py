@@ -16,7 +16,7 @@ from cluster.data.demo import make_demo
 from cluster.evaluation.evaluate import MODEL, WRONG
 from cluster.telemetry.display import Display
 from cluster.training.plan import plan
-from cluster.training.run import STEPS, check, execute, pin
+from cluster.training.run import STEPS, check_run, execute, pin
 from reactdiff.metrics.report import gap_closed, print_table
 
 DEMO = Path(__file__).parent / "configs" / "demo.yaml"
@@ -39,7 +39,7 @@ def main() -> int:
     steps = STEPS if arguments.stage == "all" else (arguments.stage,)
     if arguments.dry_run:
         pinned = pin(experiment, config.stem)
-        for origin in check(experiment, pinned, steps):
+        for origin in check_run(experiment, pinned, steps):
             print(origin)
         Console().print(plan(experiment, pinned))
         return 0

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import cli
-from cluster.studies.sweep import Outcome, Sweep, best, folder, outcome, search, trials
+from cluster.studies.sweep import Outcome, Sweep, best, outcome, search, sweep_folder, trials
 from cluster.telemetry.display import Display
 
 CONFIG = Path(__file__).parent / "configs" / "sweep.yaml"
@@ -33,7 +33,7 @@ def main() -> int:
     arguments = parser.parse_args()
     sweep, overrides = Sweep.read(arguments.config), arguments.overrides
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200)
-    store = folder(sweep, overrides)
+    store = sweep_folder(sweep, overrides)
     if arguments.dry_run:
         console.print(table(sweep, [outcome(trial, store) for trial in trials(sweep, overrides)]))
         return 0

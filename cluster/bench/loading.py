@@ -28,7 +28,7 @@ from cluster.data.reader import Reader
 from cluster.data.shards import stock
 from cluster.data.stream import Share, Stream
 from cluster.storage import S3Store, open_store
-from cluster.storage.base import Filled, Store, unheard
+from cluster.storage.base import OnBytes, Store, ignore_bytes
 from reactdiff.data.order import Order
 from reactdiff.stage import Stage
 
@@ -89,7 +89,7 @@ class Task:
     readers: int
 
 
-class Range(NamedTuple):
+class ByteSpan(NamedTuple):
     """Bytes that were asked for in one request."""
 
     key: str
@@ -101,7 +101,7 @@ class Range(NamedTuple):
 class Asked:
     """What our stream asked the store for in two epochs: ranges of tars in their order, other objects (manifest, indices), bytes."""
 
-    ranges: list[Range]
+    ranges: list[ByteSpan]
     others: int
     bytes: int
 
@@ -180,7 +180,7 @@ def bench_data(task: Task, rounds: int, progress: Callable[[int, int], None]) ->
     asked = _alone(record, task)  # which also brings the data into the server's page cache
     shards = load_manifest(_s3(task.url)).split(SPLIT).shards
     items, ranges = 2 * sum(shards.clips), len(asked.ranges)
-    rivals: dict[str, tuple[Callable[..., Rival], list[Range], int, float, float]] = {
+    rivals: dict[str, tuple[Callable[..., Rival], list[ByteSpan], int, float, float]] = {
         "wire": (wire, asked.ranges, ranges // 2, ranges / 2, sum(part.length for part in asked.ranges) / 2),
         "ours": (ours, [], items, (ranges + asked.others) / 2, asked.bytes / 2),
         "webdataset": (webdataset, [], items, len(shards), sum(shards.bytes)),
@@ -201,7 +201,7 @@ def server(url: str) -> str:
     return f"{headers.get('server', 'a server without a name')} at {store.endpoint}"
 
 
-def measure(rival: Callable[[Task, list[Range]], Rival], task: Task, ranges: list[Range], units: int) -> Cost:
+def measure(rival: Callable[[Task, list[ByteSpan]], Rival], task: Task, ranges: list[ByteSpan], units: int) -> Cost:
     """What reading costs in this process. Clients are made before the clock starts.
 
     Args:
@@ -229,7 +229,7 @@ def measure(rival: Callable[[Task, list[Range]], Rival], task: Task, ranges: lis
     return Cost(end[0] - warm[0], first[0] - start[0], end[1] - warm[1], _peak_memory() - held)
 
 
-def wire(task: Task, ranges: list[Range]) -> Rival:
+def wire(task: Task, ranges: list[ByteSpan]) -> Rival:
     """Get these ranges in this order, whoever of the threads is free the next one, each into its own memory again and again."""
     store = _s3(task.url)
     client, _ = store.raw(ranges[0].key)
@@ -241,7 +241,7 @@ def wire(task: Task, ranges: list[Range]) -> Rival:
 
         def lane(buffer: memoryview) -> None:
             for key, start, length in left:
-                body = client.get_object(**places[key], Range=f"bytes={start}-{start + length - 1}")["Body"]
+                body = client.get_object(**places[key], ByteSpan=f"bytes={start}-{start + length - 1}")["Body"]
                 at = 0
                 while at < length and (count := body.readinto(buffer[at : min(length, at + CHUNK)])):
                     at += count
@@ -258,7 +258,7 @@ def wire(task: Task, ranges: list[Range]) -> Rival:
     return read
 
 
-def ours(task: Task, _: list[Range]) -> Rival:
+def ours(task: Task, _: list[ByteSpan]) -> Rival:
     """The stream of a single rank: start-up (manifest, indices) and all batches, verified and decoded."""
     store = open_store(task.url)
 
@@ -270,7 +270,7 @@ def ours(task: Task, _: list[Range]) -> Rival:
     return read
 
 
-def webdataset(task: Task, _: list[Range]) -> Rival:
+def webdataset(task: Task, _: list[ByteSpan]) -> Rival:
     """Stock webdataset over `pipe:curl`: samples shuffled and decoded, the two items of each, in batches; whole tars, unverified."""
     store = _s3(task.url)
 
@@ -315,7 +315,7 @@ class _Recorder(S3Store):
     def __init__(self, url: str):
         parts = urlsplit(url)
         super().__init__(parts.netloc, parts.path.strip("/"))
-        self.ranges: list[Range] = []
+        self.ranges: list[ByteSpan] = []
         self.others = 0
 
     def get(self, key: str) -> tuple[bytes, str]:
@@ -323,10 +323,10 @@ class _Recorder(S3Store):
         self.others += 1
         return super().get(key)
 
-    def read_into(self, key: str, start: int, *buffers: memoryview, filled: Filled = unheard) -> None:
+    def read_into(self, key: str, start: int, *buffers: memoryview, on_bytes: OnBytes = ignore_bytes) -> None:
         """Fill buffers."""
-        self.ranges.append(Range(key, start, sum(map(len, buffers))))
-        super().read_into(key, start, *buffers, filled=filled)
+        self.ranges.append(ByteSpan(key, start, sum(map(len, buffers))))
+        super().read_into(key, start, *buffers, on_bytes=on_bytes)
 
 
 def streamed(store: Store, task: Task, epochs: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cluster.data.manifest import Manifest, Shards, Split, Stream, load_manifest, publish
+from cluster.data.manifest import Manifest, ShardTable, Split, StreamEntry, load_manifest, publish
 from cluster.data.shards import members, shard_name, write_shard
-from cluster.runtime.scratch import scratch
+from cluster.runtime.scratch import scratch_folder
 from cluster.storage import open_store
 from reactdiff.clip import PERSONS, TARGETS
 from reactdiff.data.keyed import normal
@@ -41,10 +41,10 @@ def make_noise(url: str, source: Source, size: int, progress: Callable[[int, int
         return store.url
     except ValueError:
         pass  # none there yet
-    shards = Shards()
+    shards = ShardTable()
     for number, first in enumerate(range(0, clips, CLIPS_PER_SHARD)):
         last = min(first + CLIPS_PER_SHARD, clips)
-        with scratch() as folder:
+        with scratch_folder() as folder:
             path, name = folder / "shard.tar", shard_name(SPLIT, number)
             info = write_shard(path, (_clip(clip, noise) for clip in range(first, last)), noise)
             store.put_file(f"{name}.tar", path)
@@ -54,7 +54,7 @@ def make_noise(url: str, source: Source, size: int, progress: Callable[[int, int
     manifest = Manifest(
         kind="latents" if encoded else "clips",
         frames=source.frames,
-        streams=[Stream(name=spec.name, kind=spec.kind, width=spec.width) for spec in source.streams],
+        streams=[StreamEntry(name=spec.name, kind=spec.kind, width=spec.width) for spec in source.streams],
         targets=targets,
         members=list(members(noise)),
         splits={SPLIT: Split(shards=shards)},

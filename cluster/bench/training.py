@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from cluster.config.schema import Experiment
 from cluster.runtime.device import best_device, peak_flops, peak_memory
-from cluster.training.engine import Engine, Settings
+from cluster.training.engine import Engine, EngineSettings
 from cluster.training.loop import micro_batches
 from reactdiff.clip import WINDOW
 from reactdiff.data.keyed import normal
@@ -26,7 +26,7 @@ WARM_UP = 3
 
 
 @dataclass(frozen=True)
-class Speed:
+class StepSpeed:
     """What was measured of one stage.
 
     Attributes:
@@ -42,7 +42,7 @@ class Speed:
     peak_memory: int
 
 
-def bench_training(experiment: Experiment, name: str, source: Source, steps: int) -> Speed:
+def bench_training(experiment: Experiment, name: str, source: Source, steps: int) -> StepSpeed:
     """Train one stage on this process alone, on random data that is there already: compute, not input, is measured.
 
     Args:
@@ -59,13 +59,13 @@ def bench_training(experiment: Experiment, name: str, source: Source, steps: int
     batch = {key: _random(tensor).to(device) for key, tensor in empty.items()}
     with torch.device("meta"):
         flops = training_flops(kind.module(), empty_batch(kind, 1, "meta"))
-    settings = Settings(experiment.workers.zero, optim.precision, parts, optim.betas, optim.weight_decay, optim.clip, optim.ema[name])
+    settings = EngineSettings(experiment.workers.zero, optim.precision, parts, optim.betas, optim.weight_decay, optim.clip, optim.ema[name])
     ours = _timed(_engine_step(Engine(build(kind, experiment.seed), settings, device), batch, optim.batch[name], parts), steps, device)
     memory = peak_memory(device)
     plain = _timed(_plain_step(build(kind, experiment.seed).to(device), batch, experiment, parts), steps, device)
     speed = optim.batch[name] / ours
     peak = peak_flops(device, optim.precision)
-    return Speed(speed, optim.batch[name] / plain, speed * flops / peak if peak else 0.0, memory)
+    return StepSpeed(speed, optim.batch[name] / plain, speed * flops / peak if peak else 0.0, memory)
 
 
 def bench_online(experiment: Experiment, source: Source, windows: int, count: int) -> list[float]:

@@ -16,7 +16,7 @@ from reactdiff.metrics.official import OFFICIAL, REPAIRED
 NAME = r"^[A-Za-z0-9._-]{1,60}$"
 
 
-class Recipe(Branch):
+class Spec(Branch):
     """What such files share."""
 
     name: str = Field(pattern=NAME, description="Name of the sweep or model; names of runs begin with it.")
@@ -36,14 +36,14 @@ class Recipe(Branch):
             if key not in cls.model_fields:
                 raise ConfigError(f"{path}: there is no key {key}{nearest(key, cls.model_fields)}")
         try:
-            recipe = cls.model_validate(tree)
+            spec = cls.model_validate(tree)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
             value = "" if first["type"] == "missing" else f" = {first['input']!r}"
             raise ConfigError(f"{path}: {key}{value}: {first['msg'].removeprefix('Value error, ')}") from None
-        recipe._source = path
-        return recipe
+        spec._source = path
+        return spec
 
     def load(self, *layers: Sequence[str]) -> Experiment:
         """The experiment: file or tree, then the overrides, then layers of `key=value`.

@@ -10,7 +10,7 @@ import numpy as np
 from crc32c import crc32c
 
 from cluster.data.shards import ShardInfo, encode_npy, members, read_index, write_shard
-from cluster.runtime.scratch import scratch
+from cluster.runtime.scratch import scratch_folder
 from cluster.storage import NotFound, Store, content_hash, open_store
 from reactdiff.clip import PERSONS, TARGETS
 from reactdiff.data.files import ClipError
@@ -57,7 +57,7 @@ class Tree(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
+class ShardSource:
     """What all shards of one preparation share: the tree, the dataset's URL, and whether a refused clip ends it all."""
 
     tree: Tree
@@ -81,7 +81,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltShard:
     """The record of a finished shard.
 
     Attributes:
@@ -99,13 +99,13 @@ class Built:
         return json.dumps(asdict(self)).encode()
 
     @staticmethod
-    def decode(data: bytes) -> "Built":
+    def decode(data: bytes) -> "BuiltShard":
         """The record that `encode` wrote."""
         record = json.loads(data)
-        return Built(ShardInfo(**record["info"]), [tuple(entry) for entry in record["refused"]], record["subjects"])
+        return BuiltShard(ShardInfo(**record["info"]), [tuple(entry) for entry in record["refused"]], record["subjects"])
 
 
-def build(source: Source, name: str, pairs: Sequence[Pair]) -> Built:
+def build_shard(source: ShardSource, name: str, pairs: Sequence[Pair]) -> BuiltShard:
     """Build a shard of all usable clips, unless its record says that this is done. The record is written last.
 
     Nothing is written of a shard without clips, or of one with a refused clip where `strict`.
@@ -116,17 +116,17 @@ def build(source: Source, name: str, pairs: Sequence[Pair]) -> Built:
     """
     store, record = source.store, f"{name}.done.json"
     try:
-        found = Built.decode(store.read(record))
+        found = BuiltShard.decode(store.read(record))
     except NotFound:
         pass
     else:
-        compare(source, name, found.info, pairs)
+        assert_unchanged(source, name, found.info, pairs)
         return found
     refused: list[tuple[str, str]] = []
     subjects: dict[str, list[str | None]] = {person: [] for person in PERSONS}
-    with scratch() as folder:
+    with scratch_folder() as folder:
         path = folder / "shard.tar"
-        built = Built(write_shard(path, _usable(source.tree, pairs, refused, subjects), source.arrays), refused, subjects)
+        built = BuiltShard(write_shard(path, _usable(source.tree, pairs, refused, subjects), source.arrays), refused, subjects)
         if not built.info.clips or (refused and source.strict):
             return built
         store.put_file(f"{name}.tar", path)
@@ -135,7 +135,7 @@ def build(source: Source, name: str, pairs: Sequence[Pair]) -> Built:
     return built
 
 
-def compare(source: Source, name: str, info: ShardInfo, pairs: Sequence[Pair]) -> None:
+def assert_unchanged(source: ShardSource, name: str, info: ShardInfo, pairs: Sequence[Pair]) -> None:
     """Read the first clip of a shard from the tree again: a shard is never rewritten, so its clips must still be these.
 
     Raises:
@@ -146,7 +146,7 @@ def compare(source: Source, name: str, info: ShardInfo, pairs: Sequence[Pair]) -
         raise ValueError(f"{source.url}/{name}.tar has {size} bytes, but was written with {info.bytes}; restore it from a copy")
     row = read_index(store, name, info.index)[0]
     pair = next(pair for pair in pairs if pair.key.encode() == bytes(row["key"]))
-    clip = checked(source.tree, pair)
+    clip = checked_clip(source.tree, pair)
     for member, crc in zip(members(source.arrays)[:-1], row["crc"], strict=False):  # the JSON may change: rows of a CSV move
         person, array, _ = member.split(".")
         if crc32c(encode_npy(clip.people[person][array])) != crc:
@@ -156,7 +156,7 @@ def compare(source: Source, name: str, info: ShardInfo, pairs: Sequence[Pair]) -
             )
 
 
-def checked(tree: Tree, pair: Pair) -> Clip:
+def checked_clip(tree: Tree, pair: Pair) -> Clip:
     """A clip that has every array in the dataset's shape and dtype, and finite numbers only.
 
     Raises:
@@ -181,7 +181,7 @@ def _usable(tree: Tree, pairs: Sequence[Pair], refused: list[tuple[str, str]], s
     """The clips that can be used, one at a time; the others are noted in `refused`."""
     for pair in pairs:
         try:
-            clip = checked(tree, pair)
+            clip = checked_clip(tree, pair)
         except ClipError as error:
             refused.append((pair.key, str(error)))
         else:

@@ -5,22 +5,22 @@ Summing 42 MB after all of it has come reads it from memory again, at twice the 
 
 from crc32c import crc32c
 
-from cluster.data.ranges import Layout
+from cluster.data.ranges import ReceiveBuffers
 
 
-class Sums:
+class RunningChecksums:
     """The sums of one range: told each piece of its buffers in order, whatever the pieces' lengths.
 
     Attributes:
         of: for each want whose array is received in its place, the CRC32C of its member as far as it has come.
     """
 
-    def __init__(self, layout: Layout):
+    def __init__(self, received: ReceiveBuffers):
         self.of: dict[int, int] = {}
-        self._scratch, self._arrays = layout.scratch.obj, iter(layout.direct.items())
+        self._scratch, self._arrays = received.scratch.obj, iter(received.direct.items())
         self._number = self._left = 0
 
-    def filled(self, piece: memoryview) -> None:
+    def update(self, piece: memoryview) -> None:
         """A piece has come."""
         if piece.obj is self._scratch:
             return

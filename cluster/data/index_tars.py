@@ -12,16 +12,16 @@ from typing import NamedTuple
 import numpy as np
 
 from cluster.config.schema import Workers
-from cluster.data.manifest import CURRENT, HASH, File, Manifest, Split, Stream, current, succeed
-from cluster.data.sequential import Tape
+from cluster.data.manifest import CURRENT, HASH_DIGITS, File, Manifest, Split, StreamEntry, current_manifest, publish_successor
+from cluster.data.sequential import SequentialReader
 from cluster.data.shards import ShardInfo, decode_npy, encode_npy
-from cluster.data.tar_scan import Form, first_form, read_tar
-from cluster.runtime.tasks import each
+from cluster.data.tar_scan import ClipFormat, first_format, read_tar
+from cluster.runtime.tasks import map_tasks
 from cluster.storage import AlreadyExists, NotFound, Store, content_hash
 from reactdiff.clip import TARGETS
 from reactdiff.data.sample import StreamKind
 
-KINDS: dict[str, StreamKind] = {"va": "facial", "au": "facial", "fer": "facial", "mfcc": "acoustic", "w2v": "acoustic"}
+STREAM_KINDS: dict[str, StreamKind] = {"va": "facial", "au": "facial", "fer": "facial", "mfcc": "acoustic", "w2v": "acoustic"}
 """The class of each stream of the official data."""
 
 COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
@@ -61,10 +61,10 @@ class Record:
 
     info: ShardInfo
     ignored: int
-    form: Form
+    form: ClipFormat
 
 
-def index(store: Store, kinds: Mapping[str, StreamKind], progress: Callable[[int, int], None]) -> Indexed:
+def index_tars(store: Store, kinds: Mapping[str, StreamKind], progress: Callable[[int, int], None]) -> Indexed:
     """Make or grow the dataset of the tars in `store`.
 
     Args:
@@ -76,14 +76,14 @@ def index(store: Store, kinds: Mapping[str, StreamKind], progress: Callable[[int
         ValueError: if there are no tars, if one is not what a dataset needs, or if the dataset there is another one.
         StorageError: if the store fails.
     """
-    old, etag = current(store) if store.exists(CURRENT) else (None, "")
+    old, etag = current_manifest(store) if store.exists(CURRENT) else (None, "")
     tars = _tars(store)
     new = _new(store, old, tars)
-    form = _form(old) if old else first_form(Tape(store, f"{new[0].name}.tar", new[0].size))
+    form = _form(old) if old else first_format(SequentialReader(store, f"{new[0].name}.tar", new[0].size))
     streams = _streams(store, old, form, kinds)
-    store.prove()
+    store.assert_conditional_writes()
     records: dict[Tar, Record] = {}
-    for number, record in each(index_tar, [(tar.name, tar.size) for tar in new], Workers(), shared=(store, form)):
+    for number, record in map_tasks(index_tar, [(tar.name, tar.size) for tar in new], Workers(), shared=(store, form)):
         records[new[number]] = record
         progress(len(records), len(new))
     splits = {}
@@ -106,10 +106,10 @@ def index(store: Store, kinds: Mapping[str, StreamKind], progress: Callable[[int
     for tar, record in records.items():
         added[tar.split] += record.info.clips
         ignored[tar.split] += record.ignored
-    return Indexed(succeed(store, manifest, old, etag), added, ignored)
+    return Indexed(publish_successor(store, manifest, old, etag), added, ignored)
 
 
-def index_tar(shared: tuple[Store, Form], name: str, size: int) -> Record:
+def index_tar(shared: tuple[Store, ClipFormat], name: str, size: int) -> Record:
     """Read one tar and write its index beside it, unless its record says that this is done. The record is written last.
 
     Raises:
@@ -122,7 +122,7 @@ def index_tar(shared: tuple[Store, Form], name: str, size: int) -> Record:
     except NotFound:
         pass
     else:
-        record = Record(ShardInfo(**values["info"]), values["ignored"], Form(**values["form"]))
+        record = Record(ShardInfo(**values["info"]), values["ignored"], ClipFormat(**values["form"]))
         if record.info.bytes != size:
             raise ValueError(
                 f"{store.url}/{name}.tar has {size} bytes, but had {record.info.bytes} when it was read; tars must not change: restore it, "
@@ -130,7 +130,7 @@ def index_tar(shared: tuple[Store, Form], name: str, size: int) -> Record:
             )
         if record.form == form:
             return record
-    tape = Tape(store, f"{name}.tar", size)
+    tape = SequentialReader(store, f"{name}.tar", size)
     rows, ignored = read_tar(tape, form)
     data = encode_npy(rows)
     try:
@@ -199,17 +199,17 @@ def _assert_distinct(manifest: Manifest) -> None:
     seen: dict[str, str] = {}
     for split, part in manifest.splits.items():
         for position in range(len(part.shards)):
-            name, digest = manifest.shard(split, position), part.shards.tar[position * HASH : (position + 1) * HASH]
+            name, digest = manifest.shard(split, position), part.shards.tar[position * HASH_DIGITS : (position + 1) * HASH_DIGITS]
             if digest in seen:
                 raise ValueError(f"{name}.tar and {seen[digest]}.tar are the same, byte for byte: remove one of them")
             seen[digest] = name
 
 
-def _form(manifest: Manifest) -> Form:
-    return Form(manifest.frames, {stream.name: stream.width for stream in manifest.streams} | manifest.targets)
+def _form(manifest: Manifest) -> ClipFormat:
+    return ClipFormat(manifest.frames, {stream.name: stream.width for stream in manifest.streams} | manifest.targets)
 
 
-def _streams(store: Store, old: Manifest | None, form: Form, kinds: Mapping[str, StreamKind]) -> list[Stream]:
+def _streams(store: Store, old: Manifest | None, form: ClipFormat, kinds: Mapping[str, StreamKind]) -> list[StreamEntry]:
     """The streams with their classes, in the order of their names."""
     before: dict[str, StreamKind] = {stream.name: stream.kind for stream in old.streams} if old else {}
     widths = {name: width for name, width in sorted(form.widths.items()) if name not in TARGETS}
@@ -218,11 +218,11 @@ def _streams(store: Store, old: Manifest | None, form: Form, kinds: Mapping[str,
             raise ValueError(f"--{kind} {name}: the tars at {store.url} have no such stream; they have {', '.join(widths)}")
         if before.get(name, kind) != kind:
             raise ValueError(f"--{kind} {name}: the dataset at {store.url} has it as {before[name]}, and that never changes")
-    known = {**KINDS, **before, **kinds}
+    known = {**STREAM_KINDS, **before, **kinds}
     if unknown := [name for name in widths if name not in known]:
         names = ",".join(unknown)
         raise ValueError(f"is {unknown[0]} a stream of the face or of the voice? Say --facial {names} or --acoustic {names}")
-    return [Stream(name=name, kind=known[name], width=width) for name, width in widths.items()]
+    return [StreamEntry(name=name, kind=known[name], width=width) for name, width in widths.items()]
 
 
 def _appropriateness(store: Store, split: str, clips: int) -> File | None:

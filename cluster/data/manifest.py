@@ -12,26 +12,26 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_
 
 from cluster.data.shards import ShardInfo, decode_npy, shard_name
 from cluster.storage import AlreadyExists, NotFound, Stale, Store, content_hash
-from cluster.storage.hashing import Altered, read_verified
+from cluster.storage.hashing import HashMismatch, read_verified
 from reactdiff.data.sample import StreamKind, StreamSpec
 
 CURRENT = "dataset.json"
-HASH = 32
+HASH_DIGITS = 32
 """Hex digits of a hash."""
 
 
-class _Part(BaseModel):
+class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class File(_Part):
+class File(_Entry):
     """A file of the dataset and the hash of its content."""
 
     file: str
     hash: str
 
 
-class Shards(_Part):
+class ShardTable(_Entry):
     """The shards of a split, as columns.
 
     Attributes:
@@ -50,8 +50,8 @@ class Shards(_Part):
     index: str = ""
 
     @model_validator(mode="after")
-    def _columns(self) -> "Shards":
-        lengths = {len(self.number), len(self.clips), len(self.bytes), len(self.tar) / HASH, len(self.index) / HASH}
+    def _columns(self) -> "ShardTable":
+        lengths = {len(self.number), len(self.clips), len(self.bytes), len(self.tar) / HASH_DIGITS, len(self.index) / HASH_DIGITS}
         if len(lengths) != 1:
             raise ValueError("the columns of the shard list have different lengths")
         return self
@@ -61,12 +61,12 @@ class Shards(_Part):
 
     def info(self, position: int) -> ShardInfo:
         """What is kept of the shard at this position."""
-        digits = slice(position * HASH, (position + 1) * HASH)
+        digits = slice(position * HASH_DIGITS, (position + 1) * HASH_DIGITS)
         return ShardInfo(self.clips[position], self.bytes[position], self.tar[digits], self.index[digits])
 
-    def plus(self, added: Mapping[int | str, ShardInfo]) -> "Shards":
+    def plus(self, added: Mapping[int | str, ShardInfo]) -> "ShardTable":
         """These shards and then, by number or name, new ones."""
-        return Shards(
+        return ShardTable(
             number=[*self.number, *added],
             clips=[*self.clips, *(info.clips for info in added.values())],
             bytes=[*self.bytes, *(info.bytes for info in added.values())],
@@ -75,7 +75,7 @@ class Shards(_Part):
         )
 
 
-class Split(_Part):
+class Split(_Entry):
     """One split.
 
     Attributes:
@@ -84,12 +84,12 @@ class Split(_Part):
         subjects: JSON {"a": [...], "b": [...]} of who is seen in each clip, in the order of clips, where it is known.
     """
 
-    shards: Shards = Shards()
+    shards: ShardTable = ShardTable()
     appropriateness: File | None = None
     subjects: File | None = None
 
 
-class Stream(_Part):
+class StreamEntry(_Entry):
     """One input stream of every person."""
 
     name: str
@@ -97,7 +97,7 @@ class Stream(_Part):
     width: int
 
 
-class Manifest(_Part):
+class Manifest(_Entry):
     """One state of a dataset.
 
     Attributes:
@@ -118,7 +118,7 @@ class Manifest(_Part):
     kind: Literal["clips", "latents"]
     frames: int
     dtype: Literal["float16"] = "float16"
-    streams: list[Stream]
+    streams: list[StreamEntry]
     targets: dict[str, int]
     members: list[str]
     splits: dict[str, Split]
@@ -177,10 +177,10 @@ def load_manifest(store: Store, digest: str = "") -> Manifest:
     Raises:
         ValueError: if there is no dataset, no such state, a damaged manifest, or one of another version.
     """
-    return _load(store, digest) if digest else current(store)[0]
+    return _load(store, digest) if digest else current_manifest(store)[0]
 
 
-def current(store: Store) -> tuple[Manifest, str]:
+def current_manifest(store: Store) -> tuple[Manifest, str]:
     """The current manifest, and the etag by which `publish` replaces it.
 
     Raises:
@@ -206,7 +206,7 @@ def publish(store: Store, manifest: Manifest, etag: str = "") -> None:
     Args:
         store: the dataset.
         manifest: its new state.
-        etag: of the state it follows, from `current`; empty for the first.
+        etag: of the state it follows, from `current_manifest`; empty for the first.
 
     Raises:
         AlreadyExists: if it should be the first, but somebody published another.
@@ -220,14 +220,14 @@ def publish(store: Store, manifest: Manifest, etag: str = "") -> None:
         store.create(CURRENT, pointer)
 
 
-def succeed(store: Store, manifest: Manifest, old: Manifest | None, etag: str) -> Manifest:
+def publish_successor(store: Store, manifest: Manifest, old: Manifest | None, etag: str) -> Manifest:
     """Publish what a dataset has become, and return the state that is current in the end.
 
     Args:
         store: the dataset.
         manifest: its state now.
         old: its state before, None if there was none; it stays if nothing but the origin would change.
-        etag: of the old state, from `current`.
+        etag: of the old state, from `current_manifest`.
 
     Raises:
         AlreadyExists: as `publish`, unless somebody published the same.
@@ -250,10 +250,10 @@ def load_appropriateness(store: Store, manifest: Manifest, split: str) -> np.nda
         ValueError: if the file is not the one the manifest names.
     """
     part = manifest.split(split).appropriateness
-    return None if part is None else decode_npy(read_part(store, part))
+    return None if part is None else decode_npy(read_file(store, part))
 
 
-def read_part(store: Store, part: File) -> bytes:
+def read_file(store: Store, part: File) -> bytes:
     """A file that a manifest names, compared with its hash.
 
     Raises:
@@ -261,7 +261,7 @@ def read_part(store: Store, part: File) -> bytes:
     """
     try:
         return read_verified(store, part.file, part.hash)
-    except Altered as error:
+    except HashMismatch as error:
         raise ValueError(f"{error}: restore it from a copy") from None
 
 
@@ -271,7 +271,7 @@ def _load(store: Store, digest: str) -> Manifest:
         data = read_verified(store, manifest_file(digest), digest)
     except NotFound as error:
         raise ValueError(f"the dataset at {store.url} has no state {digest} ({where} is missing): correct data.manifest") from error
-    except Altered as error:
+    except HashMismatch as error:
         raise ValueError(f"{error}: it was changed or damaged; restore it from a copy") from None
     try:
         manifest = Manifest.model_validate_json(data)

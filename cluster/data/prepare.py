@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from cluster.config.schema import Workers
-from cluster.data.build_shard import Built, Pair, Source, Tree, build, compare
-from cluster.data.manifest import CURRENT, File, Manifest, Split, Stream, current, read_part, succeed
+from cluster.data.build_shard import BuiltShard, Pair, ShardSource, Tree, assert_unchanged, build_shard
+from cluster.data.manifest import CURRENT, File, Manifest, Split, StreamEntry, current_manifest, publish_successor, read_file
 from cluster.data.reader import Reader
 from cluster.data.shards import encode_npy, index_dtype, members, shard_name
-from cluster.runtime.tasks import each
+from cluster.runtime.tasks import map_tasks
 from cluster.storage import AlreadyExists, Store, content_hash
-from cluster.storage.parallel import overlapped
+from cluster.storage.parallel import parallel_map
 from reactdiff.clip import PERSONS, TARGETS
 
 TRAIN = "train"
@@ -33,7 +33,7 @@ NONE = np.array([], dtype=index_dtype(0)["key"])
 """No keys."""
 
 
-class Refused(ValueError):
+class RefusedClips(ValueError):
     """Clips that cannot be used, where every clip should be.
 
     Attributes:
@@ -71,13 +71,13 @@ def prepare(tree: Tree, store: Store, *, clips_per_shard: int, strict: bool, pro
         progress: called with (clips done, clips to do).
 
     Raises:
-        Refused: if a clip is, and `strict`; nothing is published then.
+        RefusedClips: if a clip is, and `strict`; nothing is published then.
         ValueError: if the dataset there is of another shape or of other clips, if no clip can be used, or if leaving clips
             out leaves a row of an appropriateness matrix without a 1.
         StorageError: if the store fails.
     """
-    store.prove()
-    work = _Preparation(Source(tree, store.url, strict), store, *_before(store))
+    store.assert_conditional_writes()
+    work = _Preparation(ShardSource(tree, store.url, strict), store, *_before(store))
     work.assert_grows()
     matrices = {split: tree.appropriateness(split) for split in tree.splits if split != TRAIN}
     work.compare()
@@ -85,7 +85,7 @@ def prepare(tree: Tree, store: Store, *, clips_per_shard: int, strict: bool, pro
     results = work.build(plans, progress)
     refused = [(plan.split, *entry) for plan, result in results for entry in result.refused]
     if refused and strict:
-        raise Refused(refused)
+        raise RefusedClips(refused)
     splits = {split: work.split(split, results, matrices.get(split)) for split in tree.splits}
     if not any(len(split.shards) for split in splits.values()):
         raise ValueError(f"no clip of the tree can be used; {refused[0][2] if refused else 'it has none'}")
@@ -97,7 +97,7 @@ def _before(store: Store) -> tuple[Manifest | None, str, Keys]:
     """The dataset as it is: its state, the etag that replaces it, and its clips."""
     if not store.exists(CURRENT):
         return None, "", {}
-    manifest, etag = current(store)
+    manifest, etag = current_manifest(store)
     keys = {split: np.concatenate([NONE, *Reader(store, manifest, split).keys()]) for split in manifest.splits}
     return manifest, etag, keys
 
@@ -111,14 +111,14 @@ class _Plan:
     pairs: list[Pair]
 
 
-Results = list[tuple[_Plan, Built]]
+Results = list[tuple[_Plan, BuiltShard]]
 
 
 @dataclass(frozen=True)
 class _Preparation:
     """One preparation: the tree, the store, and the dataset as it was before."""
 
-    source: Source
+    source: ShardSource
     store: Store
     old: Manifest | None
     etag: str
@@ -166,7 +166,7 @@ class _Preparation:
             for position in range(len(part)):
                 calls.append((self.old.shard(split, position), part.info(position), [pairs[keys[clip].decode()]]))
                 clip += part.clips[position]
-        _run(compare, calls, self.source, lambda number: None)
+        _run(assert_unchanged, calls, self.source, lambda number: None)
 
     def plan(self, clips_per_shard: int) -> list[_Plan]:
         """New clips cut into shards, each with a number that this content has claimed: no two preparations write to one shard."""
@@ -185,7 +185,7 @@ class _Preparation:
         numbers, waiting = [-1] * len(parts), list(range(len(parts)))
         while waiting:
             tried = list(zip(waiting, itertools.count(number), strict=False))
-            wins = overlapped(lambda one: _claim(self.store, shard_name(split, one[1]), self.source.content(parts[one[0]])), tried)
+            wins = parallel_map(lambda one: _claim(self.store, shard_name(split, one[1]), self.source.content(parts[one[0]])), tried)
             waiting = []
             for (part, taken), won in zip(tried, wins, strict=True):
                 if won:
@@ -205,7 +205,7 @@ class _Preparation:
             progress(done, total)
 
         calls = [(shard_name(plan.split, plan.number), plan.pairs) for plan in plans]
-        return list(zip(plans, _run(build, calls, self.source, count), strict=True))
+        return list(zip(plans, _run(build_shard, calls, self.source, count), strict=True))
 
     def split(self, split: str, results: Results, matrix: np.ndarray | None) -> Split:
         """A split's new state: the old clips in their order, then the new ones."""
@@ -227,13 +227,13 @@ class _Preparation:
             origin=old.identity if old else "",
             kind="clips",
             frames=self.tree.frames,
-            streams=[Stream(name=stream.name, kind=stream.kind, width=stream.width) for stream in streams],
+            streams=[StreamEntry(name=stream.name, kind=stream.kind, width=stream.width) for stream in streams],
             targets=TARGETS,
             members=list(members(self.source.arrays)),
             splits=splits,
             provenance=self.tree.provenance(),
         )
-        return succeed(self.store, manifest, old, self.etag)
+        return publish_successor(self.store, manifest, old, self.etag)
 
     def _cut(self, split: str, matrix: np.ndarray, order: list[str]) -> np.ndarray:
         """The rows and columns of these clips, plain then mirrored."""
@@ -249,12 +249,12 @@ class _Preparation:
             )
         return cut
 
-    def _subjects(self, split: str, new: list[Built]) -> File | None:
+    def _subjects(self, split: str, new: list[BuiltShard]) -> File | None:
         """Who is seen in each clip; None where the tree does not tell for all."""
         file = self.before(split).subjects
         if len(self.order(split)) and file is None:
             return None
-        names = json.loads(read_part(self.store, file)) if file else {person: [] for person in PERSONS}
+        names = json.loads(read_file(self.store, file)) if file else {person: [] for person in PERSONS}
         for result in new:
             for person in PERSONS:
                 names[person] += result.subjects[person]
@@ -284,11 +284,11 @@ def _claim(store: Store, name: str, content: str) -> bool:
     return True
 
 
-def _run(function: Callable[..., Any], calls: list[tuple[Any, ...]], source: Source, done: Callable[[int], None]) -> list[Any]:
+def _run(function: Callable[..., Any], calls: list[tuple[Any, ...]], source: ShardSource, done: Callable[[int], None]) -> list[Any]:
     """The results of all calls, in order; the error of a task as the task raised it."""
     results: list[Any] = [None] * len(calls)
     if calls:
-        for number, result in each(function, calls, Workers(), shared=source):
+        for number, result in map_tasks(function, calls, Workers(), shared=source):
             results[number] = result
             done(number)
     return results

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 
-class Bad(NamedTuple):
+class BadItem(NamedTuple):
     """An item that counts nothing at this position of the order and after it, and why."""
 
     item: int
@@ -19,15 +19,15 @@ class Bad(NamedTuple):
 class Quarantine:
     """The list; safe to ask from the reader threads while the loop adds to it."""
 
-    def __init__(self, entries: Iterable[Bad] = ()):
-        self._bad: dict[int, Bad] = {}
+    def __init__(self, entries: Iterable[BadItem] = ()):
+        self._bad: dict[int, BadItem] = {}
         self.add(entries)
 
     def __len__(self) -> int:
         return len(self._bad)
 
     @property
-    def entries(self) -> list[Bad]:
+    def entries(self) -> list[BadItem]:
         """The list in the order of items, for a checkpoint."""
         return sorted(self._bad.values())
 
@@ -35,7 +35,7 @@ class Quarantine:
         """Whether the item counts nothing at this position."""
         return (bad := self._bad.get(item)) is not None and position >= bad.position
 
-    def add(self, entries: Iterable[Bad]) -> list[Bad]:
+    def add(self, entries: Iterable[BadItem]) -> list[BadItem]:
         """Take entries in, each item's first one; returns those that were not in the list before."""
         new = []
         for bad in sorted(entries, key=lambda bad: bad.position):

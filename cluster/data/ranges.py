@@ -15,7 +15,7 @@ GAP = 64 << 10
 WIDE_GAP = 512 << 10
 """The same where at least half of the range is wanted all the same."""
 
-JOINED = 2 << 20
+COALESCED = 2 << 20
 """Bytes of a range beyond which no further clip joins it: then several readers side by side are faster."""
 
 CLIP = 64 << 20
@@ -38,7 +38,7 @@ class Range(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Wants:
+class ReadPlan:
     """Arrays that are wanted, in the order of shards and offsets, as columns; the same array may be wanted several times.
 
     Attributes:
@@ -75,7 +75,7 @@ class Wants:
         """Whether the array is received in its place."""
         return self.widths[self.kind[number]] >= DIRECT
 
-    def joined(self, apart: list[bool] | None = None) -> list[Range]:
+    def coalesced(self, apart: list[bool] | None = None) -> list[Range]:
         """As few ranges as answer all.
 
         Args:
@@ -88,7 +88,7 @@ class Wants:
                     continue
                 gap, whole = offset - end, offset + size - start
                 near = gap <= GAP or (gap <= WIDE_GAP and 2 * (wanted + size) >= whole)
-                small = whole <= (CLIP if self.clip[number] == self.clip[number - 1] else JOINED)
+                small = whole <= (CLIP if self.clip[number] == self.clip[number - 1] else COALESCED)
                 if near and small and (apart is None or apart[number] == apart[number - 1]):
                     wanted, end = wanted + size, offset + size
                     continue
@@ -111,7 +111,7 @@ class Wants:
         return ranges
 
 
-class Layout:
+class ReceiveBuffers:
     """Where the bytes of one range are received: large arrays in their place, all else in a buffer of this thread.
 
     Attributes:
@@ -121,21 +121,21 @@ class Layout:
         direct: for each want whose array is received in its place, in their order: its member's header, and the bytes of the array.
     """
 
-    def __init__(self, wants: Wants, part: Range):
+    def __init__(self, plan: ReadPlan, part: Range):
         numbers = range(part.first, part.last)
-        direct = {wants.offset[number]: number for number in reversed(numbers) if wants.direct(number)}
+        direct = {plan.offset[number]: number for number in reversed(numbers) if plan.direct(number)}
         self.direct: dict[int, tuple[memoryview, int]] = {}
-        self.scratch = _scratch(part.length - sum(wants.widths[wants.kind[number]] for number in direct.values()))
+        self.scratch = _scratch(part.length - sum(plan.widths[plan.kind[number]] for number in direct.values()))
         self.buffers: list[memoryview] = []
         self.at: list[int] = []
         run = skipped = 0
         for number in numbers:
-            offset = wants.offset[number]
+            offset = plan.offset[number]
             if direct.get(offset) == number:
-                width = wants.widths[wants.kind[number]]
+                width = plan.widths[plan.kind[number]]
                 begin = offset - part.start - skipped
-                body = begin + wants.size[number] - width
-                self.buffers += [self.scratch[run:body], wants.place(number)]
+                body = begin + plan.size[number] - width
+                self.buffers += [self.scratch[run:body], plan.place(number)]
                 self.direct[number] = self.scratch[begin:body], width
                 run, skipped = body, skipped + width
                 self.at.append(begin)

@@ -12,16 +12,16 @@ import numpy as np
 from crc32c import crc32c
 
 from cluster.data.cache import Cache
-from cluster.data.checksums import Sums
+from cluster.data.checksums import RunningChecksums
 from cluster.data.manifest import Manifest
-from cluster.data.ranges import Layout, Range, Wants
+from cluster.data.ranges import Range, ReadPlan, ReceiveBuffers
 from cluster.data.shards import CorruptData, index_dtype, npy_header, read_index
 from cluster.storage import Store
-from cluster.storage.parallel import overlapped
+from cluster.storage.parallel import parallel_map
 
 log = logging.getLogger(__name__)
 
-Source = tuple[str, str]
+ArrayKey = tuple[str, str]
 """(person, array name)."""
 
 INDICES = 64 << 20
@@ -35,12 +35,12 @@ NEAR = 10_000
 class Read:
     """What was read of a clip: arrays, the bytes fetched, and the sum of the members' CRC32C."""
 
-    arrays: dict[Source, np.ndarray]
+    arrays: dict[ArrayKey, np.ndarray]
     bytes: int
     checksum: int
 
 
-class Fetched(NamedTuple):
+class FetchResult(NamedTuple):
     """What came of a range: by number, what is wrong with damaged arrays (their places hold nothing of use); bytes asked of the store."""
 
     damaged: dict[int, CorruptData]
@@ -82,22 +82,22 @@ class Reader:
 
     def keys(self) -> Iterator[np.ndarray]:
         """The keys of each shard's clips, (clips,) bytes, shard by shard; reads every index, several at the same time."""
-        return overlapped(lambda shard: self._index(shard)["key"].copy(), range(len(self.counts)))
+        return parallel_map(lambda shard: self._index(shard)["key"].copy(), range(len(self.counts)))
 
-    def find(self, key: str) -> int | None:
+    def find_clip(self, key: str) -> int | None:
         """The number of the clip with this key, None if the split has none; reads the indices as far as there."""
         for first, keys in zip(self._first[:-1], self.keys(), strict=True):
             if (found := np.flatnonzero(keys == key.encode())).size:
                 return int(first + found[0])
         return None
 
-    def number(self, key: str) -> int:
+    def clip_number(self, key: str) -> int:
         """The number of the clip with this key.
 
         Raises:
             ValueError: if the split has none, with the nearest ones among its first 10 000.
         """
-        if (clip := self.find(key)) is None:
+        if (clip := self.find_clip(key)) is None:
             keys = [known.decode() for known in islice(chain.from_iterable(map(np.ndarray.tolist, self.keys())), NEAR)]
             near = difflib.get_close_matches(key, keys, cutoff=0)
             among = f" of the first {len(keys)}" if len(keys) < self.clips else ""
@@ -107,7 +107,7 @@ class Reader:
             )
         return clip
 
-    def array(self, source: Source) -> tuple[tuple[int, int], np.dtype]:
+    def array(self, source: ArrayKey) -> tuple[tuple[int, int], np.dtype]:
         """Shape (frames, width) and dtype of an array in every clip.
 
         Raises:
@@ -118,7 +118,7 @@ class Reader:
         dtype = np.float32 if source[1] in self._manifest.targets else self._manifest.dtype
         return (self._manifest.frames, widths[source[1]]), np.dtype(dtype)
 
-    def read(self, clip: int, wanted: Collection[Source]) -> Read:
+    def read(self, clip: int, wanted: Collection[ArrayKey]) -> Read:
         """Arrays of a clip.
 
         Args:
@@ -132,14 +132,14 @@ class Reader:
         self._locate(clip)
         arrays = {source: np.empty(*self.array(source)) for source in wanted}
         members = np.array([[self.member(source) for source in arrays]], dtype=np.int64)
-        wants = self.plan(np.array([clip]), members, [array[None] for array in arrays.values()])
-        ranges = self.ranges(wants)
+        plan = self.plan(np.array([clip]), members, [array[None] for array in arrays.values()])
+        ranges = self.ranges(plan)
         for part in ranges:
-            for error in self.fetch(wants, part).damaged.values():
+            for error in self.fetch(plan, part).damaged.values():
                 raise error
-        return Read(arrays, sum(part.length for part in ranges), sum(wants.crc))
+        return Read(arrays, sum(part.length for part in ranges), sum(plan.crc))
 
-    def member(self, source: Source) -> int:
+    def member(self, source: ArrayKey) -> int:
         """The number of an array's member in the manifest.
 
         Raises:
@@ -157,7 +157,7 @@ class Reader:
         places: Sequence[np.ndarray],
         rows: np.ndarray | None = None,
         each: Callable[..., Any] = map,
-    ) -> Wants:
+    ) -> ReadPlan:
         """Find out where arrays lie.
 
         Args:
@@ -184,94 +184,94 @@ class Reader:
         flat = [np.broadcast_to(column, members.shape).ravel() for column in wide]
         order = np.lexsort((flat[5], flat[2]))
         columns = (column[order].tolist() for column in flat)
-        return Wants([memoryview(place.data).cast("B") for place in places], [place[0].nbytes for place in places], *columns)
+        return ReadPlan([memoryview(place.data).cast("B") for place in places], [place[0].nbytes for place in places], *columns)
 
-    def ranges(self, wants: Wants) -> list[Range]:
+    def ranges(self, plan: ReadPlan) -> list[Range]:
         """As few ranged reads as it takes; what is in the cache is not joined with what is not, nor over a gap that is not there."""
         if (cache := self._cache) is None:
-            return wants.joined()
-        tars = {shard: self._tar(shard) for shard in set(wants.shard)}
-        held = [cache.holds(tars[s], o, n) for s, o, n in zip(wants.shard, wants.offset, wants.size, strict=True)]
+            return plan.coalesced()
+        tars = {shard: self._tar(shard) for shard in set(plan.shard)}
+        held = [cache.holds(tars[s], o, n) for s, o, n in zip(plan.shard, plan.offset, plan.size, strict=True)]
         ranges: list[Range] = []
-        for part in wants.joined(held):
+        for part in plan.coalesced(held):
             whole = not held[part.first] or cache.holds(tars[part.shard], part.start, part.length)
-            ranges += [part] if whole else wants.single(part)
+            ranges += [part] if whole else plan.single(part)
         return ranges
 
-    def fetch(self, wants: Wants, part: Range, keep: bool = True) -> Fetched:
+    def fetch(self, plan: ReadPlan, part: Range, keep: bool = True) -> FetchResult:
         """Read a range and put its arrays where they are wanted; bytes that do not match their checksum are read once more.
 
         Args:
-            wants: of `plan`.
+            plan: of `plan`.
             part: of `ranges`.
             keep: whether it will be wanted again, so that the cache should keep it.
 
         Raises:
             StorageError: if the range cannot be read.
         """
-        layout, name, tar = Layout(wants, part), self._name(part.shard), self._tar(part.shard)
-        if self._cache and self._cache.read_into(tar, part.start, *layout.buffers):
-            sums = Sums(layout)
-            for buffer in layout.buffers:
-                sums.filled(buffer)
-            if not self._landed(wants, part, layout, sums.of):
-                return Fetched({}, 0)
+        received, name, tar = ReceiveBuffers(plan, part), self._name(part.shard), self._tar(part.shard)
+        if self._cache and self._cache.read_into(tar, part.start, *received.buffers):
+            sums = RunningChecksums(received)
+            for buffer in received.buffers:
+                sums.update(buffer)
+            if not self._landed(plan, part, received, sums.of):
+                return FetchResult({}, 0)
             log.warning("%s: the cache on this node's disk differs from what was kept there; reading it again", name)
             self._cache.drop(tar, part.start, part.length)
         for reads in (1, 2):  # bytes also change on their way
-            sums = Sums(layout)
-            self._store.read_into(f"{name}.tar", part.start, *layout.buffers, filled=sums.filled)
-            damaged = self._landed(wants, part, layout, sums.of)
+            sums = RunningChecksums(received)
+            self._store.read_into(f"{name}.tar", part.start, *received.buffers, on_bytes=sums.update)
+            damaged = self._landed(plan, part, received, sums.of)
             if not damaged:
                 break
             if reads == 1:
                 log.warning("%s; reading it once more", next(iter(damaged.values())))
         if self._cache and keep and not damaged:
-            self._cache.admit(tar, part.start, *layout.buffers)
-        return Fetched(damaged, reads * part.length)
+            self._cache.admit(tar, part.start, *received.buffers)
+        return FetchResult(damaged, reads * part.length)
 
-    def _landed(self, wants: Wants, part: Range, layout: Layout, sums: dict[int, int]) -> dict[int, CorruptData]:
+    def _landed(self, plan: ReadPlan, part: Range, received: ReceiveBuffers, sums: dict[int, int]) -> dict[int, CorruptData]:
         """Copy what came to where it is wanted; by number, the wants whose bytes are not those that were written.
 
         Args:
-            wants: of `plan`.
+            plan: of `plan`.
             part: of `ranges`.
-            layout: where it lies.
+            received: where it lies.
             sums: by number, the checksums of what was received in its place.
         """
         damaged: dict[int, CorruptData] = {}
-        scratch, headers, before, array = layout.scratch, self._headers, -1, memoryview(b"")
-        for number, at in zip(range(part.first, part.last), layout.at, strict=True):
-            place, size = wants.place(number), wants.size[number]
+        scratch, headers, before, array = received.scratch, self._headers, -1, memoryview(b"")
+        for number, at in zip(range(part.first, part.last), received.at, strict=True):
+            place, size = plan.place(number), plan.size[number]
             body = at + size - len(place)
-            if wants.offset[number] == before:  # the same array once more
+            if plan.offset[number] == before:  # the same array once more
                 if number - 1 in damaged:
                     damaged[number] = damaged[number - 1]
                 else:
                     place[:] = array
                 continue
-            before = wants.offset[number]
-            if wants.direct(number):
+            before = plan.offset[number]
+            if plan.direct(number):
                 array, crc = place, sums[number]
             else:
                 array, crc = scratch[body : at + size], crc32c(scratch[at : at + size])
                 place[:] = array
-            if crc != wants.crc[number]:
-                damaged[number] = self._corrupt(wants, number, crc)
-            elif (known := (wants.member[number], bytes(scratch[at:body]))) not in headers:
-                self._assert_header(wants, number, known[1])
+            if crc != plan.crc[number]:
+                damaged[number] = self._corrupt(plan, number, crc)
+            elif (known := (plan.member[number], bytes(scratch[at:body]))) not in headers:
+                self._assert_header(plan, number, known[1])
                 headers.add(known)
         return damaged
 
-    def _corrupt(self, wants: Wants, number: int, crc: int) -> CorruptData:
-        shard, member = wants.shard[number], self._manifest.members[wants.member[number]]
-        return CorruptData(self._name(shard), self._key(shard, wants.clip[number]), member, f"{wants.crc[number]:08x}", f"{crc:08x}")
+    def _corrupt(self, plan: ReadPlan, number: int, crc: int) -> CorruptData:
+        shard, member = plan.shard[number], self._manifest.members[plan.member[number]]
+        return CorruptData(self._name(shard), self._key(shard, plan.clip[number]), member, f"{plan.crc[number]:08x}", f"{crc:08x}")
 
-    def _assert_header(self, wants: Wants, number: int, header: bytes) -> None:
+    def _assert_header(self, plan: ReadPlan, number: int, header: bytes) -> None:
         """An array is of the shape and type that the manifest says."""
-        person, name, _ = self._manifest.members[wants.member[number]].split(".")
+        person, name, _ = self._manifest.members[plan.member[number]].split(".")
         shape, dtype = self.array((person, name))
-        shard, clip = wants.shard[number], wants.clip[number]
+        shard, clip = plan.shard[number], plan.clip[number]
         try:
             found = "{1} {0}".format(*npy_header(header))
         except ValueError as error:

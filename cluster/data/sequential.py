@@ -11,7 +11,7 @@ CHUNK = 8 << 20
 """Bytes read at once and held: what reading a shard costs in memory, whatever its size. A multiple of a tar's blocks."""
 
 
-class Tape(io.RawIOBase):
+class SequentialReader(io.RawIOBase):
     """A file that is read forwards; `tarfile` reads from it, too.
 
     Args:
@@ -26,7 +26,7 @@ class Tape(io.RawIOBase):
         self._buffer, self._chunk = bytearray(min(CHUNK, size)), memoryview(b"")
         self._hash = hashlib.blake2b(digest_size=16)
 
-    def parts(self, length: int) -> Iterator[memoryview]:
+    def chunks(self, length: int) -> Iterator[memoryview]:
         """The next `length` bytes, fewer where the file ends, as they come; a part is good until the next is asked for.
 
         Raises:
@@ -50,7 +50,7 @@ class Tape(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill a buffer with the next bytes, less only at the end."""
         done = 0
-        for part in self.parts(len(buffer)):
+        for part in self.chunks(len(buffer)):
             buffer[done : done + len(part)] = part
             done += len(part)
         return done

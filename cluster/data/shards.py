@@ -21,7 +21,7 @@ import webdataset
 from crc32c import crc32c
 
 from cluster.storage import Store, content_hash
-from cluster.storage.hashing import Altered, read_verified
+from cluster.storage.hashing import HashMismatch, read_verified
 from reactdiff.clip import PERSONS
 from reactdiff.data.sample import Clip
 
@@ -187,7 +187,7 @@ def read_index(store: Store, name: str, digest: str = "") -> np.ndarray:
     key = f"{name}.index.npy"
     try:
         return decode_npy(read_verified(store, key, digest) if digest else store.read(key))
-    except Altered as error:
+    except HashMismatch as error:
         raise CorruptData(name, "", "index", digest, error.actual) from None
 
 

@@ -16,11 +16,11 @@ from threading import Condition, Event
 import numpy as np
 import torch
 
-from cluster.data.quarantine import Bad, Quarantine
-from cluster.data.ranges import Range, Wants
+from cluster.data.quarantine import BadItem, Quarantine
+from cluster.data.ranges import Range, ReadPlan
 from cluster.data.reader import Reader
 from cluster.data.shards import CorruptData
-from cluster.storage.retry import end_with
+from cluster.storage.retry import cancel_retries_on
 from reactdiff.data.order import Order, step_slice
 from reactdiff.stage import Stage
 
@@ -49,7 +49,7 @@ class Batch:
     tensors: dict[str, torch.Tensor]
     ledger: int
     bytes: int
-    corrupt: tuple[Bad, ...] = ()
+    corrupt: tuple[BadItem, ...] = ()
 
     @property
     def valid(self) -> int:
@@ -105,7 +105,7 @@ class _Window:
         self.steps, self.items, self.tensors = steps, items, tensors
         self.step_of = [step for step in steps for _ in step.positions]
         self.checksums = np.zeros(len(items), dtype=np.int64)
-        self.corrupt: dict[int, Bad] = {}
+        self.corrupt: dict[int, BadItem] = {}
 
 
 class Stream:
@@ -145,10 +145,10 @@ class Stream:
         # Three windows are held at most: one that is read, one that is handed out, and one whose last batch is still in use.
         rows = -(-share.batch // share.ranks)
         self._window = max(1, min(read_ahead // (3 * item_bytes * rows), share.steps))
-        self._memory = _Memory(self._window * rows, pin)
+        self._memory = _BufferPool(self._window * rows, pin)
         self._closing = Event()
         self._pool, self._indices, self._planner, self._drawer = (
-            ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=end_with, initargs=(self._closing,))
+            ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=cancel_retries_on, initargs=(self._closing,))
             for name, threads in {"reader": readers, "index": readers, "planner": 1, "drawer": 1}.items()
         )
         self._landed = Condition()
@@ -162,10 +162,10 @@ class Stream:
             StorageError: if they cannot be read.
         """
         size, begun = 1, first_step  # the first windows are small, so that the first batch is there soon
-        planned = self._planner.submit(self._plan, begun, size)
-        while (window := planned.result()).steps:
+        plan_evaluation = self._planner.submit(self._plan, begun, size)
+        while (window := plan_evaluation.result()).steps:
             begun, size = begun + len(window.steps), min(2 * size, self._window)
-            planned = self._planner.submit(self._plan, begun, size)
+            plan_evaluation = self._planner.submit(self._plan, begun, size)
             for place, step in enumerate(window.steps):
                 self._draw_ahead(window.steps[place : place + 1 + DRAWN])
                 yield self._finished(window, step)
@@ -189,13 +189,13 @@ class Stream:
             return window
         clips, sides = np.divmod(window.items[rows], 2)
         places = [tensor.numpy() for tensor in window.tensors.values()]
-        wants = self._reader.plan(clips, self._members[sides], places, rows, self._indices.map)
-        np.add.at(window.checksums, wants.row, wants.crc)
+        plan = self._reader.plan(clips, self._members[sides], places, rows, self._indices.map)
+        np.add.at(window.checksums, plan.row, plan.crc)
         for row in rows.tolist():
             window.step_of[row].coming += len(self._kinds)
-        ranges = [(min(wants.row[part.first : part.last]), part) for part in self._reader.ranges(wants)]
+        ranges = [(min(plan.row[part.first : part.last]), part) for part in self._reader.ranges(plan)]
         for row, part in sorted(ranges):  # in the order in which they will be needed
-            self._pool.submit(self._fetch, window, wants, part, window.step_of[row])
+            self._pool.submit(self._fetch, window, plan, part, window.step_of[row])
         return window
 
     def _end(self, first: int, count: int) -> int:
@@ -218,11 +218,11 @@ class Stream:
         """Whether there is another epoch after the one a step is in."""
         return (step * self._share.batch // self._order.items + 1) * self._order.items < self._share.total
 
-    def _fetch(self, window: _Window, wants: Wants, part: Range, first: _Step) -> None:
+    def _fetch(self, window: _Window, plan: ReadPlan, part: Range, first: _Step) -> None:
         """Read a range and tell the steps that wait for it."""
-        rows = wants.row[part.first : part.last]
+        rows = plan.row[part.first : part.last]
         try:
-            damaged, size = self._reader.fetch(wants, part, self._wanted_again(first.number))
+            damaged, size = self._reader.fetch(plan, part, self._wanted_again(first.number))
         except BaseException as failure:
             with self._landed:
                 for row in rows:
@@ -232,7 +232,7 @@ class Stream:
         with self._landed:
             first.bytes += size
             for number, error in damaged.items():
-                self._found(window, wants.row[number], error)
+                self._found(window, plan.row[number], error)
             for row in rows:
                 window.step_of[row].coming -= 1
             self._notify()
@@ -248,7 +248,7 @@ class Stream:
         if self._quarantine is None:
             step.error = error
         else:
-            bad = Bad(int(window.items[row]), step.positions[row - step.rows.start], str(error))
+            bad = BadItem(int(window.items[row]), step.positions[row - step.rows.start], str(error))
             window.corrupt[row] = min(window.corrupt.get(row, bad), bad)  # whichever thread was first
 
     def _finished(self, window: _Window, step: _Step) -> Batch:
@@ -285,7 +285,7 @@ class Stream:
         return {name: tensor.pin_memory() for name, tensor in stacked.items()} if self._pin else stacked
 
 
-class _Memory:
+class _BufferPool:
     """Memory of windows: what nobody holds any more is used again, since the kernel gives out new pages slowly.
 
     Args:

@@ -16,7 +16,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 from crc32c import crc32c
 
-from cluster.data.sequential import Tape
+from cluster.data.sequential import SequentialReader
 from cluster.data.shards import NPY, index_dtype, npy_header
 from reactdiff.clip import PERSONS, TARGETS, WINDOW
 from reactdiff.data.paths import key_of
@@ -27,7 +27,7 @@ ALIGNED = 16
 
 
 @dataclass(frozen=True)
-class Form:
+class ClipFormat:
     """What every person of a dataset has: frames, and the width of each array."""
 
     frames: int
@@ -63,14 +63,14 @@ class Member(NamedTuple):
         return match[1] if match else ""
 
 
-class Reading:
+class TarScan:
     """One pass over a tar.
 
     Attributes:
         ignored: files met so far that are no arrays of a person.
     """
 
-    def __init__(self, tape: Tape):
+    def __init__(self, tape: SequentialReader):
         self._tape = tape
         self.ignored = 0
 
@@ -118,14 +118,14 @@ class Reading:
             self.refuse(member, f"it has {member.size} bytes, but {dtype} {shape} needs {whole}")
         return shape, dtype, crc32c(header)
 
-    def checksum(self, member: Member, form: Form) -> int:
+    def checksum(self, member: Member, form: ClipFormat) -> int:
         """The CRC32C of an array that fits the dataset; one that does not is refused."""
         shape, dtype, crc = self.header(member)
         expected = form.array(member.array)
         if (shape, dtype) != expected:
             self.refuse(member, f"it is {dtype} {shape}, but must be {expected[1]} {expected[0]}")
         done = 0
-        for part in self._tape.parts(dtype.itemsize * math.prod(shape)):
+        for part in self._tape.chunks(dtype.itemsize * math.prod(shape)):
             crc, numbers = crc32c(part, crc), np.frombuffer(part, dtype)
             finite = np.isfinite(numbers)
             if not finite.all():
@@ -161,20 +161,20 @@ class Reading:
     def _assert_ended(self, offset: int) -> None:
         """Behind the last member are zeros and nothing else: `tarfile` ends in silence where it meets what it cannot read."""
         self._tape.seek(offset)
-        if offset == self._tape.size or any(np.frombuffer(part, np.uint8).any() for part in self._tape.parts(self._tape.size - offset)):
+        if offset == self._tape.size or any(np.frombuffer(part, np.uint8).any() for part in self._tape.chunks(self._tape.size - offset)):
             raise ValueError(
                 f"{self._tape.key}: behind its last readable member, from byte {offset} on, are not the zeros that end a tar; it was cut "
                 "off, or damaged there, or put together of several: write it again"
             )
 
 
-def first_form(tape: Tape) -> Form:
+def first_format(tape: SequentialReader) -> ClipFormat:
     """What the first clip of a tar has; whether every person and clip has it, `read_tar` says.
 
     Raises:
         ValueError: if it has no arrays, or they are not of a shape that a dataset can have.
     """
-    reading = Reading(tape)
+    reading = TarScan(tape)
     widths: dict[str, int] = {}
     frames = 0
     for _, sample in islice(reading.samples(), 1):
@@ -185,10 +185,10 @@ def first_form(tape: Tape) -> Form:
             frames, widths[member.array] = frames or shape[0], shape[1]
     if not widths:
         raise ValueError(f"{tape.key}: its first sample has no member <key>.<person>.<stream>.npy, person {' or '.join(PERSONS)}")
-    return Form(frames, widths | TARGETS)
+    return ClipFormat(frames, widths | TARGETS)
 
 
-def read_tar(tape: Tape, form: Form) -> tuple[np.ndarray, int]:
+def read_tar(tape: SequentialReader, form: ClipFormat) -> tuple[np.ndarray, int]:
     """Read a tar from end to end.
 
     Returns:
@@ -198,7 +198,7 @@ def read_tar(tape: Tape, form: Form) -> tuple[np.ndarray, int]:
         ValueError: if anything in it does not fit, naming tar, clip, member, what was found and what should be there.
         StorageError: if it cannot be read.
     """
-    reading, order = Reading(tape), form.members
+    reading, order = TarScan(tape), form.members
     row, rows, keys = index_dtype(len(order)), bytearray(), set()
     for first, sample in reading.samples():
         clip: dict[str, tuple[int, int, int]] = {}

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from crc32c import crc32c
 
 from cluster.config.schema import Workers
-from cluster.data.manifest import File, Manifest, read_part
-from cluster.data.sequential import Tape
+from cluster.data.manifest import File, Manifest, read_file
+from cluster.data.sequential import SequentialReader
 from cluster.data.shards import CorruptData, read_index
-from cluster.runtime.tasks import each
+from cluster.runtime.tasks import map_tasks
 from cluster.storage import NotFound, Store
 
 
@@ -39,7 +39,7 @@ def verify(store: Store, manifest: Manifest, workers: Workers, progress: Callabl
     """
     calls = [(split, position) for split, part in manifest.splits.items() for position in range(len(part.shards))]
     found: dict[int, list[Damage]] = {}
-    for number, damage in each(check_shard, calls, workers, shared=(store, manifest)):
+    for number, damage in map_tasks(check_shard, calls, workers, shared=(store, manifest)):
         found[number] = damage
         progress(len(found), len(calls))
     return [*_files(store, manifest), *(damage for number in sorted(found) for damage in found[number])]
@@ -51,7 +51,7 @@ def _files(store: Store, manifest: Manifest) -> Iterator[Damage]:
         for file in files:
             try:
                 if file is not None:
-                    read_part(store, file)
+                    read_file(store, file)
             except (NotFound, ValueError) as error:
                 yield Damage(split, file.file if file else "", str(error))
 
@@ -77,11 +77,11 @@ def check_shard(shared: tuple[Store, Manifest], split: str, position: int) -> li
             for row in index
             for offset, size, crc, member in zip(row["offset"], row["size"], row["crc"], manifest.members, strict=True)
         ]
-        damage, tape = [], Tape(store, tar, info.bytes)
+        damage, tape = [], SequentialReader(store, tar, info.bytes)
         for offset, size, crc, clip, member in sorted(pieces):
             tape.seek(offset)
             actual = 0
-            for part in tape.parts(size):
+            for part in tape.chunks(size):
                 actual = crc32c(part, actual)
             if actual != crc:
                 damage.append(Damage(split, tar, f"clip {clip}, member {member}: checksum {actual:08x}, but written with {crc:08x}"))

@@ -17,12 +17,12 @@ from cluster.config.schema import Experiment
 from cluster.data.manifest import Manifest
 from cluster.data.reader import Reader
 from cluster.data.shards import CorruptData
-from cluster.evaluation.ground_truth import Sight
+from cluster.evaluation.ground_truth import GroundTruth
 from cluster.runs.export import Export, load_reactor, untrained_reactor
-from cluster.runs.latents import Coder, corrupt_clips, encode
-from cluster.runtime.tasks import each
+from cluster.runs.latents import LatentDataset, corrupt_clips, encode_clip
+from cluster.runtime.tasks import map_tasks
 from cluster.storage import open_store
-from cluster.storage.parallel import overlapped
+from cluster.storage.parallel import parallel_map
 from reactdiff.clip import PERSONS, speaker_listener
 from reactdiff.data import synthetic
 from reactdiff.data.keyed import generator
@@ -30,7 +30,7 @@ from reactdiff.determinism import make_deterministic
 from reactdiff.generate import Reactor
 from reactdiff.metrics import baselines
 from reactdiff.metrics.official import Scores, merge
-from reactdiff.metrics.part import Part, total
+from reactdiff.metrics.part import PartialScores, total
 from reactdiff.stage import LATENT
 
 VERSION = 2
@@ -48,12 +48,12 @@ ONLINE_ORACLE = "online oracle"
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationPlan:
     """What is evaluated: two exports on the first clips of a split. An item is (clip, direction), row clip + clips * direction."""
 
     experiment: Experiment
     run: str
-    coder: Coder
+    coder: LatentDataset
     diffusion: Export | None
     split: str
     predictions: int
@@ -69,15 +69,15 @@ class Evaluation:
         """Where a part of a row is kept, without its ending."""
         return f"evaluation/{self.id}/{row.replace(' ', '-')}-{start:09d}"
 
-    def kept(self, row: str) -> Part:
+    def kept(self, row: str) -> PartialScores:
         """What was scored of a row, once it is; of its parts a few are held at a time.
 
         Raises:
             NotFound: if it is not.
         """
         store = open_store(self.run)
-        parts = overlapped(lambda start: store.read(f"{self.file(row, start)}.npz"), self.starts, ahead=8)
-        return total(Part.from_arrays(np.load(io.BytesIO(part), allow_pickle=False)) for part in parts)
+        parts = parallel_map(lambda start: store.read(f"{self.file(row, start)}.npz"), self.starts, ahead=8)
+        return total(PartialScores.from_arrays(np.load(io.BytesIO(part), allow_pickle=False)) for part in parts)
 
     @cached_property
     def sight(self) -> "_Sight":
@@ -115,7 +115,7 @@ def assert_scorable(clips: Manifest, split: str) -> None:
         )
 
 
-def planned(experiment: Experiment, run: str, coder: Coder, diffusion: Export | None) -> Evaluation:
+def plan_evaluation(experiment: Experiment, run: str, coder: LatentDataset, diffusion: Export | None) -> EvaluationPlan:
     """The evaluation an experiment asks for; arguments as `evaluate`.
 
     Raises:
@@ -124,11 +124,11 @@ def planned(experiment: Experiment, run: str, coder: Coder, diffusion: Export | 
     asked, clips = experiment.evaluation, coder.clips
     assert_scorable(clips, asked.split)
     there = int(clips.counts(asked.split).sum())
-    return Evaluation(experiment, run, coder, diffusion, asked.split, asked.predictions, min(asked.clips or there, there))
+    return EvaluationPlan(experiment, run, coder, diffusion, asked.split, asked.predictions, min(asked.clips or there, there))
 
 
 def evaluate(
-    experiment: Experiment, run: str, coder: Coder, diffusion: Export | None, progress: Callable[[int, int], None]
+    experiment: Experiment, run: str, coder: LatentDataset, diffusion: Export | None, progress: Callable[[int, int], None]
 ) -> dict[str, Scores]:
     """Score a run's exports as its `evaluation` branch says.
 
@@ -145,9 +145,9 @@ def evaluate(
     Raises:
         ValueError: if the split is not there or has no appropriateness matrix.
     """
-    what = replace(planned(experiment, run, coder, diffusion), mean=_mean_attributes(coder))
+    what = replace(plan_evaluation(experiment, run, coder, diffusion), mean=_mean_attributes(coder))
     calls = [(row, start) for row in what.rows for start in what.starts]
-    for done, _ in enumerate(each(_score, calls, experiment.workers, shared=what)):
+    for done, _ in enumerate(map_tasks(_score, calls, experiment.workers, shared=what)):
         progress(done + 1, len(calls))
     scores = {row: merge([what.kept(row)]) for row in what.rows}
     report = {"evaluation": what.id, "split": what.split, "clips": what.clips, "predictions": what.predictions}
@@ -156,7 +156,7 @@ def evaluate(
     return scores
 
 
-def _score(what: Evaluation, row: str, start: int) -> None:
+def _score(what: EvaluationPlan, row: str, start: int) -> None:
     """Make, score and keep one part of one row, unless that is done."""
     store, name = open_store(what.run), what.file(row, start)
     if store.exists(f"{name}.npz"):
@@ -173,10 +173,10 @@ def _score(what: Evaluation, row: str, start: int) -> None:
     store.put(f"{name}.npz", buffer.getvalue())
 
 
-class _Sight(Sight):
+class _Sight(GroundTruth):
     """What a task sees of the data and the models."""
 
-    def __init__(self, what: Evaluation):
+    def __init__(self, what: EvaluationPlan):
         super().__init__(open_store(what.coder.source), what.coder.clips, what.split, what.clips)
         self.what = what
         latents = what.coder.manifest()
@@ -199,7 +199,7 @@ class _Sight(Sight):
         clip, direction = self.place(item)
         source = (speaker_listener(direction)[0], LATENT)
         if clip in self.corrupt:  # nothing is scored on zeros: the source is whole by now, or this raises
-            return encode(self.trained.codec, self.reader, clip)[source[0]]
+            return encode_clip(self.trained.codec, self.reader, clip)[source[0]]
         return self.latents.read(clip, [source]).arrays[source]
 
 
@@ -230,7 +230,7 @@ def _baseline(sight: _Sight, row: str, items: range) -> np.ndarray:
     return np.stack([synthetic.oracle(what.coder.clips.provenance, *key, count, online=row == ONLINE_ORACLE) for key in keys])
 
 
-def _mean_attributes(coder: Coder) -> tuple[float, ...]:
+def _mean_attributes(coder: LatentDataset) -> tuple[float, ...]:
     """Mean of the training split's attributes over its first clips, (25,); without those that training was to do without, too."""
     reader = Reader(open_store(coder.source), coder.clips, coder.split)
     wanted, means = [(person, "attributes") for person in PERSONS], []

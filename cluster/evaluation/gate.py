@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from cluster.config.spec import known_metric
-from cluster.data.manifest import HASH, Manifest, load_appropriateness, read_part
+from cluster.data.manifest import HASH_DIGITS, Manifest, load_appropriateness, read_file
 from cluster.storage import Store
 from reactdiff.config import Branch
 
@@ -98,7 +98,7 @@ def frozen_clips(store: Store, candidate: Manifest, champion: Manifest | None, t
         return clips
     before, where = champion.splits[SPLIT].shards, f"split {SPLIT} of {store.url}"
     count, same = sum(before.clips), len(before)
-    if part.shards.clips[:same] != before.clips or part.shards.tar[: same * HASH] != before.tar:
+    if part.shards.clips[:same] != before.clips or part.shards.tar[: same * HASH_DIGITS] != before.tar:
         raise GateError(f"{where} does not begin with the clips the champion was judged on: give this model another name")
     now, then = (_first(load_appropriateness(store, manifest, SPLIT), count) for manifest in (candidate, champion))
     if not np.array_equal(now, then):
@@ -123,7 +123,7 @@ def _assert_disjoint(store: Store, manifest: Manifest, train: str) -> None:
                 f"the dataset at {store.url} does not tell who is seen in the clips of split {split}, so it cannot be known whether "
                 f"{SPLIT} and {train} share a person: prepare it from a tree whose paths name persons"
             )
-        names = json.loads(read_part(store, file))
+        names = json.loads(read_file(store, file))
         seen[split] = {name for persons in names.values() for name in persons}
     if both := sorted(seen[SPLIT] & seen[train]):
         raise GateError(

@@ -9,10 +9,10 @@ from cluster.data.reader import Reader
 from cluster.storage import Store
 from reactdiff.clip import speaker_listener
 from reactdiff.metrics.official import score_part
-from reactdiff.metrics.part import Part
+from reactdiff.metrics.part import PartialScores
 
 
-class Sight:
+class GroundTruth:
     """The first clips of a split, with their part of the appropriateness matrix.
 
     Args:
@@ -46,7 +46,7 @@ class Sight:
         """The real reaction, (frames, 25)."""
         return self._attributes(item, 1)
 
-    def score(self, items: Sequence[int], predictions: np.ndarray) -> Part:
+    def score(self, items: Sequence[int], predictions: np.ndarray) -> PartialScores:
         """Score predictions (items, K, frames, 25)."""
         neighbours = [np.flatnonzero(self.matrix[item]) for item in items]
         targets = {int(other): self.listener(int(other)) for other in np.unique(np.concatenate([*neighbours, items]))}

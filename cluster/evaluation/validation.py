@@ -10,16 +10,16 @@ from torch import nn
 
 from cluster.config.schema import Experiment
 from cluster.data.manifest import load_manifest
-from cluster.evaluation.ground_truth import Sight
+from cluster.evaluation.ground_truth import GroundTruth
 from cluster.runs import checkpoint
 from cluster.runs.checkpoint import Checkpoint
 from cluster.runs.export import load_codec
-from cluster.runs.latents import Coder, encode
+from cluster.runs.latents import LatentDataset, encode_clip
 from cluster.storage import Store, open_store
 from reactdiff.clip import speaker_listener
 from reactdiff.generate import Reactor
 from reactdiff.metrics.official import merge
-from reactdiff.metrics.part import Part
+from reactdiff.metrics.part import PartialScores
 from reactdiff.model.codec import Codec
 from reactdiff.model.latent_diffusion import LatentDiffusion
 
@@ -29,15 +29,15 @@ METRICS = ("FRCorr", "FRDist")
 
 
 @dataclass(frozen=True)
-class Clips:
+class ValidationClips:
     """What is looked at: a dataset's state, and the finished codec where that is another stage's."""
 
     url: str
     manifest: str
-    coder: Coder | None
+    coder: LatentDataset | None
 
 
-class Watch:
+class Validator:
     """Scores averaged weights of checkpoints. It draws keyed noise and keeps its own copy of the model, so training does not notice.
 
     Args:
@@ -54,7 +54,7 @@ class Watch:
     def __init__(
         self,
         experiment: Experiment,
-        clips: Clips,
+        clips: ValidationClips,
         store: Store,
         module: nn.Module,
         gather: Callable[[Any], list[Any]],
@@ -65,7 +65,7 @@ class Watch:
         self._experiment, self._store, self._gather, self._rank, self._ranks = experiment, store, gather, rank, ranks
         dataset = open_store(clips.url)
         manifest = load_manifest(dataset, clips.manifest)
-        self._sight = Sight(dataset, manifest, SPLIT, min(experiment.evaluation.watch, int(manifest.counts(SPLIT).sum())))
+        self._sight = GroundTruth(dataset, manifest, SPLIT, min(experiment.evaluation.watch, int(manifest.counts(SPLIT).sum())))
         self._module = module.eval().to(device)
         if clips.coder is None:
             assert isinstance(module, Codec)
@@ -74,10 +74,10 @@ class Watch:
             assert isinstance(module, LatentDiffusion)
             self._reactor = Reactor(load_codec(open_store(clips.coder.run), clips.coder.export).to(device), module)
 
-    def look(self, found: Checkpoint) -> dict[str, float]:
+    def validate(self, found: Checkpoint) -> dict[str, float]:
         """Score a checkpoint that exists: metric -> value, the same on every rank; every rank calls this."""
         mine = [self._score(item) for item in range(self._rank, 2 * self._sight.clips, self._ranks)] if self._loaded(found) else []
-        parts = [Part.from_arrays(arrays) for of_rank in self._gather(mine) for arrays in of_rank]
+        parts = [PartialScores.from_arrays(arrays) for of_rank in self._gather(mine) for arrays in of_rank]
         scores = merge(parts).official
         return {name: scores[name] for name in METRICS}
 
@@ -90,7 +90,7 @@ class Watch:
 
     def _score(self, item: int) -> dict[str, np.ndarray]:
         clip, direction = self._sight.place(item)
-        speaker = encode(self._reactor.codec, self._sight.reader, clip)[speaker_listener(direction)[0]]
+        speaker = encode_clip(self._reactor.codec, self._sight.reader, clip)[speaker_listener(direction)[0]]
         asked = self._experiment.evaluation.predictions, self._experiment.seed
         drawn = self._reactor.react(speaker[None], [self._sight.key(item)], *asked)
         return self._sight.score([item], drawn["attributes"]).to_arrays()

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from cluster.data.quarantine import Bad
+from cluster.data.quarantine import BadItem
 from cluster.storage import AlreadyExists, NotFound, Store, content_hash
-from cluster.storage.hashing import Altered, read_verified
+from cluster.storage.hashing import HashMismatch, read_verified
 
 VERSION = 1
 BUFFER = "buffer/"
@@ -34,7 +34,7 @@ class DamagedCheckpoint(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Part:
+class CheckpointPart:
     """One rank's file: its content hash, size and the stretches of parameters in it."""
 
     hash: str
@@ -58,8 +58,8 @@ class Checkpoint:
     dataset: str
     config: dict[str, Any]
     shapes: dict[str, list[int]]
-    parts: list[Part]
-    quarantine: list[Bad] = field(default_factory=list)
+    parts: list[CheckpointPart]
+    quarantine: list[BadItem] = field(default_factory=list)
     version: int = VERSION
 
     @property
@@ -78,21 +78,23 @@ class Checkpoint:
             values = json.loads(data)
             if values["version"] != VERSION:
                 raise DamagedCheckpoint(f"{where} has version {values['version']}, this program reads version {VERSION}")
-            parts = [Part(part["hash"], part["bytes"], [tuple(extent) for extent in part["extents"]]) for part in values.pop("parts")]
-            quarantine = [Bad(*entry) for entry in values.pop("quarantine")]
+            parts = [
+                CheckpointPart(part["hash"], part["bytes"], [tuple(extent) for extent in part["extents"]]) for part in values.pop("parts")
+            ]
+            quarantine = [BadItem(*entry) for entry in values.pop("quarantine")]
             return cls(parts=parts, quarantine=quarantine, **values)
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedCheckpoint(f"{where} is no checkpoint manifest: {error}") from None
 
 
-def listing(store: Store, stage: str) -> list[str]:
+def list_checkpoints(store: Store, stage: str) -> list[str]:
     """The manifests of a stage, newest first (by progress, then life)."""
     names = [entry.key for entry in store.list(f"checkpoints/{stage}/") if entry.key.endswith(".json")]
     return sorted(names, reverse=True)
 
 
 def read_manifest(store: Store, key: str) -> Checkpoint:
-    """The checkpoint described by one key of `listing`.
+    """The checkpoint described by one key of `list_checkpoints`.
 
     Raises:
         DamagedCheckpoint: as `Checkpoint.from_json`, or if it is gone: a life that is over deletes old ones until it notices.
@@ -103,7 +105,7 @@ def read_manifest(store: Store, key: str) -> Checkpoint:
         raise DamagedCheckpoint(f"{store.url}/{key} is gone since the checkpoints were listed") from None
 
 
-def read_part(store: Store, stage: str, part: Part) -> dict[str, torch.Tensor]:
+def read_part(store: Store, stage: str, part: CheckpointPart) -> dict[str, torch.Tensor]:
     """The tensors of a part, verified against its hash.
 
     Raises:
@@ -114,7 +116,7 @@ def read_part(store: Store, stage: str, part: Part) -> dict[str, torch.Tensor]:
         return load(read_verified(store, key, part.hash))
     except NotFound:
         raise DamagedCheckpoint(f"{store.url}/{key} is missing") from None
-    except Altered as error:
+    except HashMismatch as error:
         raise DamagedCheckpoint(str(error)) from None
 
 
@@ -161,7 +163,7 @@ def assemble(store: Store, checkpoint: Checkpoint, kind: str) -> dict[str, torch
     return {name: flat[name].view(*shape) for name, shape in checkpoint.shapes.items()} | buffers
 
 
-class Writer:
+class CheckpointWriter:
     """Writes this rank's parts while training goes on; all ranks call every method at the same step.
 
     Args:
@@ -175,7 +177,7 @@ class Writer:
     def __init__(self, store: Store, gather: Callable[[Any], list[Any]], rank: int, keep: int, superseded: Callable[[], None]):
         self._store, self._gather, self._rank, self._keep, self._superseded = store, gather, rank, keep, superseded
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._upload: Future[Part] | None = None
+        self._upload: Future[CheckpointPart] | None = None
         self._facts: dict[str, Any] = {}
 
     @property
@@ -232,20 +234,20 @@ class Writer:
         """Let go of the upload thread; a checkpoint that was not committed does not exist."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _write(self, stage: str, tensors: dict[str, torch.Tensor], extents: list[Extent]) -> Part:
+    def _write(self, stage: str, tensors: dict[str, torch.Tensor], extents: list[Extent]) -> CheckpointPart:
         data = save(tensors)
-        part = Part(content_hash(data), len(data), extents)
+        part = CheckpointPart(content_hash(data), len(data), extents)
         self._store.put(f"checkpoints/{stage}/{part.file}", data)
         return part
 
 
-def sweep(store: Store, stage: str) -> None:
+def remove_orphans(store: Store, stage: str) -> None:
     """Delete the parts that no manifest names: what lives that died left behind. Only for the newest life, before it writes its own.
 
     Nothing is deleted while a manifest cannot be read: who knows what it names.
     """
     try:
-        named = _named(store, stage, listing(store, stage))
+        named = _named(store, stage, list_checkpoints(store, stage))
     except DamagedCheckpoint:
         return
     for entry in list(store.list(f"checkpoints/{stage}/parts/")):
@@ -258,7 +260,7 @@ def _prune(store: Store, stage: str, keep: int) -> None:
 
     Other parts that no manifest names stay: they may be of the next checkpoint, which other ranks upload already.
     """
-    names = listing(store, stage)
+    names = list_checkpoints(store, stage)
     try:
         parts = sorted(_named(store, stage, names[keep:]) - _named(store, stage, names[:keep]))
     except DamagedCheckpoint as error:

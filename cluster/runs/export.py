@@ -17,7 +17,7 @@ from cluster.config.schema import Experiment
 from cluster.runs import checkpoint
 from cluster.runtime.device import best_device
 from cluster.storage import AlreadyExists, NotFound, StorageError, Store, content_hash
-from cluster.storage.hashing import Altered, read_verified
+from cluster.storage.hashing import HashMismatch, read_verified
 from reactdiff.config import Diffusion, Model
 from reactdiff.data.sample import StreamSpec
 from reactdiff.generate import Reactor
@@ -88,7 +88,7 @@ def write_export(store: Store, experiment: Experiment, name: str, source: Source
     return read_export(store, name, progress)
 
 
-def take_over(export: Export, source: Store, store: Store) -> None:
+def copy_export(export: Export, source: Store, store: Store) -> None:
     """Copy an export of another run, the description last.
 
     Raises:
@@ -169,14 +169,14 @@ def load_weights(store: Store, export: Export) -> dict[str, torch.Tensor]:
     key = f"exports/{export.stage}/{export.hash}.safetensors"
     try:
         return load(read_verified(store, key, export.hash))
-    except Altered as error:
+    except HashMismatch as error:
         raise StorageError(f"{error}: it is damaged; delete exports/{export.stage}/ and run the command again") from None
 
 
 def _manifests(store: Store, name: str) -> list[checkpoint.Checkpoint]:
     """Those that can be read, newest first."""
     found = []
-    for key in checkpoint.listing(store, name):
+    for key in checkpoint.list_checkpoints(store, name):
         with suppress(checkpoint.DamagedCheckpoint):
             found.append(checkpoint.read_manifest(store, key))
     return found

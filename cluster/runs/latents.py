@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from cluster.config.loading import digest
-from cluster.data.manifest import File, Manifest, load_manifest, read_part
+from cluster.data.manifest import File, Manifest, load_manifest, read_file
 from cluster.data.reader import Reader
 from cluster.data.shards import CorruptData, ShardInfo, decode_npy, encode_npy, write_shard
 from cluster.runs.export import Export, load_codec
-from cluster.runtime.scratch import scratch
+from cluster.runtime.scratch import scratch_folder
 from cluster.storage import NotFound, Store, open_store
 from reactdiff.clip import PERSONS
 from reactdiff.data.sample import Clip
@@ -41,7 +41,7 @@ RANGE = "range"
 
 
 @dataclass(frozen=True)
-class Coder:
+class LatentDataset:
     """A finished autoencoder, one state of a dataset, and with them the latents.
 
     Attributes:
@@ -127,11 +127,11 @@ def corrupt_clips(manifest: Manifest, split: str) -> dict[int, str]:
 
 def read_range(store: Store, manifest: Manifest) -> tuple[torch.Tensor, torch.Tensor]:
     """Minimum and maximum of the training split's latents, (frames, latent) each."""
-    low, high = torch.from_numpy(decode_npy(read_part(store, File(**manifest.provenance[RANGE]))).astype(np.float32))
+    low, high = torch.from_numpy(decode_npy(read_file(store, File(**manifest.provenance[RANGE]))).astype(np.float32))
     return low, high
 
 
-def encode(codec: Codec, reader: Reader, clip: int) -> dict[str, np.ndarray]:
+def encode_clip(codec: Codec, reader: Reader, clip: int) -> dict[str, np.ndarray]:
     """Both persons' latents of a clip: person -> (frames, latent) float16. Both are encoded at once, always."""
     names = codec.inputs
     read = reader.read(clip, [(person, name) for person in PERSONS for name in names])
@@ -142,7 +142,7 @@ def encode(codec: Codec, reader: Reader, clip: int) -> dict[str, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedShard:
     """A shard of latents.
 
     Attributes:
@@ -154,7 +154,7 @@ class Encoded:
     corrupt: dict[int, str]
 
 
-def encode_shard(coder: Coder, split: str, position: int) -> Encoded:
+def encode_shard(coder: LatentDataset, split: str, position: int) -> EncodedShard:
     """Encode one shard, unless that is done.
 
     Raises:
@@ -164,19 +164,19 @@ def encode_shard(coder: Coder, split: str, position: int) -> Encoded:
     try:
         done = json.loads(target.read(_done(name)))
         corrupt = dict(done.pop(CORRUPT, []))
-        return Encoded(ShardInfo(**done), corrupt)
+        return EncodedShard(ShardInfo(**done), corrupt)
     except NotFound:
         pass
     make_deterministic(THREADS)
     codec, reader = coder.codec, Reader(coder.dataset, coder.clips, split)
     first = int(reader.counts[:position].sum())
     clips: list[Clip] = []
-    corrupt, bounds = {}, nowhere(coder)
+    corrupt, bounds = {}, empty_range(coder)
     for clip in range(first, first + int(reader.counts[position])):
         key = reader.key(clip)
         try:
-            latents = encode(codec, reader, clip)
-            bounds = wider(bounds, np.stack([f(list(latents.values()), axis=0) for f in (np.min, np.max)]))
+            latents = encode_clip(codec, reader, clip)
+            bounds = range_union(bounds, np.stack([f(list(latents.values()), axis=0) for f in (np.min, np.max)]))
         except CorruptData as error:
             if coder.on_corrupt == "stop":
                 raise
@@ -184,22 +184,22 @@ def encode_shard(coder: Coder, split: str, position: int) -> Encoded:
             latents = dict.fromkeys(PERSONS, np.zeros((coder.clips.frames, coder.width), np.float16))
             corrupt[clip] = str(error)
         clips.append(Clip(key, {person: {LATENT: latent} for person, latent in latents.items()}))
-    with scratch() as folder:
+    with scratch_folder() as folder:
         path = folder / "shard.tar"
         info = write_shard(path, clips, [LATENT])
         target.put_file(f"{name}.tar", path)
         target.put_file(f"{name}.index.npy", path.with_suffix(".index.npy"))
     target.put(range_file(name), encode_npy(bounds))
     target.put(_done(name), json.dumps(asdict(info) | ({CORRUPT: list(corrupt.items())} if corrupt else {})).encode())
-    return Encoded(info, corrupt)
+    return EncodedShard(info, corrupt)
 
 
-def nowhere(coder: Coder) -> np.ndarray:
+def empty_range(coder: LatentDataset) -> np.ndarray:
     """The range of no latents at all, (2, frames, latent) of minimum and maximum."""
     return np.stack([np.full((coder.clips.frames, coder.width), end, np.float16) for end in (np.inf, -np.inf)])
 
 
-def wider(bounds: np.ndarray, other: np.ndarray) -> np.ndarray:
+def range_union(bounds: np.ndarray, other: np.ndarray) -> np.ndarray:
     """The smallest range that holds both, each (2, frames, latent) of minimum and maximum."""
     return np.stack((np.minimum(bounds[0], other[0]), np.maximum(bounds[1], other[1])))
 

@@ -55,26 +55,26 @@ class Decision:
     number: int = 0
 
 
-def newest(store: Store) -> Decision | None:
+def newest_decision(store: Store) -> Decision | None:
     """The decision that counts, None before the first."""
     numbers = _numbers(store)
-    return read(store, numbers[-1]) if numbers else None
+    return read_decision(store, numbers[-1]) if numbers else None
 
 
-def read(store: Store, number: int) -> Decision:
+def read_decision(store: Store, number: int) -> Decision:
     """The decision of this number."""
     values = json.loads(store.read(_key(number)))
     versions = {name: Version(**values[name]) if values[name] else None for name in ("champion", "candidate", "before")}
     return Decision(**{**values, **versions})
 
 
-def decided(store: Store, manifest: str) -> Decision | None:
+def decision_on(store: Store, manifest: str) -> Decision | None:
     """The newest decision about a candidate trained on this dataset state."""
-    every = (read(store, number) for number in reversed(_numbers(store)))
+    every = (read_decision(store, number) for number in reversed(_numbers(store)))
     return next((one for one in every if one.candidate and one.candidate.manifest == manifest), None)
 
 
-def append(store: Store, decision: Decision, after: Decision | None) -> Decision:
+def append_decision(store: Store, decision: Decision, after: Decision | None) -> Decision:
     """Take a decision that was made in the knowledge of `after`, the newest one then, and show its champion.
 
     Raises:
@@ -82,13 +82,13 @@ def append(store: Store, decision: Decision, after: Decision | None) -> Decision
     """
     taken = Decision(**{**vars(decision), "number": after.number + 1 if after else 1})
     store.create(_key(taken.number), json.dumps(asdict(taken), indent=1).encode())
-    show(store)
+    show_champion(store)
     return taken
 
 
-def show(store: Store) -> None:
-    """Bring `champion.json` up to the newest decision; after a crash in `append` the next tick does it."""
-    while (decision := newest(store)) is not None and decision.champion is not None:
+def show_champion(store: Store) -> None:
+    """Bring `champion.json` up to the newest decision; after a crash in `append_decision` the next tick does it."""
+    while (decision := newest_decision(store)) is not None and decision.champion is not None:
         data = json.dumps({"decision": decision.number, **asdict(decision.champion)}, indent=1).encode()
         try:
             shown, etag = store.get(CHAMPION)
@@ -110,13 +110,13 @@ def roll_back(store: Store, at: str) -> Decision:
     Raises:
         StorageError: if there was none before, or another decision is taken at this moment.
     """
-    last = newest(store)
-    every = (read(store, number) for number in reversed(_numbers(store)))
+    last = newest_decision(store)
+    every = (read_decision(store, number) for number in reversed(_numbers(store)))
     promoted = next((one for one in every if last and one.outcome == "promoted" and one.champion == last.champion), None)
     if promoted is None or promoted.champion is None or promoted.before is None:
         raise StorageError(f"{store.url} has no champion before the present one to go back to")
     why = f"by hand: {promoted.champion.run}, promoted by decision {promoted.number}, gives way to the champion before it"
-    return append(store, Decision("rolled back", promoted.before, why, before=promoted.champion, at=at), last)
+    return append_decision(store, Decision("rolled back", promoted.before, why, before=promoted.champion, at=at), last)
 
 
 def _numbers(store: Store) -> list[int]:

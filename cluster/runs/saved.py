@@ -11,7 +11,7 @@ from cluster.config.paths import absolute
 from cluster.config.schema import Experiment
 from cluster.data.manifest import CURRENT, Manifest, load_manifest
 from cluster.runs.export import Export, load_reactor, newest_export
-from cluster.runs.latents import Coder
+from cluster.runs.latents import LatentDataset
 from cluster.runs.state import read_state
 from cluster.storage import NotFound, Store, open_store
 from reactdiff.generate import Reactor
@@ -22,7 +22,7 @@ SAMPLING = ("sampler", "sampling_steps", "guidance")
 
 
 @dataclass(frozen=True)
-class OpenedRun:
+class SavedRun:
     """A run and what its stages have left so far.
 
     Attributes:
@@ -45,14 +45,14 @@ class OpenedRun:
         """
         return newest_export(self.store, stage)
 
-    def coder(self) -> Coder:
+    def coder(self) -> LatentDataset:
         """The finished autoencoder over the run's dataset.
 
         Raises:
             NotFound: if it is not finished.
         """
         data, store = self.experiment.data, self.experiment.run.store
-        return Coder(self.export("autoencoder"), self.store.url, data.url, self.clips.hash, store, data.split, data.on_corrupt)
+        return LatentDataset(self.export("autoencoder"), self.store.url, data.url, self.clips.hash, store, data.split, data.on_corrupt)
 
     def diffusion(self) -> Export | None:
         """The finished diffusion, which draws latents of the autoencoder that `coder` decodes with; None in a family without one.
@@ -71,7 +71,7 @@ class OpenedRun:
             )
         return replace(export, diffusion=export.diffusion | self.sampling)
 
-    def sampled(self, overrides: Sequence[str]) -> "OpenedRun":
+    def with_sampling(self, overrides: Sequence[str]) -> "SavedRun":
         """The run as it draws with other sampling, for example `diffusion.sampler=dpm++`.
 
         Raises:
@@ -90,7 +90,7 @@ class OpenedRun:
         return load_reactor(self.store, self.coder().export, self.diffusion())
 
 
-def open_run(run: str, store: str) -> OpenedRun:
+def open_run(run: str, store: str) -> SavedRun:
     """Open a run that was started before.
 
     Args:
@@ -116,4 +116,4 @@ def open_run(run: str, store: str) -> OpenedRun:
     experiment = experiment.model_copy(update={"run": experiment.run.model_copy(update={"name": name, "store": home})})
     if (state := read_state(folder)) is None:
         raise ValueError(f"run {url} ended before it began (no state.json): start it again with jobs/train.py")
-    return OpenedRun(experiment, folder, load_manifest(open_store(experiment.data.url), state.manifest))
+    return SavedRun(experiment, folder, load_manifest(open_store(experiment.data.url), state.manifest))

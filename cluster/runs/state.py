@@ -40,7 +40,7 @@ class State:
 
 def open_life(store: Store, facts: dict[str, Any]) -> int:
     """Take the next life number of a run; `facts` (host, command, placement, ...) are kept with it."""
-    life = newest(store) + 1
+    life = newest_life(store) + 1
     while True:
         try:
             store.create(_key(life), json.dumps(facts, indent=1).encode())
@@ -49,18 +49,18 @@ def open_life(store: Store, facts: dict[str, Any]) -> int:
             life += 1
 
 
-def newest(store: Store) -> int:
+def newest_life(store: Store) -> int:
     """The newest life's number, 0 before the first."""
     return max((int(entry.key.removeprefix("lives/").split("/")[0].removesuffix(".json")) for entry in store.list("lives/")), default=0)
 
 
-def assert_newest(store: Store, life: int) -> None:
+def assert_newest_life(store: Store, life: int) -> None:
     """Check that this life may still write.
 
     Raises:
         Superseded: if a newer one has begun.
     """
-    if (other := newest(store)) > life:
+    if (other := newest_life(store)) > life:
         raise Superseded(f"life {other} of {store.url} has begun; life {life} stops without writing any more")
 
 
@@ -97,7 +97,7 @@ def write_state(store: Store, state: State) -> None:
             continue
 
 
-def move(store: Store, state: State, **changes: Any) -> State:
+def update_state(store: Store, state: State, **changes: Any) -> State:
     """Write a changed state and return it."""
     changed = replace(state, **changes)
     write_state(store, changed)

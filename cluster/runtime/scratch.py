@@ -22,13 +22,13 @@ OURS = re.compile(re.escape(PREFIX) + r"[a-z0-9_]{8}")
 
 
 @contextmanager
-def scratch() -> Iterator[Path]:
+def scratch_folder() -> Iterator[Path]:
     """An empty folder below TMPDIR (/tmp) that is gone afterwards; before, what dead processes left there is removed.
 
     Raises:
         OSError: if it cannot be created, for example because the disk is full.
     """
-    sweep(Path(tempfile.gettempdir()))
+    remove_abandoned(Path(tempfile.gettempdir()))
     folder, lock = _locked()
     try:
         yield folder
@@ -37,7 +37,7 @@ def scratch() -> Iterator[Path]:
         os.close(lock)
 
 
-def sweep(root: Path) -> None:
+def remove_abandoned(root: Path) -> None:
     """Remove all such folders here that no living process has locked."""
     for folder in root.iterdir():
         if not OURS.fullmatch(folder.name):

@@ -10,7 +10,9 @@ from cluster.config.schema import Workers
 from cluster.runtime.ray_cluster import resources
 
 
-def each(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], workers: Workers, shared: Any = None) -> Iterator[tuple[int, Any]]:
+def map_tasks(
+    function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], workers: Workers, shared: Any = None
+) -> Iterator[tuple[int, Any]]:
     """Run `function(shared, *call)` for every call as a Ray task; a task whose machine is lost runs again elsewhere.
 
     Args:

@@ -12,11 +12,11 @@ PRIVATE = ".~"
 """A path segment that begins so belongs to the store itself: never a key, never listed."""
 
 
-Filled = Callable[[memoryview], Any]
+OnBytes = Callable[[memoryview], Any]
 """Told a piece of a buffer that is full now."""
 
 
-def unheard(_: memoryview) -> None:
+def ignore_bytes(_: memoryview) -> None:
     """Nobody asked to be told."""
 
 
@@ -47,7 +47,7 @@ class Entry(NamedTuple):
     size: int
 
 
-class Meter:
+class ByteCounter:
     """A count of bytes that many threads add to; shared by a store and its sub-stores."""
 
     def __init__(self) -> None:
@@ -71,8 +71,8 @@ class Store(ABC):
     url: str
     node_local: bool
 
-    def __init__(self, url: str, meter: Meter):
-        self.url, self._meter = url, meter
+    def __init__(self, url: str, counter: ByteCounter):
+        self.url, self._counter = url, counter
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url})"
@@ -80,7 +80,7 @@ class Store(ABC):
     @property
     def bytes_read(self) -> int:
         """Bytes read so far through this store and all stores opened from it with `at`."""
-        return self._meter.bytes
+        return self._counter.bytes
 
     @property
     def endpoint(self) -> str:
@@ -100,14 +100,14 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def read_into(self, key: str, start: int, *buffers: memoryview, filled: Filled = unheard) -> None:
+    def read_into(self, key: str, start: int, *buffers: memoryview, on_bytes: OnBytes = ignore_bytes) -> None:
         """Fill writable buffers of bytes, one after the other, with an object's content from byte `start` on.
 
         Args:
             key: of the object.
             start: byte of it that comes first.
             buffers: to be filled.
-            filled: told each piece of a buffer once it is full, in their order, each byte once.
+            on_bytes: told each piece of a buffer once it is full, in their order, each byte once.
 
         Raises:
             NotFound: if there is no such object.
@@ -170,7 +170,7 @@ class Store(ABC):
             return False
         return True
 
-    def prove(self) -> None:
+    def assert_conditional_writes(self) -> None:
         """Try that conditional writes hold here: everything exactly-once stands on them, and some servers ignore them.
 
         Raises:
@@ -196,7 +196,7 @@ class Store(ABC):
         )
 
 
-def rest_of(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
+def unfilled(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
     """What is left to be filled of these buffers when the first `done` bytes are."""
     rest = []
     for buffer in buffers:
@@ -211,7 +211,7 @@ def content_hash(data: bytes | memoryview) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def checked(key: str) -> str:
+def checked_key(key: str) -> str:
     """The key itself, if it is one.
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-class Watchdog:
+class Deadlines:
     """Calls back for whatever is not over in time; one thread for all, which starts with the first."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):

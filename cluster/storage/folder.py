@@ -12,18 +12,18 @@ from typing import Any
 from cluster.storage.base import (
     PRIVATE,
     AlreadyExists,
+    ByteCounter,
     Entry,
-    Filled,
-    Meter,
     NotFound,
+    OnBytes,
     Permanent,
     Stale,
     StorageError,
     Store,
-    checked,
+    checked_key,
     content_hash,
-    rest_of,
-    unheard,
+    ignore_bytes,
+    unfilled,
 )
 
 STAGED = f"{PRIVATE}staged-"
@@ -44,8 +44,8 @@ class FolderStore(Store):
 
     node_local = True
 
-    def __init__(self, root: Path, meter: Meter | None = None):
-        super().__init__(str(root), meter or Meter())
+    def __init__(self, root: Path, counter: ByteCounter | None = None):
+        super().__init__(str(root), counter or ByteCounter())
         self._root = root
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -53,26 +53,26 @@ class FolderStore(Store):
 
     def at(self, prefix: str) -> "FolderStore":
         """The store of the objects below this prefix."""
-        return FolderStore(self._root / checked(prefix), self._meter)
+        return FolderStore(self._root / checked_key(prefix), self._counter)
 
     def get(self, key: str) -> tuple[bytes, str]:
         """An object's content and its etag."""
         with self._errors(key):
             data = self._path(key).read_bytes()
-        self._meter.add(len(data))
+        self._counter.add(len(data))
         return data, content_hash(data)
 
-    def read_into(self, key: str, start: int, *buffers: memoryview, filled: Filled = unheard) -> None:
+    def read_into(self, key: str, start: int, *buffers: memoryview, on_bytes: OnBytes = ignore_bytes) -> None:
         """Fill writable buffers, one after the other, with an object's content from byte `start` on."""
         done, size = 0, sum(map(len, buffers))
         with self._errors(key), open(self._path(key), "rb", buffering=0) as file:
-            while done < size and (count := os.preadv(file.fileno(), rest_of(buffers, done)[:IOV_MAX], start + done)):
+            while done < size and (count := os.preadv(file.fileno(), unfilled(buffers, done)[:IOV_MAX], start + done)):
                 done += count
-        self._meter.add(done)
+        self._counter.add(done)
         if done < size:
             raise Permanent(f"{self.url}/{key}: ends at byte {start + done}, but bytes {start} to {start + size} were asked for")
         for buffer in buffers:
-            filled(buffer)
+            on_bytes(buffer)
 
     def size(self, key: str) -> int:
         """An object's size in bytes."""
@@ -113,7 +113,7 @@ class FolderStore(Store):
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """All objects whose key begins with this text, in the order of their keys' UTF-8 bytes."""
-        checked(f"{prefix}x")
+        checked_key(f"{prefix}x")
         folder = prefix.rpartition("/")[0]
         with self._errors(prefix):
             yield from _walk(self._root / folder, f"{folder}/" if folder else "", prefix)
@@ -124,7 +124,7 @@ class FolderStore(Store):
             self._path(key).unlink()
 
     def _path(self, key: str) -> Path:
-        return self._root / checked(key)
+        return self._root / checked_key(key)
 
     @contextlib.contextmanager
     def _staged(self, key: str, source: bytes | Path) -> Iterator[str]:
@@ -136,7 +136,7 @@ class FolderStore(Store):
             with open(descriptor, "wb") as file:
                 if (now := os.fstat(descriptor).st_mtime) - _swept.get(folder, 0.0) > ABANDONED:
                     _swept[folder] = now
-                    _sweep(folder, now)
+                    _remove_orphans(folder, now)
                 os.fchmod(descriptor, 0o644)
                 if isinstance(source, bytes):
                     file.write(source)
@@ -165,7 +165,7 @@ class FolderStore(Store):
             raise StorageError(f"{self.url}/{key}: {error.strerror or error}") from error
 
 
-def _sweep(folder: Path, now: float) -> None:
+def _remove_orphans(folder: Path, now: float) -> None:
     """Remove what killed writers left in a folder; `now` is of the clock that its files' times are of."""
     for entry in os.scandir(folder):
         with contextlib.suppress(OSError):  # it is gone by now, or somebody else's

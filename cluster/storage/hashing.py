@@ -7,7 +7,7 @@ from cluster.storage.base import StorageError, Store, content_hash
 log = logging.getLogger(__name__)
 
 
-class Altered(StorageError):
+class HashMismatch(StorageError):
     """An object has other content than it was written with.
 
     Attributes:
@@ -37,4 +37,4 @@ def read_verified(store: Store, key: str, digest: str) -> bytes:
         if (actual := content_hash(data)) == digest:
             return data
         del data  # a part of a checkpoint is not held twice
-    raise Altered(f"{store.url}/{key}", digest, actual)
+    raise HashMismatch(f"{store.url}/{key}", digest, actual)

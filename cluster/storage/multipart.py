@@ -9,17 +9,17 @@ from typing import Any
 
 from cluster.storage.base import NotFound, Permanent, StorageError
 
-PART = 16 << 20
+PART_BYTES = 16 << 20
 """Bytes of one part; what is no larger is written at once."""
 
-MOST = 10_000
+MAX_PARTS = 10_000
 """Parts that an object may have; of a larger object they are larger."""
 
-AT_ONCE = min(8, 2 * len(os.sched_getaffinity(0)))
+CONCURRENT_PARTS = min(8, 2 * len(os.sched_getaffinity(0)))
 """Parts that are sent at a time, and held in memory."""
 
 
-def put(call: Callable[..., Any], size: int, piece: Callable[[int, int], bytes]) -> None:
+def upload(call: Callable[..., Any], size: int, piece: Callable[[int, int], bytes]) -> None:
     """Write an object, which is there when all of it is.
 
     Args:
@@ -31,10 +31,10 @@ def put(call: Callable[..., Any], size: int, piece: Callable[[int, int], bytes])
         StorageError: if it cannot be written, or the server forgot what came of it. Parts that came are forgotten, if the server
             can still be asked to.
     """
-    if size <= PART:
+    if size <= PART_BYTES:
         call("put_object", Body=piece(0, size))
         return
-    writer, part = uuid.uuid4().hex, max(PART, -(-size // MOST))
+    writer, part = uuid.uuid4().hex, max(PART_BYTES, -(-size // MAX_PARTS))
     upload = call("create_multipart_upload", Metadata={"writer": writer})["UploadId"]
 
     def send(number: int) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def put(call: Callable[..., Any], size: int, piece: Callable[[int, int], bytes])
         return {"PartNumber": number, "ETag": call("upload_part", Body=body, UploadId=upload, PartNumber=number)["ETag"]}
 
     try:
-        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="upload") as pool:
+        with ThreadPoolExecutor(CONCURRENT_PARTS, thread_name_prefix="upload") as pool:
             parts = list(pool.map(send, range(1, -(-size // part) + 1)))
         try:
             call("complete_multipart_upload", UploadId=upload, MultipartUpload={"Parts": parts})

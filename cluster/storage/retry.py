@@ -5,18 +5,18 @@ import threading
 import time
 from collections.abc import Callable
 
-LONGEST_PAUSE = 8.0
+MAX_BACKOFF_SECONDS = 8.0
 """Seconds between two tries, at most."""
 
 _work = threading.local()
 
 
-def end_with(over: threading.Event) -> None:
+def cancel_retries_on(over: threading.Event) -> None:
     """Once this event is set, the present thread tries nothing again."""
     _work.over = over
 
 
-class Patience:
+class Retry:
     """The tries of one thing. Its time runs from the first fault on: a request that works for long is no trouble.
 
     Attributes:
@@ -27,7 +27,7 @@ class Patience:
         self.faults = 0
         self._clock, self._begun = clock, 0.0
 
-    def lasts(self, seconds: float) -> bool:
+    def again(self, seconds: float) -> bool:
         """Whether to try again after this fault; returns after a pause if so.
 
         The pause is random, below a bound that doubles: many ranks that failed together do not come back together.
@@ -41,4 +41,4 @@ class Patience:
         self.faults += 1
         if now - self._begun >= seconds:
             return False
-        return not over.wait(random.SystemRandom().uniform(0, min(LONGEST_PAUSE, 0.1 * 2**self.faults)))
+        return not over.wait(random.SystemRandom().uniform(0, min(MAX_BACKOFF_SECONDS, 0.1 * 2**self.faults)))

@@ -28,30 +28,30 @@ from botocore.exceptions import (
 from botocore.response import StreamingBody
 from urllib3.exceptions import HTTPError
 
-from cluster.storage import multipart as parts
+from cluster.storage import multipart
 from cluster.storage.base import (
     AlreadyExists,
+    ByteCounter,
     Entry,
-    Filled,
-    Meter,
     NotFound,
+    OnBytes,
     Permanent,
     Stale,
     StorageError,
     Store,
-    checked,
-    rest_of,
-    unheard,
+    checked_key,
+    ignore_bytes,
+    unfilled,
 )
-from cluster.storage.deadline import Watchdog
-from cluster.storage.retry import Patience
+from cluster.storage.deadline import Deadlines
+from cluster.storage.retry import Retry
 
 T = TypeVar("T")
 
-PATIENCE = 120.0
+RETRY_SECONDS = 120.0
 """Seconds that faults which may pass are put up with: an outage of a minute must not end a run of a week."""
 
-FIRST_PATIENCE = 10.0
+FIRST_RETRY_SECONDS = 10.0
 """The same before a server has ever answered: then it is more likely a wrong address."""
 
 STALL = 10.0
@@ -91,7 +91,7 @@ CONFIG = Config(
 FAULTS = (BotoCoreError, HTTPError, OSError)
 """What boto3 raises when no answer or half an answer came; an answer that says no is a ClientError."""
 
-PASSING = (
+RETRYABLE_EXCEPTIONS = (
     EndpointConnectionError,
     ConnectTimeoutError,
     HTTPClientError,
@@ -103,7 +103,7 @@ PASSING = (
 )
 """Those of them that may be over soon."""
 
-BUSY = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}
+RETRYABLE = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}
 
 MANGLED = {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"}
 """What was sent changed on its way, or not all of it came."""
@@ -111,7 +111,7 @@ MANGLED = {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"}
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestTimeTooSkewed", "400"}
 """The last is all that is said to a HEAD, whose answer has no body."""
 
-WATCHDOG = Watchdog()
+DEADLINES = Deadlines()
 
 logging.getLogger("urllib3.connection").setLevel(logging.ERROR)  # its warnings have whole URLs, signed ones too
 
@@ -161,9 +161,9 @@ class S3Store(Store):
 
     node_local = False
 
-    def __init__(self, bucket: str, prefix: str, server: "_Server | None" = None, meter: Meter | None = None):
-        super().__init__(f"s3://{bucket}/{prefix}".rstrip("/"), meter or Meter())
-        self._bucket, self._prefix = bucket, f"{checked(prefix)}/" if prefix else ""
+    def __init__(self, bucket: str, prefix: str, server: "_Server | None" = None, counter: ByteCounter | None = None):
+        super().__init__(f"s3://{bucket}/{prefix}".rstrip("/"), counter or ByteCounter())
+        self._bucket, self._prefix = bucket, f"{checked_key(prefix)}/" if prefix else ""
         self._server = server or _Server()
         if "@" in urlsplit(self.endpoint).netloc:
             raise ValueError("AWS_ENDPOINT_URL holds credentials; leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
@@ -178,11 +178,11 @@ class S3Store(Store):
 
     def at(self, prefix: str) -> "S3Store":
         """The store of the objects below this prefix."""
-        return S3Store(self._bucket, f"{self._prefix}{checked(prefix)}", self._server, self._meter)
+        return S3Store(self._bucket, f"{self._prefix}{checked_key(prefix)}", self._server, self._counter)
 
     def raw(self, key: str) -> tuple[Any, dict[str, str]]:
         """boto3's client and how it names an object, for what no store does: measuring the wire, signing a URL."""
-        return self._server.client, {"Bucket": self._bucket, "Key": self._prefix + checked(key)}
+        return self._server.client, {"Bucket": self._bucket, "Key": self._prefix + checked_key(key)}
 
     def get(self, key: str) -> tuple[bytes, str]:
         """An object's content and its etag."""
@@ -195,9 +195,9 @@ class S3Store(Store):
         self._fill(key, done, [buffer[done:]], etag)
         return bytes(buffer), etag
 
-    def read_into(self, key: str, start: int, *buffers: memoryview, filled: Filled = unheard) -> None:
+    def read_into(self, key: str, start: int, *buffers: memoryview, on_bytes: OnBytes = ignore_bytes) -> None:
         """Fill writable buffers, one after the other, with an object's content from byte `start` on."""
-        self._fill(key, start, buffers, filled=filled)
+        self._fill(key, start, buffers, on_bytes=on_bytes)
 
     def size(self, key: str) -> int:
         """An object's size in bytes."""
@@ -222,12 +222,12 @@ class S3Store(Store):
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """All objects whose key begins with this text, in the order of their keys' UTF-8 bytes."""
-        checked(f"{prefix}x")
+        checked_key(f"{prefix}x")
 
         items: list[Entry] = []
         more: dict[str, str] | None = {}
         while more is not None:
-            page = self._patiently(prefix, methodcaller("list_objects_v2", Bucket=self._bucket, Prefix=self._prefix + prefix, **more))
+            page = self._retried(prefix, methodcaller("list_objects_v2", Bucket=self._bucket, Prefix=self._prefix + prefix, **more))
             items += [Entry(item["Key"].removeprefix(self._prefix), item["Size"]) for item in page.get("Contents", ())]
             more = {"ContinuationToken": page["NextContinuationToken"]} if page["IsTruncated"] else None
         yield from sorted(items, key=lambda entry: entry.key.encode())  # AWS sorts so; others sort folder by folder, or not at all
@@ -236,9 +236,9 @@ class S3Store(Store):
         """Remove an object; nothing happens if there is none."""
         self._call("delete_object", key)
 
-    def _fill(self, key: str, start: int, buffers: Sequence[memoryview], etag: str = "", filled: Filled = unheard) -> None:
+    def _fill(self, key: str, start: int, buffers: Sequence[memoryview], etag: str = "", on_bytes: OnBytes = ignore_bytes) -> None:
         """Read until the buffers are full. A body that breaks off is continued where it broke, if the object is still the same."""
-        done, size, patience = 0, sum(map(len, buffers)), Patience()
+        done, size, retry = 0, sum(map(len, buffers)), Retry()
         while done < size:
             wanted = size - done
             etag, coming, body = self._part(key, start + done, start + size, etag)
@@ -248,17 +248,17 @@ class S3Store(Store):
                     f"{self.url}/{key} at {self.endpoint}: {coming} bytes came, but bytes {start + done} to {start + size} "
                     "were asked for: the object is shorter, or the server ignores ranges"
                 )
-            count, cause = self._drain(body, rest_of(buffers, done), filled)
+            count, cause = self._drain(body, unfilled(buffers, done), on_bytes)
             done += count
-            if done < size and not patience.lasts(PATIENCE + size / SLOWEST):
+            if done < size and not retry.again(RETRY_SECONDS + size / SLOWEST):
                 raise StorageError(
-                    f"{self.url}/{key} at {self.endpoint}: the answer broke off {patience.faults} times in {PATIENCE:g} s and more, the "
+                    f"{self.url}/{key} at {self.endpoint}: the answer broke off {retry.faults} times in {RETRY_SECONDS:g} s and more, the "
                     f"last time at byte {start + done}: {cause or 'it ended early'}"
                 ) from cause
 
     def _part(self, key: str, start: int, end: int, etag: str) -> tuple[str, int | None, StreamingBody]:
         """The etag, the length as far as it is told, and the body of an answer that is these bytes of an object."""
-        span, name = f"bytes={start}-{end - 1}", self._prefix + checked(key)
+        span, name = f"bytes={start}-{end - 1}", self._prefix + checked_key(key)
         quick = self._server.get(self._bucket, name, {"Range": span} | ({"If-Match": etag} if etag else {}))
         if quick is not None:
             self._server.answered = True
@@ -267,27 +267,27 @@ class S3Store(Store):
         answer = self._call("get_object", key, Range=span, **({"IfMatch": etag} if etag else {}))
         return answer["ETag"], answer.get("ContentLength"), answer["Body"]
 
-    def _drain(self, body: Any, buffers: Sequence[memoryview], filled: Filled = unheard) -> tuple[int, Exception | None]:
+    def _drain(self, body: Any, buffers: Sequence[memoryview], on_bytes: OnBytes = ignore_bytes) -> tuple[int, Exception | None]:
         """Bytes that came before the buffers were full or the body broke off, and why it did."""
         done, cause = 0, None
         try:
-            with contextlib.closing(body), WATCHDOG.within(STALL + sum(map(len, buffers)) / SLOWEST, body._raw_stream.shutdown):
+            with contextlib.closing(body), DEADLINES.within(STALL + sum(map(len, buffers)) / SLOWEST, body._raw_stream.shutdown):
                 for buffer in buffers:
                     at = 0
                     while at < len(buffer) and (count := body.readinto(buffer[at : at + CHUNK])):
-                        filled(buffer[at : at + count])
+                        on_bytes(buffer[at : at + count])
                         at += count
                         done += count
                     if at < len(buffer):
                         break
         except FAULTS as error:
             cause = error
-        self._meter.add(done)
+        self._counter.add(done)
         return done, cause
 
     def _conditional(self, key: str, data: bytes, refused: StorageError, **condition: str) -> str:
         """A conditional put; its writer's name is kept beside it, so that a put whose answer was lost is known to be ours."""
-        writer, name, attempts = uuid.uuid4().hex, self._prefix + checked(key), itertools.count()
+        writer, name, attempts = uuid.uuid4().hex, self._prefix + checked_key(key), itertools.count()
 
         def write(client: Any) -> str:
             attempt = next(attempts)
@@ -297,24 +297,24 @@ class S3Store(Store):
                 if _status(error) != 412 and _code(error) != "NoSuchKey":
                     raise
                 if attempt or error.response["ResponseMetadata"].get("RetryAttempts"):
-                    etag = parts.etag_if_by(writer, lambda operation: self._call(operation, key))
+                    etag = multipart.etag_if_by(writer, lambda operation: self._call(operation, key))
                     if etag is not None:
                         return etag
                 raise refused from error
 
-        return self._patiently(key, write)
+        return self._retried(key, write)
 
     def _upload(self, key: str, size: int, piece: Callable[[int, int], bytes]) -> None:
         """Write an object of this size, whose bytes `piece` gives from one place to another."""
-        parts.put(lambda operation, **arguments: self._call(operation, key, **arguments), size, piece)
+        multipart.upload(lambda operation, **arguments: self._call(operation, key, **arguments), size, piece)
 
     def _call(self, operation: str, key: str, **arguments: Any) -> Any:
         """The answer to an operation on an object."""
-        return self._patiently(key, methodcaller(operation, Bucket=self._bucket, Key=self._prefix + checked(key), **arguments))
+        return self._retried(key, methodcaller(operation, Bucket=self._bucket, Key=self._prefix + checked_key(key), **arguments))
 
-    def _patiently(self, key: str, request: Callable[[Any], T]) -> T:
+    def _retried(self, key: str, request: Callable[[Any], T]) -> T:
         """The answer to a request, which is made again while what keeps it from coming may pass."""
-        patience, renewed = Patience(), False
+        retry, renewed = Retry(), False
         while True:
             try:
                 answer = request(self._server.client)
@@ -324,12 +324,12 @@ class S3Store(Store):
                 if isinstance(error, ClientError) and _code(error) in EXPIRED and not renewed:
                     self._server.renew()  # the environment or its files may have new ones
                     renewed = True
-                elif not (_may_pass(error) and patience.lasts(PATIENCE if self._server.answered else FIRST_PATIENCE)):
+                elif not (_retryable(error) and retry.again(RETRY_SECONDS if self._server.answered else FIRST_RETRY_SECONDS)):
                     raise self._error(key, error) from error
 
     def _error(self, key: str, error: Exception) -> StorageError:
         where = f"{self.url}/{key} at {self.endpoint}"
-        if not isinstance(error, ClientError) or _may_pass(error):
+        if not isinstance(error, ClientError) or _retryable(error):
             return StorageError(f"{where}: {error}")
         if _code(error) == "NoSuchBucket":
             return Permanent(f"{where}: there is no bucket {self._bucket!r}; create it, or correct the URL")
@@ -355,9 +355,9 @@ def _status(error: ClientError) -> int:
     return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
 
 
-def _may_pass(error: BaseException) -> bool:
+def _retryable(error: BaseException) -> bool:
     """Whether the same request may be answered soon."""
     if isinstance(error, ClientError):
         # 409: AWS, where two conditional writes met and neither was decided.
-        return _code(error) in BUSY | MANGLED or _status(error) in (408, 409, 429) or (_status(error) >= 500 and _status(error) != 501)
-    return isinstance(error, PASSING)
+        return _code(error) in RETRYABLE | MANGLED or _status(error) in (408, 409, 429) or (_status(error) >= 500 and _status(error) != 501)
+    return isinstance(error, RETRYABLE_EXCEPTIONS)

@@ -15,8 +15,8 @@ from pydantic import Field
 from cluster.config.loading import ConfigError, digest, identity
 from cluster.config.paths import anchored
 from cluster.config.schema import Experiment
-from cluster.config.spec import Recipe, assignments
-from cluster.evaluation.evaluate import MODEL, ONLINE_ORACLE, ORACLE, UNTRAINED, WRONG, planned
+from cluster.config.spec import Spec, assignments
+from cluster.evaluation.evaluate import MODEL, ONLINE_ORACLE, ORACLE, UNTRAINED, WRONG, plan_evaluation
 from cluster.runs.export import newest_export
 from cluster.runs.saved import open_run
 from cluster.storage import Store, open_store
@@ -24,7 +24,7 @@ from cluster.telemetry.display import Display
 from cluster.training.run import STEPS, execute
 from reactdiff.config import ENCODING
 from reactdiff.metrics.official import merge
-from reactdiff.metrics.part import Part
+from reactdiff.metrics.part import PartialScores
 from reactdiff.metrics.report import gap_closed
 from reactdiff.model.flops import training_flops
 from reactdiff.stage import empty_batch, stages_of
@@ -33,7 +33,7 @@ RANDOM, ORACLES = "random listener", (ORACLE, ONLINE_ORACLE)
 METRICS = ("FRCorr", "FRDist", "FRDiv", "FRVar", "FRSyn_varying")
 
 
-class Comparison(Recipe):
+class Comparison(Spec):
     """The keys of a comparison's file."""
 
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="Every row is trained once with each.")
@@ -41,7 +41,7 @@ class Comparison(Recipe):
 
 
 @dataclass(frozen=True)
-class Trial:
+class ComparisonRun:
     """One row under one seed; its run is named by the comparison and by what it computes."""
 
     row: str
@@ -53,13 +53,13 @@ class Trial:
         return open_store(self.experiment.run.store).at(f"runs/{self.experiment.run.name}")
 
 
-def trials(comparison: Comparison, overrides: Sequence[str]) -> list[Trial]:
+def comparison_runs(comparison: Comparison, overrides: Sequence[str]) -> list[ComparisonRun]:
     """Every row under every seed, in an order in which a shared autoencoder is trained before it is taken.
 
     Raises:
         ConfigError: for a key or value that no experiment has, or rows that are one run.
     """
-    found: dict[str, Trial] = {}
+    found: dict[str, ComparisonRun] = {}
     owners: dict[str, str] = {}
     for seed in comparison.seeds:
         for row, keys in comparison.rows.items():
@@ -69,7 +69,7 @@ def trials(comparison: Comparison, overrides: Sequence[str]) -> list[Trial]:
             experiment = _with(experiment, autoencoder=owner)
             experiment = _with(experiment, name=f"{comparison.name}-{digest(identity(experiment))[:8]}")
             owners.setdefault(key, experiment.run.name)
-            if (twin := found.setdefault(experiment.run.name, Trial(row, experiment))).row != row:
+            if (twin := found.setdefault(experiment.run.name, ComparisonRun(row, experiment))).row != row:
                 raise ConfigError(
                     f"{comparison.name}: rows {twin.row!r} and {row!r} would be the same run; rows differ in keys that --help of "
                     "jobs/train.py calls identity, not only in where they run or how long"
@@ -98,11 +98,11 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display) 
     Returns:
         A table in Markdown: over the seeds mean and standard deviation, with 95 % bootstrap intervals of FRCorr over the clips.
     """
-    every = trials(comparison, overrides)
+    every = comparison_runs(comparison, overrides)
     for number, trial in enumerate(every):
         display.say(f"{number + 1} of {len(every)}: {trial.row}, seed {trial.experiment.seed}, run {trial.experiment.run.name}")
         execute(trial.experiment, comparison.name, STEPS, display)
-    parts: dict[str, dict[int, Part]] = {}
+    parts: dict[str, dict[int, PartialScores]] = {}
     for trial in every:
         for name, part in scored(trial).items():
             label = trial.row if name == MODEL else f"{name} ({trial.row})" if name in (WRONG, UNTRAINED) else name
@@ -111,14 +111,14 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display) 
     return markdown({row: list(each.values()) for row, each in parts.items()}, sizes)
 
 
-def scored(trial: Trial) -> dict[str, Part]:
+def scored(trial: ComparisonRun) -> dict[str, PartialScores]:
     """What the evaluation of a finished run kept, by row."""
     opened = open_run(trial.store.url, trial.experiment.run.store)
-    what = planned(trial.experiment, trial.store.url, opened.coder(), opened.diffusion())
+    what = plan_evaluation(trial.experiment, trial.store.url, opened.coder(), opened.diffusion())
     return {row: what.kept(row) for row in what.rows}
 
 
-def size(trial: Trial) -> tuple[int, float]:
+def size(trial: ComparisonRun) -> tuple[int, float]:
     """Parameters of all stages, and GFLOP of training on one item of the last one."""
     parameters, flops = 0, 0.0
     for stage in stages_of(trial.experiment.model):
@@ -130,7 +130,7 @@ def size(trial: Trial) -> tuple[int, float]:
     return parameters, flops
 
 
-def markdown(parts: Mapping[str, Sequence[Part]], sizes: Mapping[str, tuple[int, float]]) -> str:
+def markdown(parts: Mapping[str, Sequence[PartialScores]], sizes: Mapping[str, tuple[int, float]]) -> str:
     """The table: a line for each row, of its parts under every seed."""
     means = {row: float(np.mean([merge([part]).official["FRCorr"] for part in each])) for row, each in parts.items()}
     oracles = [name for name in ORACLES if name in parts]

@@ -12,7 +12,7 @@ from pydantic import Field
 from cluster.config.loading import ConfigError, build
 from cluster.config.paths import anchored
 from cluster.config.schema import Evaluation, Experiment
-from cluster.config.spec import Recipe, assignments
+from cluster.config.spec import Spec, assignments
 from cluster.data.manifest import Manifest, load_manifest
 from cluster.evaluation import gate
 from cluster.evaluation.evaluate import MODEL, evaluate
@@ -20,21 +20,21 @@ from cluster.evaluation.gate import Metrics, Rule, frozen_clips, judge
 from cluster.runs import registry
 from cluster.runs.build_latents import build_latents
 from cluster.runs.export import read_export
-from cluster.runs.latents import Coder
+from cluster.runs.latents import LatentDataset
 from cluster.runs.registry import Decision, Version
 from cluster.storage import AlreadyExists, StorageError, Store, open_store
 from cluster.telemetry.display import Display
-from cluster.training.run import STEPS, end_of, execute
+from cluster.training.run import STEPS, execute, stage_end
 from reactdiff.stage import stages_of
 
 
-class Retraining(Recipe):
+class Retraining(Spec):
     """The keys of a retraining's file."""
 
     rule: Rule = Field(default_factory=lambda: Rule.model_validate({}), description="When a candidate is better than the champion.")
 
 
-def folder(retraining: Retraining, overrides: Sequence[str]) -> Store:
+def registry_folder(retraining: Retraining, overrides: Sequence[str]) -> Store:
     """The registry's folder in the experiment's store."""
     return open_store(anchored(retraining.load(overrides)).run.store).at(f"registry/{retraining.name}")
 
@@ -52,18 +52,18 @@ def tick(retraining: Retraining, overrides: Sequence[str], display: Display) -> 
     experiment = anchored(retraining.load(overrides))
     if experiment.run.autoencoder:
         raise ConfigError("run.autoencoder has no place in retraining: a candidate is trained whole on the grown dataset; leave it out")
-    store, dataset = folder(retraining, overrides), open_store(experiment.data.url)
-    registry.show(store)
+    store, dataset = registry_folder(retraining, overrides), open_store(experiment.data.url)
+    registry.show_champion(store)
     manifest = load_manifest(dataset)
-    if before := registry.decided(store, manifest.hash):
+    if before := registry.decision_on(store, manifest.hash):
         state = f"the dataset's current state {manifest.hash}"
         display.say(f"nothing new: decision {before.number} on {state} stands ({before.outcome}: {before.why})")
         return None
-    clips = frozen_clips(dataset, manifest, _state(dataset, registry.newest(store)), experiment.data.split)
+    clips = frozen_clips(dataset, manifest, _state(dataset, registry.newest_decision(store)), experiment.data.split)
     name = f"{retraining.name}-{manifest.hash[:8]}"
     candidate = anchored(retraining.load(overrides, assignments({"data.manifest": manifest.hash, "run.name": name})))
     candidate = candidate.model_copy(update={"evaluation": _asked(candidate, clips)})
-    store.prove()
+    store.assert_conditional_writes()
     execute(candidate, name, STEPS, display)
     return _decide(retraining.rule, candidate, manifest, store, display)
 
@@ -77,9 +77,9 @@ def _decide(rule: Rule, experiment: Experiment, manifest: Manifest, store: Store
     """Judge the candidate against the champion; again, if another tick decides something in between."""
     dataset, candidate = open_store(experiment.data.url), _version(experiment, manifest)
     while True:
-        if before := registry.decided(store, manifest.hash):
+        if before := registry.decision_on(store, manifest.hash):
             return before  # another tick judged the same candidate
-        last = registry.newest(store)
+        last = registry.newest_decision(store)
         champion = last.champion if last else None
         clips = frozen_clips(dataset, manifest, _state(dataset, last), experiment.data.split)
         new = _scores(candidate, experiment, clips, display)
@@ -95,7 +95,7 @@ def _decide(rule: Rule, experiment: Experiment, manifest: Manifest, store: Store
             at=now(),
         )
         try:
-            return registry.append(store, decision, last)
+            return registry.append_decision(store, decision, last)
         except AlreadyExists:
             continue
 
@@ -121,7 +121,7 @@ def _asked(experiment: Experiment, clips: int) -> Evaluation:
 def _version(experiment: Experiment, manifest: Manifest) -> Version:
     """The finished run of a candidate."""
     store = _run(experiment, experiment.run.name)
-    exports = {stage: read_export(store, stage, end_of(experiment, stage, manifest)) for stage in stages_of(experiment.model)}
+    exports = {stage: read_export(store, stage, stage_end(experiment, stage, manifest)) for stage in stages_of(experiment.model)}
     progress, weights = ({stage: getattr(export, what) for stage, export in exports.items()} for what in ("progress", "hash"))
     return Version(experiment.run.name, manifest.hash, progress, weights)
 
@@ -138,7 +138,7 @@ def _scores(version: Version, experiment: Experiment, clips: int, display: Displ
         raise StorageError(f"{store.url} has exports {found}, but the registry knows {version.weights}: restore the run from a copy")
     trained = build(yaml.safe_load(store.read("config.yaml")), f"{store.url}/config.yaml")
     data = trained.data
-    coder = Coder(
+    coder = LatentDataset(
         exports["autoencoder"], store.url, experiment.data.url, version.manifest, experiment.run.store, data.split, data.on_corrupt
     )
     build_latents(coder, experiment.workers, display.counter(f"latents of {version.run}", "shards"))

@@ -17,10 +17,10 @@ from ray import tune
 from cluster.config.loading import ConfigError, digest, ends, identity, to_yaml, value_of
 from cluster.config.paths import anchored
 from cluster.config.schema import Experiment
-from cluster.config.spec import Recipe, assignments, known_metric
+from cluster.config.spec import Spec, assignments, known_metric
 from cluster.data.manifest import load_manifest
 from cluster.evaluation.evaluate import MODEL
-from cluster.runs import state as lives
+from cluster.runs.state import read_state
 from cluster.runtime.ray_cluster import connect
 from cluster.storage import AlreadyExists, NotFound, Store, open_store
 from cluster.telemetry.display import Display
@@ -33,7 +33,7 @@ QUESTION = ("evaluation.split", "evaluation.predictions", "evaluation.clips")
 """What a trial's scores depend on beside its weights."""
 
 
-class Sweep(Recipe):
+class Sweep(Spec):
     """The keys of a sweep's file."""
 
     grid: dict[str, list[Any]] = Field(min_length=1, description="Dotted keys of the experiment, each with the values to try.")
@@ -77,7 +77,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a trial stands: a status of `cluster.lives`, the reason of a failure, its scores by metric once it is DONE."""
+    """Where a trial stands: a status of `cluster.runs.state`, the reason of a failure, its scores by metric once it is DONE."""
 
     trial: Trial
     state: str
@@ -89,7 +89,7 @@ class Outcome:
         return self.scores[metric] if self.scores else None
 
 
-def folder(sweep: Sweep, overrides: Sequence[str]) -> Store:
+def sweep_folder(sweep: Sweep, overrides: Sequence[str]) -> Store:
     """The sweep's folder in the experiment's store."""
     return open_store(anchored(sweep.load(overrides)).run.store).at(f"sweeps/{sweep.name}")
 
@@ -128,12 +128,12 @@ def search(sweep: Sweep, overrides: Sequence[str], display: Display) -> list[Out
     Raises:
         ConfigError, ValueError: before anything starts, as `trials`.
     """
-    every, store = trials(sweep, overrides), folder(sweep, overrides)
+    every, store = trials(sweep, overrides), sweep_folder(sweep, overrides)
     waiting = [trial for trial in every if not store.exists(trial.record)]
     done = len(every) - len(waiting)
     display.say(f"sweep {sweep.name}: {len(every)} trials, {done} of them done, {sweep.concurrent} at a time, in {store.url}")
     manifest = every[0].experiment.data.manifest
-    store.prove()
+    store.assert_conditional_writes()
     try:
         store.create("sweep.json", json.dumps({"manifest": manifest}).encode())
     except AlreadyExists:
@@ -151,7 +151,7 @@ def outcome(trial: Trial, store: Store) -> Outcome:
     try:
         return Outcome(trial, "DONE", scores=json.loads(store.read(trial.record))["scores"])
     except NotFound:
-        state = lives.read_state(open_store(trial.experiment.run.store).at(f"runs/{trial.run}"))
+        state = read_state(open_store(trial.experiment.run.store).at(f"runs/{trial.run}"))
     if state is None:
         return Outcome(trial, "PENDING")
     return Outcome(trial, "STOPPED" if state.status == "DONE" else state.status, state.why)  # done, but not to this end or question
@@ -177,7 +177,7 @@ def _manifest(sweep: Sweep, overrides: Sequence[str]) -> str:
     """Hash of the dataset state that every trial uses."""
     experiment = anchored(sweep.load(overrides))
     try:
-        wanted = experiment.data.manifest or json.loads(folder(sweep, overrides).read("sweep.json"))["manifest"]
+        wanted = experiment.data.manifest or json.loads(sweep_folder(sweep, overrides).read("sweep.json"))["manifest"]
     except NotFound:
         wanted = ""
     manifest = load_manifest(open_store(experiment.data.url), wanted)

@@ -13,12 +13,12 @@ SHOWN = ("loss", "gradient_norm", "learning_rate", "FRCorr", "FRDist")
 """Columns that become TensorBoard curves."""
 
 
-def watched_name(stage: str) -> str:
+def validation_name(stage: str) -> str:
     """What the scores of a stage's checkpoints are kept under, as if they were a stage's rows."""
     return f"val-{stage}"
 
 
-class History:
+class MetricsLog:
     """Collects rows of one stage in one attempt of one life and writes them as segments."""
 
     def __init__(self, store: Store, life: int, attempt: int, stage: str):
@@ -38,7 +38,7 @@ class History:
             self._rows = []
 
 
-def rows(store: Store, stage: str) -> list[dict[str, Any]]:
+def read_rows(store: Store, stage: str) -> list[dict[str, Any]]:
     """All rows of a stage in order of progress; where lives overlap, the newest one's."""
     found: dict[int, dict[str, Any]] = {}
     for row in _all(store, stage):
@@ -54,11 +54,11 @@ def _all(store: Store, stage: str) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def write_events(store: Store, stage: str) -> None:
+def write_tensorboard(store: Store, stage: str) -> None:
     """A stage's rows as TensorBoard events below `tensorboard/<stage>/`, over progress in items; earlier events are replaced."""
     with tempfile.TemporaryDirectory() as folder:
         with Events(folder) as events:
-            for row in rows(store, stage):
+            for row in read_rows(store, stage):
                 events.row(stage, row["progress"], {name: row[name] for name in SHOWN if name in row})
         for entry in list(store.list(f"tensorboard/{stage}/")):
             store.delete(entry.key)

@@ -32,7 +32,7 @@ Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Settings:
+class EngineSettings:
     """How one engine trains; every value is explicit, since DeepSpeed's defaults change results (clipping is 1.0)."""
 
     zero: int
@@ -70,7 +70,7 @@ class Engine:
         device: where this rank computes.
     """
 
-    def __init__(self, stage: nn.Module, settings: Settings, device: torch.device):
+    def __init__(self, stage: nn.Module, settings: EngineSettings, device: torch.device):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would compile for a minute
         deepspeed.utils.logger.setLevel(logging.WARNING)
         self.settings, self.device = settings, device
@@ -183,7 +183,7 @@ class Engine:
                 yield name, tuple(p.shape), 0, p.data.view(-1), {m: state[m].view(-1) for m in MOMENTS}
 
 
-def _deepspeed_config(settings: Settings, parameters: int) -> dict[str, Any]:
+def _deepspeed_config(settings: EngineSettings, parameters: int) -> dict[str, Any]:
     # A bucket is allocated anew for each backward: one larger than the model would cost more than the backward itself.
     bucket = min(BUCKET, -(-parameters // ALIGNED) * ALIGNED)
     config: dict[str, Any] = {

@@ -17,20 +17,20 @@ from cluster.config.loading import identity
 from cluster.config.schema import Experiment
 from cluster.data.cache import Cache
 from cluster.data.manifest import load_manifest
-from cluster.data.quarantine import Bad, Quarantine
+from cluster.data.quarantine import BadItem, Quarantine
 from cluster.data.reader import Reader
 from cluster.data.stream import Batch, Share, Stream
-from cluster.evaluation.validation import Clips, Watch
+from cluster.evaluation.validation import ValidationClips, Validator
 from cluster.runs import checkpoint
-from cluster.runs import state as lives
-from cluster.runs.checkpoint import Checkpoint, DamagedCheckpoint, Writer
+from cluster.runs.checkpoint import Checkpoint, CheckpointWriter, DamagedCheckpoint
 from cluster.runs.latents import corrupt_clips, read_range
+from cluster.runs.state import assert_newest_life
 from cluster.runtime.device import peak_flops, peak_memory
 from cluster.runtime.failures import NonFinite
 from cluster.storage import open_store
 from cluster.telemetry.meter import Meter, Snapshot
-from cluster.telemetry.metrics_log import History, rows, watched_name
-from cluster.training.engine import Engine, Settings
+from cluster.telemetry.metrics_log import MetricsLog, read_rows, validation_name
+from cluster.training.engine import Engine, EngineSettings
 from cluster.training.warm_start import warm_start
 from reactdiff.data.keyed import seed_of
 from reactdiff.data.order import Order
@@ -64,7 +64,7 @@ class Job:
     life: int
     dataset: str
     manifest: str
-    watched: Clips | None = None
+    watched: ValidationClips | None = None
     attempt: int = 0
 
 
@@ -99,7 +99,7 @@ def train(job: Job, place: Place, report: Callable[[Snapshot], None]) -> dict[st
         progress, steps, loss of the last step, and how many items are quarantined.
 
     Raises:
-        NonFinite, CorruptData, StorageError, lives.Superseded: the run must not go on.
+        NonFinite, CorruptData, StorageError, Superseded: the run must not go on.
     """
     meter = Meter(place.rank, place.ranks, job.stage)
     make_deterministic(job.experiment.workers.threads)
@@ -129,7 +129,7 @@ class _Training:
             self.flops = training_flops(kind.module(), empty_batch(kind, 1, "meta"))
         meter.gauges["peak_flops"] = peak_flops(place.device, optim.precision)
         self.quarantine = Quarantine(
-            Bad(2 * clip + side, 0, why) for clip, why in corrupt_clips(manifest, data.split).items() for side in (0, 1)
+            BadItem(2 * clip + side, 0, why) for clip, why in corrupt_clips(manifest, data.split).items() for side in (0, 1)
         )
         self.stream = Stream(
             self.reader,
@@ -147,16 +147,18 @@ class _Training:
         if isinstance(module, LatentDiffusion):
             module.set_range(*read_range(open_store(job.dataset), manifest))
         self.micro_batches = micro_batches(batch, place.ranks, workers.micro_batch)
-        settings = Settings(
+        settings = EngineSettings(
             workers.zero, optim.precision, self.micro_batches, optim.betas, optim.weight_decay, optim.clip, optim.ema[job.stage]
         )
         self.engine = Engine(module, settings, place.device)
-        self.writer = Writer(self.store, _gather, place.rank, experiment.run.keep, lambda: lives.assert_newest(self.store, job.life))
-        self.history = History(self.store, job.life, job.attempt, job.stage) if place.rank == 0 else None
-        self.watch: Watch | None = None
+        self.writer = CheckpointWriter(
+            self.store, _gather, place.rank, experiment.run.keep, lambda: assert_newest_life(self.store, job.life)
+        )
+        self.history = MetricsLog(self.store, job.life, job.attempt, job.stage) if place.rank == 0 else None
+        self.watch: Validator | None = None
         if job.watched:
-            self.watch = Watch(experiment, job.watched, self.store, kind.module(), _gather, place.rank, place.ranks, place.device)
-        self.seen = History(self.store, job.life, job.attempt, watched_name(job.stage)) if place.rank == 0 and job.watched else None
+            self.watch = Validator(experiment, job.watched, self.store, kind.module(), _gather, place.rank, place.ranks, place.device)
+        self.seen = MetricsLog(self.store, job.life, job.attempt, validation_name(job.stage)) if place.rank == 0 and job.watched else None
 
     def run(self) -> dict[str, Any]:
         step, loss = self.resume(), float("nan")
@@ -180,8 +182,8 @@ class _Training:
     def resume(self) -> int:
         """Restore the newest checkpoint that is whole on every rank; returns the step to go on with."""
         if self.place.rank == 0:
-            lives.assert_newest(self.store, self.job.life)
-            checkpoint.sweep(self.store, self.job.stage)
+            assert_newest_life(self.store, self.job.life)
+            checkpoint.remove_orphans(self.store, self.job.stage)
         box: list[Any] = [self.candidates() if self.place.rank == 0 else None]
         dist.broadcast_object_list(box)
         extents = self.engine.extents()
@@ -196,7 +198,7 @@ class _Training:
             self.engine.restore(read, found.steps)
             self.quarantine.add(found.quarantine)
             if self.watch and found.progress < self.share.total and not self.looked_at(found):
-                self.look(self.watch, found)  # the life that wrote it died before
+                self.validate(self.watch, found)  # the life that wrote it died before
             self.meter.gauges["progress_items"] = found.progress
             return found.steps
         return 0
@@ -207,7 +209,7 @@ class _Training:
         One after a last step that was not a whole batch belongs to a shorter run: the one before it is the one to go on from.
         """
         found = []
-        for name in checkpoint.listing(self.store, self.job.stage):
+        for name in checkpoint.list_checkpoints(self.store, self.job.stage):
             try:
                 manifest = checkpoint.read_manifest(self.store, name)
             except DamagedCheckpoint as error:
@@ -265,7 +267,7 @@ class _Training:
             self.isolate(corrupt)
         return Verdict(total[0], int(total[1]), int(total[2]), total[3] == self.place.ranks)
 
-    def isolate(self, corrupt: tuple[Bad, ...]) -> None:
+    def isolate(self, corrupt: tuple[BadItem, ...]) -> None:
         """Put what any rank found corrupt into every rank's quarantine."""
         for bad in self.quarantine.add(itertools.chain(*_gather(corrupt))):
             if self.place.rank == 0:
@@ -294,20 +296,20 @@ class _Training:
                 if due:
                     self.checkpoint(batch.step + 1, after)
             if committed and self.watch:
-                self.look(self.watch, committed)
+                self.validate(self.watch, committed)
         self.meter.gauges["peak_memory_bytes"] = peak_memory(self.place.device)
         items = len(batch.positions)
         self.meter.step_done(items=items, bytes=batch.bytes, flops=items * self.flops)
 
     def looked_at(self, found: Checkpoint) -> bool:
         """Whether the watched clips were scored with this checkpoint."""
-        name = watched_name(self.job.stage)
-        return _gather(self.place.rank == 0 and any(row["progress"] == found.progress for row in rows(self.store, name)))[0]
+        name = validation_name(self.job.stage)
+        return _gather(self.place.rank == 0 and any(row["progress"] == found.progress for row in read_rows(self.store, name)))[0]
 
-    def look(self, watch: Watch, found: Checkpoint) -> None:
+    def validate(self, watch: Validator, found: Checkpoint) -> None:
         """Score a checkpoint on the watched clips."""
         with self.meter.phase("evaluation"):
-            scores = watch.look(found)
+            scores = watch.validate(found)
         self.meter.gauges.update(val_progress_items=found.progress, val_frcorr=scores["FRCorr"], val_frdist=scores["FRDist"])
         if self.seen is not None:
             self.seen.add(progress=found.progress, **scores)

@@ -9,7 +9,7 @@ from rich.table import Table
 from cluster.config.schema import Experiment
 from cluster.data.manifest import Manifest
 from cluster.training.loop import micro_batches
-from cluster.training.run import Pinned, end_of
+from cluster.training.run import Pinned, stage_end
 from reactdiff.clip import windows_of
 from reactdiff.model.flops import training_flops
 from reactdiff.model.shapes import parameters_by_module
@@ -65,7 +65,7 @@ def _stage(experiment: Experiment, manifest: Manifest, name: str, kind: Stage) -
         module = kind.module()
     parameters = sum(p.numel() for p in module.parameters())
     optim, workers = experiment.optim, experiment.workers
-    end, batch = end_of(experiment, name, manifest), optim.batch[name]
+    end, batch = stage_end(experiment, name, manifest), optim.batch[name]
     share = -(-batch // workers.count)
     parts = micro_batches(batch, workers.count, workers.micro_batch)
     table = Table(title=f"stage {name}", title_justify="left", show_header=False)

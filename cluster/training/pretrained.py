@@ -3,8 +3,8 @@
 from cluster.config.loading import ConfigError
 from cluster.config.schema import Experiment
 from cluster.data.manifest import Manifest
-from cluster.runs.export import Export, load_weights, newest_export, take_over
-from cluster.runs.saved import OpenedRun, open_run
+from cluster.runs.export import Export, copy_export, load_weights, newest_export
+from cluster.runs.saved import SavedRun, open_run
 from cluster.storage import NotFound, StorageError, Store
 from reactdiff.config import ENCODING, Model
 from reactdiff.data.sample import StreamSpec
@@ -12,7 +12,7 @@ from reactdiff.data.sample import StreamSpec
 STAGE = "autoencoder"
 
 
-def check(experiment: Experiment, clips: Manifest, store: Store) -> None:
+def check_pretrained(experiment: Experiment, clips: Manifest, store: Store) -> None:
     """Refuse an autoencoder that cannot be taken, before any work; one that the run in this folder has taken is not asked for again.
 
     Raises:
@@ -22,18 +22,18 @@ def check(experiment: Experiment, clips: Manifest, store: Store) -> None:
         _parent(experiment, clips)
 
 
-def adopt(experiment: Experiment, clips: Manifest, store: Store) -> Export:
+def take_pretrained(experiment: Experiment, clips: Manifest, store: Store) -> Export:
     """Take over the autoencoder, weights and all, unless that is done: what a run began with it keeps, whatever becomes of the parent.
 
     Raises:
-        ConfigError: as `check`.
+        ConfigError: as `check_pretrained`.
     """
     if (own := _own(store)) is not None:
         return own
     parent = _parent(experiment, clips)
     export = parent.export(STAGE)
     load_weights(parent.store, export)  # verified
-    take_over(export, parent.store, store)
+    copy_export(export, parent.store, store)
     return export
 
 
@@ -44,7 +44,7 @@ def _own(store: Store) -> Export | None:
         return None
 
 
-def _parent(experiment: Experiment, clips: Manifest) -> OpenedRun:
+def _parent(experiment: Experiment, clips: Manifest) -> SavedRun:
     where = experiment.run.autoencoder
     try:
         opened = open_run(where, experiment.run.store)

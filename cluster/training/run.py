@@ -25,21 +25,20 @@ from cluster.data.manifest import CURRENT, Manifest, load_manifest
 from cluster.data.shards import CorruptData
 from cluster.evaluation.evaluate import assert_scorable, evaluate
 from cluster.evaluation.validation import SPLIT as WATCHED
-from cluster.evaluation.validation import Clips
+from cluster.evaluation.validation import ValidationClips
 from cluster.runs import checkpoint
-from cluster.runs import state as lives
 from cluster.runs.build_latents import build_latents
 from cluster.runs.export import read_export, write_export
-from cluster.runs.latents import Coder
-from cluster.runs.saved import OpenedRun
-from cluster.runs.state import State
+from cluster.runs.latents import LatentDataset
+from cluster.runs.saved import SavedRun
+from cluster.runs.state import State, Superseded, open_life, read_state, update_state, write_state
 from cluster.runtime.failures import StageFailed, classify
 from cluster.runtime.ray_cluster import Resources, assert_visible, connect
 from cluster.storage import NotFound, Store, open_store
 from cluster.telemetry.display import Display
 from cluster.telemetry.exporter import Exporter
 from cluster.telemetry.meter import Snapshot, Totals
-from cluster.telemetry.metrics_log import watched_name, write_events
+from cluster.telemetry.metrics_log import validation_name, write_tensorboard
 from cluster.training import pretrained as adopt
 from cluster.training import warm_start as start
 from cluster.training.launch import launch
@@ -82,12 +81,12 @@ def pin(experiment: Experiment, config_name: str) -> Pinned:
         return Pinned(name, store, current, fresh=True)
     _assert_same(name, before, experiment)
     was, now = (one.optim.epochs["autoencoder"] for one in (before, experiment))
-    if now > was and checkpoint.listing(store, "diffusion"):
+    if now > was and checkpoint.list_checkpoints(store, "diffusion"):
         raise ConfigError(
             f"optim.epochs.autoencoder is {now:g}, but stage diffusion of run {name} was trained on the latents of {was:g} epochs: "
             "grow optim.epochs.diffusion alone, or choose another run.name"
         )
-    state = lives.read_state(store)
+    state = read_state(store)
     if state is None:
         return Pinned(name, store, current, fresh=False)
     if state.dataset != current.identity:
@@ -130,23 +129,23 @@ def execute(experiment: Experiment, config_name: str, steps: Sequence[str], disp
         StageFailed, Superseded, KeyboardInterrupt: after the state was written.
     """
     pinned = pin(experiment, config_name)
-    for origin in check(experiment, pinned, steps):
+    for origin in check_run(experiment, pinned, steps):
         display.say(origin)
     _say_what_lacks(experiment, connect(cpus=experiment.workers.count + 1), display)
-    open_store(experiment.run.store).prove()
+    open_store(experiment.run.store).assert_conditional_writes()
     assert_visible(open_store(experiment.run.store), "run.store")
     assert_visible(open_store(experiment.data.url), "data.url", CURRENT)
-    life = lives.open_life(pinned.store, _environment(experiment))
+    life = open_life(pinned.store, _environment(experiment))
     pinned.store.put("config.yaml", to_yaml(experiment).encode())
     state = State("RUNNING", life, pinned.manifest.identity, pinned.manifest.hash)
-    lives.write_state(pinned.store, state)
+    write_state(pinned.store, state)
     display.say(f"run {pinned.name}, life {life}, in {pinned.store.url}")
     exporter = Exporter(pinned.name, life, trial, host=experiment.telemetry.host, port=experiment.telemetry.port)
     exporter.write_target(experiment.telemetry.targets)
     running = _Life(experiment, pinned, life, state, exporter, display)
     try:
         scores = running.go(steps)
-    except lives.Superseded:
+    except Superseded:
         raise
     except (KeyboardInterrupt, SystemExit):  # Ray turns SIGTERM into SystemExit
         running.now(status="STOPPED", why="told to end")
@@ -162,17 +161,17 @@ def execute(experiment: Experiment, config_name: str, steps: Sequence[str], disp
     return scores
 
 
-def check(experiment: Experiment, pinned: Pinned, steps: Sequence[str]) -> list[str]:
+def check_run(experiment: Experiment, pinned: Pinned, steps: Sequence[str]) -> list[str]:
     """Refuse what these steps could not do, and say what each stage starts from; writes nothing.
 
     Raises:
         ConfigError, ValueError, StorageError: naming the key, and what to give it.
     """
     kinds = stages_over(Source(pinned.manifest.stream_specs, pinned.manifest.frames), experiment.model, experiment.diffusion)
-    adopt.check(experiment, pinned.manifest, pinned.store)
+    adopt.check_pretrained(experiment, pinned.manifest, pinned.store)
     if "evaluation" in steps:
         assert_scorable(pinned.manifest, experiment.evaluation.split)
-    return start.check(experiment, kinds)
+    return start.check_warm_start(experiment, kinds)
 
 
 def _say_what_lacks(experiment: Experiment, there: Resources, display: Display) -> None:
@@ -213,7 +212,7 @@ class _Life:
     def __init__(self, experiment: Experiment, pinned: Pinned, life: int, state: State, exporter: Exporter, display: Display):
         self.experiment, self.store, self.clips, self.life = experiment, pinned.store, pinned.manifest, life
         self.state, self.exporter, self.display = state, exporter, display
-        self.opened = OpenedRun(experiment, pinned.store, pinned.manifest)
+        self.opened = SavedRun(experiment, pinned.store, pinned.manifest)
         self.scores: dict[str, Scores] = {}
 
     def go(self, steps: Sequence[str]) -> dict[str, Scores]:
@@ -224,7 +223,7 @@ class _Life:
 
     def autoencoder(self) -> None:
         if self.experiment.run.autoencoder:
-            export = adopt.adopt(self.experiment, self.clips, self.store)
+            export = adopt.take_pretrained(self.experiment, self.clips, self.store)
             self.display.say(f"stage autoencoder is that of run {self.experiment.run.autoencoder}: weights {export.hash}")
         else:
             self.train("autoencoder", self.experiment.data.url, self.clips)
@@ -251,9 +250,9 @@ class _Life:
 
     def now(self, **changes: str) -> None:
         """Write the run's changed state."""
-        self.state = lives.move(self.store, self.state, **changes)
+        self.state = update_state(self.store, self.state, **changes)
 
-    def coder(self) -> Coder:
+    def coder(self) -> LatentDataset:
         """The finished autoencoder over the run's dataset."""
         self.assert_finished("autoencoder")
         return self.opened.coder()
@@ -270,7 +269,7 @@ class _Life:
 
     def end(self, stage: str) -> int:
         """Progress at the end of a stage, in items."""
-        return end_of(self.experiment, stage, self.clips)
+        return stage_end(self.experiment, stage, self.clips)
 
     def train(self, stage: str, dataset: str, manifest: Manifest) -> None:
         """Train a stage to its end and export it, unless that is done."""
@@ -285,19 +284,19 @@ class _Life:
         self.display.stage(stage, end)
         trained = launch(job, self.watch(stage), self.exporter.restarts, f"{self.store.url}/ray")
         export = write_export(self.store, self.experiment, stage, Source(manifest.stream_specs, manifest.frames), end)
-        for name in (stage, watched_name(stage)):
-            write_events(self.store, name)
+        for name in (stage, validation_name(stage)):
+            write_tensorboard(self.store, name)
         without = f"; {trained['quarantined']} items are quarantined" if trained["quarantined"] else ""
         self.display.end(f"stage {stage}: {end} items, weights {export.hash}{without}")
 
-    def watched(self, stage: str) -> Clips | None:
+    def watched(self, stage: str) -> ValidationClips | None:
         """What is scored at the checkpoints of a stage: only the last one's generate reactions."""
         if not self.experiment.evaluation.watch or stage != stages_of(self.experiment.model)[-1]:
             return None
         if WATCHED not in self.clips.splits or self.clips.splits[WATCHED].appropriateness is None:
             self.display.say(f"the dataset has no split {WATCHED} with an appropriateness matrix: no clips to watch (evaluation.watch)")
             return None
-        return Clips(self.experiment.data.url, self.clips.hash, self.opened.coder() if stage == "diffusion" else None)
+        return ValidationClips(self.experiment.data.url, self.clips.hash, self.opened.coder() if stage == "diffusion" else None)
 
     def watch(self, stage: str) -> Callable[[Snapshot], None]:
         """Takes the ranks' numbers to the exporter and the display."""
@@ -316,7 +315,7 @@ class _Life:
         return take
 
 
-def end_of(experiment: Experiment, stage: str, clips: Manifest) -> int:
+def stage_end(experiment: Experiment, stage: str, clips: Manifest) -> int:
     """Progress at the end of a stage: epochs times the items of the training split."""
     return int(experiment.optim.epochs[stage] * 2 * int(clips.counts(experiment.data.split).sum()))
 

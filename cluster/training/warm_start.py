@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cluster.config.paths import absolute
 from cluster.config.schema import Experiment
 from cluster.runs.export import Export, load_weights
-from cluster.runs.saved import OpenedRun, open_run
+from cluster.runs.saved import SavedRun, open_run
 from reactdiff.model.authors import FILES, UNTRAINED, assert_authors, fill_autoencoder, fill_diffusion
 from reactdiff.model.autoencoder import Autoencoder
 from reactdiff.model.latent_diffusion import LatentDiffusion
@@ -24,7 +24,7 @@ SUFFIX = ".pth"
 """How the names of the authors' files end; anything else is a run."""
 
 
-def check(experiment: Experiment, kinds: Mapping[str, Stage]) -> list[str]:
+def check_warm_start(experiment: Experiment, kinds: Mapping[str, Stage]) -> list[str]:
     """Where each stage that is trained starts, a sentence each; empty where nothing is to be said.
 
     Args:
@@ -101,7 +101,7 @@ def _is_run(experiment: Experiment) -> bool:
     return not files
 
 
-def _parent(experiment: Experiment) -> OpenedRun:
+def _parent(experiment: Experiment) -> SavedRun:
     return open_run(experiment.model.init_from[0], experiment.run.store)
 
 
@@ -109,7 +109,7 @@ def _files(experiment: Experiment) -> list[Path]:
     return [Path(absolute(name)) for name in experiment.model.init_from]
 
 
-def _copy(module: nn.Module, weights: dict[str, Tensor], parent: OpenedRun) -> None:
+def _copy(module: nn.Module, weights: dict[str, Tensor], parent: SavedRun) -> None:
     """Take every parameter, and nothing else, from exported weights."""
     _assert_fits(module, {name: value.shape for name, value in weights.items()}, parent)
     with torch.no_grad():
@@ -117,7 +117,7 @@ def _copy(module: nn.Module, weights: dict[str, Tensor], parent: OpenedRun) -> N
             parameter.copy_(weights[name])
 
 
-def _assert_fits(module: nn.Module, shapes: Mapping[str, torch.Size], parent: OpenedRun) -> None:
+def _assert_fits(module: nn.Module, shapes: Mapping[str, torch.Size], parent: SavedRun) -> None:
     """Refuse weights of other names or shapes than the module's parameters; buffers do not matter."""
     parameters, whose = dict(module.named_parameters()), f"run {parent.store.url}"
     there = set(shapes) - {name for name, _ in module.named_buffers()}

@@ -14,7 +14,7 @@ from reactdiff.clip import ATTRIBUTES, FRAME_RATE
 from reactdiff.data.keyed import normal
 from reactdiff.metrics.agreement import Reaction, concordance
 from reactdiff.metrics.official import Progress, Scores, merge, score_part
-from reactdiff.metrics.part import Part
+from reactdiff.metrics.part import PartialScores
 from reactdiff.metrics.synchrony import offsets
 from reactdiff.metrics.warping import laid_out, nearest
 
@@ -89,7 +89,7 @@ def full_size(threads: int, progress: Progress, clips: int = CLIPS) -> Full:
     """Score ten independent predictions of each clip against groups of five neighbours, part by part as they are made."""
     wall, cpu, making, pairs = time.perf_counter(), time.process_time(), 0.0, 0
 
-    def parts() -> Iterator[Part]:
+    def parts() -> Iterator[PartialScores]:
         nonlocal making, pairs
         for start in range(0, clips, PART):
             rows = range(start, min(start + PART, clips))

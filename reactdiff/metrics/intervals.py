@@ -6,10 +6,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from reactdiff.data.keyed import generator
-from reactdiff.metrics.part import Part, means_to_metrics
+from reactdiff.metrics.part import PartialScores, means_to_metrics
 
 
-def intervals(parts: Iterable[Part], seed: int = 0, resamples: int = 1000, level: float = 0.95) -> dict[str, tuple[float, float]]:
+def intervals(parts: Iterable[PartialScores], seed: int = 0, resamples: int = 1000, level: float = 0.95) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap intervals (Efron, 1979) of the metrics that are means over clips.
 
     A resample draws as many clips as there are, with replacement. A clip here is a scored row; rows that share a script are

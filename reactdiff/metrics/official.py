@@ -18,7 +18,7 @@ from reactdiff.metrics.agreement import Reaction, concordance
 from reactdiff.metrics.arrays import Targets, check_part, check_whole
 from reactdiff.metrics.frechet import Moments, frechet
 from reactdiff.metrics.intervals import intervals
-from reactdiff.metrics.part import PER_CLIP, Part, means_to_metrics, total
+from reactdiff.metrics.part import PER_CLIP, PartialScores, means_to_metrics, total
 from reactdiff.metrics.synchrony import offsets
 from reactdiff.metrics.warping import laid_out, nearest
 
@@ -94,7 +94,7 @@ def score_part(
     own: Sequence[int] | None = None,
     threads: int = 1,
     progress: Progress | None = None,
-) -> Part:
+) -> PartialScores:
     """Scores some clips of a split.
 
     Beside the arrays, which may be memory-mapped, and the part, memory is bounded by two copies of one clip's predictions and of
@@ -120,17 +120,17 @@ def score_part(
         real = Moments.none() if own is None else Moments.of(Reaction.of(targets[own[clip]]).series)
         return _score_clip(predictions, pred[clip], speaker[clip], listeners), Moments.of(predictions.series), real
 
-    def parts() -> Iterator[Part]:
+    def parts() -> Iterator[PartialScores]:
         with ThreadPoolExecutor(threads) as pool:
             for clip, (values, predicted, real) in enumerate(pool.map(score_one, range(len(pred)))):
-                yield Part(np.array([values]), pred[clip].astype(np.float32).astype(np.float64), 0.0, predicted, real)
+                yield PartialScores(np.array([values]), pred[clip].astype(np.float32).astype(np.float64), 0.0, predicted, real)
                 if progress:
                     progress(clip + 1, len(pred))
 
     return total(parts())
 
 
-def merge(parts: Iterable[Part]) -> Scores:
+def merge(parts: Iterable[PartialScores]) -> Scores:
     """The metrics of all clips of some parts, each of which must have been scored once.
 
     Raises:

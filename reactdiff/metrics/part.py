@@ -12,7 +12,7 @@ PER_CLIP = ("FRCorr", "FRDist", "FRDiv", "FRVar", "FRSyn", "FRSyn_varying", "var
 
 
 @dataclass(frozen=True)
-class Part:
+class PartialScores:
     """The state of the metrics after some clips; `total` adds up those of several.
 
     Attributes:
@@ -45,14 +45,14 @@ class Part:
         }
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Part":
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "PartialScores":
         """The inverse of `to_arrays`, bit for bit."""
         both = zip(arrays["frames"].tolist(), arrays["moments"], strict=True)
         predicted, real = (Moments(frames, moments[0], moments[1:]) for frames, moments in both)
         return cls(arrays["values"], arrays["mean"], float(arrays["scatter"]), predicted, real)
 
 
-def total(parts: Iterable[Part]) -> Part:
+def total(parts: Iterable[PartialScores]) -> PartialScores:
     """The state after the clips of all parts, in their order (mean and scatter: Chan, Golub and LeVeque, 1983).
 
     The time is linear in the parts, and none is kept but its values: they may come from a generator.
@@ -76,7 +76,7 @@ def total(parts: Iterable[Part]) -> Part:
         scatter = scatter + part.scatter + float(np.vdot(shift, shift)) * before * part.clips / clips
         predicted, real = predicted + part.predicted, real + part.real
         values.append(part.values)
-    return Part(np.concatenate(values), mean, scatter, predicted, real)
+    return PartialScores(np.concatenate(values), mean, scatter, predicted, real)
 
 
 def means_to_metrics(means: np.ndarray, predictions: int) -> dict[str, np.ndarray]:

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from cluster.cli import run
-from cluster.data.build_shard import Source, build
-from cluster.data.manifest import Manifest, Shards, Split, Stream, load_manifest, publish
+from cluster.data.build_shard import ShardSource, build_shard
+from cluster.data.manifest import Manifest, ShardTable, Split, StreamEntry, load_manifest, publish
 from cluster.data.reader import Reader
 from cluster.data.shards import members
-from cluster.runs.latents import encode
+from cluster.runs.latents import encode_clip
 from cluster.runs.saved import open_run
 from cluster.storage import open_store
 from jobs.generate import main
@@ -136,9 +136,9 @@ def pack(case: Case, folder: Path) -> None:
         def read(self, pair: Clip) -> Clip:
             return pair
 
-    source = Source(Tree(), str(folder), strict=True)  # type: ignore[arg-type]
-    shards = Shards().plus({0: build(source, "val/000000", [clip]).info})
-    described = [Stream(**asdict(stream)) for stream in case.streams]
+    source = ShardSource(Tree(), str(folder), strict=True)  # type: ignore[arg-type]
+    shards = ShardTable().plus({0: build_shard(source, "val/000000", [clip]).info})
+    described = [StreamEntry(**asdict(stream)) for stream in case.streams]
     arrays = list(members(source.arrays))
     manifest = Manifest(
         kind="clips", frames=case.frames, streams=described, targets=TARGETS, members=arrays, splits={"val": Split(shards=shards)}
@@ -161,7 +161,7 @@ def test_the_authors_files_give_what_the_library_gives_on_the_same_inputs(
     store, model = open_store(str(authors.data)), authors.case.model
     manifest = load_manifest(store)
     made = load_published(model, Diffusion(normalisation="frame"), authors.case.streams, *authors.files)
-    latents = encode(made.autoencoder, Reader(store, manifest, "val"), 0)
+    latents = encode_clip(made.autoencoder, Reader(store, manifest, "val"), 0)
     # Rounding of inputs and latents to float16 is all that parts the clip from the fixture.
     assert 0 < np.abs(latents["a"] - authors.case.expected["latent"][0]).max() < 3e-3
     for direction, speaker in enumerate(PERSONS):

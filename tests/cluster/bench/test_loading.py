@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.bench.loading import WARM, Done, Range, Rival, Task, Undrawn, measure, record, rival_batches, streamed, wire
+from cluster.bench.loading import WARM, ByteSpan, Done, Rival, Task, Undrawn, measure, record, rival_batches, streamed, wire
 from cluster.bench.noise_dataset import SPLIT, make_noise
 from cluster.data.manifest import load_manifest
 from cluster.data.shards import read_index
@@ -87,7 +87,7 @@ def test_the_wire_gets_the_ranges_our_stream_asked_for_which_hold_every_member_i
 
 
 def test_a_cost_counts_the_memory_held_for_a_moment_and_the_time_of_children(task: Task) -> None:
-    def spend(task: Task, ranges: list[Range]) -> Rival:
+    def spend(task: Task, ranges: list[ByteSpan]) -> Rival:
         def read(done: Done) -> None:
             np.ones(10_000_000)
             for _ in range(WARM):
@@ -97,7 +97,7 @@ def test_a_cost_counts_the_memory_held_for_a_moment_and_the_time_of_children(tas
 
         return read
 
-    def rest(task: Task, ranges: list[Range]) -> Rival:
+    def rest(task: Task, ranges: list[ByteSpan]) -> Rival:
         return lambda done: print(*(done(1) for _ in range(WARM + 1)))
 
     cost = measure(spend, task, [], 1)

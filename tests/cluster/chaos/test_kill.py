@@ -44,7 +44,7 @@ def kill(victim: str, stage: str, shards: Path, store: Path) -> subprocess.Popen
     """Start the run, wait for the stage's first checkpoint, and SIGKILL the victim while the stage goes on."""
     running = subprocess.Popen([sys.executable, str(ROOT / "jobs/train.py"), *command(shards, store)], stdout=subprocess.DEVNULL)
     folder = open_store(str(store / "runs/victim"))
-    while not checkpoint.listing(folder, stage):
+    while not checkpoint.list_checkpoints(folder, stage):
         assert running.poll() is None, "the run ended before it could be killed"
         time.sleep(0.02)
     if victim == "driver":

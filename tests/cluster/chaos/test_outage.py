@@ -9,7 +9,7 @@ import torch
 from cluster.config.schema import Experiment
 from cluster.data.manifest import load_manifest
 from cluster.storage import open_store
-from cluster.telemetry import metrics_log as history
+from cluster.telemetry.metrics_log import read_rows
 from cluster.training.loop import Job, Place, train
 from tests.cluster.data.test_stream_faults import FAULTS, copy, hands_out, through
 from tests.cluster.support.faulty import TAR_RANGE, FaultyProxy, faulty_proxy
@@ -38,7 +38,7 @@ def proxy(object_store):
 
 def equal(run: Path | str, undisturbed: Path) -> bool:
     """Whether ledger, losses and weights are bitwise those of the undisturbed run."""
-    rows, expected = (history.rows(open_store(str(folder)), "autoencoder") for folder in (run, undisturbed))
+    rows, expected = (read_rows(open_store(str(folder)), "autoencoder") for folder in (run, undisturbed))
     return len(expected) == 20 and rows == expected and parts(run) == parts(undisturbed)
 
 
@@ -92,5 +92,5 @@ def test_a_minute_without_storage_is_waited_out(
     experiment = tiny(f"{s3_url}/shards", tmp_path, END, "data.read_ahead=1", "run.checkpoint_every=18")
     on_ranks(2, patiently, environment, experiment, f"{s3_url}/run")
     assert proxy.happened == ["outage"]
-    rows, expected = (history.rows(open_store(str(folder)), "autoencoder") for folder in (f"{s3_url}/run", undisturbed))
+    rows, expected = (read_rows(open_store(str(folder)), "autoencoder") for folder in (f"{s3_url}/run", undisturbed))
     assert [row["ledger"] for row in rows] == [row["ledger"] for row in expected] and len(rows) == 20

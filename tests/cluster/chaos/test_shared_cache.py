@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 from cluster.data.cache import HEAD
 from cluster.storage import open_store
-from cluster.telemetry import metrics_log as history
+from cluster.telemetry.metrics_log import read_rows
 from tests.cluster.support.ranks import start_ranks
 from tests.cluster.support.training import parts, train_here, train_on
 from tests.tiny import tiny
@@ -26,7 +26,7 @@ def filled(cache: Path) -> bool:
 
 
 def ledger(run: Path) -> list[float]:
-    return [row["ledger"] for row in history.rows(open_store(str(run)), "autoencoder")]
+    return [row["ledger"] for row in read_rows(open_store(str(run)), "autoencoder")]
 
 
 @pytest.mark.parametrize("megabytes", [1, 1000])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.data.build_shard import Built, Source, build, checked
+from cluster.data.build_shard import BuiltShard, ShardSource, build_shard, checked_clip
 from cluster.data.shards import decode_npy, read_index
 from cluster.storage import Store
 from reactdiff.data.files import ClipError
@@ -44,13 +44,13 @@ class Memory:
 PAIRS = [Pair(key) for key in ("one", "two", "three")]
 
 
-def source(store: Store, tree: Any, strict: bool = False) -> Source:
-    return Source(tree, store.url, strict)
+def source(store: Store, tree: Any, strict: bool = False) -> ShardSource:
+    return ShardSource(tree, store.url, strict)
 
 
 def test_a_shard_holds_every_usable_clip_and_its_record_says_why_the_others_are_not_there(store: Store) -> None:
     tree = Memory(bad={"two"})
-    built = build(source(store, tree), "train/000000", PAIRS)
+    built = build_shard(source(store, tree), "train/000000", PAIRS)
     assert built.refused == [("two", "clip two: some/file.npy: it is truncated")]
     assert built.subjects == {"a": ["A of one", "A of three"], "b": ["B", "B"]}
     index = read_index(store, "train/000000", built.info.index)
@@ -58,51 +58,51 @@ def test_a_shard_holds_every_usable_clip_and_its_record_says_why_the_others_are_
     start, size = int(index["offset"][1][0]), int(index["size"][1][0])
     data = store.read("train/000000.tar")[start : start + size]
     assert np.array_equal(decode_npy(data), tree.read(PAIRS[2]).people["a"]["attributes"])
-    assert Built.decode(store.read("train/000000.done.json")) == built
+    assert BuiltShard.decode(store.read("train/000000.done.json")) == built
 
 
 def test_a_finished_shard_is_found_and_only_its_first_clip_read_again(store: Store) -> None:
     tree = Memory()
-    first = build(source(store, tree), "train/000000", PAIRS)
+    first = build_shard(source(store, tree), "train/000000", PAIRS)
     tree.reads.clear()
-    assert build(source(store, tree), "train/000000", PAIRS) == first
+    assert build_shard(source(store, tree), "train/000000", PAIRS) == first
     assert tree.reads == ["one"]
 
 
 def test_a_shard_cut_off_before_its_record_is_built_again_to_the_same_bytes(store: Store) -> None:
-    first = build(source(store, Memory()), "train/000000", PAIRS)
+    first = build_shard(source(store, Memory()), "train/000000", PAIRS)
     store.delete("train/000000.done.json")
     store.put("train/000000.tar", b"half")
-    assert build(source(store, Memory()), "train/000000", PAIRS) == first
+    assert build_shard(source(store, Memory()), "train/000000", PAIRS) == first
     assert store.size("train/000000.tar") == first.info.bytes
 
 
 def test_other_data_under_the_same_names_is_noticed_and_nothing_rewritten(store: Store) -> None:
-    build(source(store, Memory(seed=1)), "train/000000", PAIRS)
+    build_shard(source(store, Memory(seed=1)), "train/000000", PAIRS)
     before = store.read("train/000000.tar")
     with pytest.raises(ValueError, match=r"train/000000.tar was prepared from other data: clip one, member a\.attributes\.npy"):
-        build(source(store, Memory(seed=2)), "train/000000", PAIRS)
+        build_shard(source(store, Memory(seed=2)), "train/000000", PAIRS)
     assert store.read("train/000000.tar") == before
     store.put("train/000000.tar", before[:-1])
     with pytest.raises(ValueError, match=f"has {len(before) - 1} bytes, but was written with {len(before)}"):
-        build(source(store, Memory(seed=1)), "train/000000", PAIRS)
+        build_shard(source(store, Memory(seed=1)), "train/000000", PAIRS)
 
 
 def test_strict_writes_nothing_of_a_shard_with_a_refused_clip_and_everything_once_it_is_repaired(store: Store) -> None:
     tree = Memory(bad={"two"})
-    assert build(source(store, tree, strict=True), "train/000000", PAIRS).refused
+    assert build_shard(source(store, tree, strict=True), "train/000000", PAIRS).refused
     assert list(store.list()) == []
     tree.bad.clear()
-    assert build(source(store, tree, strict=True), "train/000000", PAIRS).info.clips == 3
+    assert build_shard(source(store, tree, strict=True), "train/000000", PAIRS).info.clips == 3
 
 
 def test_a_shard_of_no_usable_clip_leaves_nothing_and_is_tried_again(store: Store) -> None:
     tree = Memory(bad={"one", "two", "three"})
-    built = build(source(store, tree), "train/000000", PAIRS)
+    built = build_shard(source(store, tree), "train/000000", PAIRS)
     assert built.info.clips == 0 and len(built.refused) == 3
     assert list(store.list()) == []
     tree.bad.clear()
-    assert build(source(store, tree), "train/000000", PAIRS).info.clips == 3
+    assert build_shard(source(store, tree), "train/000000", PAIRS).info.clips == 3
 
 
 @pytest.mark.parametrize(
@@ -125,4 +125,4 @@ def test_a_clip_unlike_the_dataset_is_refused_by_person_and_stream(tmp_path: Pat
             return changed
 
     with pytest.raises(ClipError, match=f"clip one: {rule}"):
-        checked(Other(), PAIRS[0])
+        checked_clip(Other(), PAIRS[0])

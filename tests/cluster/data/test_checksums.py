@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from crc32c import crc32c
 
-from cluster.data.checksums import Sums
-from cluster.data.ranges import DIRECT, Layout, Range, Wants
+from cluster.data.checksums import RunningChecksums
+from cluster.data.ranges import DIRECT, Range, ReadPlan, ReceiveBuffers
 from reactdiff.data.keyed import generator
 
 
@@ -18,21 +18,21 @@ def test_in_any_pieces_the_sums_are_those_of_the_members(most: int) -> None:
     offsets = [512 * (1 + 600 * (number - (number >= again))) for number in range(5)]
     places = [np.empty((5, width), dtype=np.uint8) for width in (DIRECT, small)]
     zeros = [0] * 5
-    wants = Wants(
+    plan = ReadPlan(
         [memoryview(place.data).cast("B") for place in places],
         [DIRECT, small],
         *(list(range(5)), kinds, zeros, zeros, zeros, offsets, sizes, zeros),
     )
     end = offsets[-1] + sizes[-1]
     tar = rng.integers(0, 256, end, dtype=np.uint8).tobytes()
-    layout = Layout(wants, Range(0, offsets[0], end - offsets[0], 0, 5))
-    sums, at = Sums(layout), offsets[0]
-    for buffer in layout.buffers:
+    received = ReceiveBuffers(plan, Range(0, offsets[0], end - offsets[0], 0, 5))
+    sums, at = RunningChecksums(received), offsets[0]
+    for buffer in received.buffers:
         done = 0
         while done < len(buffer):
             piece = buffer[done : done + int(rng.integers(1, most))]
             piece[:] = tar[at : at + len(piece)]
-            sums.filled(piece)
+            sums.update(piece)
             done, at = done + len(piece), at + len(piece)
     assert at == end
     assert sums.of == {number: crc32c(tar[offsets[number] : offsets[number] + sizes[number]]) for number in (0, 2, 4)}

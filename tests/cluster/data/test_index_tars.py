@@ -15,14 +15,14 @@ import webdataset
 
 from cluster.config.schema import Workers
 from cluster.data import sequential as tape
-from cluster.data.index_tars import Indexed, index, index_tar
+from cluster.data.index_tars import Indexed, index_tar, index_tars
 from cluster.data.manifest import load_appropriateness, load_manifest
 from cluster.data.prepare import prepare
 from cluster.data.reader import Reader
-from cluster.data.sequential import Tape
+from cluster.data.sequential import SequentialReader
 from cluster.data.shards import index_dtype
 from cluster.data.stream import Share
-from cluster.data.tar_scan import Form, first_form, read_tar
+from cluster.data.tar_scan import ClipFormat, first_format, read_tar
 from cluster.data.verify import verify
 from cluster.storage import Store, open_store
 from reactdiff.clip import PERSONS
@@ -36,7 +36,7 @@ Files = list[tuple[str, bytes]]
 """Names and contents of a tar."""
 
 WIDTHS = {"mfcc": 26, "attributes": 25, "coefficients": 58}
-FORM = Form(50, WIDTHS)
+FORM = ClipFormat(50, WIDTHS)
 
 
 def npy(array: np.ndarray, version: tuple[int, int] = (1, 0)) -> bytes:
@@ -69,11 +69,11 @@ def tarred(contents: Iterable[tuple[str, bytes]], **options: Any) -> bytes:
 def read(content: bytes, folder: Path) -> tuple[np.ndarray, int]:
     store = open_store(str(folder))
     store.put("train/x.tar", content)
-    return read_tar(Tape(store, "train/x.tar", len(content)), FORM)
+    return read_tar(SequentialReader(store, "train/x.tar", len(content)), FORM)
 
 
 def run(store: Store, **kinds: Any) -> Indexed:
-    return index(store, kinds, lambda done, total: None)
+    return index_tars(store, kinds, lambda done, total: None)
 
 
 def clips(store: Store, split: str, digest: str = "") -> list[tuple[str, dict[tuple[str, str], np.ndarray]]]:
@@ -118,7 +118,7 @@ def test_tars_of_other_writers_read_as_the_arrays_they_were_written_from(store: 
     rewritten(shards, store)
     before = {entry.key: store.read(entry.key) for entry in store.list()}
     seen = []
-    done = index(store, {}, lambda *counts: seen.append(counts))
+    done = index_tars(store, {}, lambda *counts: seen.append(counts))
     ours, manifest = load_manifest(open_store(str(shards))), load_manifest(store)
     assert done == Indexed(manifest, {"test": 8, "train": 20}, {"test": 2, "train": 20})
     assert seen[-1] == (6, 6)
@@ -198,7 +198,7 @@ def test_an_interrupted_index_goes_on_to_the_same_dataset(small: Path, tmp_path:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        index(store, {}, interrupt)
+        index_tars(store, {}, interrupt)
     assert not store.exists("dataset.json")
     assert run(store).manifest.hash == load_manifest(open_store(str(small))).hash
 
@@ -268,16 +268,16 @@ def test_a_stream_of_no_known_class_is_asked_for_and_never_changes_it(tmp_path: 
     with pytest.raises(ValueError, match="is gaze-and-pupils a stream of the face or of the voice"):
         run(store)
     with pytest.raises(ValueError, match=r"--facial gaze: the tars at .* have no such stream; they have gaze-and-pupils, mfcc"):
-        index(store, {"gaze": "facial"}, lambda done, total: None)
+        index_tars(store, {"gaze": "facial"}, lambda done, total: None)
     assert [entry.key for entry in store.list()] == ["train/x.tar"]
-    done = index(store, {"gaze-and-pupils": "facial"}, lambda done, total: None)
+    done = index_tars(store, {"gaze-and-pupils": "facial"}, lambda done, total: None)
     assert [(spec.name, spec.kind, spec.width) for spec in done.manifest.stream_specs] == [
         ("gaze-and-pupils", "facial", 4),
         ("mfcc", "acoustic", 26),
     ]
     assert run(store).manifest == done.manifest
     with pytest.raises(ValueError, match=r"--acoustic gaze-and-pupils: the dataset at .* has it as facial, and that never changes"):
-        index(store, {"gaze-and-pupils": "acoustic"}, lambda done, total: None)
+        index_tars(store, {"gaze-and-pupils": "acoustic"}, lambda done, total: None)
 
 
 def test_a_dataset_is_either_prepared_or_indexed(shards: Path, copied: Store, tmp_path: Path) -> None:
@@ -408,11 +408,11 @@ def test_the_first_clip_must_be_of_a_form_that_a_dataset_can_have(tmp_path: Path
     store, content = open_store(str(tmp_path)), tarred(contents)
     store.put("train/x.tar", content)
     with pytest.raises(ValueError, match=message):
-        first_form(Tape(store, "train/x.tar", len(content)))
+        first_format(SequentialReader(store, "train/x.tar", len(content)))
 
 
 def test_a_tar_costs_its_index_and_a_few_megabytes_whatever_is_in_it(tmp_path: Path) -> None:
-    form = Form(1000, {"w2v": 20_000, "attributes": 25, "coefficients": 58})
+    form = ClipFormat(1000, {"w2v": 20_000, "attributes": 25, "coefficients": 58})
     members = {f"one.{p}.{name}.npy": npy(np.zeros(*form.array(name))) for p in PERSONS for name in form.widths}
     store, content = open_store(str(tmp_path)), tarred([*members.items(), ("one.mp4", bytes(50_000_000))])
     store.put("train/x.tar", content)
@@ -420,7 +420,7 @@ def test_a_tar_costs_its_index_and_a_few_megabytes_whatever_is_in_it(tmp_path: P
     del content, members
     tracemalloc.start()
     try:
-        rows, _ = read_tar(Tape(store, "train/x.tar", size), form)
+        rows, _ = read_tar(SequentialReader(store, "train/x.tar", size), form)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.data.manifest import Manifest, Shards, Split, Stream, current, load_appropriateness, load_manifest, publish
+from cluster.data.manifest import Manifest, ShardTable, Split, StreamEntry, current_manifest, load_appropriateness, load_manifest, publish
 from cluster.data.shards import ShardInfo, encode_npy, members
 from cluster.storage import AlreadyExists, Stale, Store, content_hash, open_store
 from reactdiff.data.sample import StreamSpec
@@ -17,11 +17,11 @@ HASHES = [content_hash(b"%d" % number) for number in range(4)]
 
 
 def manifest(**changes) -> Manifest:
-    shards = Shards().plus({0: ShardInfo(3, 100, *HASHES[:2]), 7: ShardInfo(2, 90, *HASHES[2:])})
+    shards = ShardTable().plus({0: ShardInfo(3, 100, *HASHES[:2]), 7: ShardInfo(2, 90, *HASHES[2:])})
     fields = {
         "kind": "clips",
         "frames": 50,
-        "streams": [Stream(name="mfcc", kind="acoustic", width=26)],
+        "streams": [StreamEntry(name="mfcc", kind="acoustic", width=26)],
         "targets": {"attributes": 25, "coefficients": 58},
         "members": list(members(["mfcc", "attributes", "coefficients"])),
         "splits": {"train": Split(shards=shards)},
@@ -32,7 +32,7 @@ def manifest(**changes) -> Manifest:
 def test_what_was_published_is_loaded_by_hash_and_as_the_current_one(store: Store) -> None:
     first = manifest()
     publish(store, first)
-    loaded, etag = current(store)
+    loaded, etag = current_manifest(store)
     assert loaded == load_manifest(store, first.hash) == load_manifest(store)
     assert loaded.hash == loaded.identity == first.hash
     assert loaded.stream_specs == (StreamSpec("mfcc", "acoustic", 26),)
@@ -48,7 +48,7 @@ def test_what_was_published_is_loaded_by_hash_and_as_the_current_one(store: Stor
 
 def test_of_two_publishers_the_later_is_refused(store: Store) -> None:
     publish(store, manifest())
-    _, etag = current(store)
+    _, etag = current_manifest(store)
     with pytest.raises(AlreadyExists):
         publish(store, manifest(frames=100))
     publish(store, manifest(frames=150), etag)
@@ -71,7 +71,7 @@ def test_a_manifest_of_ours_has_the_hash_it_always_had() -> None:
 
 def test_a_shard_that_another_program_wrote_has_the_name_it_was_found_with(store: Store) -> None:
     names = ["000001", "noxi part", "7"]
-    shards = Shards().plus({name: ShardInfo(3, 100, *HASHES[:2]) for name in names})
+    shards = ShardTable().plus({name: ShardInfo(3, 100, *HASHES[:2]) for name in names})
     publish(store, manifest(splits={"train": Split(shards=shards)}))
     loaded = load_manifest(store)
     assert [loaded.shard("train", position) for position in range(3)] == [f"train/{name}" for name in names]
@@ -123,7 +123,7 @@ def test_an_appropriateness_matrix_is_the_one_the_manifest_names(store: Store) -
     data = encode_npy(matrix)
     store.put("train/appropriateness.npy", data)
     part = {"file": "train/appropriateness.npy", "hash": content_hash(data)}
-    one = manifest(splits={"train": Split(shards=Shards(), appropriateness=part), "val": Split(shards=Shards())})
+    one = manifest(splits={"train": Split(shards=ShardTable(), appropriateness=part), "val": Split(shards=ShardTable())})
     assert np.array_equal(load_appropriateness(store, one, "train"), matrix)
     assert load_appropriateness(store, one, "val") is None
     store.put("train/appropriateness.npy", encode_npy(~matrix))
@@ -149,7 +149,7 @@ def test_a_dataset_of_100_000_shards_is_open_in_2_seconds_and_64_megabytes(tmp_p
     digests = "".join(content_hash(number.to_bytes(4)) for number in range(count))
     names = [f"recordings-of-a-long-name-{number:06d}" if named else number for number in range(count)]
     columns = {"number": names, "clips": [1000] * count, "bytes": list(range(10**9, 10**9 + count))}
-    one = manifest(splits={"train": Split(shards=Shards(**columns, tar=digests, index=digests))})
+    one = manifest(splits={"train": Split(shards=ShardTable(**columns, tar=digests, index=digests))})
     publish(open_store(str(tmp_path)), one)
     arguments = [sys.executable, "-c", MEASURE, str(tmp_path), one.shard("train", count - 1)]
     done = subprocess.run(arguments, check=True, capture_output=True, text=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.data.manifest import load_appropriateness, load_manifest, read_part
-from cluster.data.prepare import Prepared, Refused, prepare
+from cluster.data.manifest import load_appropriateness, load_manifest, read_file
+from cluster.data.prepare import Prepared, RefusedClips, prepare
 from cluster.data.reader import Reader
 from cluster.storage import Store, open_store
 from reactdiff.data.react2024 import Tree
@@ -67,7 +67,7 @@ def test_the_dataset_is_the_tree_in_its_order(store: Store, simulated: Path) -> 
             read = reader.read(number, [(person, name) for person in "ab" for name in clip.people[person]])
             for (person, name), array in read.arrays.items():
                 assert np.array_equal(array, clip.people[person][name])
-        subjects = json.loads(read_part(store, manifest.split(split).subjects))
+        subjects = json.loads(read_file(store, manifest.split(split).subjects))
         assert subjects["b"] == [tree.read(pair).meta["subjects"]["b"] for pair in tree.pairs(split)]
     assert load_appropriateness(store, manifest, "train") is None
     assert np.array_equal(load_appropriateness(store, manifest, "val"), tree.appropriateness("val"))
@@ -120,7 +120,7 @@ def test_a_grown_tree_adds_shards_behind_the_old_ones(store: Store, root: Path) 
     assert keys(store, "val") == order["val"]
     assert grown.manifest.identity == first.hash != grown.manifest.hash
     assert load_manifest(store, first.hash) == first
-    assert len(json.loads(read_part(store, grown.manifest.split("train").subjects))["a"]) == 8
+    assert len(json.loads(read_file(store, grown.manifest.split("train").subjects))["a"]) == 8
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -164,7 +164,7 @@ def test_strict_refuses_all_because_of_one_and_goes_on_when_it_is_repaired(root:
     broken = broken.parent.parent / "P1" / broken.name
     content = broken.read_text()
     broken.write_text(content.replace("0.", "nan", 1))
-    with pytest.raises(Refused, match=r"1 clips cannot be used, the first in split train: .*nan"):
+    with pytest.raises(RefusedClips, match=r"1 clips cannot be used, the first in split train: .*nan"):
         run(root, store, strict=True)
     assert not store.exists("dataset.json")
     broken.write_text(content)

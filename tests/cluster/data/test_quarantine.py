@@ -12,12 +12,12 @@ import torch
 import torch.multiprocessing as mp
 
 from cluster.data.manifest import load_manifest
-from cluster.data.quarantine import Bad, Quarantine
+from cluster.data.quarantine import BadItem, Quarantine
 from cluster.data.reader import Reader
 from cluster.data.shards import CorruptData
 from cluster.runs import checkpoint
 from cluster.runs.build_latents import build_latents
-from cluster.runs.latents import Coder, corrupt_clips, encode_shard, read_range
+from cluster.runs.latents import LatentDataset, corrupt_clips, encode_shard, read_range
 from cluster.runs.saved import open_run
 from cluster.runtime.ray_cluster import Resources
 from cluster.storage import open_store
@@ -34,11 +34,11 @@ BAD = 1
 
 
 def test_the_list_holds_an_item_from_its_first_bad_position_on() -> None:
-    quarantine = Quarantine([Bad(7, 100, "first")])
+    quarantine = Quarantine([BadItem(7, 100, "first")])
     assert [quarantine.holds(7, position) for position in (99, 100, 140)] == [False, True, True]
     assert not quarantine.holds(8, 100)
-    assert quarantine.add([Bad(3, 50, "later"), Bad(7, 140, "again"), Bad(3, 10, "sooner")]) == [Bad(3, 10, "sooner")]
-    assert quarantine.entries == [Bad(3, 10, "sooner"), Bad(7, 100, "first")] and len(quarantine) == 2
+    assert quarantine.add([BadItem(3, 50, "later"), BadItem(7, 140, "again"), BadItem(3, 10, "sooner")]) == [BadItem(3, 10, "sooner")]
+    assert quarantine.entries == [BadItem(3, 10, "sooner"), BadItem(7, 100, "first")] and len(quarantine) == 2
 
 
 def first_items(shards: Path, count: int) -> list[int]:
@@ -55,9 +55,9 @@ def member_of(item: int) -> str:
 
 
 def rows_of(folder: Path) -> list[dict]:
-    from cluster.telemetry import metrics_log as history
+    from cluster.telemetry.metrics_log import read_rows
 
-    return history.rows(open_store(str(folder)), "autoencoder")
+    return read_rows(open_store(str(folder)), "autoencoder")
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_any_number_of_ranks_has_the_same_list_and_the_same_losses(quarantined: 
 
 def listed(folder: Path) -> list[tuple[int, int]]:
     store = open_store(str(folder))
-    found = checkpoint.read_manifest(store, checkpoint.listing(store, "autoencoder")[0])
+    found = checkpoint.read_manifest(store, checkpoint.list_checkpoints(store, "autoencoder")[0])
     assert all("member" in bad.why for bad in found.quarantine)
     return [(bad.item, bad.position) for bad in found.quarantine]
 
@@ -165,11 +165,11 @@ def test_a_step_of_nothing_but_bad_items_has_loss_and_gradient_zero_and_training
     assert (rows[1]["loss"], rows[1]["gradient_norm"], rows[1]["ledger"]) == (0, 0, 0)
     assert all(row["loss"] > 0 and row["gradient_norm"] > 0 for row in (rows[0], rows[2], rows[3]))
     store = open_store(str(folder))
-    assert [checkpoint.read_manifest(store, name).steps for name in checkpoint.listing(store, "autoencoder")] == [4, 3, 2, 1]
+    assert [checkpoint.read_manifest(store, name).steps for name in checkpoint.list_checkpoints(store, "autoencoder")] == [4, 3, 2, 1]
 
 
 @pytest.fixture
-def coder(finished: Path, shards: Path, tmp_path: Path) -> Coder:
+def coder(finished: Path, shards: Path, tmp_path: Path) -> LatentDataset:
     """A finished autoencoder over a copy of its dataset that is damaged in the first shard, where nothing is encoded yet."""
     source = tmp_path / "shards"
     shutil.copytree(shards, source)
@@ -177,7 +177,7 @@ def coder(finished: Path, shards: Path, tmp_path: Path) -> Coder:
     return replace(open_run(str(finished), "").coder(), source=str(source), store=str(tmp_path))
 
 
-def test_encoding_a_damaged_clip_stops_or_gives_zeros_and_no_other_shard_notices(coder: Coder, shards: Path) -> None:
+def test_encoding_a_damaged_clip_stops_or_gives_zeros_and_no_other_shard_notices(coder: LatentDataset, shards: Path) -> None:
     with pytest.raises(CorruptData, match=r"shard train/000000, clip \S+, member b\.mfcc\.npy"):
         encode_shard(coder, "train", 0)
     allowed = replace(coder, on_corrupt="quarantine")
@@ -190,7 +190,7 @@ def test_encoding_a_damaged_clip_stops_or_gives_zeros_and_no_other_shard_notices
 
 
 def test_latents_of_a_damaged_source_list_the_clip_and_train_without_it_or_are_refused(
-    coder: Coder, finished: Path, tmp_path: Path, local_ray: Resources
+    coder: LatentDataset, finished: Path, tmp_path: Path, local_ray: Resources
 ) -> None:
     experiment = open_run(str(finished), "").experiment
     with pytest.raises(CorruptData, match=r"member b\.mfcc\.npy"):
@@ -210,7 +210,7 @@ def test_latents_of_a_damaged_source_list_the_clip_and_train_without_it_or_are_r
     assert np.array_equal(low, others.min(axis=0)) and np.array_equal(high, others.max(axis=0))
     rows = train_on(2, tiny(allowed.url, tmp_path / "run", QUARANTINE), tmp_path / "run", stage="diffusion")
     run = open_store(str(tmp_path / "run"))
-    newest = checkpoint.read_manifest(run, checkpoint.listing(run, "diffusion")[0])
+    newest = checkpoint.read_manifest(run, checkpoint.list_checkpoints(run, "diffusion")[0])
     assert [(bad.item, bad.position) for bad in newest.quarantine] == [(2, 0), (3, 0)]
     checksums = {clip: reader.read(clip, wanted).checksum for clip in latents}
     assert sum(row["ledger"] for row in rows) == 2 * sum(checksums[clip] for clip in latents if clip != 1)
@@ -236,6 +236,6 @@ def test_seeded_a_run_says_how_to_go_on_goes_on_without_the_clip_and_never_score
     why = failed(QUARANTINE)
     assert f"clip {scored}, member a.mfcc.npy" in why
     run = open_store(str(store / "runs/damaged"))
-    assert [checkpoint.read_manifest(run, checkpoint.listing(run, s)[0]).quarantine for s in ("autoencoder", "diffusion")]
+    assert [checkpoint.read_manifest(run, checkpoint.list_checkpoints(run, s)[0]).quarantine for s in ("autoencoder", "diffusion")]
     flip(data, "test", 2, "a.mfcc.npy")
     assert "DONE" in (job("train", *command, QUARANTINE), (store / "runs/damaged/state.json").read_text())[1]

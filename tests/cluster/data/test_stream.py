@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.data.cache import HEAD, Cache
-from cluster.data.manifest import Manifest, Shards, Split, load_manifest, publish
-from cluster.data.manifest import Stream as StreamEntry
+from cluster.data.manifest import Manifest, ShardTable, Split, StreamEntry, load_manifest, publish
 from cluster.data.shards import CorruptData, members, read_index
 from cluster.data.stream import Share
 from cluster.storage import StorageError, Store, content_hash, open_store
@@ -226,8 +225,8 @@ def test_wrong_bytes_end_the_stream_at_their_own_step_and_not_before(tmp_path: P
 def test_a_shard_that_is_gone_ends_the_stream_at_the_first_step_that_wants_it(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     manifest, share = make_clips(store, [9, 9, 4]), Share(4, 44, 1, 0)
-    wants = [item // 2 >= 18 for item in order_of(manifest).at(np.arange(44)).tolist()]
-    step = wants.index(True) // 4
+    plan = [item // 2 >= 18 for item in order_of(manifest).at(np.arange(44)).tolist()]
+    step = plan.index(True) // 4
     assert step > 0
     (tmp_path / "train/000002.tar").unlink()
     stream, got = open_stream(store, share), []
@@ -315,7 +314,7 @@ def test_a_stream_of_100_000_shards_starts_in_2_seconds_and_64_megabytes(tmp_pat
         streams=[StreamEntry(name="mfcc", kind="acoustic", width=26)],
         targets=dict(TARGETS),
         members=list(members(["mfcc", *TARGETS])),
-        splits={"train": Split(shards=Shards(**columns, tar=digests, index=digests))},
+        splits={"train": Split(shards=ShardTable(**columns, tar=digests, index=digests))},
     )
     publish(open_store(str(tmp_path)), manifest)
     done = subprocess.run([sys.executable, "-c", START, str(tmp_path)], check=True, capture_output=True, text=True)

@@ -13,7 +13,7 @@ from botocore.client import Config
 from cluster.data.stream import Batch, Share
 from cluster.storage import StorageError, open_store, s3
 from cluster.storage.folder import FolderStore
-from cluster.telemetry import metrics_log as history
+from cluster.telemetry.metrics_log import read_rows
 from tests.cluster.support.faulty import TAR_RANGE, FaultyProxy, faulty_proxy
 from tests.cluster.support.ranks import on_ranks
 from tests.cluster.support.streaming import make_latents, open_stream, read_all, same
@@ -152,6 +152,6 @@ def test_training_goes_on_under_one_fault_after_the_other(
     environment = object_store.environment | {"AWS_ENDPOINT_URL": proxy.endpoint}
     on_ranks(1, through, environment, tiny(s3_url, tmp_path, "optim.epochs=3", "data.read_ahead=1"), str(tmp_path / "disturbed"))
     assert proxy.happened == faults
-    rows, expected = (history.rows(open_store(str(tmp_path / run)), "autoencoder") for run in ("disturbed", "whole"))
+    rows, expected = (read_rows(open_store(str(tmp_path / run)), "autoencoder") for run in ("disturbed", "whole"))
     assert len(rows) == 20 and rows == expected
     assert parts(tmp_path / "disturbed") == parts(tmp_path / "whole")

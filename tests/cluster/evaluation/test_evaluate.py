@@ -7,13 +7,13 @@ import pytest
 
 from cluster.evaluation.evaluate import evaluate
 from cluster.runs.saved import open_run
-from reactdiff.metrics.part import Part
+from reactdiff.metrics.part import PartialScores
 
 
 def parts_alive() -> int:
     """Parts that somebody in this process holds."""
     gc.collect()
-    return sum(type(one) is Part for one in gc.get_objects())
+    return sum(type(one) is PartialScores for one in gc.get_objects())
 
 
 @pytest.mark.usefixtures("local_ray")

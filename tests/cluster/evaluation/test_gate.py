@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cluster.config.loading import ConfigError
-from cluster.data.manifest import File, Manifest, Shards, Split
+from cluster.data.manifest import File, Manifest, ShardTable, Split
 from cluster.data.shards import ShardInfo, encode_npy
 from cluster.evaluation.gate import GateError, Guard, Rule, frozen_clips, judge
 from cluster.storage import Store, content_hash, open_store
@@ -79,7 +79,7 @@ def state(store: Store, *clips: int, names: str = "ABCDEFGH", train: str = "XYZ"
     n = sum(clips)
     matrix = np.eye(2 * n, dtype=bool)
     matrix[0, 1] = flip
-    shards = Shards().plus({i: ShardInfo(count, 1000, f"{i:032d}", f"{i:032d}") for i, count in enumerate(clips)})
+    shards = ShardTable().plus({i: ShardInfo(count, 1000, f"{i:032d}", f"{i:032d}") for i, count in enumerate(clips)})
     gate = Split(shards=shards, appropriateness=_file(store, encode_npy(matrix)), subjects=_subjects(store, names[:n]))
     splits = {"train": Split(subjects=_subjects(store, train)), "gate": gate}
     return Manifest(kind="clips", frames=100, streams=[], targets={}, members=[], splits=splits)

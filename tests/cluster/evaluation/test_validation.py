@@ -6,10 +6,10 @@ import pytest
 
 from cluster.config.schema import Experiment
 from cluster.data.manifest import load_manifest
-from cluster.evaluation.validation import Clips
+from cluster.evaluation.validation import ValidationClips
 from cluster.runs import checkpoint
 from cluster.storage import open_store
-from cluster.telemetry import metrics_log as history
+from cluster.telemetry.metrics_log import read_rows, validation_name
 from tests.cluster.support.ranks import on_ranks
 from tests.cluster.support.training import parts, train_here
 from tests.tiny import job, tiny
@@ -30,9 +30,9 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows(experiment: Experiment, folder: Path, ranks: int) -> list[dict[str, float]]:
     manifest = load_manifest(open_store(experiment.data.url)).hash
-    watched = Clips(experiment.data.url, manifest, None) if experiment.evaluation.watch else None
+    watched = ValidationClips(experiment.data.url, manifest, None) if experiment.evaluation.watch else None
     on_ranks(ranks, train_here, experiment, str(folder), 1, "autoencoder", watched)
-    return history.rows(open_store(str(folder)), history.watched_name("autoencoder"))
+    return read_rows(open_store(str(folder)), validation_name("autoencoder"))
 
 
 def test_each_checkpoint_is_scored_alike_by_any_number_of_ranks_and_training_does_not_notice(clips: Path, tmp_path: Path) -> None:
@@ -42,6 +42,6 @@ def test_each_checkpoint_is_scored_alike_by_any_number_of_ranks_and_training_doe
     assert rows(not_watching, tmp_path / "none", 1) == []
     assert parts(tmp_path / "one") == parts(tmp_path / "none"), "the weights are those of a run that was not watched"
     together = rows(watching, tmp_path / "two", 2)
-    names = [checkpoint.listing(open_store(str(tmp_path / folder)), "autoencoder") for folder in ("one", "two")]
+    names = [checkpoint.list_checkpoints(open_store(str(tmp_path / folder)), "autoencoder") for folder in ("one", "two")]
     assert names[0] == names[1]
     assert together[0]["FRDist"] == pytest.approx(alone[0]["FRDist"], rel=1e-3) and alone[0]["FRDist"] > 0

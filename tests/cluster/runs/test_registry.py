@@ -31,7 +31,7 @@ def test_of_many_that_decide_at_once_exactly_one_wins(store: Store) -> None:
     def decide(number: int) -> bool:
         barrier.wait()
         try:
-            registry.append(store, promoted(str(number)), None)
+            registry.append_decision(store, promoted(str(number)), None)
         except AlreadyExists:
             return False
         return True
@@ -44,33 +44,33 @@ def test_of_many_that_decide_at_once_exactly_one_wins(store: Store) -> None:
 
 
 def test_the_loser_decides_again_against_the_new_champion_and_both_are_kept(store: Store) -> None:
-    first = registry.append(store, promoted("a"), None)
+    first = registry.append_decision(store, promoted("a"), None)
     with pytest.raises(AlreadyExists):
-        registry.append(store, promoted("b"), None)
-    second = registry.append(store, promoted("b", before="a"), first)
+        registry.append_decision(store, promoted("b"), None)
+    second = registry.append_decision(store, promoted("b", before="a"), first)
     assert (second.number, champion(store)) == (2, (2, "b"))
-    assert registry.read(store, 1) == first and registry.newest(store) == second
+    assert registry.read_decision(store, 1) == first and registry.newest_decision(store) == second
 
 
 def test_a_candidate_that_is_kept_out_leaves_the_champion_and_is_remembered(store: Store) -> None:
-    first = registry.append(store, promoted("a"), None)
-    kept = registry.append(store, Decision("kept", version("a"), "worse", candidate=version("b"), before=version("a")), first)
+    first = registry.append_decision(store, promoted("a"), None)
+    kept = registry.append_decision(store, Decision("kept", version("a"), "worse", candidate=version("b"), before=version("a")), first)
     assert champion(store) == (2, "a")
-    assert registry.decided(store, "b") == kept and registry.decided(store, "c") is None
+    assert registry.decision_on(store, "b") == kept and registry.decision_on(store, "c") is None
 
 
 def test_a_decision_whose_writer_died_is_shown_by_the_next_tick(store: Store) -> None:
-    first = registry.append(store, promoted("a"), None)
+    first = registry.append_decision(store, promoted("a"), None)
     before = store.read("champion.json")
-    registry.append(store, promoted("b", before="a"), first)
+    registry.append_decision(store, promoted("b", before="a"), first)
     store.put("champion.json", before)  # as if it had died between the two writes
-    registry.show(store)
+    registry.show_champion(store)
     assert champion(store) == (2, "b")
 
 
 def test_rolling_back_is_a_decision_that_goes_to_the_champion_before(store: Store) -> None:
-    first = registry.append(store, promoted("a"), None)
-    registry.append(store, promoted("b", before="a"), first)
+    first = registry.append_decision(store, promoted("a"), None)
+    registry.append_decision(store, promoted("b", before="a"), first)
     assert registry.roll_back(store, "").number == 3
     assert champion(store) == (3, "a")
     with pytest.raises(StorageError, match="no champion before the present one"):
@@ -78,14 +78,14 @@ def test_rolling_back_is_a_decision_that_goes_to_the_champion_before(store: Stor
 
 
 def test_after_rolling_back_a_new_champion_gives_way_to_the_one_it_replaced(store: Store) -> None:
-    registry.append(store, promoted("b", before="a"), registry.append(store, promoted("a"), None))
-    registry.append(store, promoted("c", before="a"), registry.roll_back(store, ""))
+    registry.append_decision(store, promoted("b", before="a"), registry.append_decision(store, promoted("a"), None))
+    registry.append_decision(store, promoted("c", before="a"), registry.roll_back(store, ""))
     registry.roll_back(store, "")
     assert champion(store) == (5, "a")
 
 
 def test_an_empty_registry_has_no_champion_to_show_or_take_back(store: Store) -> None:
-    registry.show(store)
-    assert registry.newest(store) is None and not store.exists("champion.json")
+    registry.show_champion(store)
+    assert registry.newest_decision(store) is None and not store.exists("champion.json")
     with pytest.raises(StorageError, match="no champion"):
         registry.roll_back(store, "")

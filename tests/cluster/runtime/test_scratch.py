@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.runtime.scratch import PREFIX, scratch, sweep
+from cluster.runtime.scratch import PREFIX, remove_abandoned, scratch_folder
 
 HOLDER = """
 from pathlib import Path
@@ -36,12 +36,12 @@ def test_a_folder_lives_as_long_as_its_process_and_the_next_one_removes_it(root:
     with subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         left = Path(holder.stdout.readline().strip())
-        with scratch() as folder:
+        with scratch_folder() as folder:
             assert folder != left and (left / "shard.tar").stat().st_size == 1000
         assert not folder.exists() and left.exists()
         holder.kill()
     assert left.exists()
-    with scratch() as folder:
+    with scratch_folder() as folder:
         assert sorted(root.iterdir()) == sorted([folder, *others])
     assert sorted(root.iterdir()) == sorted(others)
 
@@ -53,17 +53,17 @@ def test_a_folder_swept_before_it_was_locked_is_made_anew(root: Path, monkeypatc
     def make_and_sweep(prefix: str) -> str:
         made.append(make(prefix=prefix))
         if len(made) == 1:
-            sweep(root)
+            remove_abandoned(root)
         return made[-1]
 
     monkeypatch.setattr(tempfile, "mkdtemp", make_and_sweep)
-    with scratch() as folder:
+    with scratch_folder() as folder:
         assert [str(folder)] == made[1:] and not Path(made[0]).exists()
 
 
 def test_no_folder_is_taken_from_its_owner_by_those_who_come_and_go_beside_it(root: Path) -> None:
     def use(number: int) -> bool:
-        with scratch() as folder:
+        with scratch_folder() as folder:
             (folder / "one").write_bytes(b"1")
             (folder / "two").write_bytes(b"2")
             return sorted(path.name for path in folder.iterdir()) == ["one", "two"]

@@ -7,7 +7,7 @@ from functools import cached_property
 import pytest
 
 from cluster.config.schema import Workers
-from cluster.runtime.tasks import each
+from cluster.runtime.tasks import map_tasks
 
 CALLS = 40
 
@@ -35,7 +35,7 @@ def note(shared: Shared, number: int) -> tuple[int, int, int]:
 @pytest.mark.usefixtures("local_ray")
 def test_a_process_takes_what_is_shared_once_and_anew_for_the_next_piece_of_work() -> None:
     for times in (1, 2):
-        results = dict(each(note, [(number,) for number in range(CALLS)], Workers(), Shared()))
+        results = dict(map_tasks(note, [(number,) for number in range(CALLS)], Workers(), Shared()))
         assert sorted(results) == list(range(CALLS))
         processes = Counter(process for process, _, _ in results.values())
         for process, calls in processes.items():
@@ -52,4 +52,4 @@ def refuse(shared: str, number: int) -> None:
 @pytest.mark.usefixtures("local_ray")
 def test_the_error_of_a_call_is_raised_as_it_was() -> None:
     with pytest.raises(KeyError, match="why"):
-        list(each(refuse, [(0,)], Workers(), "why"))
+        list(map_tasks(refuse, [(0,)], Workers(), "why"))

@@ -10,9 +10,9 @@ import torch
 from cluster.data.manifest import load_manifest
 from cluster.data.shards import read_index
 from cluster.runs import checkpoint
-from cluster.runs.checkpoint import Writer
+from cluster.runs.checkpoint import CheckpointWriter
 from cluster.storage import Store, content_hash, open_store
-from cluster.storage.hashing import Altered, read_verified
+from cluster.storage.hashing import HashMismatch, read_verified
 from cluster.training.engine import Fragment
 from infra.objectstore import ObjectStore
 from tests.cluster.support.faulty import faulty_proxy
@@ -25,7 +25,7 @@ def test_content_is_that_of_the_hash_or_refused(store: Store) -> None:
     store.put("a/b", CONTENT)
     assert read_verified(store, "a/b", content_hash(CONTENT)) == CONTENT
     store.put("a/b", b"something else")
-    with pytest.raises(Altered, match=f"{store.url}/a/b has hash {content_hash(b'something else')}") as caught:
+    with pytest.raises(HashMismatch, match=f"{store.url}/a/b has hash {content_hash(b'something else')}") as caught:
         read_verified(store, "a/b", content_hash(CONTENT))
     assert caught.value.actual == content_hash(b"something else")
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
@@ -37,7 +37,7 @@ def index_of(store: Store) -> np.ndarray:
 
 
 def weights_of(store: Store) -> list[float]:
-    newest = checkpoint.read_manifest(store, checkpoint.listing(store, "autoencoder")[0])
+    newest = checkpoint.read_manifest(store, checkpoint.list_checkpoints(store, "autoencoder")[0])
     return checkpoint.assemble(store, newest, "master")["w"].tolist()
 
 
@@ -51,7 +51,7 @@ def test_bytes_that_changed_on_their_way_are_read_once_more(
 ) -> None:
     store = open_store(s3_url)
     make_latents(store, [3])
-    writer = Writer(store, lambda value: [value], rank=0, keep=1, superseded=lambda: None)
+    writer = CheckpointWriter(store, lambda value: [value], rank=0, keep=1, superseded=lambda: None)
     facts = {"stage": "autoencoder", "progress": 1, "steps": 1, "life": 1, "dataset": "", "config": {}}
     writer.begin([Fragment("w", (2,), 0, {"master": torch.ones(2)})], {}, **facts)
     writer.commit()

@@ -2,17 +2,17 @@
 
 import threading
 
-from cluster.storage.parallel import THREADS, overlapped
+from cluster.storage.parallel import PARALLEL_REQUESTS, parallel_map
 
 
 def test_answers_come_in_order_though_several_wait_at_the_same_time() -> None:
-    together = threading.Barrier(THREADS, timeout=60)
+    together = threading.Barrier(PARALLEL_REQUESTS, timeout=60)
 
     def ask(number: int) -> int:
         together.wait()
         return number * number
 
-    assert list(overlapped(ask, range(3 * THREADS))) == [number * number for number in range(3 * THREADS)]
+    assert list(parallel_map(ask, range(3 * PARALLEL_REQUESTS))) == [number * number for number in range(3 * PARALLEL_REQUESTS)]
 
 
 def test_who_stops_listening_asks_for_little_more() -> None:
@@ -22,7 +22,7 @@ def test_who_stops_listening_asks_for_little_more() -> None:
         asked.append(number)
         return number
 
-    answers = overlapped(ask, range(100), ahead=4)
+    answers = parallel_map(ask, range(100), ahead=4)
     assert [next(answers) for _ in range(5)] == [0, 1, 2, 3, 4]
     del answers
     assert set(range(5)) <= set(asked) <= set(range(8))

@@ -10,8 +10,8 @@ import pytest
 
 from cluster.storage import AlreadyExists, NotFound, Permanent, StorageError, open_store, s3
 from cluster.storage import multipart as parts
-from cluster.storage import retry as patience
-from cluster.storage.retry import Patience, end_with
+from cluster.storage import retry as retry
+from cluster.storage.retry import Retry, cancel_retries_on
 from tests.cluster.support.faulty import FaultyProxy, faulty_proxy
 from tests.cluster.support.streaming import read_range
 
@@ -36,7 +36,7 @@ def test_a_body_that_breaks_off_is_continued_from_there(s3_url: str, proxy: Faul
         proxy.faults = [fault]
         assert store.read("x") == content
         assert proxy.happened[-1] == fault
-    monkeypatch.setattr(s3, "PATIENCE", 0.2)
+    monkeypatch.setattr(s3, "RETRY_SECONDS", 0.2)
     proxy.faults = ["cut"] * 30
     with pytest.raises(StorageError, match=rf"{s3_url}/x.*broke off \d+ times"):
         read_range(store, "x", 0, 1 << 19)
@@ -88,7 +88,7 @@ def test_a_read_goes_on_from_where_it_was_whatever_the_server_does(
 def test_an_outage_is_waited_out_by_who_has_seen_the_server_and_not_by_who_never_has(
     s3_url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3, "FIRST_PATIENCE", 0.0)
+    monkeypatch.setattr(s3, "FIRST_RETRY_SECONDS", 0.0)
     store, stranger = open_store(s3_url), open_store(s3_url)
     store.put("x", b"1")
     proxy.faults = ["down"] * 12
@@ -134,7 +134,7 @@ def test_a_conditional_write_whose_answer_is_lost_still_knows_that_it_won(s3_url
 
 def test_a_server_that_is_not_there_is_named(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(s3, "FIRST_PATIENCE", 0.0)
+    monkeypatch.setattr(s3, "FIRST_RETRY_SECONDS", 0.0)
     with pytest.raises(StorageError, match=f"{s3_url}/x at http://127.0.0.1:9"):
         open_store(s3_url).read("x")
 
@@ -142,8 +142,8 @@ def test_a_server_that_is_not_there_is_named(s3_url: str, monkeypatch: pytest.Mo
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> bytes:
     """Content of three parts, of the least size that a server takes; between tries there is little rest."""
-    monkeypatch.setattr(patience, "LONGEST_PAUSE", 0.1)
-    monkeypatch.setattr(parts, "PART", 5 << 20)
+    monkeypatch.setattr(retry, "MAX_BACKOFF_SECONDS", 0.1)
+    monkeypatch.setattr(parts, "PART_BYTES", 5 << 20)
     return os.urandom((12 << 20) + 7)
 
 
@@ -198,7 +198,7 @@ def test_a_write_that_is_refused_in_the_middle_leaves_nothing(
     store = open_store(s3_url)
     store.put("x", b"before")
     client, where = store.raw("x")
-    monkeypatch.setattr(parts, "AT_ONCE", 1)
+    monkeypatch.setattr(parts, "CONCURRENT_PARTS", 1)
     proxy.arm(["", "denied"], aim="PUT")
     with pytest.raises(Permanent, match="AccessDenied"):
         store.put("x", small_parts)
@@ -233,21 +233,21 @@ def test_many_readers_use_their_connections_again(s3_url: str, proxy: FaultyProx
 
 def test_patience_counts_from_the_first_fault() -> None:
     now = 0.0
-    patience = Patience(lambda: now)
+    retry = Retry(lambda: now)
     now = 1e6
-    assert patience.lasts(120)
+    assert retry.again(120)
     now += 119
-    assert patience.lasts(120)
+    assert retry.again(120)
     now += 1
-    assert not patience.lasts(120)
-    assert patience.faults == 3
+    assert not retry.again(120)
+    assert retry.faults == 3
 
 
 def test_a_thread_whose_work_is_over_waits_for_nothing(s3_url: str, proxy: FaultyProxy) -> None:
     store, over = open_store(s3_url), threading.Event()
     store.put("x", b"1")
     proxy.faults = ["down"] * 1000
-    with ThreadPoolExecutor(1, initializer=end_with, initargs=(over,)) as pool:
+    with ThreadPoolExecutor(1, initializer=cancel_retries_on, initargs=(over,)) as pool:
         reading = pool.submit(store.read, "x")
         while len(proxy.happened) < 4:
             time.sleep(0.01)

@@ -110,7 +110,7 @@ def test_replacing_what_is_gone_is_stale(store: Store) -> None:
 
 
 def test_a_good_store_proves_itself_and_leaves_nothing(store: Store) -> None:
-    store.prove()
+    store.assert_conditional_writes()
     assert list(store.list()) == []
 
 
@@ -122,7 +122,7 @@ def test_a_store_that_ignores_conditions_is_refused(tmp_path: Path, forgets: str
 
     forgetful = type("Forgetful", (FolderStore,), {forgets: ignore})(tmp_path)
     with pytest.raises(StorageError, match=f"{tmp_path}: conditional puts are ignored.*If-None-Match"):
-        forgetful.prove()
+        forgetful.assert_conditional_writes()
     assert list(forgetful.list()) == []
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from cluster.config.loading import ConfigError
-from cluster.studies.comparison import Comparison, markdown, trials
+from cluster.studies.comparison import Comparison, comparison_runs, markdown
 from reactdiff.data.keyed import generator
 from reactdiff.metrics.official import score_part
-from reactdiff.metrics.part import Part
+from reactdiff.metrics.part import PartialScores
 
 ROWS = {
     "first": {},
@@ -27,7 +27,7 @@ def comparison(**keys: object) -> Comparison:
 
 
 def test_rows_take_the_autoencoder_of_the_first_that_has_the_same_under_the_same_seed() -> None:
-    found = trials(comparison(), [])
+    found = comparison_runs(comparison(), [])
     names = {(trial.row, trial.experiment.seed): trial.experiment.run.name for trial in found}
     assert len(set(names.values())) == len(found) == 14
     for trial in found:
@@ -36,18 +36,20 @@ def test_rows_take_the_autoencoder_of_the_first_that_has_the_same_under_the_same
 
 
 def test_a_comparison_is_the_same_runs_every_time_and_other_ones_with_other_settings() -> None:
-    runs = [[trial.experiment.run.name for trial in trials(comparison(), overrides)] for overrides in ([], [], ["model.hidden=32"])]
+    runs = [
+        [run.experiment.run.name for run in comparison_runs(comparison(), overrides)] for overrides in ([], [], ["model.hidden=32"])
+    ]
     assert runs[0] == runs[1] and not set(runs[0]) & set(runs[2])
 
 
 def test_a_wrong_key_and_rows_that_are_one_run_are_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match="rows 'first' and 'longer' would be the same run"):
-        trials(comparison(rows={"first": {}, "longer": {"optim.epochs.autoencoder": 300}}), [])
+        comparison_runs(comparison(rows={"first": {}, "longer": {"optim.epochs.autoencoder": 300}}), [])
     with pytest.raises(ConfigError, match=r"model\.denoisr"):
-        trials(comparison(rows={"odd": {"model.denoisr": "unet"}}), [])
+        comparison_runs(comparison(rows={"odd": {"model.denoisr": "unet"}}), [])
 
 
-def part(seed: int, noise: float) -> Part:
+def part(seed: int, noise: float) -> PartialScores:
     """Predictions that are the real reaction, with so much noise."""
     real = generator("real").random((6, 60, 25), dtype=np.float32)
     pred = real[:, None] + noise * generator("noise", seed).standard_normal((6, 2, 60, 25), dtype=np.float32)

@@ -12,13 +12,12 @@ import torch
 from crc32c import crc32c
 
 from cluster.data.cache import Cache
-from cluster.data.manifest import Manifest, Shards, Split, load_manifest, publish
-from cluster.data.manifest import Stream as StreamEntry
+from cluster.data.manifest import Manifest, ShardTable, Split, StreamEntry, load_manifest, publish
 from cluster.data.reader import Reader
 from cluster.data.shards import ShardInfo, members, read_index, shard_name, write_shard
 from cluster.data.stream import Batch, Share, Stream
 from cluster.storage import Store
-from cluster.storage.base import Filled, unheard
+from cluster.storage.base import OnBytes, ignore_bytes
 from cluster.storage.folder import FolderStore
 from reactdiff.clip import PERSONS, TARGETS
 from reactdiff.config import Diffusion
@@ -34,7 +33,7 @@ FRAMES = 50
 def read_range(store: Store, key: str, start: int, length: int) -> bytes:
     """What `read_into` brings, which it must also tell of: each byte once, in order, whatever happens on the way."""
     buffer, told = bytearray(length), bytearray()
-    store.read_into(key, start, memoryview(buffer), filled=told.extend)
+    store.read_into(key, start, memoryview(buffer), on_bytes=told.extend)
     assert told == buffer
     return bytes(buffer)
 
@@ -65,7 +64,7 @@ def _make(store: Store, counts: Sequence[int], kind: Any, arrays: dict[str, tupl
         streams=streams,
         targets=dict(TARGETS) if kind == "clips" else {},
         members=list(members(arrays)),
-        splits={"train": Split(shards=Shards().plus(made))},
+        splits={"train": Split(shards=ShardTable().plus(made))},
     )
     publish(store, manifest)
     return manifest
@@ -173,13 +172,13 @@ class Recorded(FolderStore):
         self.reads: list[tuple[str, int, int]] = []
         self._lock = threading.Lock()
 
-    def read_into(self, key: str, start: int, *buffers: memoryview, filled: Filled = unheard) -> None:
+    def read_into(self, key: str, start: int, *buffers: memoryview, on_bytes: OnBytes = ignore_bytes) -> None:
         """Fill buffers from byte `start` on."""
         if key.endswith(".tar"):
             with self._lock:
                 self.reads.append((key, start, sum(map(len, buffers))))
                 self.noticed()
-        super().read_into(key, start, *buffers, filled=filled)
+        super().read_into(key, start, *buffers, on_bytes=on_bytes)
 
     def noticed(self) -> None:
         """Called at every read, one at a time."""

@@ -8,9 +8,9 @@ import torch
 
 from cluster.config.schema import Experiment
 from cluster.data.manifest import load_manifest
-from cluster.evaluation.validation import Clips
+from cluster.evaluation.validation import ValidationClips
 from cluster.storage import open_store
-from cluster.telemetry import metrics_log as history
+from cluster.telemetry.metrics_log import read_rows
 from cluster.training.loop import Job, Place, train
 from tests.cluster.support.ranks import on_ranks
 
@@ -18,11 +18,11 @@ from tests.cluster.support.ranks import on_ranks
 def train_on(ranks: int, experiment: Experiment, folder: Path | str, life: int = 1, stage: str = "autoencoder") -> list[dict[str, Any]]:
     """Train a stage in this run folder to its end; returns the rows of its history."""
     on_ranks(ranks, train_here, experiment, str(folder), life, stage)
-    return history.rows(open_store(str(folder)), stage)
+    return read_rows(open_store(str(folder)), stage)
 
 
 def train_here(
-    rank: int, ranks: int, experiment: Experiment, folder: str, life: int, stage: str, watched: Clips | None = None
+    rank: int, ranks: int, experiment: Experiment, folder: str, life: int, stage: str, watched: ValidationClips | None = None
 ) -> dict[str, Any]:
     """What one rank does; what it logs goes to `<folder>.log`, since its stderr is the fork server's."""
     logging.getLogger("cluster").addHandler(logging.FileHandler(f"{folder}.log"))
@@ -36,4 +36,4 @@ def parts(folder: Path | str, stage: str = "autoencoder") -> list[str]:
     from cluster.runs import checkpoint
 
     store = open_store(str(folder))
-    return [part.hash for part in checkpoint.read_manifest(store, checkpoint.listing(store, stage)[0]).parts]
+    return [part.hash for part in checkpoint.read_manifest(store, checkpoint.list_checkpoints(store, stage)[0]).parts]

@@ -18,7 +18,7 @@ from cluster.telemetry.meter import Meter
 from tests.tiny import ROOT
 
 INFRA = ROOT / "infra" / "prometheus"
-PATIENCE = 60
+TIMEOUT = 60
 """Seconds after which something that was to happen is taken not to happen; Prometheus takes up new targets every 5."""
 
 
@@ -31,7 +31,7 @@ def program(name):
 
 
 def promtool(*arguments, text=None):
-    return subprocess.run([program("promtool"), *arguments], cwd=INFRA, input=text, capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run([program("promtool"), *arguments], cwd=INFRA, input=text, capture_output=True, text=True, timeout=TIMEOUT)
 
 
 class Server:
@@ -58,12 +58,12 @@ class Server:
 
     def until(self, look, enough):
         """What is seen, as soon as it is enough."""
-        for _ in range(PATIENCE * 10):
+        for _ in range(TIMEOUT * 10):
             if enough(seen := look()):
                 return seen
             assert self.process.poll() is None, f"prometheus ended: {self.log.read_text()}"
             time.sleep(0.1)
-        pytest.fail(f"after {PATIENCE} s of waiting there was only {seen}")
+        pytest.fail(f"after {TIMEOUT} s of waiting there was only {seen}")
 
     def get(self, path, **parameters):
         with urllib.request.urlopen(f"http://{self.address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}") as answer:
@@ -79,7 +79,7 @@ class Server:
 
     def close(self):
         self.process.terminate()
-        self.process.wait(PATIENCE)
+        self.process.wait(TIMEOUT)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_items_are_exact_over_a_restart_of_the_workers_and_of_the_driver(server)
         server.sees("reactdiff_progress_items", {"400"})
         exporter.restarts("preempted")
         train(group(2, clock), exporter, clock, steps=5)
-        assert exporter.drain(PATIENCE), "the last numbers of life 1 were not scraped"
+        assert exporter.drain(TIMEOUT), "the last numbers of life 1 were not scraped"
         server.sees("sum(reactdiff_items_processed_total)", {"500"})  # a scrape that took too long is not kept: the next one is
 
     with closing(Exporter("demo", life=2, clock=clock)) as exporter:
@@ -130,7 +130,7 @@ def test_items_are_exact_over_a_restart_of_the_workers_and_of_the_driver(server)
         train(meters, exporter, clock, steps=10)
         server.sees("reactdiff_progress_items{life='2'}", {"100"})
         train(meters, exporter, clock, steps=20)
-        assert exporter.drain(PATIENCE), "the last numbers of life 2 were not scraped"
+        assert exporter.drain(TIMEOUT), "the last numbers of life 2 were not scraped"
         server.sees("reactdiff_progress_items{life='2'}", {"300"})
 
         assert server.values("sum by (life) (max_over_time(reactdiff_items_processed_total{run='demo'}[10m]))") == {"500", "300"}

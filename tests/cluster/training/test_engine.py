@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.training.engine import Engine, Settings
+from cluster.training.engine import Engine, EngineSettings
 from reactdiff.config import Diffusion, Model
 from reactdiff.data.sample import StreamSpec
 from reactdiff.stage import Source, build, empty_batch, stages_over
@@ -31,7 +31,7 @@ def learn(rank: int, family: dict[str, Any], zero: int) -> list[float]:
     kinds, found = stages_over(CLIPS, Model(**{**SMALL, **family}), Diffusion(prediction="x0")), []
     for kind in kinds.values():
         module = build(kind, 0)
-        engine = Engine(module, Settings(zero, "fp32", 1, (0.9, 0.999), 5e-4, 0.0, 0.99), torch.device("cpu"))
+        engine = Engine(module, EngineSettings(zero, "fp32", 1, (0.9, 0.999), 5e-4, 0.0, 0.99), torch.device("cpu"))
         for step in range(3):
             generator = torch.Generator().manual_seed(step)
             batch = {name: torch.randn(each.shape, generator=generator) for name, each in empty_batch(kind, 2, "cpu").items()}

@@ -31,9 +31,9 @@ def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows_of(folder: Path) -> list[dict]:
-    from cluster.telemetry import metrics_log as history
+    from cluster.telemetry.metrics_log import read_rows
 
-    return history.rows(open_store(str(folder)), "autoencoder")
+    return read_rows(open_store(str(folder)), "autoencoder")
 
 
 @pytest.mark.parametrize(("ranks", "zero", "micro_batch"), [(2, 1, 2), (3, 3, 0), (2, 2, 0), pytest.param(3, 0, 1, marks=pytest.mark.slow)])
@@ -80,7 +80,7 @@ def from_the_first_checkpoint(folder: str, loss_of: Callable[[torch.Tensor], tor
     def forward(self, batch, valid):
         loss = original(self, batch, valid)
         steps.append(len(steps))
-        return loss_of(loss) if checkpoint.listing(store, "autoencoder") else loss
+        return loss_of(loss) if checkpoint.list_checkpoints(store, "autoencoder") else loss
 
     worker.Engine.forward = forward
     return steps
@@ -103,7 +103,7 @@ def test_killed_with_sigkill_and_started_again_the_final_weights_are_identical(s
             pass
     assert group.processes[1].exitcode == -signal.SIGKILL
     store = open_store(str(killed))
-    at_the_kill = checkpoint.read_manifest(store, checkpoint.listing(store, "autoencoder")[0])
+    at_the_kill = checkpoint.read_manifest(store, checkpoint.list_checkpoints(store, "autoencoder")[0])
     assert 0 < at_the_kill.progress < 240, "the kill came in the middle"
     train_on(2, tiny(shards, killed, *settings), killed, life=2)
     assert parts(killed) == parts(whole)
@@ -114,7 +114,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly_and_the_run_ends_the_same(sh
     damaged, whole = tmp_path / "damaged", tmp_path / "whole"
     train_on(1, tiny(shards, damaged, "optim.epochs=0.9", *settings), damaged)
     store = open_store(str(damaged))
-    newest = checkpoint.read_manifest(store, checkpoint.listing(store, "autoencoder")[0])
+    newest = checkpoint.read_manifest(store, checkpoint.list_checkpoints(store, "autoencoder")[0])
     victim = damaged / "checkpoints/autoencoder" / newest.parts[0].file
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
@@ -146,13 +146,13 @@ def test_a_loss_that_is_no_number_stops_all_ranks_before_the_update_and_names_th
     said = on_ranks(2, poisoned, tiny(shards, tmp_path, "run.checkpoint_every=6", "optim.epochs=6"), str(tmp_path))
     (text, step), store = said[0], open_store(str(tmp_path))
     assert said[0] == said[1] and f"the loss of step {step} of stage autoencoder is nan; its items are [" in text
-    newest = checkpoint.read_manifest(store, checkpoint.listing(store, "autoencoder")[0])
+    newest = checkpoint.read_manifest(store, checkpoint.list_checkpoints(store, "autoencoder")[0])
     assert 0 < newest.steps <= step < 40
 
 
 def test_a_checkpoint_without_its_manifest_does_not_exist(undisturbed: Path) -> None:
     store = open_store(str(undisturbed))
-    names = checkpoint.listing(store, "autoencoder")
+    names = checkpoint.list_checkpoints(store, "autoencoder")
     facts = json.loads(store.read(names[0]))
     assert facts["progress"] == 80 and facts["quarantine"] == [] and facts["config"]["model.hidden"] == 32
     assert all(name.endswith(".json") for name in names)

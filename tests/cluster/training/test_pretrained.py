@@ -9,7 +9,7 @@ from cluster.config.loading import ConfigError
 from cluster.data.manifest import load_manifest
 from cluster.runs.export import load_weights, newest_export
 from cluster.storage import StorageError, open_store
-from cluster.training.pretrained import adopt, check
+from cluster.training.pretrained import check_pretrained, take_pretrained
 from tests.tiny import tiny
 
 
@@ -27,10 +27,10 @@ def child(finished: Path, shards: Path, tmp_path: Path):
 def test_what_is_taken_is_whole_and_stays_when_the_parent_is_gone(finished: Path, child, tmp_path: Path) -> None:
     shutil.copytree(finished.parent.parent, tmp_path / "store")
     given = child("diffusion.prediction=v", store=tmp_path / "store")
-    export = adopt(*given)
+    export = take_pretrained(*given)
     shutil.rmtree(tmp_path / "store")
-    check(*given)
-    assert adopt(*given) == export == newest_export(given[2], "autoencoder")
+    check_pretrained(*given)
+    assert take_pretrained(*given) == export == newest_export(given[2], "autoencoder")
     ours, theirs = load_weights(given[2], export), load_weights(open_store(str(finished)), export)
     assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 
@@ -43,15 +43,15 @@ def test_damaged_weights_are_not_taken(finished: Path, child, tmp_path: Path) ->
     data[-1] ^= 1
     parent.put(key, bytes(data))
     with pytest.raises(StorageError, match="it is damaged"):
-        adopt(*given)
+        take_pretrained(*given)
     assert not list(given[2].list("exports/"))
 
 
 def test_a_parent_that_is_none_or_has_another_autoencoder_is_refused_before_any_work(child, tmp_path: Path) -> None:
-    check(*child("model.channels=64", "diffusion.prediction=v"))
+    check_pretrained(*child("model.channels=64", "diffusion.prediction=v"))
     with pytest.raises(ConfigError, match=r"tiny has another autoencoder .*differing: model\.hidden \(there 32, here 64\)"):
-        check(*child("model.hidden=64"))
+        check_pretrained(*child("model.hidden=64"))
     with pytest.raises(ConfigError, match=r"run\.autoencoder=tiny cannot be taken: there is no run at"):
-        check(*child(store=tmp_path / "empty"))
+        check_pretrained(*child(store=tmp_path / "empty"))
     with pytest.raises(ConfigError, match=r"run\.autoencoder would take the only stage of model\.family=trans-vae"):
         child("model.family=trans-vae")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cluster.storage import open_store
-from cluster.training.run import STEPS, check, pin
+from cluster.training.run import STEPS, check_run, pin
 from tests.tiny import tiny
 
 
@@ -30,10 +30,10 @@ from tests.tiny import tiny
 def test_what_no_worker_could_build_is_refused_and_nothing_is_written(overrides: str, said: str, shards: Path, tmp_path: Path) -> None:
     experiment = tiny(shards, tmp_path / "store", *overrides.split())
     with pytest.raises(ValueError, match=said):
-        check(experiment, pin(experiment, "tiny"), STEPS)
+        check_run(experiment, pin(experiment, "tiny"), STEPS)
     assert not list(open_store(str(tmp_path / "store")).list())
 
 
 def test_what_is_not_evaluated_needs_no_matrix(shards: Path, tmp_path: Path) -> None:
     experiment = tiny(shards, tmp_path / "store", "evaluation.split=train")
-    check(experiment, pin(experiment, "tiny"), ["autoencoder"])
+    check_run(experiment, pin(experiment, "tiny"), ["autoencoder"])

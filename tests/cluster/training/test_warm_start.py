@@ -16,7 +16,7 @@ from cluster.runs import checkpoint
 from cluster.runs.export import load_weights
 from cluster.runs.saved import open_run
 from cluster.storage import StorageError, open_store
-from cluster.training.warm_start import check, warm_start
+from cluster.training.warm_start import check_warm_start, warm_start
 from reactdiff.data.sample import StreamSpec
 from reactdiff.model.authors import load_published, projector_of
 from reactdiff.model.latent_diffusion import LatentDiffusion
@@ -60,7 +60,7 @@ def test_every_weight_of_a_finished_run_is_taken_but_its_latents_range_is_not(fi
         assert isinstance(module, LatentDiffusion)
         assert torch.equal(module.minimum, -torch.ones_like(module.minimum)) and not torch.equal(theirs["minimum"], module.minimum)
         source = Source(parent.clips.stream_specs, parent.clips.frames)
-        assert check(experiment, kinds(experiment, source)) == said and len(said) == 2
+        assert check_warm_start(experiment, kinds(experiment, source)) == said and len(said) == 2
 
 
 def test_training_begins_with_the_weights_and_resumes_from_its_own(finished: Path, shards: Path, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_training_begins_with_the_weights_and_resumes_from_its_own(finished: Pat
     def trained(rate: str, epochs: float, life: int) -> dict[str, torch.Tensor]:
         train_on(1, tiny(shards, tmp_path, *settings, f"optim.lr={rate}", f"optim.epochs={epochs}"), tmp_path, life)
         store = open_store(str(tmp_path))
-        newest = checkpoint.read_manifest(store, checkpoint.listing(store, "autoencoder")[0])
+        newest = checkpoint.read_manifest(store, checkpoint.list_checkpoints(store, "autoencoder")[0])
         return checkpoint.assemble(store, newest, "master")
 
     assert same(trained("1e-30", 0.3, life=1), theirs)  # a rate too small to move a weight
@@ -112,7 +112,7 @@ def test_the_authors_files_give_the_weights_of_their_import(authors: tuple[Case,
     assert isinstance(module, LatentDiffusion) and torch.equal(module.maximum, torch.ones_like(module.maximum))
     assert (
         said
-        == check(experiment, kinds(experiment, Source(case.streams, case.frames)))
+        == check_warm_start(experiment, kinds(experiment, Source(case.streams, case.frames)))
         == [
             f"stage autoencoder starts from the authors' {files[0]}",
             f"stage diffusion starts from the authors' {files[1]} and {files[2]}",
@@ -129,7 +129,8 @@ def test_without_a_projector_the_condition_starts_untrained_and_this_is_said(aut
     assert isinstance(module, LatentDiffusion) and isinstance(untouched, LatentDiffusion)
     assert same(parameters(projector_of(module)), parameters(projector_of(untouched)))
     assert not same(parameters(module.denoiser), parameters(untouched.denoiser))
-    assert "THE CONDITION IS UNTRAINED" in said[0] and said == check(experiment, kinds(experiment, Source(case.streams, case.frames)))[1:]
+    assert "THE CONDITION IS UNTRAINED" in said[0]
+    assert said == check_warm_start(experiment, kinds(experiment, Source(case.streams, case.frames)))[1:]
 
 
 def test_a_stage_without_a_file_and_a_run_without_init_from_keep_their_initial_weights(
@@ -142,7 +143,7 @@ def test_a_stage_without_a_file_and_a_run_without_init_from_keep_their_initial_w
     warm_start(module, "diffusion", experiment, said.append)
     assert said == ["stage diffusion starts from its keyed initialisation: model.init_from has no STAGE2.pth"]
     warm_start(module, "diffusion", load(None), nothing_said)
-    assert same(parameters(module), parameters(untouched)) and check(load(None), {}) == []
+    assert same(parameters(module), parameters(untouched)) and check_warm_start(load(None), {}) == []
 
 
 def test_weights_of_a_run_that_do_not_fit_are_refused_with_the_parameter_and_both_shapes(finished: Path) -> None:
@@ -185,12 +186,12 @@ def test_a_wrong_source_is_refused_before_any_work(authors: tuple[Case, tuple[Pa
     ):
         with pytest.raises(ValueError, match=rule):
             experiment = load(None, [store, f"model.init_from=[{','.join(map(str, names))}]"])
-            check(experiment, kinds(experiment, source))
+            check_warm_start(experiment, kinds(experiment, source))
     (tmp_path / "cut.pth").write_bytes(files[0].read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"cut\.pth is cut off"):
-        check(cut := experiment_of(case, tmp_path / "cut.pth"), kinds(cut, source))
+        check_warm_start(cut := experiment_of(case, tmp_path / "cut.pth"), kinds(cut, source))
     with pytest.raises(ValueError, match=r"model\.blocks is 3, but the authors' weights are of 2"):
-        check(deeper := experiment_of(case, *files, blocks=3), kinds(deeper, source))
+        check_warm_start(deeper := experiment_of(case, *files, blocks=3), kinds(deeper, source))
 
 
 def test_an_autoencoder_that_is_taken_from_elsewhere_needs_none_of_the_parent(authors: tuple[Case, tuple[Path, Path, Path]]) -> None:
@@ -198,7 +199,7 @@ def test_an_autoencoder_that_is_taken_from_elsewhere_needs_none_of_the_parent(au
     experiment = experiment_of(case, *files)
     elsewhere = experiment.model_copy(update={"run": experiment.run.model_copy(update={"autoencoder": "another"})})
     over = kinds(experiment, Source(case.streams, case.frames))
-    assert check(elsewhere, over) == check(experiment, over)[1:]
+    assert check_warm_start(elsewhere, over) == check_warm_start(experiment, over)[1:]
 
 
 def test_files_and_folders_are_found_from_any_process_and_a_run_s_name_stays_a_name() -> None:

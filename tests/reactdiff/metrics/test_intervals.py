@@ -5,14 +5,14 @@ import pytest
 
 from reactdiff.metrics.frechet import Moments
 from reactdiff.metrics.intervals import intervals
-from reactdiff.metrics.part import PER_CLIP, Part, total
+from reactdiff.metrics.part import PER_CLIP, PartialScores, total
 
 
 def part(**values):
     """A part of as many clips as there are values of each; those that are not given are 0."""
     clips = len(next(iter(values.values())))
     rows = np.stack([np.asarray(values.get(name, np.zeros(clips)), dtype=np.float64) for name in PER_CLIP], axis=1)
-    return Part(rows, np.zeros((2, 3, 25)), 0.0, Moments.none(), Moments.none())
+    return PartialScores(rows, np.zeros((2, 3, 25)), 0.0, Moments.none(), Moments.none())
 
 
 def test_the_mean_of_normal_values_is_covered_about_as_often_as_promised():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from reactdiff.metrics.arrays import load_arrays
 from reactdiff.metrics.official import OFFICIAL, REPAIRED, merge, score, score_part
-from reactdiff.metrics.part import Part
+from reactdiff.metrics.part import PartialScores
 from reactdiff.metrics.synchrony import offsets
 
 DATA = Path(__file__).parents[2] / "data" / "metrics"
@@ -184,7 +184,7 @@ def test_a_part_comes_back_from_a_file_bit_for_bit(tmp_path):
     part = score_part(arrays["pred"], arrays["target"], arrays["speaker"], [np.array([0]), np.array([0, 1])], own=[0, 1])
     np.savez(tmp_path / "part.npz", **part.to_arrays())
     with np.load(tmp_path / "part.npz", allow_pickle=False) as file:
-        back = Part.from_arrays(file)
+        back = PartialScores.from_arrays(file)
     assert_identical(back, part)
 
 
@@ -193,7 +193,7 @@ def test_merging_parts_that_are_read_one_by_one_takes_no_more_memory_for_many_th
     peaks = {}
     for count in (4, 4, 40):  # the first one imports
         tracemalloc.start()
-        scores = merge(Part.from_arrays({name: array.copy() for name, array in arrays.items()}) for _ in range(count))
+        scores = merge(PartialScores.from_arrays({name: array.copy() for name, array in arrays.items()}) for _ in range(count))
         peaks[count] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert math.isfinite(scores.official["FRDvs"])
