@@ -24,6 +24,7 @@ from rich.table import Table
 
 from cluster import cli
 from cluster.bench.loading import Figures, Task, Undrawn, bench_data, server
+from cluster.bench.metrics import CLIPS, FRAMES, NEIGHBOURS, OFFICIAL_SECONDS, PREDICTIONS, full_size, pair_costs
 from cluster.bench.noise_dataset import make_noise
 from cluster.bench.training import alone, bench_online, bench_training
 from cluster.config.loading import load
@@ -34,7 +35,6 @@ from cluster.telemetry.display import Display
 from reactdiff.clip import FRAME_RATE, WINDOW
 from reactdiff.config import STAGES
 from reactdiff.data.sample import StreamSpec
-from reactdiff.metrics.bench import CLIPS, FRAMES, NEIGHBOURS, OFFICIAL_SECONDS, PREDICTIONS, full_size, pair_costs
 from reactdiff.stage import LATENT, AutoencoderStage, DiffusionStage, Source, Stage, stages_of
 
 CONFIGS = Path(__file__).parent / "configs"

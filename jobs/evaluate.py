@@ -74,18 +74,18 @@ def _parser() -> argparse.ArgumentParser:
 def _score_run(options: argparse.Namespace, display: Display) -> tuple[dict[str, Any], dict[str, Scores]]:
     """The scores of a run's newest exports, as facts for JSON and as rows of the table."""
     run = open_run(options.run, options.store).with_sampling(options.overrides)
-    coder, diffusion = run.coder(), run.diffusion()
+    latents, diffusion = run.latents(), run.diffusion()
     asked = {name: getattr(options, name) for name in ("split", "predictions", "clips") if getattr(options, name)}
     evaluation = run.experiment.evaluation.model_copy(update=asked)
     there = connect(math.ceil(run.experiment.workers.cpus))
     # What was trained on GPUs may be scored on a machine that has none.
     workers = run.experiment.workers.model_copy(update={"gpu": run.experiment.workers.gpu and there.gpus > 0})
     experiment: Experiment = run.experiment.model_copy(update={"evaluation": evaluation, "workers": workers})
-    build_latents(coder, workers, display.counter("latents", "shards"))
-    scores = evaluate(experiment, run.store.url, coder, diffusion, display.counter("evaluation", "parts"))
+    build_latents(latents, workers, display.counter("latents", "shards"))
+    scores = evaluate(experiment, run.store, latents, diffusion, display.counter("evaluation", "parts"))
     facts = {
         "run": run.store.url,
-        "progress": (diffusion or coder.export).progress,
+        "progress": (diffusion or latents.export).progress,
         **evaluation.model_dump(include={"split", "predictions", "clips"}),
     }
     return facts | {"scores": {row: one.to_dict() for row, one in scores.items()}}, scores

@@ -42,7 +42,7 @@ from cluster.storage import open_store
 from reactdiff.clip import PERSONS, speaker_listener
 from reactdiff.determinism import make_deterministic
 from reactdiff.generate import Reactor
-from reactdiff.model.authors import FILES, UNTRAINED, load_published
+from reactdiff.model.published import FILES, UNTRAINED, load_published
 from reactdiff.plot import reactions_png
 from reactdiff.reactions import to_csv, to_npz
 

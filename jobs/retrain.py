@@ -14,7 +14,9 @@ import sys
 from pathlib import Path
 
 from cluster import cli
+from cluster.config.paths import anchored
 from cluster.runs import registry
+from cluster.storage import open_store
 from cluster.studies.retrain import Retraining, now, registry_folder, tick
 from cluster.telemetry.display import Display
 
@@ -29,7 +31,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change one key of the experiment, for example optim.epochs=2")
     arguments = parser.parse_args()
     retraining, overrides = Retraining.read(arguments.config), arguments.overrides
-    store = registry_folder(retraining, overrides)
+    store = registry_folder(retraining, open_store(anchored(retraining.load(overrides)).run.store))
     with Display() as display:
         decision = registry.roll_back(store, now()) if arguments.rollback else tick(retraining, overrides, display)
     if decision is not None:

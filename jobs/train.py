@@ -13,10 +13,11 @@ from cluster import cli
 from cluster.config.loading import help_text, load
 from cluster.config.paths import anchored
 from cluster.data.demo import make_demo
-from cluster.evaluation.evaluate import MODEL, WRONG
+from cluster.evaluation.rows import MODEL, ORACLE, RANDOM, WRONG
 from cluster.telemetry.display import Display
+from cluster.training.pin import pin
 from cluster.training.plan import plan
-from cluster.training.run import STEPS, check_run, execute, pin
+from cluster.training.run import STEPS, check_run, execute
 from reactdiff.metrics.report import gap_closed, print_table
 
 DEMO = Path(__file__).parent / "configs" / "demo.yaml"
@@ -49,9 +50,9 @@ def main() -> int:
         scores = execute(experiment, config.stem, steps, display)
     if scores:
         print_table(scores)
-        if "oracle" in scores:
+        if ORACLE in scores:
             corr = {row: score.official["FRCorr"] for row, score in scores.items()}
-            closed = {row: gap_closed(corr[row], corr["random listener"], corr["oracle"]) for row in (MODEL, WRONG)}
+            closed = {row: gap_closed(corr[row], corr[RANDOM], corr[ORACLE]) for row in (MODEL, WRONG)}
             print(f"FRCorr, from random listener (0 %) to oracle (100 %): model {closed[MODEL]:.0%}, {WRONG} {closed[WRONG]:.0%}")
     return 0
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import cli
-from cluster.studies.sweep import Outcome, Sweep, best, outcome, search, sweep_folder, trials
+from cluster.studies.sweep import Outcome, Sweep, best, open_home, outcome, search, sweep_folder, trials
 from cluster.telemetry.display import Display
 
 CONFIG = Path(__file__).parent / "configs" / "sweep.yaml"
@@ -33,14 +33,15 @@ def main() -> int:
     arguments = parser.parse_args()
     sweep, overrides = Sweep.read(arguments.config), arguments.overrides
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200)
-    store = sweep_folder(sweep, overrides)
+    home = open_home(sweep, overrides)
     if arguments.dry_run:
-        console.print(table(sweep, [outcome(trial, store) for trial in trials(sweep, overrides)]))
+        console.print(table(sweep, [outcome(sweep, trial, home) for trial in trials(sweep, overrides)]))
         return 0
     with Display() as display:
         outcomes = search(sweep, overrides, display)
     console.print(table(sweep, outcomes))
     if best(sweep, outcomes) is not None:
+        store = sweep_folder(sweep, home)
         fetch = f"aws s3 cp {store.url}/best.yaml . && " if "://" in store.url else ""
         command_line = f"{fetch}python jobs/train.py --config {'' if fetch else store.url + '/'}best.yaml"
         console.print(f"the best one, on the experiment's own split: {command_line}")

@@ -3,11 +3,24 @@
 import ast
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+ORDER = ("config", "storage", "runtime", "telemetry", "data", "runs", "evaluation", "training", "studies")
+"""The packages of cluster/: each imports those before it, `reactdiff` and itself."""
+
+TOP = ("bench", "cli")
+"""What stands on all of them and is imported by jobs/ alone."""
+
+PLAIN = {"storage", "runtime", "telemetry"}
+"""Packages that would serve any training: they import nothing of `reactdiff`."""
+
+RAY = {"runtime/ray_cluster", "runtime/tasks", "training/launch", "studies/sweep"}
+"""The modules of cluster/ that place work, and so may import Ray."""
+
 MACHINERY = {"ray", "deepspeed", "boto3", "botocore", "prometheus_client", "webdataset"}
 BELOW = {"reactdiff": {"cluster", "jobs", "infra"}, "cluster": {"jobs", "infra"}}
 WRITTEN = ["*.py", "*.md", "*.yaml", "*.yml", "*.toml", "*.json", "*.txt", "Makefile", ".ci/run"]
@@ -15,15 +28,36 @@ OUTSIDE = re.compile(r"\.\./shared|(?<![\w.~}:/])/(?:home|root|Users|work)/\w")
 
 
 def _imports(folder: str) -> dict[Path, set[str]]:
-    """The top-level packages that each module of a folder imports, wherever in the module."""
+    """The full names of what each module of a folder imports, wherever in the module."""
     found = {}
     for path in sorted((ROOT / folder).rglob("*.py")):
         nodes = list(ast.walk(ast.parse(path.read_text())))
-        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-        names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
-        found[path.relative_to(ROOT)] = {name.partition(".")[0] for name in names}
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        assert not [node for node in froms if node.level], f"{path} imports relative to itself; imports are absolute"
+        names |= {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
+        found[path.relative_to(ROOT)] = names
     assert found, f"{folder}/ holds no module"
     return found
+
+
+def _roots(folder: str) -> dict[Path, set[str]]:
+    """The top-level packages that each module of a folder imports."""
+    return {path: {name.partition(".")[0] for name in names} for path, names in _imports(folder).items()}
+
+
+def _packages(names: set[str]) -> set[str]:
+    """`reactdiff`, and the packages of cluster/, among the names that a module imports."""
+    parts = [name.split(".") for name in names]
+    return {name[1] for name in parts if name[0] == "cluster" and len(name) > 1} | {name[0] for name in parts if name[0] == "reactdiff"}
+
+
+def _named(folder: str) -> Iterator[tuple[str, Path]]:
+    """Each public class and function that a folder's modules define at their top, and where."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
+                yield node.name, path.relative_to(ROOT / folder)
 
 
 def _dependencies() -> list[str]:
@@ -32,24 +66,60 @@ def _dependencies() -> list[str]:
 
 
 def test_the_science_imports_no_machinery() -> None:
-    assert {str(path): names & MACHINERY for path, names in _imports("reactdiff").items() if names & MACHINERY} == {}
+    assert {str(path): names & MACHINERY for path, names in _roots("reactdiff").items() if names & MACHINERY} == {}
 
 
 @pytest.mark.parametrize("folder", BELOW)
 def test_imports_run_from_jobs_to_cluster_to_reactdiff(folder: str) -> None:
-    upward = {str(path): names & BELOW[folder] for path, names in _imports(folder).items() if names & BELOW[folder]}
+    upward = {str(path): names & BELOW[folder] for path, names in _roots(folder).items() if names & BELOW[folder]}
     assert upward == {}
+
+
+def test_every_module_of_cluster_is_in_a_package_of_the_order() -> None:
+    found = {path.parts[1].removesuffix(".py") for path in _imports("cluster")} - {"__init__"}
+    assert found == {*ORDER, *TOP}, "a new package has a place in ORDER; a module lies in a package"
+    assert [path for path in (ROOT / "cluster").glob("*.py") if path.stem not in ("__init__", *TOP)] == []
+
+
+@pytest.mark.parametrize("package", [*ORDER, *TOP])
+def test_a_package_of_cluster_imports_only_those_before_it(package: str) -> None:
+    before = ORDER if package in TOP else ORDER[: ORDER.index(package)]
+    allowed = {package, *before} | ({"reactdiff"} - ({"reactdiff"} if package in PLAIN else set()))
+    mine = {path: names for path, names in _imports("cluster").items() if path.parts[1].removesuffix(".py") == package}
+    assert {str(path): sorted(_packages(names) - allowed) for path, names in mine.items() if _packages(names) - allowed} == {}
+
+
+@pytest.mark.parametrize("package", ORDER + TOP[:1])
+def test_a_package_says_what_it_imports_and_its_init_is_nothing_else(package: str) -> None:
+    init = ROOT / "cluster" / package / "__init__.py"
+    tree, names = ast.parse(init.read_text()), (*ORDER, "reactdiff", *TOP)
+    said = {name for name in re.findall(r"\w+", (ast.get_docstring(tree) or "").splitlines()[-1]) if name in names}
+    mine = set().union(*(found for path, found in _imports("cluster").items() if path.parts[1] == package))
+    assert said == _packages(mine) - {package}, f"the last line of {init.relative_to(ROOT)} names what the package imports"
+    assert package == "storage" or len(tree.body) == 1, "only storage/__init__ has code: a facade would make everybody import everything"
+
+
+def test_ray_is_imported_only_where_work_is_placed() -> None:
+    importers = {str(path.relative_to("cluster").with_suffix("")) for path, names in _roots("cluster").items() if "ray" in names}
+    assert importers == RAY
+
+
+def test_a_public_name_of_cluster_means_one_thing() -> None:
+    where: dict[str, list[str]] = {}
+    for name, path in _named("cluster"):
+        where.setdefault(name, []).append(str(path))
+    assert {name: paths for name, paths in where.items() if len(paths) > 1} == {}
 
 
 @pytest.mark.parametrize("package", sorted(MACHINERY - {"ray"}))
 def test_a_package_of_the_machinery_is_imported_in_one_module_of_cluster(package: str) -> None:
-    modules = [str(path) for folder in ("cluster", "jobs") for path, names in _imports(folder).items() if package in names]
+    modules = [str(path) for folder in ("cluster", "jobs") for path, names in _roots(folder).items() if package in names]
     assert len(modules) <= 1 and all(module.startswith("cluster/") for module in modules)
 
 
-@pytest.mark.parametrize("module", ["engine", "stream", "worker"])
-def test_ray_stays_out_of_what_runs_without_it(module: str) -> None:
-    assert "ray" not in _imports("cluster")[Path(f"cluster/{module}.py")]
+def test_tests_of_cluster_lie_as_its_modules_do() -> None:
+    folder = ROOT / "tests" / "cluster"
+    assert {path.name for path in folder.iterdir() if path.is_dir()} - {"__pycache__"} == {*ORDER, TOP[0], "chaos", "support"}
 
 
 def test_no_file_mentions_a_path_outside_the_project() -> None:

@@ -107,7 +107,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Cost:
+class LoadingCost:
     """One measurement.
 
     Attributes:
@@ -146,14 +146,14 @@ class Figures:
     }
     """What there is, and the digits it is printed with."""
 
-    costs: list[Cost]
+    costs: list[LoadingCost]
     items: int
     requests: float
     bytes: float
 
     def each(self, what: str) -> list[float]:
         """One of `ROWS`, round by round."""
-        figures: dict[str, Callable[[Cost], float]] = {
+        figures: dict[str, Callable[[LoadingCost], float]] = {
             "items/s": lambda cost: self.items / cost.seconds,
             "MB/s": lambda cost: self.bytes / 1e6 / cost.seconds,
             "MB/s, best": lambda _: self.bytes / 1e6 / min(cost.seconds for cost in self.costs),
@@ -185,7 +185,7 @@ def bench_data(task: Task, rounds: int, progress: Callable[[int, int], None]) ->
         "ours": (ours, [], items, (ranges + asked.others) / 2, asked.bytes / 2),
         "webdataset": (webdataset, [], items, len(shards), sum(shards.bytes)),
     }
-    costs: dict[str, list[Cost]] = {name: [] for name in rivals}
+    costs: dict[str, list[LoadingCost]] = {name: [] for name in rivals}
     for turn in range(rounds):
         for place, (name, (rival, replayed, units, _, _)) in enumerate(rivals.items()):
             costs[name].append(_alone(measure, rival, task, replayed, units))
@@ -201,7 +201,7 @@ def server(url: str) -> str:
     return f"{headers.get('server', 'a server without a name')} at {store.endpoint}"
 
 
-def measure(rival: Callable[[Task, list[ByteSpan]], Rival], task: Task, ranges: list[ByteSpan], units: int) -> Cost:
+def measure(rival: Callable[[Task, list[ByteSpan]], Rival], task: Task, ranges: list[ByteSpan], units: int) -> LoadingCost:
     """What reading costs in this process. Clients are made before the clock starts.
 
     Args:
@@ -226,7 +226,7 @@ def measure(rival: Callable[[Task, list[ByteSpan]], Rival], task: Task, ranges: 
     marks.append((time.perf_counter(), _cpu_seconds()))
     read(done)
     start, first, warm, end = marks[:4]
-    return Cost(end[0] - warm[0], first[0] - start[0], end[1] - warm[1], _peak_memory() - held)
+    return LoadingCost(end[0] - warm[0], first[0] - start[0], end[1] - warm[1], _peak_memory() - held)
 
 
 def wire(task: Task, ranges: list[ByteSpan]) -> Rival:

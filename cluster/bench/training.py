@@ -10,8 +10,7 @@ import torch.distributed as dist
 
 from cluster.config.schema import Experiment
 from cluster.runtime.device import best_device, peak_flops, peak_memory
-from cluster.training.engine import Engine, EngineSettings
-from cluster.training.loop import micro_batches
+from cluster.training.engine import Engine, engine_settings
 from reactdiff.clip import WINDOW
 from reactdiff.data.keyed import normal
 from reactdiff.determinism import make_deterministic
@@ -53,19 +52,19 @@ def bench_training(experiment: Experiment, name: str, source: Source, steps: int
     """
     make_deterministic(experiment.workers.threads)
     device = best_device()
-    optim, parts = experiment.optim, micro_batches(experiment.optim.batch[name], 1, experiment.workers.micro_batch)
+    batch_items, settings = experiment.optim.batch[name], engine_settings(experiment, name, ranks=1)
     kind = stages_over(source, experiment.model, experiment.diffusion)[name]
-    empty = empty_batch(kind, optim.batch[name], "cpu")
+    empty = empty_batch(kind, batch_items, "cpu")
     batch = {key: _random(tensor).to(device) for key, tensor in empty.items()}
     with torch.device("meta"):
         flops = training_flops(kind.module(), empty_batch(kind, 1, "meta"))
-    settings = EngineSettings(experiment.workers.zero, optim.precision, parts, optim.betas, optim.weight_decay, optim.clip, optim.ema[name])
-    ours = _timed(_engine_step(Engine(build(kind, experiment.seed), settings, device), batch, optim.batch[name], parts), steps, device)
+    parts = settings.micro_batches
+    ours = _timed(_engine_step(Engine(build(kind, experiment.seed), settings, device), batch, batch_items, parts), steps, device)
     memory = peak_memory(device)
     plain = _timed(_plain_step(build(kind, experiment.seed).to(device), batch, experiment, parts), steps, device)
-    speed = optim.batch[name] / ours
-    peak = peak_flops(device, optim.precision)
-    return StepSpeed(speed, optim.batch[name] / plain, speed * flops / peak if peak else 0.0, memory)
+    speed = batch_items / ours
+    peak = peak_flops(device, settings.precision)
+    return StepSpeed(speed, batch_items / plain, speed * flops / peak if peak else 0.0, memory)
 
 
 def bench_online(experiment: Experiment, source: Source, windows: int, count: int) -> list[float]:

@@ -1,7 +1,6 @@
-"""From YAML and dotted overrides to a checked experiment, and from an experiment to its identity and its help."""
+"""From YAML and dotted overrides to a checked experiment, and from an experiment to YAML and `--help`."""
 
 import difflib
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -137,27 +136,6 @@ def value_of(experiment: Experiment, dotted: str) -> Any:
     for part in dotted.split("."):
         value = getattr(value, part)
     return json.loads(value.model_dump_json()) if isinstance(value, BaseModel) else json.loads(json.dumps(value))
-
-
-def identity(experiment: Experiment) -> dict[str, Any]:
-    """What is computed: the identity fields by dotted name."""
-    return {name: value_of(experiment, name) for name, info, _ in fields() if info.json_schema_extra["kind"] == "identity"}
-
-
-def placement(experiment: Experiment) -> dict[str, Any]:
-    """Where and how fast it is computed: the placement fields by dotted name."""
-    return {name: value_of(experiment, name) for name, info, _ in fields() if info.json_schema_extra["kind"] == "placement"}
-
-
-def ends(experiment: Experiment) -> dict[str, Any]:
-    """How long training goes on: the fields that may only grow."""
-    return {name: value_of(experiment, name) for name, info, _ in fields() if info.json_schema_extra["kind"] == "end"}
-
-
-def digest(values: Any) -> str:
-    """32 hex digits that stand for any JSON value."""
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def to_yaml(experiment: Experiment) -> str:

@@ -47,6 +47,8 @@ class CorruptData(ValueError):
         actual: the checksum of what was read.
     """
 
+    failure = "data"
+
     def __init__(self, shard: str, clip: str, member: str, expected: str, actual: str):
         super().__init__(shard, clip, member, expected, actual)
         self.shard, self.clip, self.member, self.expected, self.actual = shard, clip, member, expected, actual
@@ -57,6 +59,12 @@ class CorruptData(ValueError):
             f"{where}: the bytes read have checksum {self.actual}, but they were written with {self.expected}; the file was damaged since: "
             "restore it from a copy, or delete it and prepare the dataset again"
         )
+
+    @property
+    def advice(self) -> str:
+        """What lets a run go on; nothing does where an index is damaged."""
+        said = "Then the same command goes on; data.on_corrupt=quarantine trains without damaged clips, and scores none"
+        return said if self.clip else ""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What scoring sees of a split: who suits whom, and what everybody did. An item is (clip, direction), row clip + clips * direction."""
+"""Ground truth of a split: who suits whom, and what everybody did. An item is (clip, direction), row clip + clips * direction."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from cluster.data.reader import Reader
 from cluster.storage import Store
 from reactdiff.clip import speaker_listener
 from reactdiff.metrics.official import score_part
-from reactdiff.metrics.part import PartialScores
+from reactdiff.metrics.partial import PartialScores
 
 
 class GroundTruth:
@@ -29,13 +29,13 @@ class GroundTruth:
         chosen = np.concatenate((np.arange(clips), len(matrix) // 2 + np.arange(clips)))
         self.matrix = matrix[np.ix_(chosen, chosen)].astype(bool)
 
-    def place(self, item: int) -> tuple[int, int]:
+    def clip_and_direction(self, item: int) -> tuple[int, int]:
         """(clip, direction) of an item."""
         return item % self.clips, item // self.clips
 
     def key(self, item: int) -> tuple[str, int]:
         """(clip key, direction) of an item."""
-        clip, direction = self.place(item)
+        clip, direction = self.clip_and_direction(item)
         return self.reader.key(clip), direction
 
     def speaker(self, item: int) -> np.ndarray:
@@ -53,6 +53,6 @@ class GroundTruth:
         return score_part(predictions, targets, np.stack([self.speaker(item) for item in items]), neighbours, own=items)
 
     def _attributes(self, item: int, role: int) -> np.ndarray:
-        clip, direction = self.place(item)
+        clip, direction = self.clip_and_direction(item)
         source = (speaker_listener(direction)[role], "attributes")
         return self.reader.read(clip, [source]).arrays[source]

@@ -15,26 +15,26 @@ from cluster.runs import checkpoint
 from cluster.runs.checkpoint import Checkpoint
 from cluster.runs.export import load_codec
 from cluster.runs.latents import LatentDataset, encode_clip
-from cluster.storage import Store, open_store
+from cluster.storage import Store
 from reactdiff.clip import speaker_listener
 from reactdiff.generate import Reactor
 from reactdiff.metrics.official import merge
-from reactdiff.metrics.part import PartialScores
+from reactdiff.metrics.partial import PartialScores
 from reactdiff.model.codec import Codec
 from reactdiff.model.latent_diffusion import LatentDiffusion
 
 SPLIT = "val"
 METRICS = ("FRCorr", "FRDist")
-"""What is told of a look; all official metrics would be, too, at no more cost, but two say whether training goes well."""
+"""What is told of a validation; all official metrics would be, too, at no more cost, but two say whether training goes well."""
 
 
 @dataclass(frozen=True)
 class ValidationClips:
-    """What is looked at: a dataset's state, and the finished codec where that is another stage's."""
+    """What is scored: a dataset's state, and the finished autoencoder where that is another stage's."""
 
-    url: str
+    dataset: Store
     manifest: str
-    coder: LatentDataset | None
+    latents: LatentDataset | None
 
 
 class Validator:
@@ -42,7 +42,7 @@ class Validator:
 
     Args:
         experiment: its configuration.
-        clips: what is looked at.
+        clips: what is scored.
         store: the run's folder.
         module: a copy of what is trained, for the weights of a checkpoint.
         gather: collects one object of every rank on all of them.
@@ -63,34 +63,33 @@ class Validator:
         device: torch.device,
     ):
         self._experiment, self._store, self._gather, self._rank, self._ranks = experiment, store, gather, rank, ranks
-        dataset = open_store(clips.url)
-        manifest = load_manifest(dataset, clips.manifest)
-        self._sight = GroundTruth(dataset, manifest, SPLIT, min(experiment.evaluation.watch, int(manifest.counts(SPLIT).sum())))
+        manifest = load_manifest(clips.dataset, clips.manifest)
+        self._truth = GroundTruth(clips.dataset, manifest, SPLIT, min(experiment.evaluation.watch, int(manifest.counts(SPLIT).sum())))
         self._module = module.eval().to(device)
-        if clips.coder is None:
+        if clips.latents is None:
             assert isinstance(module, Codec)
             self._reactor = Reactor(module, None)
         else:
             assert isinstance(module, LatentDiffusion)
-            self._reactor = Reactor(load_codec(open_store(clips.coder.run), clips.coder.export).to(device), module)
+            self._reactor = Reactor(load_codec(clips.latents.run, clips.latents.export).to(device), module)
 
     def validate(self, found: Checkpoint) -> dict[str, float]:
         """Score a checkpoint that exists: metric -> value, the same on every rank; every rank calls this."""
-        mine = [self._score(item) for item in range(self._rank, 2 * self._sight.clips, self._ranks)] if self._loaded(found) else []
+        mine = [self._score(item) for item in range(self._rank, 2 * self._truth.clips, self._ranks)] if self._loaded(found) else []
         parts = [PartialScores.from_arrays(arrays) for of_rank in self._gather(mine) for arrays in of_rank]
         scores = merge(parts).official
         return {name: scores[name] for name in METRICS}
 
     def _loaded(self, found: Checkpoint) -> bool:
         """Take the checkpoint's averaged weights, on the ranks that have something to score."""
-        if self._rank >= 2 * self._sight.clips:
+        if self._rank >= 2 * self._truth.clips:
             return False
         self._module.load_state_dict(checkpoint.assemble(self._store, found, "average"))
         return True
 
     def _score(self, item: int) -> dict[str, np.ndarray]:
-        clip, direction = self._sight.place(item)
-        speaker = encode_clip(self._reactor.codec, self._sight.reader, clip)[speaker_listener(direction)[0]]
+        clip, direction = self._truth.clip_and_direction(item)
+        speaker = encode_clip(self._reactor.codec, self._truth.reader, clip)[speaker_listener(direction)[0]]
         asked = self._experiment.evaluation.predictions, self._experiment.seed
-        drawn = self._reactor.react(speaker[None], [self._sight.key(item)], *asked)
-        return self._sight.score([item], drawn["attributes"]).to_arrays()
+        drawn = self._reactor.react(speaker[None], [self._truth.key(item)], *asked)
+        return self._truth.score([item], drawn["attributes"]).to_arrays()

@@ -14,13 +14,13 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from cluster.config.loading import digest
+from cluster.config.identity import digest
 from cluster.data.manifest import File, Manifest, load_manifest, read_file
 from cluster.data.reader import Reader
 from cluster.data.shards import CorruptData, ShardInfo, decode_npy, encode_npy, write_shard
 from cluster.runs.export import Export, load_codec
 from cluster.runtime.scratch import scratch_folder
-from cluster.storage import NotFound, Store, open_store
+from cluster.storage import NotFound, Store
 from reactdiff.clip import PERSONS
 from reactdiff.data.sample import Clip
 from reactdiff.determinism import make_deterministic
@@ -46,19 +46,19 @@ class LatentDataset:
 
     Attributes:
         export: of the autoencoder.
-        run: URL of the run's folder that holds it.
-        source: URL of the dataset of clips.
+        run: folder of the run that holds it.
+        dataset: of clips.
         source_hash: hash of its state.
-        store: URL the latents lie under.
+        home: the store that latents lie in, below `latents/`.
         split: whose latents give the range.
         on_corrupt: "quarantine": a clip whose bytes are damaged gets latents of zeros, and is listed; "stop": there are none such.
     """
 
     export: Export
-    run: str
-    source: str
+    run: Store
+    dataset: Store
     source_hash: str
-    store: str
+    home: Store
     split: str
     on_corrupt: str
 
@@ -69,10 +69,10 @@ class LatentDataset:
         assert isinstance(kind, AutoencoderStage)
         return kind.encoded().width(LATENT)
 
-    @property
-    def url(self) -> str:
+    @cached_property
+    def store(self) -> Store:
         """Where the latents are, or will be."""
-        return f"{self.store}/latents/{digest([self.export.hash, self.source_hash, self.split, ENCODING])}"
+        return self.home.at(f"latents/{digest([self.export.hash, self.source_hash, self.split, ENCODING])}")
 
     def manifest(self) -> Manifest:
         """The latents' manifest.
@@ -80,7 +80,7 @@ class LatentDataset:
         Raises:
             ValueError: if they have not been built, or lack clips although `on_corrupt` is "stop".
         """
-        manifest = load_manifest(self.target)
+        manifest = load_manifest(self.store)
         for split in manifest.splits:
             self.assert_whole(split, corrupt_clips(manifest, split))
         return manifest
@@ -94,20 +94,10 @@ class LatentDataset:
         if corrupt and self.on_corrupt == "stop":
             clip, why = next(iter(corrupt.items()))
             raise ValueError(
-                f"the latents in {self.url} lack {len(corrupt)} clips of split {split}, of which the source was damaged when they were "
-                f"made, first clip {clip} ({why}). Mend the source, delete that folder and give the same command again; "
+                f"the latents in {self.store.url} lack {len(corrupt)} clips of split {split}, of which the source was damaged when they "
+                f"were made, first clip {clip} ({why}). Mend the source, delete that folder and give the same command again; "
                 "or train without them: data.on_corrupt=quarantine"
             )
-
-    @cached_property
-    def target(self) -> Store:
-        """The latents' dataset."""
-        return open_store(self.url)
-
-    @cached_property
-    def dataset(self) -> Store:
-        """The dataset of clips."""
-        return open_store(self.source)
 
     @cached_property
     def clips(self) -> Manifest:
@@ -117,7 +107,7 @@ class LatentDataset:
     @cached_property
     def codec(self) -> Codec:
         """The autoencoder."""
-        return load_codec(open_store(self.run), self.export)
+        return load_codec(self.run, self.export)
 
 
 def corrupt_clips(manifest: Manifest, split: str) -> dict[int, str]:
@@ -154,13 +144,13 @@ class EncodedShard:
     corrupt: dict[int, str]
 
 
-def encode_shard(coder: LatentDataset, split: str, position: int) -> EncodedShard:
+def encode_shard(latents: LatentDataset, split: str, position: int) -> EncodedShard:
     """Encode one shard, unless that is done.
 
     Raises:
-        CorruptData: if bytes of a clip are damaged and `coder.on_corrupt` is "stop", or the shard's index is.
+        CorruptData: if bytes of a clip are damaged and `latents.on_corrupt` is "stop", or the shard's index is.
     """
-    target, name = coder.target, coder.clips.shard(split, position)
+    target, name = latents.store, latents.clips.shard(split, position)
     try:
         done = json.loads(target.read(_done(name)))
         corrupt = dict(done.pop(CORRUPT, []))
@@ -168,22 +158,22 @@ def encode_shard(coder: LatentDataset, split: str, position: int) -> EncodedShar
     except NotFound:
         pass
     make_deterministic(THREADS)
-    codec, reader = coder.codec, Reader(coder.dataset, coder.clips, split)
+    codec, reader = latents.codec, Reader(latents.dataset, latents.clips, split)
     first = int(reader.counts[:position].sum())
     clips: list[Clip] = []
-    corrupt, bounds = {}, empty_range(coder)
+    corrupt, bounds = {}, empty_range(latents)
     for clip in range(first, first + int(reader.counts[position])):
         key = reader.key(clip)
         try:
-            latents = encode_clip(codec, reader, clip)
-            bounds = range_union(bounds, np.stack([f(list(latents.values()), axis=0) for f in (np.min, np.max)]))
+            encoded = encode_clip(codec, reader, clip)
+            bounds = range_union(bounds, np.stack([f(list(encoded.values()), axis=0) for f in (np.min, np.max)]))
         except CorruptData as error:
-            if coder.on_corrupt == "stop":
+            if latents.on_corrupt == "stop":
                 raise
             log.error("QUARANTINED: clip %d of split %s has no latents: %s", clip, split, error)
-            latents = dict.fromkeys(PERSONS, np.zeros((coder.clips.frames, coder.width), np.float16))
+            encoded = dict.fromkeys(PERSONS, np.zeros((latents.clips.frames, latents.width), np.float16))
             corrupt[clip] = str(error)
-        clips.append(Clip(key, {person: {LATENT: latent} for person, latent in latents.items()}))
+        clips.append(Clip(key, {person: {LATENT: latent} for person, latent in encoded.items()}))
     with scratch_folder() as folder:
         path = folder / "shard.tar"
         info = write_shard(path, clips, [LATENT])
@@ -194,9 +184,9 @@ def encode_shard(coder: LatentDataset, split: str, position: int) -> EncodedShar
     return EncodedShard(info, corrupt)
 
 
-def empty_range(coder: LatentDataset) -> np.ndarray:
+def empty_range(latents: LatentDataset) -> np.ndarray:
     """The range of no latents at all, (2, frames, latent) of minimum and maximum."""
-    return np.stack([np.full((coder.clips.frames, coder.width), end, np.float16) for end in (np.inf, -np.inf)])
+    return np.stack([np.full((latents.clips.frames, latents.width), end, np.float16) for end in (np.inf, -np.inf)])
 
 
 def range_union(bounds: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A run that is there, opened for its results: configuration, dataset state, exports and models."""
+"""A run in its folder, opened for its results: configuration, dataset state, exports and models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -27,13 +27,17 @@ class SavedRun:
 
     Attributes:
         experiment: its configuration.
-        store: its folder.
+        home: the store it lies in, with the latents of all runs.
+        store: its folder, below `home`.
+        dataset: the dataset it is trained on.
         clips: the state of the dataset it is pinned to.
         sampling: fields of `SAMPLING` that are other than the run was trained with.
     """
 
     experiment: Experiment
+    home: Store
     store: Store
+    dataset: Store
     clips: Manifest
     sampling: dict[str, Any] = field(default_factory=dict)
 
@@ -45,17 +49,17 @@ class SavedRun:
         """
         return newest_export(self.store, stage)
 
-    def coder(self) -> LatentDataset:
+    def latents(self) -> LatentDataset:
         """The finished autoencoder over the run's dataset.
 
         Raises:
             NotFound: if it is not finished.
         """
-        data, store = self.experiment.data, self.experiment.run.store
-        return LatentDataset(self.export("autoencoder"), self.store.url, data.url, self.clips.hash, store, data.split, data.on_corrupt)
+        data, export = self.experiment.data, self.export("autoencoder")
+        return LatentDataset(export, self.store, self.dataset, self.clips.hash, self.home, data.split, data.on_corrupt)
 
     def diffusion(self) -> Export | None:
-        """The finished diffusion, which draws latents of the autoencoder that `coder` decodes with; None in a family without one.
+        """The finished diffusion, which draws latents of the autoencoder that `latents` decodes with; None in a family without one.
 
         Raises:
             NotFound: if it is not finished.
@@ -63,11 +67,11 @@ class SavedRun:
         """
         if "diffusion" not in stages_of(self.experiment.model):
             return None
-        coder, export = self.coder(), self.export("diffusion")
-        if open_store(coder.url).exists(CURRENT) and (latents := coder.manifest().hash) != export.dataset:
+        latents, export = self.latents(), self.export("diffusion")
+        if latents.store.exists(CURRENT) and (made := latents.manifest().hash) != export.dataset:
             raise ValueError(
                 f"the diffusion of {self.store.url} (progress {export.progress}) was trained on latents {export.dataset}, but its newest "
-                f"autoencoder (progress {coder.export.progress}) made {latents}: train the two in a run of another name (run.name)"
+                f"autoencoder (progress {latents.export.progress}) made {made}: train the two in a run of another name (run.name)"
             )
         return replace(export, diffusion=export.diffusion | self.sampling)
 
@@ -87,7 +91,7 @@ class SavedRun:
 
     def model(self) -> Reactor:
         """What generates reactions: the averaged weights of all stages, in evaluation mode, on the GPU if there is one."""
-        return load_reactor(self.store, self.coder().export, self.diffusion())
+        return load_reactor(self.store, self.latents().export, self.diffusion())
 
 
 def open_run(run: str, store: str) -> SavedRun:
@@ -101,19 +105,21 @@ def open_run(run: str, store: str) -> SavedRun:
         ValueError: if there is no such run, or its dataset is gone.
     """
     url = absolute(run if "/" in run else f"{store}/runs/{run}").rstrip("/")
-    home, runs, name = url.rpartition("/runs/")
+    above, runs, name = url.rpartition("/runs/")
     if not runs or "/" in name:
         raise ValueError(f"{run!r} is no run: give its name, or its folder or URL, which ends in runs/NAME")
-    folder = open_store(home).at(f"runs/{name}")
+    home = open_store(above)
+    folder = home.at(f"runs/{name}")
     try:
         tree = yaml.safe_load(folder.read("config.yaml"))
     except NotFound:
         raise ValueError(
             f"there is no run at {url} (no config.yaml): correct its name or --store, or train it: "
-            f"python jobs/train.py --config FILE run.name={name} run.store={home}"
+            f"python jobs/train.py --config FILE run.name={name} run.store={above}"
         ) from None
     experiment = build(tree, f"{url}/config.yaml")
-    experiment = experiment.model_copy(update={"run": experiment.run.model_copy(update={"name": name, "store": home})})
+    experiment = experiment.model_copy(update={"run": experiment.run.model_copy(update={"name": name, "store": above})})
     if (state := read_state(folder)) is None:
         raise ValueError(f"run {url} ended before it began (no state.json): start it again with jobs/train.py")
-    return SavedRun(experiment, folder, load_manifest(open_store(experiment.data.url), state.manifest))
+    dataset = open_store(experiment.data.url)
+    return SavedRun(experiment, home, folder, dataset, load_manifest(dataset, state.manifest))

@@ -16,6 +16,8 @@ STATUSES = ("PENDING", "RUNNING", "STOPPED", "DONE", "FAILED")
 class Superseded(RuntimeError):
     """A newer life of this run exists; this one must not write any more."""
 
+    failure = "superseded"
+
 
 @dataclass(frozen=True)
 class State:

@@ -1,49 +1,42 @@
-"""Who brings what back: the one table that decides whether a lost worker group is started again.
+"""What restarts what: the one table that decides whether a lost worker group is started again. docs/running.md has it for people.
 
-fault            | detected by                      | brought back by
------------------|----------------------------------|----------------------------------------------
-worker, machine  | Ray (actor death), peers (gloo)  | us, at once, up to run.retries times
-refused          | Permanent, of a store's answer   | the same command with another URL or other credentials
-storage          | StorageError after its own tries | us, up to run.retries times
-out of memory    | the allocator or Ray             | the same command with a smaller workers.micro_batch
-data             | CRC32C, decoding                 | the same command once the data is mended, or with data.on_corrupt=quarantine
-non-finite       | the step's all-reduce            | the same command with other settings
-superseded       | a newer life                     | nobody: the newer life goes on
-user             | checks before and in the workers | the same command, corrected
-driver, head     | the scheduler, the user          | the same command again
+An error of ours names its class by an attribute (`failure = "data"`), so this module needs to import none of those who raise them;
+built-in exceptions and those of a store are listed in the table.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cluster.data.shards import CorruptData
-from cluster.runs.state import Superseded
 from cluster.storage import Permanent, StorageError
-
-
-class NonFinite(RuntimeError):
-    """A loss or gradient is not a number any more; names the items of the step."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A class of faults: its name, the exceptions that show it, whether we start the workers again."""
+    """A class of faults.
+
+    Attributes:
+        name: of the class.
+        retried: whether we start the workers again, up to `run.retries` times.
+        signs: exceptions that show it and do not name it themselves.
+    """
 
     name: str
-    signs: tuple[type[BaseException], ...]
     retried: bool
+    signs: tuple[type[BaseException], ...] = ()
 
 
 TABLE = (
-    Failure("superseded", (Superseded,), False),
-    Failure("data", (CorruptData,), False),
-    Failure("non_finite", (NonFinite,), False),
-    Failure("out_of_memory", (MemoryError,), False),
-    Failure("refused", (Permanent,), False),
-    Failure("storage", (StorageError,), True),
-    Failure("user", (ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError), False),
+    Failure("superseded", False),  # a newer life goes on
+    Failure("data", False),  # a checksum differs
+    Failure("non_finite", False),  # a loss is not a number any more
+    Failure("out_of_memory", False, (MemoryError,)),  # and torch's OutOfMemoryError
+    Failure("refused", False, (Permanent,)),  # the store says no
+    Failure("storage", True, (StorageError,)),  # after the store's own retries
+    Failure("user", False, (ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError)),
 )
-LOST = Failure("lost", (), True)
+"""In order of precedence: when one rank fails, its peers fail too, of a broken connection."""
+
+LOST = Failure("lost", True)
 """A worker or its machine is gone: what remains when no rank names another reason."""
 
 
@@ -61,15 +54,12 @@ class StageFailed(RuntimeError):
         self.stage, self.failure, self.cause = stage, failure, cause
 
     def __str__(self) -> str:
-        an_item = isinstance(self.cause, CorruptData) and self.cause.clip
-        advice = ". Then the same command goes on; data.on_corrupt=quarantine trains without damaged clips, and scores none"
-        return f"stage {self.stage} failed ({self.failure.name}): {_sentence(self.cause)}{advice if an_item else ''}"
+        advice = getattr(self.cause, "advice", "")
+        return f"stage {self.stage} failed ({self.failure.name}): {_sentence(self.cause)}{advice and '. '}{advice}"
 
 
 def classify(errors: Iterable[BaseException]) -> tuple[Failure, BaseException]:
-    """The class of a worker group's failure and the error that shows it.
-
-    When one rank fails, its peers fail too, of a broken connection: the first class of the table that any rank shows wins.
+    """The class of a worker group's failure and the error that shows it: the first of the table that any rank shows.
 
     Args:
         errors: what the ranks raised, at least one.
@@ -77,9 +67,15 @@ def classify(errors: Iterable[BaseException]) -> tuple[Failure, BaseException]:
     found = list(errors)
     for failure in TABLE:
         for error in found:
-            if isinstance(error, failure.signs) or (failure.name == "out_of_memory" and type(error).__name__ == "OutOfMemoryError"):
+            if _shows(error, failure):
                 return failure, error
     return LOST, found[0]
+
+
+def _shows(error: BaseException, failure: Failure) -> bool:
+    if isinstance(named := getattr(error, "failure", None), str):
+        return named == failure.name
+    return isinstance(error, failure.signs) or (failure.name == "out_of_memory" and type(error).__name__ == "OutOfMemoryError")
 
 
 def _sentence(error: BaseException) -> str:

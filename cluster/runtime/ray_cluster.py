@@ -15,7 +15,7 @@ from ray._private import parameter, services, utils
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.storage import StorageError, Store, open_store
+from cluster.storage import StorageError, Store
 
 OBJECT_STORE_BYTES = 200_000_000  # only small results pass through it; Ray's own default takes 30 % of the memory
 PROBE_SECONDS = 2.0
@@ -76,7 +76,7 @@ def assert_visible(store: Store, field: str, key: str = "") -> None:
         store.put(probe, b"")
     try:
         on = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-        seen = ray.get([_sees.options(scheduling_strategy=where).remote(store.url, probe) for where in on])
+        seen = ray.get([_sees.options(scheduling_strategy=where).remote(store, probe) for where in on])
     finally:
         if not key:
             store.delete(probe)
@@ -88,9 +88,9 @@ def assert_visible(store: Store, field: str, key: str = "") -> None:
 
 
 @ray.remote(num_cpus=0)
-def _sees(url: str, key: str) -> bool:
+def _sees(store: Store, key: str) -> bool:
     try:
-        open_store(url).size(key)
+        store.size(key)
     except StorageError:
         return False
     return True

@@ -12,24 +12,24 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from cluster.config.loading import ConfigError, digest, identity
+from cluster.config.identity import digest, identity, named
+from cluster.config.loading import ConfigError
 from cluster.config.paths import anchored
 from cluster.config.schema import Experiment
 from cluster.config.spec import Spec, assignments
-from cluster.evaluation.evaluate import MODEL, ONLINE_ORACLE, ORACLE, UNTRAINED, WRONG, plan_evaluation
-from cluster.runs.export import newest_export
-from cluster.runs.saved import open_run
-from cluster.storage import Store, open_store
+from cluster.evaluation.plan import plan_evaluation
+from cluster.evaluation.rows import MODEL, ONLINE_ORACLE, ORACLE, RANDOM, UNTRAINED, WRONG, rows_of
+from cluster.runs.saved import SavedRun, open_run
 from cluster.telemetry.display import Display
 from cluster.training.run import STEPS, execute
 from reactdiff.config import ENCODING
 from reactdiff.metrics.official import merge
-from reactdiff.metrics.part import PartialScores
+from reactdiff.metrics.partial import PartialScores
 from reactdiff.metrics.report import gap_closed
 from reactdiff.model.flops import training_flops
 from reactdiff.stage import empty_batch, stages_of
 
-RANDOM, ORACLES = "random listener", (ORACLE, ONLINE_ORACLE)
+ORACLES = (ORACLE, ONLINE_ORACLE)
 METRICS = ("FRCorr", "FRDist", "FRDiv", "FRVar", "FRSyn_varying")
 
 
@@ -47,10 +47,9 @@ class ComparisonRun:
     row: str
     experiment: Experiment
 
-    @property
-    def store(self) -> Store:
-        """The folder of its run."""
-        return open_store(self.experiment.run.store).at(f"runs/{self.experiment.run.name}")
+    def open(self) -> SavedRun:
+        """Its run, once it was started."""
+        return open_run(self.experiment.run.name, self.experiment.run.store)
 
 
 def comparison_runs(comparison: Comparison, overrides: Sequence[str]) -> list[ComparisonRun]:
@@ -67,7 +66,7 @@ def comparison_runs(comparison: Comparison, overrides: Sequence[str]) -> list[Co
             key = _stage_1(experiment)
             owner = owners.get(key, "") if "diffusion" in stages_of(experiment.model) else ""
             experiment = _with(experiment, autoencoder=owner)
-            experiment = _with(experiment, name=f"{comparison.name}-{digest(identity(experiment))[:8]}")
+            experiment = _with(experiment, name=f"{comparison.name}-{digest(named(experiment))[:8]}")
             owners.setdefault(key, experiment.run.name)
             if (twin := found.setdefault(experiment.run.name, ComparisonRun(row, experiment))).row != row:
                 raise ConfigError(
@@ -83,13 +82,12 @@ def _with(experiment: Experiment, **run: str) -> Experiment:
 
 def _stage_1(experiment: Experiment) -> str:
     """Stands for everything the autoencoder depends on."""
-    all_of = identity(experiment)
-    optim = {
-        name: value["autoencoder"] if isinstance(value, dict) else value for name, value in all_of.items() if name.startswith("optim.")
-    }
-    data = {name: value for name, value in all_of.items() if name == "seed" or name.startswith("data.")}
-    ends = experiment.optim.epochs["autoencoder"]
-    return digest([optim, data, ends, *(all_of[f"model.{name}"] for name in (*ENCODING, "init_from"))])
+    fields = identity(experiment)
+    optim = {name: value for name, value in fields.items() if name.startswith("optim.")}
+    optim = {name: value["autoencoder"] if isinstance(value, dict) else value for name, value in optim.items()}
+    data = {name: value for name, value in fields.items() if name == "seed" or name.startswith("data.")}
+    model = [fields[f"model.{name}"] for name in (*ENCODING, "init_from")]
+    return digest([optim, data, experiment.optim.epochs["autoencoder"], model])
 
 
 def compare(comparison: Comparison, overrides: Sequence[str], display: Display) -> str:
@@ -103,26 +101,27 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display) 
         display.say(f"{number + 1} of {len(every)}: {trial.row}, seed {trial.experiment.seed}, run {trial.experiment.run.name}")
         execute(trial.experiment, comparison.name, STEPS, display)
     parts: dict[str, dict[int, PartialScores]] = {}
+    sizes: dict[str, tuple[int, float]] = {}
     for trial in every:
-        for name, part in scored(trial).items():
+        saved = trial.open()
+        sizes.setdefault(trial.row, size(saved))
+        for name, part in scored(saved).items():
             label = trial.row if name == MODEL else f"{name} ({trial.row})" if name in (WRONG, UNTRAINED) else name
             parts.setdefault(label, {})[trial.experiment.seed] = part  # baselines are the same whichever row they stand beside
-    sizes = {trial.row: size(trial) for trial in every if trial.experiment.seed == comparison.seeds[0]}
     return markdown({row: list(each.values()) for row, each in parts.items()}, sizes)
 
 
-def scored(trial: ComparisonRun) -> dict[str, PartialScores]:
+def scored(saved: SavedRun) -> dict[str, PartialScores]:
     """What the evaluation of a finished run kept, by row."""
-    opened = open_run(trial.store.url, trial.experiment.run.store)
-    what = plan_evaluation(trial.experiment, trial.store.url, opened.coder(), opened.diffusion())
-    return {row: what.kept(row) for row in what.rows}
+    plan = plan_evaluation(saved.experiment, saved.store, saved.latents(), saved.diffusion())
+    return {row: plan.read_row(row) for row in rows_of(plan)}
 
 
-def size(trial: ComparisonRun) -> tuple[int, float]:
+def size(saved: SavedRun) -> tuple[int, float]:
     """Parameters of all stages, and GFLOP of training on one item of the last one."""
     parameters, flops = 0, 0.0
-    for stage in stages_of(trial.experiment.model):
-        kind = newest_export(trial.store, stage).kind
+    for stage in stages_of(saved.experiment.model):
+        kind = saved.export(stage).kind
         with torch.device("meta"):
             module = kind.module()
             flops = training_flops(module, empty_batch(kind, 1, "meta")) / 1e9

@@ -5,6 +5,7 @@ A tick that dies is repeated by the same call: its run resumes, its scores are k
 
 import datetime
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import yaml
 from pydantic import Field
@@ -15,8 +16,9 @@ from cluster.config.schema import Evaluation, Experiment
 from cluster.config.spec import Spec, assignments
 from cluster.data.manifest import Manifest, load_manifest
 from cluster.evaluation import gate
-from cluster.evaluation.evaluate import MODEL, evaluate
+from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.gate import Metrics, Rule, frozen_clips, judge
+from cluster.evaluation.rows import MODEL
 from cluster.runs import registry
 from cluster.runs.build_latents import build_latents
 from cluster.runs.export import read_export
@@ -24,7 +26,8 @@ from cluster.runs.latents import LatentDataset
 from cluster.runs.registry import Decision, Version
 from cluster.storage import AlreadyExists, StorageError, Store, open_store
 from cluster.telemetry.display import Display
-from cluster.training.run import STEPS, execute, stage_end
+from cluster.training.pin import stage_end
+from cluster.training.run import STEPS, execute
 from reactdiff.stage import stages_of
 
 
@@ -34,9 +37,9 @@ class Retraining(Spec):
     rule: Rule = Field(default_factory=lambda: Rule.model_validate({}), description="When a candidate is better than the champion.")
 
 
-def registry_folder(retraining: Retraining, overrides: Sequence[str]) -> Store:
-    """The registry's folder in the experiment's store."""
-    return open_store(anchored(retraining.load(overrides)).run.store).at(f"registry/{retraining.name}")
+def registry_folder(retraining: Retraining, home: Store) -> Store:
+    """The registry's folder in the store of the runs."""
+    return home.at(f"registry/{retraining.name}")
 
 
 def tick(retraining: Retraining, overrides: Sequence[str], display: Display) -> Decision | None:
@@ -52,7 +55,8 @@ def tick(retraining: Retraining, overrides: Sequence[str], display: Display) -> 
     experiment = anchored(retraining.load(overrides))
     if experiment.run.autoencoder:
         raise ConfigError("run.autoencoder has no place in retraining: a candidate is trained whole on the grown dataset; leave it out")
-    store, dataset = registry_folder(retraining, overrides), open_store(experiment.data.url)
+    home, dataset = open_store(experiment.run.store), open_store(experiment.data.url)
+    store = registry_folder(retraining, home)
     registry.show_champion(store)
     manifest = load_manifest(dataset)
     if before := registry.decision_on(store, manifest.hash):
@@ -65,39 +69,12 @@ def tick(retraining: Retraining, overrides: Sequence[str], display: Display) -> 
     candidate = candidate.model_copy(update={"evaluation": _asked(candidate, clips)})
     store.assert_conditional_writes()
     execute(candidate, name, STEPS, display)
-    return _decide(retraining.rule, candidate, manifest, store, display)
+    return _Gate(candidate, home, dataset, display).decide(retraining.rule, store, manifest)
 
 
 def now() -> str:
     """The time for the record; nothing depends on it."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _decide(rule: Rule, experiment: Experiment, manifest: Manifest, store: Store, display: Display) -> Decision:
-    """Judge the candidate against the champion; again, if another tick decides something in between."""
-    dataset, candidate = open_store(experiment.data.url), _version(experiment, manifest)
-    while True:
-        if before := registry.decision_on(store, manifest.hash):
-            return before  # another tick judged the same candidate
-        last = registry.newest_decision(store)
-        champion = last.champion if last else None
-        clips = frozen_clips(dataset, manifest, _state(dataset, last), experiment.data.split)
-        new = _scores(candidate, experiment, clips, display)
-        old = _scores(champion, experiment, clips, display) if champion else None
-        better, why = judge(rule, new, old)
-        decision = Decision(
-            outcome="promoted" if better else "kept",
-            champion=candidate if better else champion,
-            why=why,
-            candidate=candidate,
-            before=champion,
-            compared={"rule": rule.model_dump(), **_asked(experiment, clips).model_dump(), "candidate": new, "champion": old},
-            at=now(),
-        )
-        try:
-            return registry.append_decision(store, decision, last)
-        except AlreadyExists:
-            continue
 
 
 def _state(dataset: Store, last: Decision | None) -> Manifest | None:
@@ -118,30 +95,70 @@ def _asked(experiment: Experiment, clips: int) -> Evaluation:
     return experiment.evaluation.model_copy(update={"split": gate.SPLIT, "clips": clips, "baselines": False})
 
 
-def _version(experiment: Experiment, manifest: Manifest) -> Version:
-    """The finished run of a candidate."""
-    store = _run(experiment, experiment.run.name)
-    exports = {stage: read_export(store, stage, stage_end(experiment, stage, manifest)) for stage in stages_of(experiment.model)}
-    progress, weights = ({stage: getattr(export, what) for stage, export in exports.items()} for what in ("progress", "hash"))
-    return Version(experiment.run.name, manifest.hash, progress, weights)
+@dataclass(frozen=True)
+class _Gate:
+    """Judges a candidate against the champion.
 
+    Attributes:
+        experiment: of the candidate.
+        home: the store of the runs.
+        dataset: that both are judged on.
+        display: shows progress.
+    """
 
-def _run(experiment: Experiment, name: str) -> Store:
-    return open_store(experiment.run.store).at(f"runs/{name}")
+    experiment: Experiment
+    home: Store
+    dataset: Store
+    display: Display
 
+    def decide(self, rule: Rule, store: Store, manifest: Manifest) -> Decision:
+        """Take a decision in the registry `store`; again, if another tick decides something in between."""
+        candidate = self.version(manifest)
+        while True:
+            if before := registry.decision_on(store, manifest.hash):
+                return before  # another tick judged the same candidate
+            last = registry.newest_decision(store)
+            champion = last.champion if last else None
+            clips = frozen_clips(self.dataset, manifest, _state(self.dataset, last), self.experiment.data.split)
+            new = self.scores(candidate, clips)
+            old = self.scores(champion, clips) if champion else None
+            better, why = judge(rule, new, old)
+            decision = Decision(
+                outcome="promoted" if better else "kept",
+                champion=candidate if better else champion,
+                why=why,
+                candidate=candidate,
+                before=champion,
+                compared={"rule": rule.model_dump(), **_asked(self.experiment, clips).model_dump(), "candidate": new, "champion": old},
+                at=now(),
+            )
+            try:
+                return registry.append_decision(store, decision, last)
+            except AlreadyExists:
+                continue
 
-def _scores(version: Version, experiment: Experiment, clips: int, display: Display) -> Metrics:
-    """A version's metrics on the gate; what was scored before is kept, whoever was champion."""
-    store = _run(experiment, version.run)
-    exports = {stage: read_export(store, stage, version.progress[stage]) for stage in version.progress}
-    if (found := {stage: export.hash for stage, export in exports.items()}) != version.weights:
-        raise StorageError(f"{store.url} has exports {found}, but the registry knows {version.weights}: restore the run from a copy")
-    trained = build(yaml.safe_load(store.read("config.yaml")), f"{store.url}/config.yaml")
-    data = trained.data
-    coder = LatentDataset(
-        exports["autoencoder"], store.url, experiment.data.url, version.manifest, experiment.run.store, data.split, data.on_corrupt
-    )
-    build_latents(coder, experiment.workers, display.counter(f"latents of {version.run}", "shards"))
-    judged = trained.model_copy(update={"evaluation": _asked(experiment, clips), "workers": experiment.workers})
-    scores = evaluate(judged, store.url, coder, exports.get("diffusion"), display.counter(f"gate, {version.run}", "parts"))[MODEL].to_dict()
-    return scores["official"] | scores["repaired"]
+    def version(self, manifest: Manifest) -> Version:
+        """The finished run of the candidate."""
+        store, stages = self.run(self.experiment.run.name), stages_of(self.experiment.model)
+        exports = {stage: read_export(store, stage, stage_end(self.experiment, stage, manifest)) for stage in stages}
+        progress, weights = ({stage: getattr(export, what) for stage, export in exports.items()} for what in ("progress", "hash"))
+        return Version(self.experiment.run.name, manifest.hash, progress, weights)
+
+    def run(self, name: str) -> Store:
+        """The folder of a run."""
+        return self.home.at(f"runs/{name}")
+
+    def scores(self, version: Version, clips: int) -> Metrics:
+        """A version's metrics on the gate; what was scored before is kept, whoever was champion."""
+        store, asked = self.run(version.run), self.experiment
+        exports = {stage: read_export(store, stage, version.progress[stage]) for stage in version.progress}
+        if (found := {stage: export.hash for stage, export in exports.items()}) != version.weights:
+            raise StorageError(f"{store.url} has exports {found}, but the registry knows {version.weights}: restore the run from a copy")
+        trained = build(yaml.safe_load(store.read("config.yaml")), f"{store.url}/config.yaml")
+        data, export = trained.data, exports["autoencoder"]
+        latents = LatentDataset(export, store, self.dataset, version.manifest, self.home, data.split, data.on_corrupt)
+        build_latents(latents, asked.workers, self.display.counter(f"latents of {version.run}", "shards"))
+        judged = trained.model_copy(update={"evaluation": _asked(asked, clips), "workers": asked.workers})
+        progress = self.display.counter(f"gate, {version.run}", "parts")
+        scores = evaluate(judged, store, latents, exports.get("diffusion"), progress)[MODEL].to_dict()
+        return scores["official"] | scores["repaired"]

@@ -14,12 +14,13 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 from ray import tune
 
-from cluster.config.loading import ConfigError, digest, ends, identity, to_yaml, value_of
+from cluster.config.identity import digest, named
+from cluster.config.loading import ConfigError, to_yaml, value_of
 from cluster.config.paths import anchored
 from cluster.config.schema import Experiment
 from cluster.config.spec import Spec, assignments, known_metric
 from cluster.data.manifest import load_manifest
-from cluster.evaluation.evaluate import MODEL
+from cluster.evaluation.rows import MODEL
 from cluster.runs.state import read_state
 from cluster.runtime.ray_cluster import connect
 from cluster.storage import AlreadyExists, NotFound, Store, open_store
@@ -67,7 +68,8 @@ class Trial:
     def record(self) -> str:
         """Key of its scores in the sweep's folder, where they are once it is done; another end or question has another key."""
         question = [value_of(self.experiment, key) for key in QUESTION]
-        return f"trials/{digest([identity(self.experiment), ends(self.experiment), *question])}.json"
+        asked = [named(self.experiment), named(self.experiment, "end"), *question]
+        return f"trials/{digest(asked)}.json"
 
     @property
     def text(self) -> str:
@@ -89,9 +91,14 @@ class Outcome:
         return self.scores[metric] if self.scores else None
 
 
-def sweep_folder(sweep: Sweep, overrides: Sequence[str]) -> Store:
-    """The sweep's folder in the experiment's store."""
-    return open_store(anchored(sweep.load(overrides)).run.store).at(f"sweeps/{sweep.name}")
+def open_home(sweep: Sweep, overrides: Sequence[str]) -> Store:
+    """The store of the sweep and of its trials' runs."""
+    return open_store(anchored(sweep.load(overrides)).run.store)
+
+
+def sweep_folder(sweep: Sweep, home: Store) -> Store:
+    """The sweep's folder in it."""
+    return home.at(f"sweeps/{sweep.name}")
 
 
 def trials(sweep: Sweep, overrides: Sequence[str]) -> list[Trial]:
@@ -128,7 +135,8 @@ def search(sweep: Sweep, overrides: Sequence[str], display: Display) -> list[Out
     Raises:
         ConfigError, ValueError: before anything starts, as `trials`.
     """
-    every, store = trials(sweep, overrides), sweep_folder(sweep, overrides)
+    every, home = trials(sweep, overrides), open_home(sweep, overrides)
+    store = sweep_folder(sweep, home)
     waiting = [trial for trial in every if not store.exists(trial.record)]
     done = len(every) - len(waiting)
     display.say(f"sweep {sweep.name}: {len(every)} trials, {done} of them done, {sweep.concurrent} at a time, in {store.url}")
@@ -139,19 +147,19 @@ def search(sweep: Sweep, overrides: Sequence[str], display: Display) -> list[Out
     except AlreadyExists:
         pass  # the first start pinned the dataset
     errors = _tune(sweep, waiting, store) if waiting else {}
-    outcomes = [_failed(outcome(trial, store), errors.get(trial.run)) for trial in every]
+    outcomes = [_failed(outcome(sweep, trial, home), errors.get(trial.run)) for trial in every]
     store.put("trials.json", json.dumps([_row(one) for one in outcomes], indent=1).encode())
     if (winner := best(sweep, outcomes)) is not None:
         store.put("best.yaml", to_yaml(_experiment(sweep, overrides, winner.trial.parameters, manifest)).encode())
     return outcomes
 
 
-def outcome(trial: Trial, store: Store) -> Outcome:
-    """Where a trial of the sweep in this folder stands."""
+def outcome(sweep: Sweep, trial: Trial, home: Store) -> Outcome:
+    """Where a trial of a sweep in this store stands."""
     try:
-        return Outcome(trial, "DONE", scores=json.loads(store.read(trial.record))["scores"])
+        return Outcome(trial, "DONE", scores=json.loads(sweep_folder(sweep, home).read(trial.record))["scores"])
     except NotFound:
-        state = read_state(open_store(trial.experiment.run.store).at(f"runs/{trial.run}"))
+        state = read_state(home.at(f"runs/{trial.run}"))
     if state is None:
         return Outcome(trial, "PENDING")
     return Outcome(trial, "STOPPED" if state.status == "DONE" else state.status, state.why)  # done, but not to this end or question
@@ -177,7 +185,7 @@ def _manifest(sweep: Sweep, overrides: Sequence[str]) -> str:
     """Hash of the dataset state that every trial uses."""
     experiment = anchored(sweep.load(overrides))
     try:
-        wanted = experiment.data.manifest or json.loads(sweep_folder(sweep, overrides).read("sweep.json"))["manifest"]
+        wanted = experiment.data.manifest or json.loads(sweep_folder(sweep, open_home(sweep, overrides)).read("sweep.json"))["manifest"]
     except NotFound:
         wanted = ""
     manifest = load_manifest(open_store(experiment.data.url), wanted)
@@ -190,7 +198,7 @@ def _experiment(sweep: Sweep, overrides: Sequence[str], parameters: dict[str, An
     """The experiment of one combination: its run's name, any free telemetry port, and what else is given."""
     fixed = [f"data.manifest={json.dumps(manifest)}", "telemetry.port=0", *more]
     experiment = anchored(sweep.load(overrides, assignments(parameters), fixed))
-    name = f"{sweep.name}-{digest(identity(experiment))[:8]}"
+    name = f"{sweep.name}-{digest(named(experiment))[:8]}"
     return experiment.model_copy(update={"run": experiment.run.model_copy(update={"name": name})})
 
 
@@ -198,7 +206,7 @@ def _tune(sweep: Sweep, waiting: list[Trial], store: Store) -> dict[str, Excepti
     """Run these trials; each is a process beside the ranks it starts, and reserves next to nothing. Returns the errors by run."""
     connect(cpus=sweep.concurrent * waiting[0].experiment.workers.count + 1)
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # an interruption ends this process, as that of any job does
-    function = tune.with_parameters(_trial, trials={trial.run: trial for trial in waiting}, url=store.url)
+    function = tune.with_parameters(_trial, trials={trial.run: trial for trial in waiting}, store=store)
     results = tune.Tuner(
         tune.with_resources(function, {"cpu": 0.01}),  # with a whole CPU each, drivers could leave none for ranks
         param_space={"run": tune.grid_search([trial.run for trial in waiting])},
@@ -209,13 +217,13 @@ def _tune(sweep: Sweep, waiting: list[Trial], store: Store) -> dict[str, Excepti
     return {result.config["run"]: result.error for result in every if result.config and result.error}
 
 
-def _trial(config: dict[str, str], trials: dict[str, Trial], url: str) -> None:
+def _trial(config: dict[str, str], trials: dict[str, Trial], store: Store) -> None:
     """The driver of one trial, as Tune starts it."""
     trial = trials[config["run"]]
     with Display() as display:
         scores = execute(trial.experiment, trial.run, STEPS, display, trial.text)[MODEL].to_dict()
     record = {"run": trial.run, "parameters": trial.parameters, "scores": scores["official"] | scores["repaired"]}
-    open_store(url).put(trial.record, json.dumps(record, indent=1).encode())
+    store.put(trial.record, json.dumps(record, indent=1).encode())
     tune.report(record["scores"])
 
 

@@ -1,10 +1,9 @@
-"""What a person watching the driver sees: a bar on a terminal, a line now and then in a log, and curves in TensorBoard."""
+"""What a person watching a job sees: a progress bar on a terminal, a line now and then in a log."""
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -16,7 +15,7 @@ QUIET = 10.0
 
 
 class Display:
-    """The driver's face, one stage after the other; a context manager, so that the terminal is left as it was found.
+    """Progress of one piece of work after the other; a context manager, so that the terminal is left as it was found.
 
     On a terminal a bar stays at the bottom; elsewhere (job logs, CI) a plain line comes at most every `QUIET` seconds. Both get
     a line when a stage begins and ends.
@@ -109,40 +108,6 @@ class Display:
         if self._bar:
             for task in self._bar.task_ids:
                 self._bar.remove_task(task)
-
-
-class Events:
-    """The run's curves as TensorBoard events, one TensorBoard run per stage below the folder; a context manager.
-
-    The global step is the progress in items. A life that resumes at an earlier progress supersedes the rows that the one
-    before wrote after it, as TensorBoard does with what comes after a `purge_step`.
-    """
-
-    def __init__(self, folder: str | Path):
-        # Imported here: it takes more than a second, and only drivers write events.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._open = SummaryWriter
-        self._folder = Path(folder)
-        self._writers: dict[str, SummaryWriter] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def row(self, stage: str, progress: int, values: Mapping[str, float]) -> None:
-        """Add a point to each of the stage's curves."""
-        if stage not in self._writers:
-            self._writers[stage] = self._open(str(self._folder / stage), purge_step=progress)
-        for name, value in values.items():
-            self._writers[stage].add_scalar(name, value, global_step=progress)
-
-    def close(self) -> None:
-        """Write out what is left."""
-        for writer in self._writers.values():
-            writer.close()
 
 
 def _number(count: int) -> str:

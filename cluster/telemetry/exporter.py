@@ -13,31 +13,12 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Metric, make_wsgi_app, start_http_server
 
-from cluster.telemetry.meter import BUCKETS, Snapshot, Tally, Totals
+from cluster.telemetry.meter import BUCKETS, COUNTERS, GAUGES, Snapshot, Tally, Totals
 
-COUNTERS: dict[Literal["items", "bytes", "flops"], tuple[str, str]] = {
-    "items": ("items_processed", "Items the ranks trained on, those replayed after a restart included."),
-    "bytes": ("read_bytes", "Bytes the ranks read from storage."),
-    "flops": ("flops", "Floating point operations of the model, without recomputation."),
-}
-STAGE_GAUGES = {
-    "progress_items": "Progress of the committed training state in items; falls back to the checkpoint after a restart.",
-    "loss": "Loss of the latest step over the global batch.",
-    "gradient_norm": "Norm of the latest step's gradient before clipping.",
-    "learning_rate": "Learning rate of the latest step.",
-    "quarantined_items": "Items that count nothing, since their bytes are not those that were written.",
-    "val_progress_items": "Progress of the checkpoint that was last scored on clips of val.",
-    "val_frcorr": "Its FRCorr there.",
-    "val_frdist": "Its FRDist there.",
-}
-RANK_GAUGES = {
-    "peak_memory_bytes": "Peak device memory of the rank.",
-    "peak_flops": "Peak operations per second of the rank's device.",
-}
 POLL = 0.1
 """Seconds between two looks of `drain`."""
 
@@ -72,7 +53,7 @@ class Exporter:
                 f"telemetry.port is {port}, but {host} cannot listen on it ({error.strerror}); choose a free port, or 0 for any"
             ) from error
         registry.register(self)
-        self._server.set_app(self._watched(make_wsgi_app(registry)))
+        self._server.set_app(self._noting_scrapes(make_wsgi_app(registry)))
         self.port: int = self._server.server_port
         self._address = f"{host}:{self.port}"
 
@@ -129,14 +110,15 @@ class Exporter:
         with self._lock:
             stages, gauges, ranks = self.tally.stages(), self.tally.gauges(), self.tally.ranks()
             restarts = [({"class": kind}, count) for kind, count in self._restarts.items()]
-        for key, (name, what) in COUNTERS.items():
-            yield self._metric("counter", name, what, [({"stage": stage}, totals[key]) for stage, totals in stages.items()])
-        for name, what in STAGE_GAUGES.items():
-            common = [({"stage": stage}, values[name]) for stage, values in gauges.items() if name in values]
-            yield self._metric("gauge", name, what, common)
-        for name, what in RANK_GAUGES.items():
-            own = [({"stage": r["stage"], "rank": str(r["rank"])}, r["gauges"][name]) for r in ranks if name in r["gauges"]]
-            yield self._metric("gauge", name, what, own)
+        for key, counter in COUNTERS.items():
+            yield self._metric("counter", *counter[:2], [({"stage": stage}, totals[key]) for stage, totals in stages.items()])
+        for gauge in GAUGES:
+            name = gauge.name
+            if gauge.per_rank:
+                values = [({"stage": r["stage"], "rank": str(r["rank"])}, r["gauges"][name]) for r in ranks if name in r["gauges"]]
+            else:
+                values = [({"stage": stage}, latest[name]) for stage, latest in gauges.items() if name in latest]
+            yield self._metric("gauge", name, gauge.help, values)
         states = [({"stage": stage, "state": state}, s) for stage, totals in stages.items() for state, s in totals["states"].items()]
         yield self._metric("counter", "goodput_seconds", "Allocated worker seconds, each in exactly one state.", states)
         yield self._metric("counter", "restarts", "Restarts of the worker group, by failure class.", restarts)
@@ -160,7 +142,7 @@ class Exporter:
                 metric.add_sample(f"{metric.name}_count", labels, sum(spent["counts"]))
         return metric
 
-    def _watched(self, app: Callable[..., list[bytes]]) -> Callable[..., list[bytes]]:
+    def _noting_scrapes(self, app: Callable[..., list[bytes]]) -> Callable[..., list[bytes]]:
         """The same application, noting which version of the numbers has gone out."""
 
         def answer(environ: Any, start_response: Any) -> list[bytes]:

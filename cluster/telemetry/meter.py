@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 PHASES = {
     "data_wait": "data_wait",
@@ -26,12 +26,34 @@ PHASES = {
 STATES = ("startup", "data_wait", "compute", "checkpoint", "evaluation", "other")
 """Goodput states: `startup` lasts until the first phase, `other` is whatever lies outside the phases after it."""
 
+class Metric(NamedTuple):
+    """A number that a rank reports: its name in Prometheus after `reactdiff_`, its help, and whether it is each rank's own."""
+
+    name: str
+    help: str
+    per_rank: bool = False
+
+
+COUNTERS: dict[Literal["items", "bytes", "flops"], Metric] = {
+    "items": Metric("items_processed", "Items the ranks trained on, those replayed after a restart included."),
+    "bytes": Metric("read_bytes", "Bytes the ranks read from storage."),
+    "flops": Metric("flops", "Floating point operations of the model, without recomputation."),
+}
+"""What `Meter.step_done` takes and `Totals` sums."""
+
 GAUGES = (
-    *("progress_items", "loss", "gradient_norm", "learning_rate", "quarantined_items"),
-    *("val_progress_items", "val_frcorr", "val_frdist"),
-    *("peak_memory_bytes", "peak_flops"),
+    Metric("progress_items", "Progress of the committed training state in items; falls back to the checkpoint after a restart."),
+    Metric("loss", "Loss of the latest step over the global batch."),
+    Metric("gradient_norm", "Norm of the latest step's gradient before clipping."),
+    Metric("learning_rate", "Learning rate of the latest step."),
+    Metric("quarantined_items", "Items that count nothing, since their bytes are not those that were written."),
+    Metric("val_progress_items", "Progress of the checkpoint that was last scored on clips of val."),
+    Metric("val_frcorr", "Its FRCorr there."),
+    Metric("val_frdist", "Its FRDist there."),
+    Metric("peak_memory_bytes", "Peak device memory of the rank.", per_rank=True),
+    Metric("peak_flops", "Peak operations per second of the rank's device.", per_rank=True),
 )
-"""What a rank may set in `Meter.gauges`; the last two are this rank's own, the others the same on all."""
+"""What a rank may set in `Meter.gauges`, by name."""
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 """Upper bounds in seconds of the step histogram's buckets; one more bucket takes what lasts longer."""
@@ -70,7 +92,7 @@ class Meter:
     """Counts for one rank in one stage; a snapshot may be taken from another thread at any moment.
 
     Attributes:
-        gauges: the latest value of any of `GAUGES`.
+        gauges: the latest value of any of `GAUGES`, by name.
     """
 
     def __init__(self, rank: int, ranks: int, stage: str, clock: Callable[[], float] = time.monotonic):
@@ -117,7 +139,8 @@ class Meter:
         """Everything so far, the running phase included: the states sum to `elapsed`, the seconds since the meter was built."""
         with self._lock:
             self._charge()
-            assert self.gauges.keys() <= set(GAUGES), f"gauges are {', '.join(GAUGES)}, not {', '.join(self.gauges)}"
+            known = {gauge.name for gauge in GAUGES}
+            assert self.gauges.keys() <= known, f"gauges are {', '.join(sorted(known))}, not {', '.join(self.gauges)}"
             return {
                 "rank": self._rank,
                 "ranks": self._ranks,

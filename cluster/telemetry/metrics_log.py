@@ -1,16 +1,10 @@
 """A run's metrics: rows keyed by (stage, progress), written as immutable segments of each life."""
 
 import json
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from cluster.storage import Store
-from cluster.telemetry.display import Events
-
-SHOWN = ("loss", "gradient_norm", "learning_rate", "FRCorr", "FRDist")
-"""Columns that become TensorBoard curves."""
 
 
 def validation_name(stage: str) -> str:
@@ -52,15 +46,3 @@ def _all(store: Store, stage: str) -> Iterator[dict[str, Any]]:
         if entry.key.split("/")[-1].startswith(f"{stage}-"):
             for line in store.read(entry.key).decode().splitlines():
                 yield json.loads(line)
-
-
-def write_tensorboard(store: Store, stage: str) -> None:
-    """A stage's rows as TensorBoard events below `tensorboard/<stage>/`, over progress in items; earlier events are replaced."""
-    with tempfile.TemporaryDirectory() as folder:
-        with Events(folder) as events:
-            for row in read_rows(store, stage):
-                events.row(stage, row["progress"], {name: row[name] for name in SHOWN if name in row})
-        for entry in list(store.list(f"tensorboard/{stage}/")):
-            store.delete(entry.key)
-        for path in Path(folder).rglob("events*"):
-            store.put(f"tensorboard/{stage}/{path.name}", path.read_bytes())

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from cluster.config.schema import Experiment
+
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -42,6 +44,26 @@ class EngineSettings:
     weight_decay: float
     clip: float
     ema: float
+
+
+def engine_settings(experiment: Experiment, stage: str, ranks: int) -> EngineSettings:
+    """How an experiment trains a stage on so many ranks."""
+    optim, workers = experiment.optim, experiment.workers
+    return EngineSettings(
+        zero=workers.zero,
+        precision=optim.precision,
+        micro_batches=micro_batches(optim.batch[stage], ranks, workers.micro_batch),
+        betas=optim.betas,
+        weight_decay=optim.weight_decay,
+        clip=optim.clip,
+        ema=optim.ema[stage],
+    )
+
+
+def micro_batches(batch: int, ranks: int, largest: int) -> int:
+    """Forward passes of one step on each rank: the rank's largest share over the largest micro-batch."""
+    share = -(-batch // ranks)
+    return -(-share // largest) if largest else 1
 
 
 @dataclass(frozen=True)

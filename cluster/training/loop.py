@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from cluster.config.loading import identity
+from cluster.config.identity import identity
 from cluster.config.schema import Experiment
 from cluster.data.cache import Cache
 from cluster.data.manifest import load_manifest
@@ -22,15 +22,15 @@ from cluster.data.reader import Reader
 from cluster.data.stream import Batch, Share, Stream
 from cluster.evaluation.validation import ValidationClips, Validator
 from cluster.runs import checkpoint
-from cluster.runs.checkpoint import Checkpoint, CheckpointWriter, DamagedCheckpoint
+from cluster.runs.checkpoint import Checkpoint, CheckpointWriter
 from cluster.runs.latents import corrupt_clips, read_range
 from cluster.runs.state import assert_newest_life
 from cluster.runtime.device import peak_flops, peak_memory
-from cluster.runtime.failures import NonFinite
-from cluster.storage import open_store
+from cluster.storage import Store
 from cluster.telemetry.meter import Meter, Snapshot
 from cluster.telemetry.metrics_log import MetricsLog, read_rows, validation_name
-from cluster.training.engine import Engine, EngineSettings
+from cluster.training.engine import Engine, engine_settings
+from cluster.training.resume import candidates, restore
 from cluster.training.warm_start import warm_start
 from reactdiff.data.keyed import seed_of
 from reactdiff.data.order import Order
@@ -43,6 +43,12 @@ from reactdiff.stage import Source, build, empty_batch, stage
 log = logging.getLogger(__name__)
 
 
+class NonFinite(RuntimeError):
+    """A loss or gradient is not a number any more; names the items of the step."""
+
+    failure = "non_finite"
+
+
 @dataclass(frozen=True)
 class Job:
     """What one worker group does: train one stage of one run to the end.
@@ -50,21 +56,21 @@ class Job:
     Attributes:
         experiment: the whole configuration.
         stage: "autoencoder" or "diffusion".
-        folder: URL of the run.
+        run: folder of the run.
         life: this start of the driver.
-        dataset: URL of what the stage reads: clips or latents.
+        dataset: what the stage reads: clips or latents.
         manifest: hash of the dataset's state.
-        watched: clips that are scored at each checkpoint.
+        validation: clips that are scored at each checkpoint.
         attempt: how often the worker group of this life was started before.
     """
 
     experiment: Experiment
     stage: str
-    folder: str
+    run: Store
     life: int
-    dataset: str
+    dataset: Store
     manifest: str
-    watched: ValidationClips | None = None
+    validation: ValidationClips | None = None
     attempt: int = 0
 
 
@@ -77,14 +83,28 @@ class Place:
     device: torch.device
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What all ranks know after the one small all-reduce of a step."""
+class Verdict(NamedTuple):
+    """What a rank brings to the one small all-reduce of a step, and summed over the ranks what all of them know after it.
+
+    Attributes:
+        loss: of this step, the part of the mean.
+        ledger: sum of the CRC32C of the bytes the step was made of; exact below 2^53.
+        next_valid: items of the next step that count.
+        uploaded: whether the part of the checkpoint has landed; how many ranks' have.
+        next_corrupt: items of the next step that were found damaged.
+    """
 
     loss: float
-    ledger: int
-    next_valid: int
-    all_uploaded: bool
+    ledger: float
+    next_valid: float
+    uploaded: float
+    next_corrupt: float
+
+    def summed(self, device: torch.device) -> "Verdict":
+        """The sums over all ranks."""
+        sums = torch.tensor(self, dtype=torch.float64, device=device)
+        dist.all_reduce(sums)
+        return Verdict(*sums.tolist())
 
 
 def train(job: Job, place: Place, report: Callable[[Snapshot], None]) -> dict[str, Any]:
@@ -113,13 +133,12 @@ def train(job: Job, place: Place, report: Callable[[Snapshot], None]) -> dict[st
 
 class _Training:
     def __init__(self, job: Job, place: Place, meter: Meter):
-        experiment, optim, workers = job.experiment, job.experiment.optim, job.experiment.workers
+        experiment, optim = job.experiment, job.experiment.optim
         self.job, self.place, self.meter, self.optim = job, place, meter, optim
-        self.store = open_store(job.folder)
-        manifest = load_manifest(open_store(job.dataset), job.manifest)
+        manifest = load_manifest(job.dataset, job.manifest)
         data = experiment.data
         self.cache = Cache(Path(data.cache), int(1e9 * data.cache_limit)) if data.cache else None
-        self.reader = Reader(open_store(job.dataset), manifest, data.split, self.cache)
+        self.reader = Reader(job.dataset, manifest, data.split, self.cache)
         self.order = Order(2 * self.reader.counts, experiment.seed, data.block, data.group, data.order)
         total, batch = int(optim.epochs[job.stage] * self.order.items), optim.batch[job.stage]
         self.share = Share(batch, total, place.ranks, place.rank)
@@ -145,33 +164,29 @@ class _Training:
         module = build(kind, experiment.seed)
         warm_start(module, job.stage, experiment, log.warning if place.rank == 0 else log.debug)
         if isinstance(module, LatentDiffusion):
-            module.set_range(*read_range(open_store(job.dataset), manifest))
-        self.micro_batches = micro_batches(batch, place.ranks, workers.micro_batch)
-        settings = EngineSettings(
-            workers.zero, optim.precision, self.micro_batches, optim.betas, optim.weight_decay, optim.clip, optim.ema[job.stage]
-        )
-        self.engine = Engine(module, settings, place.device)
-        self.writer = CheckpointWriter(
-            self.store, _gather, place.rank, experiment.run.keep, lambda: assert_newest_life(self.store, job.life)
-        )
-        self.history = MetricsLog(self.store, job.life, job.attempt, job.stage) if place.rank == 0 else None
-        self.watch: Validator | None = None
-        if job.watched:
-            self.watch = Validator(experiment, job.watched, self.store, kind.module(), _gather, place.rank, place.ranks, place.device)
-        self.seen = MetricsLog(self.store, job.life, job.attempt, validation_name(job.stage)) if place.rank == 0 and job.watched else None
+            module.set_range(*read_range(job.dataset, manifest))
+        self.engine = Engine(module, engine_settings(experiment, job.stage, place.ranks), place.device)
+        self.writer = CheckpointWriter(job.run, _gather, place.rank, experiment.run.keep, lambda: assert_newest_life(job.run, job.life))
+        self.log = MetricsLog(job.run, job.life, job.attempt, job.stage) if place.rank == 0 else None
+        self.validator: Validator | None = None
+        if job.validation:
+            ranks = place.rank, place.ranks
+            self.validator = Validator(experiment, job.validation, job.run, kind.module(), _gather, *ranks, place.device)
+        validates = place.rank == 0 and job.validation
+        self.validation_log = MetricsLog(job.run, job.life, job.attempt, validation_name(job.stage)) if validates else None
 
     def run(self) -> dict[str, Any]:
         step, loss = self.resume(), float("nan")
         batches = self.stream.batches(step)
         batch = self.fetch(batches)
-        valid = self.agree(torch.zeros(()), None, batch).next_valid
+        valid = int(self.agree(torch.zeros(()), None, batch).next_valid)
         while batch is not None:
             loss_part = self.forward_backward(batch, valid)
             upcoming = self.fetch(batches)
             with self.meter.phase("backward"):  # on a GPU, here the host waits for what it only queued
                 verdict = self.agree(loss_part, batch, upcoming)
             self.update(batch, verdict)
-            batch, valid, loss = upcoming, verdict.next_valid, verdict.loss
+            batch, valid, loss = upcoming, int(verdict.next_valid), verdict.loss
         if self.writer.busy:
             self.writer.commit()
         self.writer.close()
@@ -180,55 +195,22 @@ class _Training:
         return {"progress": self.share.total, "steps": self.share.steps, "loss": loss, "quarantined": len(self.quarantine)}
 
     def resume(self) -> int:
-        """Restore the newest checkpoint that is whole on every rank; returns the step to go on with."""
+        """Go on from the newest checkpoint that is whole on every rank; returns the step to go on with."""
+        job = self.job
+        box: list[Any] = [None]
         if self.place.rank == 0:
-            assert_newest_life(self.store, self.job.life)
-            checkpoint.remove_orphans(self.store, self.job.stage)
-        box: list[Any] = [self.candidates() if self.place.rank == 0 else None]
+            assert_newest_life(job.run, job.life)
+            checkpoint.remove_orphans(job.run, job.stage)
+            quarantines = job.experiment.data.on_corrupt == "quarantine"
+            box = [candidates(job.run, job.stage, self.share, job.dataset, job.manifest, quarantines)]
         dist.broadcast_object_list(box)
-        extents = self.engine.extents()
-        for found in box[0]:
-            try:
-                read, problem = checkpoint.reader(self.store, found, extents), ""
-            except DamagedCheckpoint as error:
-                problem = str(error)
-            if problems := [text for text in _gather(problem) if text]:
-                log.error("CHECKPOINT DAMAGED, falling back to the one before: %s", problems[0])
-                continue
-            self.engine.restore(read, found.steps)
-            self.quarantine.add(found.quarantine)
-            if self.watch and found.progress < self.share.total and not self.looked_at(found):
-                self.validate(self.watch, found)  # the life that wrote it died before
-            self.meter.gauges["progress_items"] = found.progress
-            return found.steps
-        return 0
-
-    def candidates(self) -> list[Checkpoint]:
-        """The checkpoints this run may go on from, newest first.
-
-        One after a last step that was not a whole batch belongs to a shorter run: the one before it is the one to go on from.
-        """
-        found = []
-        for name in checkpoint.list_checkpoints(self.store, self.job.stage):
-            try:
-                manifest = checkpoint.read_manifest(self.store, name)
-            except DamagedCheckpoint as error:
-                log.error("CHECKPOINT DAMAGED, falling back to the one before: %s", error)
-                continue
-            if manifest.dataset != self.job.manifest:
-                raise ValueError(
-                    f"{self.store.url}/{name} was trained on data {manifest.dataset}, but the run now reads {self.job.manifest} "
-                    f"({self.job.dataset}): give other data a run of another name (run.name)"
-                )
-            if manifest.quarantine and self.job.experiment.data.on_corrupt == "stop":
-                raise ValueError(
-                    f"{self.store.url}/{name} has {len(manifest.quarantine)} items in quarantine, but data.on_corrupt=stop trains on all: "
-                    "go on with data.on_corrupt=quarantine, or train on the mended data in a run of another name (run.name)"
-                )
-            whole_batches = manifest.progress < self.share.total and manifest.progress % self.share.batch == 0
-            if whole_batches or manifest.progress == self.share.total:
-                found.append(manifest)
-        return found
+        found = restore(self.engine, self.quarantine, job.run, box[0], _gather)
+        if found is None:
+            return 0
+        if self.validator and found.progress < self.share.total and not self.validated(found):
+            self.validate(self.validator, found)  # the life that wrote it died before
+        self.meter.gauges["progress_items"] = found.progress
+        return found.steps
 
     def fetch(self, batches: Iterator[Batch]) -> Batch | None:
         with self.meter.phase("data_wait"):
@@ -238,7 +220,7 @@ class _Training:
         """The step's gradient; returns this rank's part of its mean loss."""
         torch.manual_seed(seed_of("dropout", self.job.experiment.seed, batch.step, self.place.rank) % 2**63)
         loss = torch.zeros((), device=self.place.device)
-        for micro_batch in batch.split(self.micro_batches):
+        for micro_batch in batch.split(self.engine.settings.micro_batches):
             on_device = {name: tensor.to(self.place.device, non_blocking=True) for name, tensor in micro_batch.items()}
             with self.meter.phase("forward"):
                 part = self.engine.forward(on_device, valid)
@@ -250,22 +232,24 @@ class _Training:
     def agree(self, loss: torch.Tensor, batch: Batch | None, upcoming: Batch | None) -> Verdict:
         """The one small all-reduce: loss and ledger of this step, valid and corrupt items of the next, uploads that have landed."""
         valid, corrupt = (upcoming.valid, upcoming.corrupt) if upcoming else (0, ())
-        mine = [float(loss), batch.ledger if batch else 0, valid, self.writer.uploaded, len(corrupt)]
-        sums = torch.tensor(mine, dtype=torch.float64, device=self.place.device)  # sums of CRC32C stay exact below 2^53
-        dist.all_reduce(sums)
-        total = sums.tolist()
-        if not np.isfinite(total[0]):
+        mine = Verdict(float(loss), batch.ledger if batch else 0, valid, self.writer.uploaded, len(corrupt))
+        verdict = mine.summed(self.place.device)
+        if not np.isfinite(verdict.loss):
             assert batch is not None
-            first, last = batch.step * self.share.batch, min((batch.step + 1) * self.share.batch, self.share.total)
-            items = self.order.at(np.arange(first, last)).tolist()
-            raise NonFinite(
-                f"the loss of step {batch.step} of stage {self.job.stage} is {total[0]}; its items are {items} "
-                f"(clip = item // 2, side = item % 2) of split {self.job.experiment.data.split} of {self.job.dataset}. "
-                "Lower optim.lr, set optim.clip, or look at these clips"
-            )
-        if total[4]:
+            raise self.non_finite(batch, verdict.loss)
+        if verdict.next_corrupt:
             self.isolate(corrupt)
-        return Verdict(total[0], int(total[1]), int(total[2]), total[3] == self.place.ranks)
+        return verdict
+
+    def non_finite(self, batch: Batch, loss: float) -> NonFinite:
+        """What is said of a step whose loss is no number."""
+        first, last = self.bounds(batch)
+        items = self.order.at(np.arange(first, last)).tolist()
+        return NonFinite(
+            f"the loss of step {batch.step} of stage {self.job.stage} is {loss}; its items are {items} "
+            f"(clip = item // 2, side = item % 2) of split {self.job.experiment.data.split} of {self.job.dataset.url}. "
+            "Lower optim.lr, set optim.clip, or look at these clips"
+        )
 
     def isolate(self, corrupt: tuple[BadItem, ...]) -> None:
         """Put what any rank found corrupt into every rank's quarantine."""
@@ -276,44 +260,46 @@ class _Training:
                     *(bad.item, bad.item // 2, bad.item % 2, self.job.experiment.data.split, bad.position, bad.why),
                 )
 
+    def bounds(self, batch: Batch) -> tuple[int, int]:
+        """Progress before and after a step."""
+        return batch.step * self.share.batch, min((batch.step + 1) * self.share.batch, self.share.total)
+
     def update(self, batch: Batch, verdict: Verdict) -> None:
         """The optimiser's step, and what follows from the new progress: a row, a checkpoint."""
-        before, after = batch.step * self.share.batch, min((batch.step + 1) * self.share.batch, self.share.total)
+        before, after = self.bounds(batch)
         rate = learning_rate(self.optim, self.job.stage, before)
         with self.meter.phase("optimizer"):
             self.engine.step(rate)
-        norm = self.engine.gradient_norm
-        gauges = {"loss": verdict.loss, "gradient_norm": norm, "learning_rate": rate, "quarantined_items": len(self.quarantine)}
-        self.meter.gauges.update(progress_items=after, **gauges)
+        told = {"loss": verdict.loss, "gradient_norm": self.engine.gradient_norm, "learning_rate": rate}
+        self.meter.gauges.update(progress_items=after, quarantined_items=len(self.quarantine), **told)
         logged = (batch.step + 1) % self.job.experiment.run.log_every == 0 or after == self.share.total
-        if self.history is not None and logged:
-            row = {"loss": verdict.loss, "gradient_norm": norm, "learning_rate": rate, "ledger": verdict.ledger}
-            self.history.add(progress=after, step=batch.step, **row)
-        due = self.checkpoint_due(before, after)
-        if verdict.all_uploaded or due:
+        if self.log is not None and logged:
+            self.log.add(progress=after, step=batch.step, **told, ledger=int(verdict.ledger))
+        all_uploaded, due = verdict.uploaded == self.place.ranks, self.checkpoint_due(before, after)
+        if all_uploaded or due:
             with self.meter.phase("checkpoint"):
                 committed = self.writer.commit() if self.writer.busy else None
                 if due:
                     self.checkpoint(batch.step + 1, after)
-            if committed and self.watch:
-                self.validate(self.watch, committed)
+            if committed and self.validator:
+                self.validate(self.validator, committed)
         self.meter.gauges["peak_memory_bytes"] = peak_memory(self.place.device)
         items = len(batch.positions)
         self.meter.step_done(items=items, bytes=batch.bytes, flops=items * self.flops)
 
-    def looked_at(self, found: Checkpoint) -> bool:
-        """Whether the watched clips were scored with this checkpoint."""
+    def validated(self, found: Checkpoint) -> bool:
+        """Whether the clips of validation were scored with this checkpoint."""
         name = validation_name(self.job.stage)
-        return _gather(self.place.rank == 0 and any(row["progress"] == found.progress for row in read_rows(self.store, name)))[0]
+        return _gather(self.place.rank == 0 and any(row["progress"] == found.progress for row in read_rows(self.job.run, name)))[0]
 
-    def validate(self, watch: Validator, found: Checkpoint) -> None:
-        """Score a checkpoint on the watched clips."""
+    def validate(self, validator: Validator, found: Checkpoint) -> None:
+        """Score a checkpoint on the clips of validation."""
         with self.meter.phase("evaluation"):
-            scores = watch.validate(found)
+            scores = validator.validate(found)
         self.meter.gauges.update(val_progress_items=found.progress, val_frcorr=scores["FRCorr"], val_frdist=scores["FRDist"])
-        if self.seen is not None:
-            self.seen.add(progress=found.progress, **scores)
-            self.seen.flush()
+        if self.validation_log is not None:
+            self.validation_log.add(progress=found.progress, **scores)
+            self.validation_log.flush()
 
     def checkpoint_due(self, before: int, after: int) -> bool:
         """At every multiple of the cadence, at the end, and before a last step that is not a whole batch."""
@@ -333,14 +319,8 @@ class _Training:
             config=identity(self.job.experiment),
             quarantine=self.quarantine.entries,
         )
-        if self.history is not None:
-            self.history.flush()
-
-
-def micro_batches(batch: int, ranks: int, largest: int) -> int:
-    """Forward passes of one step on each rank: the rank's largest share over the largest micro-batch."""
-    share = -(-batch // ranks)
-    return -(-share // largest) if largest else 1
+        if self.log is not None:
+            self.log.flush()
 
 
 def _gather(value: Any) -> list[Any]:

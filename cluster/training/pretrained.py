@@ -18,7 +18,7 @@ def check_pretrained(experiment: Experiment, clips: Manifest, store: Store) -> N
     Raises:
         ConfigError: if there is no such run, it has not finished its autoencoder, or that is not the one the experiment describes.
     """
-    if experiment.run.autoencoder and _own(store) is None:
+    if experiment.run.autoencoder and _taken(store) is None:
         _parent(experiment, clips)
 
 
@@ -28,27 +28,26 @@ def take_pretrained(experiment: Experiment, clips: Manifest, store: Store) -> Ex
     Raises:
         ConfigError: as `check_pretrained`.
     """
-    if (own := _own(store)) is not None:
-        return own
-    parent = _parent(experiment, clips)
-    export = parent.export(STAGE)
+    if (taken := _taken(store)) is not None:
+        return taken
+    parent, export = _parent(experiment, clips)
     load_weights(parent.store, export)  # verified
     copy_export(export, parent.store, store)
     return export
 
 
-def _own(store: Store) -> Export | None:
+def _taken(store: Store) -> Export | None:
     try:
         return newest_export(store, STAGE)
     except NotFound:
         return None
 
 
-def _parent(experiment: Experiment, clips: Manifest) -> SavedRun:
+def _parent(experiment: Experiment, clips: Manifest) -> tuple[SavedRun, Export]:
     where = experiment.run.autoencoder
     try:
-        opened = open_run(where, experiment.run.store)
-        export = opened.export(STAGE)
+        parent = open_run(where, experiment.run.store)
+        export = parent.export(STAGE)
     except (ValueError, StorageError) as error:
         raise ConfigError(f"run.autoencoder={where} cannot be taken: {error}") from error
     ours, theirs = experiment.model.model_dump(mode="json"), Model.model_validate(export.model).model_dump(mode="json")
@@ -61,4 +60,4 @@ def _parent(experiment: Experiment, clips: Manifest) -> SavedRun:
     ]
     if differing:
         raise ConfigError(f"run.autoencoder={where} has another autoencoder than this experiment; differing: {', '.join(differing)}")
-    return opened
+    return parent, export

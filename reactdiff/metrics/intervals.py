@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from reactdiff.data.keyed import generator
-from reactdiff.metrics.part import PartialScores, means_to_metrics
+from reactdiff.metrics.partial import PartialScores, means_to_metrics
 
 
 def intervals(parts: Iterable[PartialScores], seed: int = 0, resamples: int = 1000, level: float = 0.95) -> dict[str, tuple[float, float]]:

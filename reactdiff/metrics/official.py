@@ -16,11 +16,11 @@ import torch
 
 from reactdiff.metrics.agreement import Reaction, concordance
 from reactdiff.metrics.arrays import Targets, check_part, check_whole
+from reactdiff.metrics.dtw import laid_out, nearest
 from reactdiff.metrics.frechet import Moments, frechet
 from reactdiff.metrics.intervals import intervals
-from reactdiff.metrics.part import PER_CLIP, PartialScores, means_to_metrics, total
+from reactdiff.metrics.partial import PER_CLIP, PartialScores, means_to_metrics, total
 from reactdiff.metrics.synchrony import offsets
-from reactdiff.metrics.warping import laid_out, nearest
 
 OFFICIAL = ("FRCorr", "FRDist", "FRDiv", "FRVar", "FRDvs", "FRSyn")
 REPAIRED = ("FRCorr_per_prediction", "FRDist_per_prediction", "FRSyn_varying")

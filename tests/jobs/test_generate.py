@@ -24,7 +24,7 @@ from reactdiff.data.files import read_csv
 from reactdiff.data.keyed import normal
 from reactdiff.data.sample import Clip
 from reactdiff.generate import Reactor
-from reactdiff.model.authors import autoencoder_sources, load_published
+from reactdiff.model.published import autoencoder_sources, load_published
 from tests.reactdiff.model.published import write_files
 from tests.reactdiff.model.rule import DATA, Case
 from tests.tiny import FRAMES, job

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config.loading import ConfigError, digest, ends, fields, help_text, identity, load, to_yaml
+from cluster.config.identity import digest, ends, identity
+from cluster.config.loading import ConfigError, fields, help_text, load, to_yaml
 
 
 def test_overrides_reach_any_leaf_and_a_bare_value_sets_both_stages(tmp_path: Path) -> None:

@@ -169,46 +169,46 @@ def test_a_step_of_nothing_but_bad_items_has_loss_and_gradient_zero_and_training
 
 
 @pytest.fixture
-def coder(finished: Path, shards: Path, tmp_path: Path) -> LatentDataset:
+def damaged_latents(finished: Path, shards: Path, tmp_path: Path) -> LatentDataset:
     """A finished autoencoder over a copy of its dataset that is damaged in the first shard, where nothing is encoded yet."""
     source = tmp_path / "shards"
     shutil.copytree(shards, source)
     flip(source, "train", 1, "b.mfcc.npy")
-    return replace(open_run(str(finished), "").coder(), source=str(source), store=str(tmp_path))
+    return replace(open_run(str(finished), "").latents(), dataset=open_store(str(source)), home=open_store(str(tmp_path)))
 
 
-def test_encoding_a_damaged_clip_stops_or_gives_zeros_and_no_other_shard_notices(coder: LatentDataset, shards: Path) -> None:
+def test_encoding_a_damaged_clip_stops_or_gives_zeros_and_no_other_shard_notices(damaged_latents: LatentDataset, shards: Path) -> None:
     with pytest.raises(CorruptData, match=r"shard train/000000, clip \S+, member b\.mfcc\.npy"):
-        encode_shard(coder, "train", 0)
-    allowed = replace(coder, on_corrupt="quarantine")
+        encode_shard(damaged_latents, "train", 0)
+    allowed = replace(damaged_latents, on_corrupt="quarantine")
     encoded = encode_shard(allowed, "train", 0)
     assert list(encoded.corrupt) == [1] and "member b.mfcc.npy" in encoded.corrupt[1]
     assert encode_shard(allowed, "train", 0) == encoded, "what is done is kept"
-    whole = replace(coder, source=str(shards), store=f"{coder.store}/whole")
+    whole = replace(damaged_latents, dataset=open_store(str(shards)), home=damaged_latents.home.at("whole"))
     assert encode_shard(whole, "train", 0).info.tar != encoded.info.tar
     assert encode_shard(whole, "train", 1) == encode_shard(allowed, "train", 1)
 
 
 def test_latents_of_a_damaged_source_list_the_clip_and_train_without_it_or_are_refused(
-    coder: LatentDataset, finished: Path, tmp_path: Path, local_ray: Resources
+    damaged_latents: LatentDataset, finished: Path, tmp_path: Path, local_ray: Resources
 ) -> None:
     experiment = open_run(str(finished), "").experiment
     with pytest.raises(CorruptData, match=r"member b\.mfcc\.npy"):
-        build_latents(coder, experiment.workers, lambda done, total: None)
-    allowed = replace(coder, on_corrupt="quarantine")
+        build_latents(damaged_latents, experiment.workers, lambda done, total: None)
+    allowed = replace(damaged_latents, on_corrupt="quarantine")
     manifest = build_latents(allowed, experiment.workers, lambda done, total: None)
     assert list(corrupt_clips(manifest, "train")) == [1] and not corrupt_clips(manifest, "test")
-    for refused in (coder.manifest, lambda: build_latents(coder, experiment.workers, lambda done, total: None)):
+    for refused in (damaged_latents.manifest, lambda: build_latents(damaged_latents, experiment.workers, lambda done, total: None)):
         with pytest.raises(ValueError, match=r"lack 1 clips of split train.*first clip 1 \(shard train/000000.*data.on_corrupt=quarantine"):
             refused()
-    store = open_store(allowed.url)
+    store = allowed.store
     reader, wanted = Reader(store, manifest, "train"), [("a", LATENT), ("b", LATENT)]
     latents = {clip: np.stack(list(reader.read(clip, wanted).arrays.values())) for clip in range(reader.clips)}
     assert not latents[1].any() and all(latents[clip].any() for clip in latents if clip != 1)
     others = np.concatenate([latents[clip] for clip in latents if clip != 1])
     low, high = read_range(store, manifest)
     assert np.array_equal(low, others.min(axis=0)) and np.array_equal(high, others.max(axis=0))
-    rows = train_on(2, tiny(allowed.url, tmp_path / "run", QUARANTINE), tmp_path / "run", stage="diffusion")
+    rows = train_on(2, tiny(allowed.store.url, tmp_path / "run", QUARANTINE), tmp_path / "run", stage="diffusion")
     run = open_store(str(tmp_path / "run"))
     newest = checkpoint.read_manifest(run, checkpoint.list_checkpoints(run, "diffusion")[0])
     assert [(bad.item, bad.position) for bad in newest.quarantine] == [(2, 0), (3, 0)]

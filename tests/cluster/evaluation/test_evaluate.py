@@ -7,7 +7,7 @@ import pytest
 
 from cluster.evaluation.evaluate import evaluate
 from cluster.runs.saved import open_run
-from reactdiff.metrics.part import PartialScores
+from reactdiff.metrics.partial import PartialScores
 
 
 def parts_alive() -> int:
@@ -20,6 +20,6 @@ def parts_alive() -> int:
 def test_the_driver_holds_no_part_while_parts_are_scored(finished: Path) -> None:
     run = open_run(str(finished), "")
     before, alive = parts_alive(), []
-    scores = evaluate(run.experiment, run.store.url, run.coder(), run.diffusion(), lambda done, of: alive.append((done, of, parts_alive())))
+    scores = evaluate(run.experiment, run.store, run.latents(), run.diffusion(), lambda done, of: alive.append((done, of, parts_alive())))
     assert [(done, of) for done, of, _ in alive] == [(done, 16) for done in range(1, 17)] and len(scores) == 8
     assert max(count for _, _, count in alive) == before

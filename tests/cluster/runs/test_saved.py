@@ -24,7 +24,8 @@ def test_a_run_is_opened_by_name_folder_or_url_wherever_its_store_is_now(run: Pa
         opened = open_run(where, store)
         assert opened.export("diffusion").progress == 40
         assert opened.experiment.run.name == "tiny" and opened.experiment.run.store.removeprefix("file://") == store
-        assert opened.coder().url.removeprefix("file://").startswith(store) and opened.coder().manifest().kind == "latents"
+        latents = opened.latents()
+        assert latents.store.url.removeprefix("file://").startswith(store) and latents.manifest().kind == "latents"
 
 
 def test_a_missing_run_is_named_with_the_command_that_trains_it(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from cluster.config.loading import ConfigError
 from cluster.studies.comparison import Comparison, comparison_runs, markdown
 from reactdiff.data.keyed import generator
 from reactdiff.metrics.official import score_part
-from reactdiff.metrics.part import PartialScores
+from reactdiff.metrics.partial import PartialScores
 
 ROWS = {
     "first": {},

@@ -8,7 +8,7 @@ import pytest
 from cluster.config.loading import ConfigError
 from cluster.data.manifest import File, Manifest, Split, publish
 from cluster.storage import open_store
-from cluster.studies.sweep import Outcome, Sweep, best, sweep_folder, trials
+from cluster.studies.sweep import Outcome, Sweep, best, open_home, sweep_folder, trials
 
 GRID = {"diffusion.schedule": ["cosine", "linear"], "model.inter_depth": [1, 2]}
 
@@ -58,7 +58,8 @@ def test_a_later_end_is_not_yet_scored(places: list[str]) -> None:
 
 def test_a_sweep_stays_on_the_state_of_the_dataset_it_began_with(places: list[str], tmp_path: Path) -> None:
     first = trials(sweep(), places)
-    sweep_folder(sweep(), places).create("sweep.json", b'{"manifest": "%s"}' % first[0].experiment.data.manifest.encode())
+    home = open_home(sweep(), places)
+    sweep_folder(sweep(), home).create("sweep.json", b'{"manifest": "%s"}' % first[0].experiment.data.manifest.encode())
     dataset(tmp_path / "shards", train=Split(), val=Split(appropriateness=File(file="val/other.npy", hash="1" * 32)))
     assert [trial.run for trial in trials(sweep(), places)] == [trial.run for trial in first]
 

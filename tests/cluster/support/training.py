@@ -26,8 +26,8 @@ def train_here(
 ) -> dict[str, Any]:
     """What one rank does; what it logs goes to `<folder>.log`, since its stderr is the fork server's."""
     logging.getLogger("cluster").addHandler(logging.FileHandler(f"{folder}.log"))
-    manifest = load_manifest(open_store(experiment.data.url)).hash
-    job = Job(experiment, stage, folder, life, experiment.data.url, manifest, watched)
+    dataset = open_store(experiment.data.url)
+    job = Job(experiment, stage, open_store(folder), life, dataset, load_manifest(dataset).hash, watched)
     return train(job, Place(rank, ranks, torch.device("cpu")), lambda snapshot: None)
 
 

@@ -9,7 +9,8 @@ import threading
 
 import pytest
 
-from cluster.telemetry.display import Display, Events
+from cluster.telemetry.display import Display
+from cluster.telemetry.tensorboard import EventWriter
 
 
 class Clock:
@@ -114,11 +115,11 @@ def points(folder, stage, name):
 
 
 def test_events_have_progress_as_their_step_and_a_resumed_life_supersedes_the_rows_after_it(tmp_path):
-    with Events(tmp_path) as events:
+    with EventWriter(tmp_path) as events:
         for progress in (8, 16, 24):
             events.row("autoencoder", progress, {"loss": 0.5, "learning_rate": 0.25})
             events.row("diffusion", progress, {"loss": 1.0})
-    with Events(tmp_path) as events:
+    with EventWriter(tmp_path) as events:
         events.row("autoencoder", 16, {"loss": 0.125, "learning_rate": 0.25})
     assert points(tmp_path, "autoencoder", "loss") == [(8, 0.5), (16, 0.125)]
     assert points(tmp_path, "autoencoder", "learning_rate") == [(8, 0.25), (16, 0.25)]

@@ -12,8 +12,8 @@ import torch
 import torch.multiprocessing as mp
 
 from cluster.runs import checkpoint
-from cluster.runtime.failures import NonFinite
 from cluster.storage import open_store
+from cluster.training.loop import NonFinite
 from tests.cluster.support.ranks import on_ranks, start_ranks
 from tests.cluster.support.training import parts, train_here, train_on
 from tests.tiny import tiny

@@ -18,8 +18,8 @@ from cluster.runs.saved import open_run
 from cluster.storage import StorageError, open_store
 from cluster.training.warm_start import check_warm_start, warm_start
 from reactdiff.data.sample import StreamSpec
-from reactdiff.model.authors import load_published, projector_of
 from reactdiff.model.latent_diffusion import LatentDiffusion
+from reactdiff.model.published import load_published, projector_of
 from reactdiff.stage import LATENT, Source, Stage, build, stage, stages_over
 from tests.cluster.support.training import train_on
 from tests.reactdiff.model.published import write_files

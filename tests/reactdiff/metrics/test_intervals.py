@@ -5,7 +5,7 @@ import pytest
 
 from reactdiff.metrics.frechet import Moments
 from reactdiff.metrics.intervals import intervals
-from reactdiff.metrics.part import PER_CLIP, PartialScores, total
+from reactdiff.metrics.partial import PER_CLIP, PartialScores, total
 
 
 def part(**values):

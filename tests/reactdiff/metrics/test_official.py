@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from reactdiff.metrics.arrays import load_arrays
 from reactdiff.metrics.official import OFFICIAL, REPAIRED, merge, score, score_part
-from reactdiff.metrics.part import PartialScores
+from reactdiff.metrics.partial import PartialScores
 from reactdiff.metrics.synchrony import offsets
 
 DATA = Path(__file__).parents[2] / "data" / "metrics"

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from reactdiff.model.authors import Sources, autoencoder_sources, denoiser_sources, projector_of, projector_sources
+from reactdiff.model.published import Sources, autoencoder_sources, denoiser_sources, projector_of, projector_sources
 from tests.reactdiff.model.rule import Case
 
 UNUSED = ("Behaviour_features_fusion.video_audio_fusion.0.norm2.weight", "reaction_decoder.encoder.MLP.0.bias")

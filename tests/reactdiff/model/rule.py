@@ -15,9 +15,9 @@ from torch import nn
 
 from reactdiff import config
 from reactdiff.data.sample import StreamSpec
-from reactdiff.model.authors import Sources
 from reactdiff.model.autoencoder import Autoencoder
 from reactdiff.model.latent_diffusion import LatentDiffusion
+from reactdiff.model.published import Sources
 
 DATA = Path(__file__).parents[2] / "data"
 

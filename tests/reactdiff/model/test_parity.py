@@ -9,8 +9,8 @@ import torch
 
 from reactdiff.clip import WINDOW
 from reactdiff.diffusion.sampler import ddim
-from reactdiff.model.authors import autoencoder_sources, denoiser_sources, projector_sources
 from reactdiff.model.latent_diffusion import LatentDiffusion
+from reactdiff.model.published import autoencoder_sources, denoiser_sources, projector_sources
 from tests.reactdiff.model.rule import Case, fixtures
 
 TOLERANCE = 1e-5

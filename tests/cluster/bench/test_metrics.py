@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from reactdiff.metrics.bench import CLIPS_TIMED, OFFICIAL_SECONDS, full_size, pair_costs
+from cluster.bench.metrics import CLIPS_TIMED, OFFICIAL_SECONDS, full_size, pair_costs
 
 
 def test_every_metric_is_timed_beside_the_challenges_code():

@@ -13,10 +13,10 @@ import numpy as np
 from reactdiff.clip import ATTRIBUTES, FRAME_RATE
 from reactdiff.data.keyed import normal
 from reactdiff.metrics.agreement import Reaction, concordance
+from reactdiff.metrics.dtw import laid_out, nearest
 from reactdiff.metrics.official import Progress, Scores, merge, score_part
-from reactdiff.metrics.part import PartialScores
+from reactdiff.metrics.partial import PartialScores
 from reactdiff.metrics.synchrony import offsets
-from reactdiff.metrics.warping import laid_out, nearest
 
 OFFICIAL_SECONDS = {"FRCorr": 2.6e-3, "FRDist": 10.1e-3, "FRSyn": 87e-3}
 """CPU time of the challenges' code on a machine like ours: per (prediction, neighbour) pair; FRSyn: per prediction."""
@@ -32,7 +32,7 @@ CLIPS_TIMED = 15
 
 
 @dataclass(frozen=True)
-class Cost:
+class MetricCost:
     """CPU time of one metric on one core.
 
     Attributes:
@@ -74,13 +74,13 @@ class Full:
     official: float
 
 
-def pair_costs(progress: Progress) -> list[Cost]:
+def pair_costs(progress: Progress) -> list[MetricCost]:
     """Measure all three with one neighbour, where no warping can be given up, and those that depend on neighbours with five."""
     cases = [(1, "independent", OFFICIAL_SECONDS), (NEIGHBOURS, "independent", ("FRCorr", "FRDist")), (NEIGHBOURS, "alike", ("FRDist",))]
     costs = []
     for number, (neighbours, reactions, metrics) in enumerate(cases):
         seconds = [_clip_seconds(clip, neighbours, reactions) for clip in range(1 + CLIPS_TIMED)][1:]  # the first one compiles
-        costs += [Cost(metric, neighbours, reactions, float(np.median([one[metric] for one in seconds]))) for metric in metrics]
+        costs += [MetricCost(metric, neighbours, reactions, float(np.median([one[metric] for one in seconds]))) for metric in metrics]
         progress(number + 1, len(cases))
     return costs
 

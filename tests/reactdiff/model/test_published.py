@@ -10,7 +10,11 @@ import torch
 
 from reactdiff.clip import WINDOW
 from reactdiff.config import Diffusion, Model
-from reactdiff.model.authors import (
+from reactdiff.model.autoencoder import Autoencoder
+from reactdiff.model.init import initialise
+from reactdiff.model.latent_diffusion import LatentDiffusion
+from reactdiff.model.pth import read_pth
+from reactdiff.model.published import (
     UNUSED,
     autoencoder_sources,
     denoiser_sources,
@@ -19,10 +23,6 @@ from reactdiff.model.authors import (
     projector_of,
     projector_sources,
 )
-from reactdiff.model.autoencoder import Autoencoder
-from reactdiff.model.init import initialise
-from reactdiff.model.latent_diffusion import LatentDiffusion
-from reactdiff.model.pth import read_pth
 from reactdiff.model.shapes import parameters_by_module
 from tests.reactdiff.model.published import UNUSED as UNUSED_NAMES
 from tests.reactdiff.model.published import authors_state, write_files

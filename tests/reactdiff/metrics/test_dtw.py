@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reactdiff.metrics.warping import laid_out, nearest, squared_cost
+from reactdiff.metrics.dtw import laid_out, nearest, squared_cost
 
 
 def walks(*shape, seed=0):
