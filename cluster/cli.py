@@ -1,8 +1,9 @@
-"""What every job shares: one sentence for an error, the exit code, and numbers on the command line."""
+"""What jobs share on the command line: one paragraph for an error, exit codes, and the arguments of studies."""
 
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from cluster.runs.state import Superseded
 from cluster.runtime.failures import StageFailed
@@ -32,3 +33,17 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least 1")
     return int(text)
+
+
+def study_parser(description: str, what: str, config: Path) -> argparse.ArgumentParser:
+    """The parser of a job over many runs: `--config FILE` and KEY=VALUE.
+
+    Args:
+        description: of the job.
+        what: its file describes, for example "sweep".
+        config: the file that is taken without `--config`.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=config, help=f"YAML file of the {what} (default: jobs/configs/{config.name})")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change one key of the experiment, for example optim.epochs=2")
+    return parser

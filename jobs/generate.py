@@ -24,7 +24,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -32,17 +31,15 @@ from rich.console import Console
 from cluster import cli
 from cluster.config.loading import load
 from cluster.config.paths import absolute, anchored
-from cluster.config.schema import Experiment, Run
-from cluster.data.manifest import Manifest, load_manifest
+from cluster.config.schema import Run
 from cluster.data.reader import Reader
 from cluster.runs.latents import encode_clip
-from cluster.runs.saved import open_run
-from cluster.runtime.device import best_device
+from cluster.runs.published import PublishedWeights, open_published
+from cluster.runs.saved import SavedRun, open_run
 from cluster.storage import open_store
 from reactdiff.clip import PERSONS, speaker_listener
 from reactdiff.determinism import make_deterministic
-from reactdiff.generate import Reactor
-from reactdiff.model.published import FILES, UNTRAINED, load_published
+from reactdiff.model.published import FILES
 from reactdiff.plot import reactions_png
 from reactdiff.reactions import to_csv, to_npz
 
@@ -54,10 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, draw the reactions, and write them."""
     options = _options(arguments)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first product on a GPU
-    opened = open_files(options) if options.import_checkpoint else open_run(options.run, options.store).with_sampling(options.overrides)
+    if options.import_checkpoint:
+        files = [Path(absolute(file)) for file in options.import_checkpoint]
+        opened: SavedRun | PublishedWeights = open_published(anchored(load(options.config, options.overrides)), files)
+    else:
+        opened = open_run(options.run, options.store).with_sampling(options.overrides)
     experiment = opened.experiment
     make_deterministic(experiment.workers.threads)
-    reader = Reader(open_store(experiment.data.url), opened.clips, options.split or experiment.evaluation.split)
+    reader = Reader(opened.dataset, opened.clips, options.split or experiment.evaluation.split)
     clip = reader.clip_number(options.clip)
     model = opened.model()
     latents = encode_clip(model.codec, reader, clip)
@@ -78,48 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out.put(f"{name}.png", reactions_png(title, faces[speaker, "attributes"], faces[listener, "attributes"], attributes))
         console.print(f"{out.url}/{name}.npz, .png and {options.count} tables {name}-*.csv: {speaker} speaks, {listener} listens")
     return 0
-
-
-@dataclass(frozen=True)
-class OpenedFiles:
-    """The authors' files, opened over a dataset as a run is.
-
-    Attributes:
-        experiment: names the streams, the dataset and the seed.
-        clips: the dataset's state.
-        files: stage 1, stage 2 and, where it is known, the projector.
-    """
-
-    experiment: Experiment
-    clips: Manifest
-    files: Sequence[Path]
-
-    def model(self) -> Reactor:
-        """What generates reactions, on the GPU if there is one; what the files lack is said on stderr.
-
-        Raises:
-            ValueError: if the files are not the authors', or do not fit the configuration or the dataset.
-        """
-        model, diffusion, streams = self.experiment.model, self.experiment.diffusion, self.clips.stream_specs
-        stage1, stage2, *projector = self.files
-        made = load_published(model, diffusion, streams, stage1, stage2, projector[0] if projector else None, self.experiment.seed)
-        if (known := len(made.diffusion.minimum)) < self.clips.frames:
-            raise ValueError(
-                f"{stage1} has the latents' range of {known} frames, but clips of {self.experiment.data.url} have {self.clips.frames}: "
-                f"give a dataset (data.url) with clips of at most {known} frames"
-            )
-        if made.ignored:
-            print(f"ignored {len(made.ignored)} weights that the authors' model never uses: {made.ignored[0]}, ...", file=sys.stderr)
-        if not made.projector:
-            print(f"WARNING: {UNTRAINED}", file=sys.stderr)
-        return Reactor(made.autoencoder.to(best_device()), made.diffusion.to(best_device()))
-
-
-def open_files(options: argparse.Namespace) -> OpenedFiles:
-    """The files of --import-checkpoint over the dataset of --config and KEY=VALUE."""
-    experiment = anchored(load(options.config, options.overrides))
-    clips = load_manifest(open_store(experiment.data.url), experiment.data.manifest)
-    return OpenedFiles(experiment, clips, [Path(absolute(file)) for file in options.import_checkpoint])
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

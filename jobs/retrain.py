@@ -9,7 +9,6 @@ champion.json names the run to deploy, decisions/ says what was compared and why
 code 0: promoted, kept, or nothing new.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -25,10 +24,8 @@ CONFIG = Path(__file__).parent / "configs" / "retrain.yaml"
 
 def main() -> int:
     """Parse the command line and do one tick, or roll back."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=CONFIG, help="YAML file of the retraining (default: jobs/configs/retrain.yaml)")
+    parser = cli.study_parser(__doc__, "retraining", CONFIG)
     parser.add_argument("--rollback", action="store_true", help="take back the last promotion; trains nothing")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change one key of the experiment, for example optim.epochs=2")
     arguments = parser.parse_args()
     retraining, overrides = Retraining.read(arguments.config), arguments.overrides
     store = registry_folder(retraining, open_store(anchored(retraining.load(overrides)).run.store))

@@ -8,7 +8,6 @@ experiment is <run.store>/sweeps/<name>/best.yaml: `python jobs/train.py --confi
 and trains it further if optim.epochs is raised.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -26,10 +25,8 @@ CONFIG = Path(__file__).parent / "configs" / "sweep.yaml"
 
 def main() -> int:
     """Parse the command line and bring the sweep to its end."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=CONFIG, help="YAML file of the sweep (default: jobs/configs/sweep.yaml)")
+    parser = cli.study_parser(__doc__, "sweep", CONFIG)
     parser.add_argument("--dry-run", action="store_true", help="check everything, list the trials, start nothing")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change one key of the experiment, for example optim.epochs=2")
     arguments = parser.parse_args()
     sweep, overrides = Sweep.read(arguments.config), arguments.overrides
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200)

@@ -1,0 +1,90 @@
+"""The same command finds its run for ever: names are golden values, and a field that is added later leaves them as they are."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.config.identity import FIRST, ends, identity, named
+from cluster.config.loading import load
+from cluster.config.schema import Experiment
+from cluster.studies.comparison import Comparison, comparison_runs
+from cluster.studies.sweep import Sweep, trials
+from cluster.training.pin import run_name
+from reactdiff.config import Model, field
+from tests.tiny import ROOT
+
+CONFIGS = ROOT / "jobs" / "configs"
+DATASET = "0123456789abcdef0123456789abcdef"
+RUNS = {"demo": "demo-51f31449", "online": "online-a5082c18", "react2024": "react2024-e04336ca"}
+TRIALS = {
+    "demo-sweep-69f5475b": "trials/0f0657b63b8f8d9838df999031d4a557.json",
+    "demo-sweep-796cd5af": "trials/0a1f84f6560ff55de52f800068c9ddc6.json",
+    "demo-sweep-201b0d74": "trials/e494e540f5334eb92ceee699aa23991f.json",
+    "demo-sweep-d65fa655": "trials/3543558fb02a4832a732474f8ce572d3.json",
+}
+"""Run -> record of each trial of the demo's sweep."""
+
+ROWS = {
+    "ReactDiff, x0": "af91c7d4 da55c17f 5d88c922",
+    "ReactDiff, as published": "cf603449 f6c99e79 fb887ddd",
+    "ReactDiff, epsilon": "89b5dffb dfb8680d 4bb7ce63",
+    "ReactDiff, v": "879e73e1 54dd223d 8e3516f3",
+    "transformer, x0": "ca3f95ac b3d1ac25 ccb908e9",
+    "no intra-class attention": "160c5d7b 09be9b76 34c00d49",
+    "no inter-class attention": "0441cd5b dce0cbfb 5c8bd4bf",
+    "face only": "889b7ebd a2a3f58d 0864d94b",
+    "voice only": "d6a5fb99 0344a612 a3bef837",
+    "Trans-VAE": "1a097232 f9dd4596 186d7aba",
+    "transformer, x0, online": "dceb4b99 8714732a 1696a147",
+    "PerFRDiff, x0, online": "80053976 3a7a231d e58de908",
+}
+"""Row -> the ends of its runs' names, under seeds 0, 1 and 2."""
+
+
+class LaterModel(Model):
+    """The model of a later release, with one field more."""
+
+    chunk: int = field(50, "Frames that are drawn at a time.")
+
+
+class LaterExperiment(Experiment):
+    """Its tree."""
+
+    model: LaterModel = LaterModel()
+
+
+def later(path: Path, **model: object) -> Experiment:
+    """The experiment of a file as a later release reads it."""
+    tree = json.loads(load(path).model_dump_json())
+    return LaterExperiment.model_validate(tree | {"model": tree["model"] | model})
+
+
+@pytest.mark.parametrize("config", RUNS)
+def test_a_run_has_the_name_it_always_had(config: str) -> None:
+    assert run_name(load(CONFIGS / f"{config}.yaml"), config, DATASET) == RUNS[config]
+
+
+def test_the_trials_of_the_demo_s_sweep_have_the_names_they_always_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.studies.sweep._manifest", lambda *_: DATASET)
+    assert {trial.run: trial.record for trial in trials(Sweep.read(CONFIGS / "sweep.yaml"), [])} == TRIALS
+
+
+def test_the_rows_of_the_comparison_have_the_names_they_always_had() -> None:
+    found: dict[str, list[str]] = {}
+    for run in comparison_runs(Comparison.read(CONFIGS / "science.yaml"), []):
+        found.setdefault(run.row, []).append(run.experiment.run.name.removeprefix("science-"))
+    assert {row: " ".join(names) for row, names in found.items()} == ROWS
+
+
+@pytest.mark.parametrize("config", RUNS)
+def test_a_field_added_later_enters_a_name_only_where_it_is_not_its_default(config: str) -> None:
+    path = CONFIGS / f"{config}.yaml"
+    assert "model.chunk" in identity(later(path)) and "model.chunk" not in named(later(path))
+    assert run_name(later(path), config, DATASET) == run_name(later(path, chunk=50), config, DATASET) == RUNS[config]
+    assert run_name(later(path, chunk=25), config, DATASET) != RUNS[config]
+
+
+def test_the_fields_that_names_always_stand_for_are_there() -> None:
+    there = {*identity(load(None)), *ends(load(None))}
+    assert there >= FIRST, "a field that goes renames every run"
