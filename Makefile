@@ -1,18 +1,20 @@
 # make train          the demo: data, both stages, evaluation; typed again it resumes.   STORE=s3: the same through an S3 server
 # make test           what a change must pass
 # make test-cluster   the slow suites: clusters, S3, many ranks.   make test-chaos: things are killed
+# PYTHON=python3.13   makes .venv, where there is none yet, with that Python and not with the first one that is there
 # ARGS="..."          goes to the command: make train ARGS="optim.lr=1e-4", make test ARGS="-k order"
 
-PYTHON := .venv/bin/python
+PYTHON := python3.11 python3.12 python3.13
+PY     := .venv/bin/python
 SETUP  := .venv/setup.stamp
 BUCKET := reactdiff
 STORE  := file
 ARGS   :=
 SUDO   := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 
-train_file := $(PYTHON) jobs/train.py
-train_s3   := $(PYTHON) infra/objectstore.py work/s3 --bucket $(BUCKET) -- \
-              $(PYTHON) jobs/train.py run.store=s3://$(BUCKET)/store data.url=s3://$(BUCKET)/shards
+train_file := $(PY) jobs/train.py
+train_s3   := $(PY) infra/objectstore.py work/s3 --bucket $(BUCKET) -- \
+              $(PY) jobs/train.py run.store=s3://$(BUCKET)/store data.url=s3://$(BUCKET)/shards
 
 .PHONY: setup train test lint test-cluster test-chaos clean
 
@@ -20,24 +22,29 @@ train: $(SETUP)
 	$(or $(train_$(STORE)),$(error STORE=$(STORE): use file or s3)) $(ARGS)
 
 test: lint
-	$(PYTHON) -m pytest $(ARGS)
+	$(PY) -m pytest $(ARGS)
 
 lint: $(SETUP)
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m mypy
+	$(PY) -m ruff check .
+	$(PY) -m mypy
 
 test-cluster: $(SETUP)
-	$(PYTHON) -m pytest -m slow --ignore=tests/cluster/chaos $(ARGS)
+	$(PY) -m pytest -m slow --ignore=tests/cluster/chaos $(ARGS)
 
 test-chaos: $(SETUP)
-	$(PYTHON) -m pytest -m slow tests/cluster/chaos $(ARGS)
+	$(PY) -m pytest -m slow tests/cluster/chaos $(ARGS)
 
 setup: $(SETUP)
 
 # Prometheus is a Debian package: the tests of metrics and alert rules run the real one, and say so where it is missing.
 $(SETUP): pyproject.toml constraints.txt
-	python3.11 -m venv .venv
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PY) -c 'import pip' 2> /dev/null || { for python in $(PYTHON); do \
+	    $$python -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null || continue; \
+	    echo "$$python -m venv .venv"; $$python -m venv .venv; exit; \
+	  done; \
+	  echo "no Python 3.11, 3.12 or 3.13 with venv under the names $(PYTHON); run: apt-get install python3-venv" \
+	    "(Ubuntu 22.04: python3.11-venv), or name another: make setup PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@command -v promtool > /dev/null \
 	  || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -qy --no-install-recommends prometheus; } \
 	  || echo "prometheus is not installed; its tests will fail until you run: apt-get install prometheus" >&2
