@@ -1,1 +1,1 @@
-"""The porch: one script per verb, each a page that calls one function of each wing."""
+"""The commands: one script per verb, a page each, that reads a configuration and calls one function."""

@@ -1,4 +1,4 @@
-"""What restarts what: the one table that decides whether a lost worker group is started again. docs/running.md has it for people.
+"""What restarts what: the one table that decides whether a lost worker group is started again. docs/architecture.md has it for people.
 
 An error of ours names its class by an attribute (`failure = "data"`), so this module needs to import none of those who raise them;
 built-in exceptions and those of a store are listed in the table.

@@ -76,19 +76,19 @@ def assert_visible(store: Store, field: str, key: str = "") -> None:
         store.put(probe, b"")
     try:
         on = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-        seen = ray.get([_sees.options(scheduling_strategy=where).remote(store, probe) for where in on])
+        seen = ray.get([_has.options(scheduling_strategy=where).remote(store, probe) for where in on])
     finally:
         if not key:
             store.delete(probe)
-    if blind := [node["NodeManagerAddress"] for node, sees in zip(nodes, seen, strict=True) if not sees]:
+    if lacking := [node["NodeManagerAddress"] for node, sees in zip(nodes, seen, strict=True) if not sees]:
         raise StorageError(
-            f"{field} is {store.url}, but {len(blind)} of {len(nodes)} nodes do not see what is written there ({', '.join(blind[:5])}): "
-            f"use a folder that all nodes mount, or {field}=s3://bucket/prefix with credentials on every node"
+            f"{field} is {store.url}, but {len(lacking)} of {len(nodes)} nodes do not see what is written there "
+            f"({', '.join(lacking[:5])}): use a folder that all nodes mount, or {field}=s3://bucket/prefix with credentials on every node"
         )
 
 
 @ray.remote(num_cpus=0)
-def _sees(store: Store, key: str) -> bool:
+def _has(store: Store, key: str) -> bool:
     try:
         store.size(key)
     except StorageError:
@@ -129,25 +129,25 @@ def _start_local(cpus: int) -> None:
     that `ray job submit` does not send. The variable stays set: Ray caches the token for the life of the process.
     """
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    with _unseen():
+    with _private_parameters():
         ray.init(
             address="local",
             num_cpus=max(cpus, int(utils.get_num_cpus())),
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             logging_level=logging.ERROR,  # or each start warns about the token
-            runtime_env={"worker_process_setup_hook": _calm},
+            runtime_env={"worker_process_setup_hook": _quiet_worker},
         )
     logging.getLogger("ray").setLevel(logging.WARNING)
 
 
-def _calm() -> None:
+def _quiet_worker() -> None:
     """In each process of a local Ray: without a dashboard Ray Train's watcher of its own controller cannot see, and says so."""
     logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
 
 
 @contextmanager
-def _unseen() -> Iterator[None]:
+def _private_parameters() -> Iterator[None]:
     """Give the next Ray two parameters that `ray.init` has no argument for.
 
     Loopback, which `ray.init` replaces by the address of the machine; and any free port for the node's agent, whose

@@ -46,7 +46,7 @@ class Sweep(Spec):
 
     @field_validator("grid")
     @classmethod
-    def _something_to_try(cls, grid: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def _not_empty(cls, grid: dict[str, list[Any]]) -> dict[str, list[Any]]:
         if empty := [key for key, values in grid.items() if not values]:
             raise ValueError(f"{empty[0]} has no value to try")
         return grid

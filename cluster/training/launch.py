@@ -41,14 +41,14 @@ class Board:
         return taken
 
 
-def launch(job: Job, watch: Callable[[Snapshot], None], restarted: Callable[[str], None], scratch: str) -> dict[str, Any]:
+def launch(job: Job, take: Callable[[Snapshot], None], on_restart: Callable[[str], None], notes: str) -> dict[str, Any]:
     """Train one stage on a group of Ray workers.
 
     Args:
         job: what every rank does.
-        watch: takes the ranks' numbers while they train.
-        restarted: told the failure class each time the group is started again.
-        scratch: URL Ray Train keeps its own notes under, visible to every node.
+        take: takes the ranks' numbers while they train.
+        on_restart: told the failure class each time the group is started again.
+        notes: URL Ray Train keeps its own notes under, visible to every node.
 
     Returns:
         What rank 0's `train` returned.
@@ -59,10 +59,10 @@ def launch(job: Job, watch: Callable[[Snapshot], None], restarted: Callable[[str
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_SECONDS)
     board = Board.remote()  # type: ignore[attr-defined]
     spent: dict[str, int] = {}
-    with _watching(board, watch):
+    with _Polling(board, take):
         while True:
             try:
-                return _fit(job, board, scratch)
+                return _fit(job, board, notes)
             except WorkerGroupError as error:
                 failure, cause = classify(error.worker_failures.values())
                 spent[failure.name] = spent.get(failure.name, 0) + 1
@@ -70,7 +70,7 @@ def launch(job: Job, watch: Callable[[Snapshot], None], restarted: Callable[[str
                 if not failure.retried or spent[failure.name] > job.experiment.run.retries:
                     raise failed from cause
                 log.warning("%s; starting the workers again (%d of %d)", failed, spent[failure.name], job.experiment.run.retries)
-                restarted(failure.name)
+                on_restart(failure.name)
                 job = replace(job, attempt=job.attempt + 1)
 
 
@@ -84,7 +84,7 @@ def bundle(workers: Workers) -> dict[str, float]:
     return {"CPU": workers.cpus, **({"GPU": 1.0} if workers.gpu else {})}
 
 
-def _fit(job: Job, board: Any, scratch: str) -> dict[str, Any]:
+def _fit(job: Job, board: Any, notes: str) -> dict[str, Any]:
     trainer = TorchTrainer(
         _rank,  # type: ignore[arg-type]
         train_loop_config={"job": job, "board": board},
@@ -92,7 +92,7 @@ def _fit(job: Job, board: Any, scratch: str) -> dict[str, Any]:
         scaling_config=scaling(job.experiment.workers),
         run_config=RunConfig(  # type: ignore[call-arg]
             name=f"{job.stage}-{job.life}-{job.attempt}",
-            storage_path=scratch,
+            storage_path=notes,
             logging_config=LoggingConfig(log_level="WARNING"),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
             worker_runtime_env={"env_vars": worker_environment(job.experiment.workers)},
@@ -116,11 +116,11 @@ def _rank(config: dict[str, Any]) -> dict[str, Any]:
     return train(config["job"], place, board.post.remote)
 
 
-class _watching:
-    """Hand the board's numbers to `watch` twice a second, in a thread, until the block ends."""
+class _Polling:
+    """Hand the board's numbers to `take` twice a second, in a thread, until the block ends."""
 
-    def __init__(self, board: Any, watch: Callable[[Snapshot], None]):
-        self._board, self._watch, self._done = board, watch, Event()
+    def __init__(self, board: Any, take: Callable[[Snapshot], None]):
+        self._board, self._take, self._done = board, take, Event()
         self._thread = Thread(target=self._repeat, name="watch", daemon=True)
 
     def __enter__(self) -> None:
@@ -129,16 +129,16 @@ class _watching:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        self._look()
+        self._poll()
 
     def _repeat(self) -> None:
         while not self._done.wait(0.5):
-            self._look()
+            self._poll()
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         try:
             snapshots = ray.get(self._board.take.remote())
         except RayError:
             return  # Ray is ending; numbers to look at are not worth an error beside the real one
         for snapshot in snapshots:
-            self._watch(snapshot)
+            self._take(snapshot)

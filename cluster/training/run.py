@@ -60,7 +60,7 @@ def execute(experiment: Experiment, config_name: str, steps: Sequence[str], disp
     pinned = pin(experiment, config_name)
     for origin in check_run(experiment, pinned, steps):
         display.say(origin)
-    _say_what_lacks(experiment, connect(cpus=experiment.workers.count + 1), display)
+    _say_what_is_missing(experiment, connect(cpus=experiment.workers.count + 1), display)
     pinned.home.assert_conditional_writes()
     assert_visible(pinned.home, "run.store")
     assert_visible(pinned.dataset, "data.url", CURRENT)
@@ -105,7 +105,7 @@ def check_run(experiment: Experiment, pinned: Pinned, steps: Sequence[str]) -> l
     return check_warm_start(experiment, kinds)
 
 
-def _say_what_lacks(experiment: Experiment, there: Resources, display: Display) -> None:
+def _say_what_is_missing(experiment: Experiment, there: Resources, display: Display) -> None:
     """Ray waits for resources that a cluster may still get; who waits should know for what."""
     workers = experiment.workers
     for what, needed, present in (

@@ -127,5 +127,5 @@ def test_events_have_progress_as_their_step_and_a_resumed_life_supersedes_the_ro
 
 
 def test_the_display_does_not_import_torch():
-    code = "import sys, cluster.progress; print('torch' in sys.modules)"
+    code = "import sys, cluster.telemetry.display; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"
