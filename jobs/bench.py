@@ -15,17 +15,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from cluster import cli
-from cluster.bench.loading import Figures, Task, Undrawn, bench_data, server
-from cluster.bench.metrics import CLIPS, FRAMES, NEIGHBOURS, OFFICIAL_SECONDS, PREDICTIONS, full_size, pair_costs
+from cluster.bench.loading import Task, Undrawn, bench_data, server
+from cluster.bench.metrics import full_size, pair_costs
 from cluster.bench.noise_dataset import make_noise
+from cluster.bench.tables import full_size_table, loading_table, online_table, pairs_table, training_table
 from cluster.bench.training import alone, bench_online, bench_training
 from cluster.config.loading import load
 from cluster.config.paths import anchored
@@ -108,15 +107,10 @@ def train(arguments: argparse.Namespace) -> int:
     source = SIMULATED if "w2v" not in experiment.model.acoustic else AUTHORS
     alone()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {experiment.workers.threads} threads"
-    table = Table(title=f"training on {device}, ZeRO-{experiment.workers.zero}, {experiment.optim.precision}", title_justify="left")
-    for column in ("stage", "items/s", "plain PyTorch", "ratio", "MFU", "peak memory"):
-        table.add_column(column, justify="right")
-    for name in arguments.stage or stages_of(experiment.model):
-        speed = bench_training(experiment, name, source, arguments.steps)
-        mfu = f"{speed.mfu:.1%}" if speed.mfu else "-"
-        ratio, memory = f"{speed.items_per_second / speed.plain:.2f}", f"{speed.peak_memory / 1e9:.2f} GB"
-        table.add_row(name, f"{speed.items_per_second:.2f}", f"{speed.plain:.2f}", ratio, mfu, memory)
-    Console().print(table)
+    stages = arguments.stage or stages_of(experiment.model)
+    speeds = {name: bench_training(experiment, name, source, arguments.steps) for name in stages}
+    title = f"training on {device}, ZeRO-{experiment.workers.zero}, {experiment.optim.precision}"
+    Console().print(training_table(title, speeds))
     return 0
 
 
@@ -124,14 +118,8 @@ def online(arguments: argparse.Namespace) -> int:
     """Speed of an online listener."""
     experiment = load(arguments.config, arguments.overrides)
     windows = -(-arguments.seconds * FRAME_RATE // WINDOW)
-    speaking = WINDOW / FRAME_RATE
     spent = bench_online(experiment, SIMULATED, windows, arguments.count)
-    table = Table(title=f"{arguments.count} listeners online, {windows} windows of {speaking:g} s", title_justify="left")
-    for column in ("", "seconds", "times faster than real time"):
-        table.add_column(column, justify="right")
-    for name, ours, theirs in (("whole clip", sum(spent), windows * speaking), ("slowest window", max(spent), speaking)):
-        table.add_row(name, f"{ours:.2f}", f"{theirs / ours:.1f}")
-    Console().print(table)
+    Console().print(online_table(spent, WINDOW / FRAME_RATE, arguments.count))
     return 0
 
 
@@ -163,52 +151,23 @@ def data(arguments: argparse.Namespace) -> int:
             )
             found = bench_data(task, arguments.rounds, display.counter(f"reading {what}", "measurements"))
         width, cores = sum(spec.width for spec in source.streams), len(os.sched_getaffinity(0))
-        Console().print(
-            _compared(
-                f"{what} of {source.frames} frames x {width}, batches of {task.batch}, read ahead {settings.read_ahead:g} MB, "
-                f"from {server(url)}, {task.readers} threads, {cores} cores, medians of {arguments.rounds} rounds",
-                found,
-            )
+        title = (
+            f"{what} of {source.frames} frames x {width}, batches of {task.batch}, read ahead {settings.read_ahead:g} MB, "
+            f"from {server(url)}, {task.readers} threads, {cores} cores, medians of {arguments.rounds} rounds"
         )
+        Console().print(loading_table(title, found))
     return 0
-
-
-def _compared(title: str, found: dict[str, Figures]) -> Table:
-    """What was measured of every reader, each beside its ratio to the first."""
-    table = Table(title=title, title_justify="left")
-    (first, wire), *rest = found.items()
-    for column in ("", first, *(column for name, _ in rest for column in (name, f"/ {first}"))):
-        table.add_column(column, justify="right")
-    for what, digits in Figures.ROWS.items():
-        cells = [f"{median(wire.each(what)):.{digits}f}"]
-        for _, figures in rest:
-            ratios = [ours / theirs for ours, theirs in zip(figures.each(what), wire.each(what), strict=True)]
-            cells += [f"{median(figures.each(what)):.{digits}f}", f"{median(ratios):.2f}"]
-        table.add_row(what, *cells)
-    return table
 
 
 def metrics(arguments: argparse.Namespace) -> int:
     """Cost of the official metrics."""
-    table = Table(title=f"CPU time on one core, {FRAMES} frames, {PREDICTIONS} predictions", title_justify="left")
-    for column in ("metric", "per", "neighbours", "reactions", "ms", "official, ms", "ratio"):
-        table.add_column(column, justify="right")
+    cores = len(os.sched_getaffinity(0))
     with Display() as display:
-        for cost in pair_costs(display.counter("pairs", "measurements")):
-            unit, neighbours = ("prediction", "-") if cost.metric == "FRSyn" else ("pair", str(cost.neighbours))
-            ours, theirs = f"{cost.seconds * 1e3:.3f}", f"{OFFICIAL_SECONDS[cost.metric] * 1e3:.1f}"
-            table.add_row(cost.metric, unit, neighbours, cost.reactions, ours, theirs, f"{cost.speedup:.0f}")
-        cores = len(os.sched_getaffinity(0))
+        costs = pair_costs(display.counter("pairs", "measurements"))
         full = full_size(cores, display.counter("full size", "clips")) if arguments.full else None
-    Console().print(table)
+    Console().print(pairs_table(costs))
     if full:
-        table = Table(title=f"{CLIPS} clips, {PREDICTIONS} predictions, {NEIGHBOURS} neighbours, on {cores} cores", title_justify="left")
-        for column in ("wall, s", "CPU, s", "making the reactions, CPU s", "official, CPU s", "ratio", "peak memory"):
-            table.add_column(column, justify="right")
-        ratio = full.official / (full.cpu - full.making)
-        seconds = (f"{value:.0f}" for value in (full.wall, full.cpu, full.making, full.official, ratio))
-        table.add_row(*seconds, f"{full.memory / 1e9:.2f} GB")
-        Console().print(table)
+        Console().print(full_size_table(full, cores))
     return 0
 
 

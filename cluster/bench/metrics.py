@@ -54,7 +54,7 @@ class MetricCost:
 
 
 @dataclass(frozen=True)
-class Full:
+class FullSize:
     """A full-size set, scored.
 
     Attributes:
@@ -85,7 +85,7 @@ def pair_costs(progress: Progress) -> list[MetricCost]:
     return costs
 
 
-def full_size(threads: int, progress: Progress, clips: int = CLIPS) -> Full:
+def full_size(threads: int, progress: Progress, clips: int = CLIPS) -> FullSize:
     """Score ten independent predictions of each clip against groups of five neighbours, part by part as they are made."""
     wall, cpu, making, pairs = time.perf_counter(), time.process_time(), 0.0, 0
 
@@ -106,7 +106,7 @@ def full_size(threads: int, progress: Progress, clips: int = CLIPS) -> Full:
     scores = merge(parts())
     official = pairs * (OFFICIAL_SECONDS["FRCorr"] + OFFICIAL_SECONDS["FRDist"]) + clips * PREDICTIONS * OFFICIAL_SECONDS["FRSyn"]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Full(scores, time.perf_counter() - wall, time.process_time() - cpu, making, memory, official)
+    return FullSize(scores, time.perf_counter() - wall, time.process_time() - cpu, making, memory, official)
 
 
 def _clip_seconds(clip: int, neighbours: int, reactions: str) -> dict[str, float]:
