@@ -19,7 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.data import cache as module
+from cluster.data import cache as cache_module
+from cluster.data import cache_space
 from cluster.data.cache import HEAD, Cache
 from tests.tiny import ROOT
 
@@ -71,8 +72,8 @@ def disk_space(folder: Path) -> int:
 
 
 def counted(folder: Path) -> tuple[int, bool]:
-    """The count of disk space that the processes keep, and whether it is settled."""
-    return module.COUNT.unpack((folder / "count").read_bytes())
+    """The count of disk space that the processes keep, and whether it is up to date."""
+    return cache_space.COUNT.unpack((folder / "count").read_bytes())
 
 
 @contextmanager
@@ -80,7 +81,8 @@ def process(script: str, *arguments: object) -> Iterator[subprocess.Popen]:
     """Another process of this node with the functions above; it is killed in the end if it still lives."""
     shared = "".join(map(inspect.getsource, (tar_of, content, admit, read, fill)))
     imports = "import logging, os, random, signal, sys; from hashlib import shake_128; from pathlib import Path"
-    code = f"{imports}\nfrom cluster.cache import *\nKB, SIZE, HEAD = {KB}, {SIZE}, {HEAD}\n{shared}\nfolder = Path(sys.argv[1])\n{script}"
+    imports += "; from cluster.data.cache import Cache"
+    code = f"{imports}\nKB, SIZE, HEAD = {KB}, {SIZE}, {HEAD}\n{shared}\nfolder = Path(sys.argv[1])\n{script}"
     running = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         cwd=ROOT,
@@ -190,7 +192,7 @@ def test_it_holds_what_was_admitted_and_not_dropped_and_nothing_else(sizes: list
 
 
 def test_threads_read_the_right_bytes_while_files_are_closed_and_opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FILES", 2)
+    monkeypatch.setattr(cache_module, "FILES", 2)
     cache = Cache(folder, 16 * MB)
     before = descriptors(folder)
 
@@ -263,12 +265,12 @@ def test_killed_at_any_moment_of_a_fill(folder: Path, witness: bool) -> None:
     if witness:
         alive = Cache(folder, limit)
         alive.use([tar])
-    unsettled = 0
+    out_of_date = 0
     for moment in range(1, 10):
         with process(KILLED, folder, limit, moment) as victim:
             story = victim.stdout.read()
         assert (story, victim.returncode) == (("filling\n", -signal.SIGKILL) if moment < 9 else ("filling\nfilled\n", 0))
-        unsettled += not counted(folder)[1]
+        out_of_date += not counted(folder)[1]
         cache = alive if witness else Cache(folder, limit)
         cache.use([tar])
         assert kept(cache, tar, 30) == moment - 1 + (moment == 9), "what was admitted after each murder, and what the last one finished"
@@ -276,7 +278,7 @@ def test_killed_at_any_moment_of_a_fill(folder: Path, witness: bool) -> None:
         assert counted(folder) == (disk_space(folder), True)
         if not witness:
             cache.close()
-    assert unsettled == 3, "killed over the count"
+    assert out_of_date == 3, "killed over the count"
     before = disk_space(folder)
     cache = Cache(folder, limit)
     assert all(admit(cache, tar, moment * 3 * SIZE, SIZE) for moment in range(5, 10))
@@ -382,7 +384,7 @@ def test_some_of_the_disk_stays_free_whatever_the_limit(folder: Path, monkeypatc
     cache = Cache(folder, 1 << 60)
     cache.use([tar_of(1)])
     assert admit(cache, tar_of(1), 0, SIZE)
-    monkeypatch.setattr(module, "SPARE", 1)
+    monkeypatch.setattr(cache_space, "SPARE", 1)
     assert not admit(cache, tar_of(1), SIZE, SIZE)
     assert kept(cache, tar_of(1), 2) == 1
 
@@ -390,7 +392,7 @@ def test_some_of_the_disk_stays_free_whatever_the_limit(folder: Path, monkeypatc
 def test_a_process_that_keeps_the_lock_stops_nobody(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "TRIES", 3)
+    monkeypatch.setattr(cache_space, "TRIES", 3)
     cache = Cache(folder, MB)
     cache.use([tar_of(1)])
     assert fill(cache, tar_of(1), 3) == 3
