@@ -1,6 +1,7 @@
-"""CRC32C of arrays that are received in their place, summed while the processor's cache has what came of them.
+"""Checksums of arrays that are received in their place, computed while they are received.
 
-Summing 42 MB after all of it has come reads it from memory again, at twice the cost.
+The bytes that came last are still in the processor's cache then. To compute the CRC32C of 42 MB after all of it has come reads it
+from memory again, at twice the cost.
 """
 
 from crc32c import crc32c
@@ -9,19 +10,22 @@ from cluster.data.ranges import ReceiveBuffers
 
 
 class RunningChecksums:
-    """The sums of one range: told each piece of its buffers in order, whatever the pieces' lengths.
+    """The checksums of one range, from the pieces of its buffers in their order, whatever the pieces' lengths.
+
+    Args:
+        buffers: where the range is received.
 
     Attributes:
-        of: for each want whose array is received in its place, the CRC32C of its member as far as it has come.
+        of: for each entry of the plan whose array is received in its place, the CRC32C of its member as far as it has come.
     """
 
-    def __init__(self, received: ReceiveBuffers):
+    def __init__(self, buffers: ReceiveBuffers):
         self.of: dict[int, int] = {}
-        self._scratch, self._arrays = received.scratch.obj, iter(received.direct.items())
+        self._scratch, self._arrays = buffers.scratch.obj, iter(buffers.direct.items())
         self._number = self._left = 0
 
     def update(self, piece: memoryview) -> None:
-        """A piece has come."""
+        """Add the next piece that was received."""
         if piece.obj is self._scratch:
             return
         if not self._left:

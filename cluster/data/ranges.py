@@ -1,7 +1,7 @@
-"""Ranged reads of exactly the members that are wanted: neighbours are joined, and arrays land where they are needed.
+"""Which ranged reads bring the arrays that are wanted, and where their bytes are received.
 
-What is wanted is kept in columns rather than objects: a window of small arrays has many thousands of members, and each of them
-should cost microseconds.
+Reads of neighbours are coalesced: one request for a range costs less than one for each member in it. A plan is kept in columns
+rather than objects: a window of small arrays has many thousands of members, and each of them should cost microseconds.
 """
 
 import threading
@@ -15,10 +15,10 @@ GAP = 64 << 10
 WIDE_GAP = 512 << 10
 """The same where at least half of the range is wanted all the same."""
 
-COALESCED = 2 << 20
-"""Bytes of a range beyond which no further clip joins it: then several readers side by side are faster."""
+MAX_COALESCED = 2 << 20
+"""Bytes of a range beyond which no further clip is coalesced into it: then several threads that read side by side are faster."""
 
-CLIP = 64 << 20
+MAX_COALESCED_CLIP = 64 << 20
 """The same within one clip: a person of the official data is 42 MB."""
 
 DIRECT = 256 << 10
@@ -28,7 +28,7 @@ _buffers = threading.local()
 
 
 class Range(NamedTuple):
-    """One ranged read of a shard, and the wants it answers: those from `first` up to `last`."""
+    """One ranged read of a shard: `length` bytes from `start` on, for the plan's entries from `first` up to `last`, which is excluded."""
 
     shard: int
     start: int
@@ -39,7 +39,9 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """Arrays that are wanted, in the order of shards and offsets, as columns; the same array may be wanted several times.
+    """Arrays that are to be read, in the order of shards and offsets; the same array may be there several times.
+
+    Each array is an entry, known by its number: its place in the columns `row` to `crc`.
 
     Attributes:
         places: for each kind of array, the bytes where they go, one row after the other.
@@ -51,7 +53,7 @@ class ReadPlan:
         member: its number in the manifest.
         offset: of its member in the tar.
         size: of the member.
-        crc: of the member.
+        crc: CRC32C of the member.
     """
 
     places: list[memoryview]
@@ -66,20 +68,20 @@ class ReadPlan:
     crc: list[int]
 
     def place(self, number: int) -> memoryview:
-        """Where a want's array goes."""
+        """Where the array of an entry goes."""
         kind, row = self.kind[number], self.row[number]
         width = self.widths[kind]
         return self.places[kind][row * width : (row + 1) * width]
 
     def direct(self, number: int) -> bool:
-        """Whether the array is received in its place."""
+        """Whether the array of an entry is received in its place."""
         return self.widths[self.kind[number]] >= DIRECT
 
-    def coalesced(self, apart: list[bool] | None = None) -> list[Range]:
-        """As few ranges as answer all.
+    def coalesce(self, group: list[bool] | None = None) -> list[Range]:
+        """As few ranges as bring all entries.
 
         Args:
-            apart: for each want, which kind it is of where two kinds must not share a range.
+            group: which of two groups each entry is in, where a range must not have entries of both.
         """
         cuts, start, end, wanted = [0], 0, 0, 0
         for number, (shard, offset, size) in enumerate(zip(self.shard, self.offset, self.size, strict=True)):
@@ -88,8 +90,8 @@ class ReadPlan:
                     continue
                 gap, whole = offset - end, offset + size - start
                 near = gap <= GAP or (gap <= WIDE_GAP and 2 * (wanted + size) >= whole)
-                small = whole <= (CLIP if self.clip[number] == self.clip[number - 1] else COALESCED)
-                if near and small and (apart is None or apart[number] == apart[number - 1]):
+                small = whole <= (MAX_COALESCED_CLIP if self.clip[number] == self.clip[number - 1] else MAX_COALESCED)
+                if near and small and (group is None or group[number] == group[number - 1]):
                     wanted, end = wanted + size, offset + size
                     continue
             if number:
@@ -103,7 +105,7 @@ class ReadPlan:
         return self._ranges(cuts, part.last)
 
     def _ranges(self, cuts: list[int], end: int) -> list[Range]:
-        """The ranges that begin with these wants."""
+        """The ranges that begin with these entries; the last one ends before entry `end`."""
         ranges = []
         for first, last in pairwise([*cuts, end]):
             start, final = self.offset[first], last - 1
@@ -112,13 +114,23 @@ class ReadPlan:
 
 
 class ReceiveBuffers:
-    """Where the bytes of one range are received: large arrays in their place, all else in a buffer of this thread.
+    """Where the bytes of one range are received: large arrays in their place, all else in a scratch buffer of this thread.
+
+    Here a range has three members: a and c are small, the array of B is large. One character is one byte; h is the header of a
+    .npy file, and dots are what lies between members (padding, the tar's own headers, arrays that nobody wants):
+
+      tar        ...haa....hBBBBBB....hcc...
+      range         haa....hBBBBBB....hcc         21 bytes from byte 3 of the tar on
+      scratch       haa....h      ....hcc         15 bytes side by side: B's array is not in there
+      places                BBBBBB                6 bytes where B's array is wanted
+      buffers       [  0   ][ 1  ][  2  ]         scratch[0:8], the place of B, scratch[8:15]
+      at            0      7          12          offsets in scratch: a, the header of B, c
 
     Attributes:
-        buffers: to be filled one after the other.
+        buffers: parts of scratch and places, to be filled one after the other.
         scratch: the thread's buffer.
-        at: for each want, where its member, or the header of one that is received in its place, lies in the buffer.
-        direct: for each want whose array is received in its place, in their order: its member's header, and the bytes of the array.
+        at: for each entry, where its member, or the header of one that is received in its place, begins in scratch.
+        direct: for each entry whose array is received in its place, in their order: its member's header, and the bytes of the array.
     """
 
     def __init__(self, plan: ReadPlan, part: Range):
@@ -128,21 +140,21 @@ class ReceiveBuffers:
         self.scratch = _scratch(part.length - sum(plan.widths[plan.kind[number]] for number in direct.values()))
         self.buffers: list[memoryview] = []
         self.at: list[int] = []
-        run = skipped = 0
+        done = skipped = 0
         for number in numbers:
             offset = plan.offset[number]
             if direct.get(offset) == number:
                 width = plan.widths[plan.kind[number]]
                 begin = offset - part.start - skipped
                 body = begin + plan.size[number] - width
-                self.buffers += [self.scratch[run:body], plan.place(number)]
+                self.buffers += [self.scratch[done:body], plan.place(number)]
                 self.direct[number] = self.scratch[begin:body], width
-                run, skipped = body, skipped + width
+                done, skipped = body, skipped + width
                 self.at.append(begin)
             else:
                 self.at.append(self.at[-1] if offset in direct else offset - part.start - skipped)
-        if len(self.scratch) > run:
-            self.buffers.append(self.scratch[run:])
+        if len(self.scratch) > done:
+            self.buffers.append(self.scratch[done:])
 
 
 def _scratch(size: int) -> memoryview:

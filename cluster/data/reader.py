@@ -1,4 +1,14 @@
-"""Clips of one split by number: which shard, which bytes, checked and decoded."""
+"""Clips of one split by number: which shard, which bytes, compared with their checksums, and as arrays where they are wanted.
+
+A read has three steps. Here arrays a to d are in one shard, e in the next, and c is in the cache of this node:
+
+  tars     shard 0 |.aaabbb.ccc.....................ddd.|  shard 1 |.....eee.|
+  plan               0  1   2                       3                    4      one entry for each array
+  ranges             [0,2)  [2,3)                   [3,4)                [4,5)  entries of each range: neighbours are coalesced
+  fetch              store  cache                   store                store  one range: ReceiveBuffers, checksums, places
+
+Several threads may fetch different ranges of one plan at the same time.
+"""
 
 import difflib
 import logging
@@ -28,12 +38,12 @@ INDICES = 64 << 20
 """Bytes of indices that a reader keeps, newest use first."""
 
 NEAR = 10_000
-"""Keys that one that is not there is compared with, at most: a second's work or two."""
+"""Keys that an unknown key is compared with, at most: that takes a second or two."""
 
 
 @dataclass(frozen=True)
-class Read:
-    """What was read of a clip: arrays, the bytes fetched, and the sum of the members' CRC32C."""
+class ReadResult:
+    """Arrays of a clip, the bytes fetched for them, and the sum of their members' CRC32C."""
 
     arrays: dict[ArrayKey, np.ndarray]
     bytes: int
@@ -41,7 +51,12 @@ class Read:
 
 
 class FetchResult(NamedTuple):
-    """What came of a range: by number, what is wrong with damaged arrays (their places hold nothing of use); bytes asked of the store."""
+    """What came of a range.
+
+    Attributes:
+        damaged: for each entry of the plan whose bytes are not those that were written, the error; its place holds nothing of use.
+        bytes: asked of the store.
+    """
 
     damaged: dict[int, CorruptData]
     bytes: int
@@ -87,8 +102,8 @@ class Reader:
     def find_clip(self, key: str) -> int | None:
         """The number of the clip with this key, None if the split has none; reads the indices as far as there."""
         for first, keys in zip(self._first[:-1], self.keys(), strict=True):
-            if (found := np.flatnonzero(keys == key.encode())).size:
-                return int(first + found[0])
+            if (rows := np.flatnonzero(keys == key.encode())).size:
+                return int(first + rows[0])
         return None
 
     def clip_number(self, key: str) -> int:
@@ -118,7 +133,7 @@ class Reader:
         dtype = np.float32 if source[1] in self._manifest.targets else self._manifest.dtype
         return (self._manifest.frames, widths[source[1]]), np.dtype(dtype)
 
-    def read(self, clip: int, wanted: Collection[ArrayKey]) -> Read:
+    def read(self, clip: int, wanted: Collection[ArrayKey]) -> ReadResult:
         """Arrays of a clip.
 
         Args:
@@ -137,7 +152,7 @@ class Reader:
         for part in ranges:
             for error in self.fetch(plan, part).damaged.values():
                 raise error
-        return Read(arrays, sum(part.length for part in ranges), sum(plan.crc))
+        return ReadResult(arrays, sum(part.length for part in ranges), sum(plan.crc))
 
     def member(self, source: ArrayKey) -> int:
         """The number of an array's member in the manifest.
@@ -174,32 +189,32 @@ class Reader:
         shards = np.searchsorted(self._first, clips, side="right") - 1
         by_shard = np.argsort(shards, kind="stable")
         unique, begins = np.unique(shards[by_shard], return_index=True)
-        found = {name: np.empty(members.shape, dtype=np.int64) for name in ("offset", "size", "crc")}
-        for index, mine in zip(each(self._index, unique.tolist()), np.split(by_shard, begins[1:]), strict=True):
-            clip = (clips[mine] - self._first[shards[mine]])[:, None]
-            for name, column in found.items():
-                column[mine] = index[name][clip, members[mine]]
+        columns = {name: np.empty(members.shape, dtype=np.int64) for name in ("offset", "size", "crc")}
+        for index, entries in zip(each(self._index, unique.tolist()), np.split(by_shard, begins[1:]), strict=True):
+            clip = (clips[entries] - self._first[shards[entries]])[:, None]
+            for name, column in columns.items():
+                column[entries] = index[name][clip, members[entries]]
         numbers = (np.arange(len(clips)) if rows is None else rows)[:, None]
-        wide = [numbers, np.arange(members.shape[1]), shards[:, None], (clips - self._first[shards])[:, None], members, *found.values()]
+        wide = [numbers, np.arange(members.shape[1]), shards[:, None], (clips - self._first[shards])[:, None], members, *columns.values()]
         flat = [np.broadcast_to(column, members.shape).ravel() for column in wide]
         order = np.lexsort((flat[5], flat[2]))
-        columns = (column[order].tolist() for column in flat)
-        return ReadPlan([memoryview(place.data).cast("B") for place in places], [place[0].nbytes for place in places], *columns)
+        places_as_bytes = [memoryview(place.data).cast("B") for place in places]
+        return ReadPlan(places_as_bytes, [place[0].nbytes for place in places], *(column[order].tolist() for column in flat))
 
     def ranges(self, plan: ReadPlan) -> list[Range]:
-        """As few ranged reads as it takes; what is in the cache is not joined with what is not, nor over a gap that is not there."""
+        """As few ranged reads as it takes; a range is wholly in the cache, with the gaps in it, or none of its entries is."""
         if (cache := self._cache) is None:
-            return plan.coalesced()
+            return plan.coalesce()
         tars = {shard: self._tar(shard) for shard in set(plan.shard)}
-        held = [cache.holds(tars[s], o, n) for s, o, n in zip(plan.shard, plan.offset, plan.size, strict=True)]
+        cached = [cache.holds(tars[s], o, n) for s, o, n in zip(plan.shard, plan.offset, plan.size, strict=True)]
         ranges: list[Range] = []
-        for part in plan.coalesced(held):
-            whole = not held[part.first] or cache.holds(tars[part.shard], part.start, part.length)
+        for part in plan.coalesce(cached):
+            whole = not cached[part.first] or cache.holds(tars[part.shard], part.start, part.length)
             ranges += [part] if whole else plan.single(part)
         return ranges
 
     def fetch(self, plan: ReadPlan, part: Range, keep: bool = True) -> FetchResult:
-        """Read a range and put its arrays where they are wanted; bytes that do not match their checksum are read once more.
+        """Read a range and put its arrays in their places; bytes that do not match their checksum are read once more.
 
         Args:
             plan: of `plan`.
@@ -209,39 +224,39 @@ class Reader:
         Raises:
             StorageError: if the range cannot be read.
         """
-        received, name, tar = ReceiveBuffers(plan, part), self._name(part.shard), self._tar(part.shard)
-        if self._cache and self._cache.read_into(tar, part.start, *received.buffers):
-            sums = RunningChecksums(received)
-            for buffer in received.buffers:
+        target, name, tar = ReceiveBuffers(plan, part), self._name(part.shard), self._tar(part.shard)
+        if self._cache and self._cache.read_into(tar, part.start, *target.buffers):
+            sums = RunningChecksums(target)
+            for buffer in target.buffers:
                 sums.update(buffer)
-            if not self._landed(plan, part, received, sums.of):
+            if not self._place(plan, part, target, sums.of):
                 return FetchResult({}, 0)
             log.warning("%s: the cache on this node's disk differs from what was kept there; reading it again", name)
             self._cache.drop(tar, part.start, part.length)
-        for reads in (1, 2):  # bytes also change on their way
-            sums = RunningChecksums(received)
-            self._store.read_into(f"{name}.tar", part.start, *received.buffers, on_bytes=sums.update)
-            damaged = self._landed(plan, part, received, sums.of)
+        for reads in (1, 2):  # bytes can also be damaged on their way
+            sums = RunningChecksums(target)
+            self._store.read_into(f"{name}.tar", part.start, *target.buffers, on_bytes=sums.update)
+            damaged = self._place(plan, part, target, sums.of)
             if not damaged:
                 break
             if reads == 1:
                 log.warning("%s; reading it once more", next(iter(damaged.values())))
         if self._cache and keep and not damaged:
-            self._cache.admit(tar, part.start, *received.buffers)
+            self._cache.admit(tar, part.start, *target.buffers)
         return FetchResult(damaged, reads * part.length)
 
-    def _landed(self, plan: ReadPlan, part: Range, received: ReceiveBuffers, sums: dict[int, int]) -> dict[int, CorruptData]:
-        """Copy what came to where it is wanted; by number, the wants whose bytes are not those that were written.
+    def _place(self, plan: ReadPlan, part: Range, target: ReceiveBuffers, sums: dict[int, int]) -> dict[int, CorruptData]:
+        """Copy small arrays to their places and compare all checksums; returns the error of each entry that does not match.
 
         Args:
             plan: of `plan`.
             part: of `ranges`.
-            received: where it lies.
-            sums: by number, the checksums of what was received in its place.
+            target: where the range was received.
+            sums: checksums of the entries that were received in their place.
         """
         damaged: dict[int, CorruptData] = {}
-        scratch, headers, before, array = received.scratch, self._headers, -1, memoryview(b"")
-        for number, at in zip(range(part.first, part.last), received.at, strict=True):
+        scratch, headers, before, array = target.scratch, self._headers, -1, memoryview(b"")
+        for number, at in zip(range(part.first, part.last), target.at, strict=True):
             place, size = plan.place(number), plan.size[number]
             body = at + size - len(place)
             if plan.offset[number] == before:  # the same array once more
@@ -268,18 +283,18 @@ class Reader:
         return CorruptData(self._name(shard), self._key(shard, plan.clip[number]), member, f"{plan.crc[number]:08x}", f"{crc:08x}")
 
     def _assert_header(self, plan: ReadPlan, number: int, header: bytes) -> None:
-        """An array is of the shape and type that the manifest says."""
+        """Raise an error unless an array has the shape and type that the manifest says."""
         person, name, _ = self._manifest.members[plan.member[number]].split(".")
         shape, dtype = self.array((person, name))
         shard, clip = plan.shard[number], plan.clip[number]
         try:
-            found = "{1} {0}".format(*npy_header(header))
+            actual = "{1} {0}".format(*npy_header(header))
         except ValueError as error:
-            found = str(error)
-        if found != f"{dtype} {shape}":
+            actual = str(error)
+        if actual != f"{dtype} {shape}":
             raise ValueError(
                 f"shard {self._name(shard)}, clip {self._key(shard, clip)}, {person}.{name}.npy is not the {dtype} array {shape} "
-                f"that the manifest says, but {found}: prepare the dataset again"
+                f"that the manifest says, but {actual}: prepare the dataset again"
             )
 
     def _locate(self, clip: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Checksums that are summed while bytes come are those of whole members, in whatever pieces they come."""
+"""Checksums that are computed while bytes are received are those of whole members, whatever pieces the bytes come in."""
 
 import numpy as np
 import pytest
@@ -25,9 +25,9 @@ def test_in_any_pieces_the_sums_are_those_of_the_members(most: int) -> None:
     )
     end = offsets[-1] + sizes[-1]
     tar = rng.integers(0, 256, end, dtype=np.uint8).tobytes()
-    received = ReceiveBuffers(plan, Range(0, offsets[0], end - offsets[0], 0, 5))
-    sums, at = RunningChecksums(received), offsets[0]
-    for buffer in received.buffers:
+    target = ReceiveBuffers(plan, Range(0, offsets[0], end - offsets[0], 0, 5))
+    sums, at = RunningChecksums(target), offsets[0]
+    for buffer in target.buffers:
         done = 0
         while done < len(buffer):
             piece = buffer[done : done + int(rng.integers(1, most))]

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.data import reader as reading
+from cluster.data import reader as reader_module
 from cluster.data.manifest import load_manifest
-from cluster.data.ranges import COALESCED, GAP, WIDE_GAP, ReadPlan
+from cluster.data.ranges import GAP, MAX_COALESCED, WIDE_GAP, ReadPlan
 from cluster.data.reader import Reader
 from cluster.data.shards import CorruptData, decode_npy, read_index
 from cluster.storage import open_store
@@ -57,7 +57,7 @@ def test_clips_are_found_by_their_keys_and_one_that_is_not_there_is_compared_wit
     assert reader.find_clip(wrong) is None
     with pytest.raises(ValueError, match=f"none of the 20 clips of split train has the key '{wrong}'; the nearest: {keys[-1]}, "):
         reader.clip_number(wrong)
-    monkeypatch.setattr(reading, "NEAR", 7)
+    monkeypatch.setattr(reader_module, "NEAR", 7)
     with pytest.raises(ValueError, match=r"none of the 20 clips .*; the nearest of the first 7: ") as caught:
         reader.clip_number(wrong)
     near = str(caught.value).partition("first 7: ")[2].removesuffix(" (or choose --split)").split(", ")
@@ -92,19 +92,21 @@ def test_an_array_that_is_not_as_the_manifest_says_is_refused(shards: Path) -> N
 
 @given(
     st.lists(
-        st.tuples(st.booleans(), st.integers(0, 2 * WIDE_GAP), st.integers(200, 2 * COALESCED), st.integers(1, 3)), min_size=1, max_size=30
+        st.tuples(st.booleans(), st.integers(0, 2 * WIDE_GAP), st.integers(200, 2 * MAX_COALESCED), st.integers(1, 3)),
+        min_size=1,
+        max_size=30,
     )
 )
 def test_ranges_answer_every_want_once_without_wide_gaps_and_are_no_longer_than_they_may(
-    received: list[tuple[bool, int, int, int]],
+    wanted_members: list[tuple[bool, int, int, int]],
 ) -> None:
     clip, position, columns = 0, 0, []
-    for number, (next_clip, gap, size, times) in enumerate(received):
+    for number, (next_clip, gap, size, times) in enumerate(wanted_members):
         clip, position = clip + next_clip, position + gap
         columns += [(0, 0, 7, clip, number, position, size, 0)] * times
         position += size
     plan = ReadPlan([memoryview(bytes(8))], [1], *(list(column) for column in zip(*columns, strict=True)))
-    ranges = plan.coalesced()
+    ranges = plan.coalesce()
     assert [(part.first, part.last) for part in ranges] == list(pairwise([0, *(part.last for part in ranges)]))
     assert ranges[-1].last == len(columns)
     for part in ranges:
@@ -114,15 +116,15 @@ def test_ranges_answer_every_want_once_without_wide_gaps_and_are_no_longer_than_
         for before, after in pairwise(numbers):
             if plan.offset[before] != plan.offset[after]:
                 assert plan.offset[after] - plan.offset[before] - plan.size[before] <= WIDE_GAP
-                assert plan.clip[before] == plan.clip[after] or plan.offset[after] + plan.size[after] - part.start <= COALESCED
+                assert plan.clip[before] == plan.clip[after] or plan.offset[after] + plan.size[after] - part.start <= MAX_COALESCED
         wanted = sum(dict((plan.offset[number], plan.size[number]) for number in numbers).values())
         members = len({plan.offset[number] for number in numbers})
         assert 2 * wanted >= part.length - GAP * (members - 1)
     assert all(len({plan.offset[n] for n in range(part.first, part.last)}) == 1 for whole in ranges for part in plan.single(whole))
 
 
-def test_what_is_apart_does_not_share_a_range() -> None:
+def test_entries_of_two_groups_do_not_share_a_range() -> None:
     rows = [(0, 0, 0, 0, number, 1000 * number, 900, 0) for number in range(6)]
     plan = ReadPlan([memoryview(bytes(8))], [1], *(list(column) for column in zip(*rows, strict=True)))
-    assert [(part.first, part.last) for part in plan.coalesced([True, True, False, False, True, False])] == [(0, 2), (2, 4), (4, 5), (5, 6)]
-    assert plan.coalesced() == [(0, 0, 5900, 0, 6)]
+    assert [(part.first, part.last) for part in plan.coalesce([True, True, False, False, True, False])] == [(0, 2), (2, 4), (4, 5), (5, 6)]
+    assert plan.coalesce() == [(0, 0, 5900, 0, 6)]
