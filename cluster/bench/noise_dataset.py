@@ -5,8 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from cluster.data.manifest import Manifest, ShardTable, Split, StreamEntry, load_manifest, publish
-from cluster.data.shards import members, shard_name, write_shard
-from cluster.runtime.scratch import scratch_folder
+from cluster.data.shards import members, shard_name, upload_shard
 from cluster.storage import open_store
 from reactdiff.clip import PERSONS, TARGETS
 from reactdiff.data.keyed import normal
@@ -28,7 +27,7 @@ def make_noise(url: str, source: Source, size: int, progress: Callable[[int, int
         url: prefix below which it lies.
         source: its streams and frames; targets come with facial and acoustic ones.
         size: bytes of its tars, at least; they hold a multiple of 8 clips.
-        progress: told (clips written, clips in all).
+        progress: called with (clips written, clips in all).
     """
     encoded = any(spec.name == LATENT for spec in source.streams)
     targets = {} if encoded else TARGETS
@@ -44,12 +43,8 @@ def make_noise(url: str, source: Source, size: int, progress: Callable[[int, int
     shards = ShardTable()
     for number, first in enumerate(range(0, clips, CLIPS_PER_SHARD)):
         last = min(first + CLIPS_PER_SHARD, clips)
-        with scratch_folder() as folder:
-            path, name = folder / "shard.tar", shard_name(SPLIT, number)
-            info = write_shard(path, (_clip(clip, noise) for clip in range(first, last)), noise)
-            store.put_file(f"{name}.tar", path)
-            store.put_file(f"{name}.index.npy", path.with_suffix(".index.npy"))
-        shards = shards.plus({number: info})
+        clips_of_shard = (_clip(clip, noise) for clip in range(first, last))
+        shards = shards.plus({number: upload_shard(store, shard_name(SPLIT, number), clips_of_shard, noise)})
         progress(last, clips)
     manifest = Manifest(
         kind="latents" if encoded else "clips",

@@ -1,23 +1,21 @@
-"""One shard of a dataset, built from a tree of clips or found built: the task that `prepare` runs many times."""
+"""One shard of a dataset, built from a tree of clips unless it is there already: the task that `prepare` runs once for each shard."""
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 from crc32c import crc32c
 
-from cluster.data.shards import ShardInfo, encode_npy, members, read_index, write_shard
-from cluster.runtime.scratch import scratch_folder
-from cluster.storage import NotFound, Store, content_hash, open_store
+from cluster.data.shards import ShardInfo, encode_npy, members, read_index, upload_shard
+from cluster.storage import NotFound, Store, content_hash
 from reactdiff.clip import PERSONS, TARGETS
 from reactdiff.data.files import ClipError
 from reactdiff.data.sample import Clip, StreamSpec
 
 VERSION = 1
-"""Of what is written for the same clips."""
+"""Of the rules by which clips become the bytes of a shard."""
 
 
 class Pair(Protocol):
@@ -58,16 +56,17 @@ class Tree(Protocol):
 
 @dataclass(frozen=True)
 class ShardSource:
-    """What all shards of one preparation share: the tree, the dataset's URL, and whether a refused clip ends it all."""
+    """What all shards of one preparation share.
+
+    Attributes:
+        tree: where clips come from.
+        store: the dataset.
+        strict: whether one refused clip ends the preparation.
+    """
 
     tree: Tree
-    url: str
+    store: Store
     strict: bool
-
-    @cached_property
-    def store(self) -> Store:
-        """The dataset."""
-        return open_store(self.url)
 
     @property
     def arrays(self) -> list[str]:
@@ -75,17 +74,17 @@ class ShardSource:
         return [*(stream.name for stream in self.tree.streams), *TARGETS]
 
     def content(self, pairs: Sequence[Pair]) -> str:
-        """What names the content of a shard of these clips."""
+        """A hash that stands for the content of a shard of these clips."""
         streams = [asdict(stream) for stream in self.tree.streams]
         return content_hash(json.dumps([VERSION, self.strict, self.tree.frames, streams, [pair.key for pair in pairs]]).encode())
 
 
 @dataclass(frozen=True)
 class BuiltShard:
-    """The record of a finished shard.
+    """What came of building a shard; the record that is kept of one that is in the store.
 
     Attributes:
-        info: what the manifest keeps.
+        info: what the manifest keeps; of no clips where nothing was written.
         refused: key and reason of each clip that was left out.
         subjects: who is seen in each clip, person -> names or None, in the order of clips.
     """
@@ -105,6 +104,10 @@ class BuiltShard:
         return BuiltShard(ShardInfo(**record["info"]), [tuple(entry) for entry in record["refused"]], record["subjects"])
 
 
+class _NothingToWrite(Exception):
+    """No clip of a shard can be used, or one was refused where every clip is needed."""
+
+
 def build_shard(source: ShardSource, name: str, pairs: Sequence[Pair]) -> BuiltShard:
     """Build a shard of all usable clips, unless its record says that this is done. The record is written last.
 
@@ -116,21 +119,19 @@ def build_shard(source: ShardSource, name: str, pairs: Sequence[Pair]) -> BuiltS
     """
     store, record = source.store, f"{name}.done.json"
     try:
-        found = BuiltShard.decode(store.read(record))
+        built = BuiltShard.decode(store.read(record))
     except NotFound:
         pass
     else:
-        assert_unchanged(source, name, found.info, pairs)
-        return found
+        assert_unchanged(source, name, built.info, pairs)
+        return built
     refused: list[tuple[str, str]] = []
     subjects: dict[str, list[str | None]] = {person: [] for person in PERSONS}
-    with scratch_folder() as folder:
-        path = folder / "shard.tar"
-        built = BuiltShard(write_shard(path, _usable(source.tree, pairs, refused, subjects), source.arrays), refused, subjects)
-        if not built.info.clips or (refused and source.strict):
-            return built
-        store.put_file(f"{name}.tar", path)
-        store.put_file(f"{name}.index.npy", path.with_suffix(".index.npy"))
+    try:
+        info = upload_shard(store, name, _usable_clips(source, pairs, refused, subjects), source.arrays)
+    except _NothingToWrite:
+        return BuiltShard(ShardInfo(0, 0, "", ""), refused, subjects)
+    built = BuiltShard(info, refused, subjects)
     store.put(record, built.encode())
     return built
 
@@ -143,7 +144,7 @@ def assert_unchanged(source: ShardSource, name: str, info: ShardInfo, pairs: Seq
     """
     store = source.store
     if (size := store.size(f"{name}.tar")) != info.bytes:
-        raise ValueError(f"{source.url}/{name}.tar has {size} bytes, but was written with {info.bytes}; restore it from a copy")
+        raise ValueError(f"{store.url}/{name}.tar has {size} bytes, but was written with {info.bytes}; restore it from a copy")
     row = read_index(store, name, info.index)[0]
     pair = next(pair for pair in pairs if pair.key.encode() == bytes(row["key"]))
     clip = checked_clip(source.tree, pair)
@@ -151,7 +152,7 @@ def assert_unchanged(source: ShardSource, name: str, info: ShardInfo, pairs: Seq
         person, array, _ = member.split(".")
         if crc32c(encode_npy(clip.people[person][array])) != crc:
             raise ValueError(
-                f"{source.url}/{name}.tar was prepared from other data: clip {clip.key}, member {member} differs from the tree's. "
+                f"{store.url}/{name}.tar was prepared from other data: clip {clip.key}, member {member} differs from the tree's. "
                 "Shards are never rewritten: prepare to another URL, or delete this dataset first"
             )
 
@@ -169,22 +170,30 @@ def checked_clip(tree: Tree, pair: Pair) -> Clip:
         for name, (dtype, shape) in shapes.items():
             array, where = clip.people[person].get(name), f"{person}.{name}"
             if array is None or array.shape != shape or array.dtype != dtype:
-                found = "missing" if array is None else f"{array.dtype} {array.shape}"
-                raise ClipError(clip.key, where, f"it is {found}, but in this dataset it is {dtype} {shape}")
+                actual = "missing" if array is None else f"{array.dtype} {array.shape}"
+                raise ClipError(clip.key, where, f"it is {actual}, but in this dataset it is {dtype} {shape}")
             if not np.isfinite(array).all():
                 row, column = np.argwhere(~np.isfinite(array))[0]
                 raise ClipError(clip.key, where, f"row {row}, column {column} is {array[row, column]}; all numbers must be finite")
     return clip
 
 
-def _usable(tree: Tree, pairs: Sequence[Pair], refused: list[tuple[str, str]], subjects: dict[str, list[str | None]]) -> Iterator[Clip]:
-    """The clips that can be used, one at a time; the others are noted in `refused`."""
+def _usable_clips(
+    source: ShardSource, pairs: Sequence[Pair], refused: list[tuple[str, str]], subjects: dict[str, list[str | None]]
+) -> Iterator[Clip]:
+    """The clips that can be used, one at a time; the others are added to `refused`, and who is seen in a clip to `subjects`.
+
+    Raises:
+        _NothingToWrite: after the last clip, if the shard is not to be written.
+    """
     for pair in pairs:
         try:
-            clip = checked_clip(tree, pair)
+            clip = checked_clip(source.tree, pair)
         except ClipError as error:
             refused.append((pair.key, str(error)))
         else:
             for person in PERSONS:
                 subjects[person].append(clip.meta.get("subjects", {}).get(person))
             yield clip
+    if len(refused) == len(pairs) or (refused and source.strict):
+        raise _NothingToWrite

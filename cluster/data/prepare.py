@@ -1,4 +1,4 @@
-"""From a tree of clips to a dataset: shards as Ray tasks, the manifest last. The same command again goes on, or adds new clips.
+"""From a tree of clips to a dataset: shards as Ray tasks, the manifest last. The same command again resumes, or adds new clips.
 
 Published shards are never rewritten. A clip that is in the dataset already is not read again, but for the first one of each
 shard, which must still be the same; clips that are new in the tree, or were refused before, become new shards behind the old.
@@ -52,15 +52,21 @@ class RefusedClips(ValueError):
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What a preparation came to: the dataset's state, clips added to each split, and (split, key, reason) of those left out."""
+class PrepareResult:
+    """What preparing a dataset came to.
+
+    Attributes:
+        manifest: the dataset's state.
+        added: split -> clips that were added.
+        refused: (split, key, reason) of each clip that was left out.
+    """
 
     manifest: Manifest
     added: dict[str, int]
     refused: list[tuple[str, str, str]]
 
 
-def prepare(tree: Tree, store: Store, *, clips_per_shard: int, strict: bool, progress: Progress) -> Prepared:
+def prepare(tree: Tree, store: Store, *, clips_per_shard: int, strict: bool, progress: Progress) -> PrepareResult:
     """Make or grow the dataset in `store` so that it holds every usable clip of the tree.
 
     Args:
@@ -77,7 +83,7 @@ def prepare(tree: Tree, store: Store, *, clips_per_shard: int, strict: bool, pro
         StorageError: if the store fails.
     """
     store.assert_conditional_writes()
-    work = _Preparation(ShardSource(tree, store.url, strict), store, *_before(store))
+    work = _Preparation(ShardSource(tree, store, strict), *_current_state(store))
     work.assert_grows()
     matrices = {split: tree.appropriateness(split) for split in tree.splits if split != TRAIN}
     work.compare()
@@ -89,12 +95,12 @@ def prepare(tree: Tree, store: Store, *, clips_per_shard: int, strict: bool, pro
     splits = {split: work.split(split, results, matrices.get(split)) for split in tree.splits}
     if not any(len(split.shards) for split in splits.values()):
         raise ValueError(f"no clip of the tree can be used; {refused[0][2] if refused else 'it has none'}")
-    added = {split: sum(part.shards.clips) - len(work.order(split)) for split, part in splits.items()}
-    return Prepared(work.publish(splits), added, refused)
+    added = {split: sum(part.shards.clips) - len(work.old_keys(split)) for split, part in splits.items()}
+    return PrepareResult(work.publish(splits), added, refused)
 
 
-def _before(store: Store) -> tuple[Manifest | None, str, Keys]:
-    """The dataset as it is: its state, the etag that replaces it, and its clips."""
+def _current_state(store: Store) -> tuple[Manifest | None, str, Keys]:
+    """The dataset as it is: its manifest, the etag by which that is replaced, and the keys of its clips."""
     if not store.exists(CURRENT):
         return None, "", {}
     manifest, etag = current_manifest(store)
@@ -116,10 +122,16 @@ Results = list[tuple[_Plan, BuiltShard]]
 
 @dataclass(frozen=True)
 class _Preparation:
-    """One preparation: the tree, the store, and the dataset as it was before."""
+    """One preparation.
+
+    Attributes:
+        source: the tree and the store.
+        old: the dataset's manifest before, None if there was no dataset.
+        etag: by which that is replaced.
+        keys: of the clips before.
+    """
 
     source: ShardSource
-    store: Store
     old: Manifest | None
     etag: str
     keys: Keys
@@ -128,11 +140,15 @@ class _Preparation:
     def tree(self) -> Tree:
         return self.source.tree
 
-    def order(self, split: str) -> np.ndarray:
+    @property
+    def store(self) -> Store:
+        return self.source.store
+
+    def old_keys(self, split: str) -> np.ndarray:
         """The keys of a split's clips before, in their order."""
         return self.keys.get(split, NONE)
 
-    def before(self, split: str) -> Split:
+    def old_split(self, split: str) -> Split:
         """A split's state before."""
         return self.old.splits.get(split, Split()) if self.old else Split()
 
@@ -149,11 +165,11 @@ class _Preparation:
             if old != new:
                 raise ValueError(f"the dataset at {self.store.url} has {what} {old}, but the tree has {new}: prepare it to another URL")
         for split in self.old.splits:
-            held, names = self.order(split), _keys(self.tree.pairs(split)) if split in self.tree.splits else NONE
-            if (gone := held[~np.isin(held, names)]).size:
-                example = gone[0].decode()
+            old_keys, names = self.old_keys(split), _keys(self.tree.pairs(split)) if split in self.tree.splits else NONE
+            if (missing := old_keys[~np.isin(old_keys, names)]).size:
+                example = missing[0].decode()
                 raise ValueError(
-                    f"split {split} of the dataset at {self.store.url} has {len(gone)} clips that the tree lacks, for example {example}: "
+                    f"split {split} of the dataset at {self.store.url} has {len(missing)} clips that the tree lacks, for example {example}: "
                     "a dataset only grows; prepare this tree to another URL"
                 )
 
@@ -162,37 +178,37 @@ class _Preparation:
         calls = []
         for split, keys in self.keys.items():
             assert self.old is not None, "it has shards"
-            pairs, part, clip = {pair.key: pair for pair in self.tree.pairs(split)}, self.before(split).shards, 0
+            pairs, part, clip = {pair.key: pair for pair in self.tree.pairs(split)}, self.old_split(split).shards, 0
             for position in range(len(part)):
                 calls.append((self.old.shard(split, position), part.info(position), [pairs[keys[clip].decode()]]))
                 clip += part.clips[position]
         _run(assert_unchanged, calls, self.source, lambda number: None)
 
     def plan(self, clips_per_shard: int) -> list[_Plan]:
-        """New clips cut into shards, each with a number that this content has claimed: no two preparations write to one shard."""
+        """New clips cut into shards, each with a number that its content has claimed: no two preparations write to one shard."""
         plans = []
         for split in self.tree.splits:
-            number = max(map(int, self.before(split).shards.number), default=-1) + 1
+            number = max(map(int, self.old_split(split).shards.number), default=-1) + 1
             pairs = self.tree.pairs(split)
-            new = list(itertools.compress(pairs, ~np.isin(_keys(pairs), self.order(split))))
+            new = list(itertools.compress(pairs, ~np.isin(_keys(pairs), self.old_keys(split))))
             parts = [new[start : start + clips_per_shard] for start in range(0, len(new), clips_per_shard)]
-            numbers = self._claimed(split, number, parts)
+            numbers = self._claim_numbers(split, number, parts)
             plans += [_Plan(split, number, pairs) for number, pairs in zip(numbers, parts, strict=True)]
         return plans
 
-    def _claimed(self, split: str, number: int, parts: list[list[Pair]]) -> list[int]:
-        """A number for each part, from this one on; those that others have are passed over."""
+    def _claim_numbers(self, split: str, number: int, parts: list[list[Pair]]) -> list[int]:
+        """A number for each part, from this one on; those that others have claimed are passed over."""
         numbers, waiting = [-1] * len(parts), list(range(len(parts)))
         while waiting:
-            tried = list(zip(waiting, itertools.count(number), strict=False))
-            wins = parallel_map(lambda one: _claim(self.store, shard_name(split, one[1]), self.source.content(parts[one[0]])), tried)
+            tries = list(zip(waiting, itertools.count(number), strict=False))
+            wins = parallel_map(lambda one: _claim(self.store, shard_name(split, one[1]), self.source.content(parts[one[0]])), tries)
             waiting = []
-            for (part, taken), won in zip(tried, wins, strict=True):
+            for (part, candidate), won in zip(tries, wins, strict=True):
                 if won:
-                    numbers[part] = taken
+                    numbers[part] = candidate
                 else:
                     waiting.append(part)
-            number += len(tried)
+            number += len(tries)
         return numbers
 
     def build(self, plans: list[_Plan], progress: Progress) -> Results:
@@ -209,14 +225,14 @@ class _Preparation:
 
     def split(self, split: str, results: Results, matrix: np.ndarray | None) -> Split:
         """A split's new state: the old clips in their order, then the new ones."""
-        old, new = self.before(split), [(plan, result) for plan, result in results if plan.split == split]
-        order = [key.decode() for key in self.order(split).tolist()]
+        old, new = self.old_split(split), [(plan, result) for plan, result in results if plan.split == split]
+        order = [key.decode() for key in self.old_keys(split).tolist()]
         for plan, result in new:
             left_out = {key for key, _ in result.refused}
             order += [pair.key for pair in plan.pairs if pair.key not in left_out]
         return Split(
             shards=old.shards.plus({plan.number: result.info for plan, result in new if result.info.clips}),
-            appropriateness=None if matrix is None else self._put(split, "appropriateness", encode_npy(self._cut(split, matrix, order))),
+            appropriateness=None if matrix is None else self._put(split, "appropriateness", encode_npy(self._select(split, matrix, order))),
             subjects=self._subjects(split, [result for _, result in new]),
         )
 
@@ -235,24 +251,24 @@ class _Preparation:
         )
         return publish_successor(self.store, manifest, old, self.etag)
 
-    def _cut(self, split: str, matrix: np.ndarray, order: list[str]) -> np.ndarray:
-        """The rows and columns of these clips, plain then mirrored."""
+    def _select(self, split: str, matrix: np.ndarray, order: list[str]) -> np.ndarray:
+        """The rows and columns of the matrix that are of these clips, plain then mirrored."""
         place = {pair.key: row for row, pair in enumerate(self.tree.pairs(split))}
         plain = np.array([place[key] for key in order], dtype=np.int64)
-        taken = np.concatenate([plain, plain + len(place)])
-        cut = matrix[np.ix_(taken, taken)]
-        if (empty := np.flatnonzero(~cut.any(axis=1))).size:
+        rows_of_clips = np.concatenate([plain, plain + len(place)])
+        submatrix = matrix[np.ix_(rows_of_clips, rows_of_clips)]
+        if (empty := np.flatnonzero(~submatrix.any(axis=1))).size:
             rows = ", ".join(f"{order[row % len(order)]} ({'plain' if row < len(order) else 'mirrored'})" for row in empty[:10])
             raise ValueError(
                 f"split {split}: without the refused clips {empty.size} rows of its appropriateness matrix have no 1 left: {rows}. "
                 f"Repair the refused clips, or remove these from {split}.csv, too"
             )
-        return cut
+        return submatrix
 
     def _subjects(self, split: str, new: list[BuiltShard]) -> File | None:
         """Who is seen in each clip; None where the tree does not tell for all."""
-        file = self.before(split).subjects
-        if len(self.order(split)) and file is None:
+        file = self.old_split(split).subjects
+        if len(self.old_keys(split)) and file is None:
             return None
         names = json.loads(read_file(self.store, file)) if file else {person: [] for person in PERSONS}
         for result in new:

@@ -20,6 +20,7 @@ import numpy as np
 import webdataset
 from crc32c import crc32c
 
+from cluster.runtime.scratch import scratch_folder
 from cluster.storage import Store, content_hash
 from cluster.storage.hashing import HashMismatch, read_verified
 from reactdiff.clip import PERSONS
@@ -128,6 +129,27 @@ def write_shard(path: Path, clips: Iterable[Clip], arrays: Iterable[str]) -> Sha
     return ShardInfo(len(rows), path.stat().st_size, tar, content_hash(index))
 
 
+def upload_shard(store: Store, name: str, clips: Iterable[Clip], arrays: Iterable[str]) -> ShardInfo:
+    """Write a shard in a scratch folder of this machine, then put it into the store; the same clips give the same bytes.
+
+    Args:
+        store: the dataset.
+        name: of the shard, `<split>/<number>`.
+        clips: in the order they will have. An error that is raised while they are made leaves nothing of the shard in the store.
+        arrays: names that every person must have, no more and no less.
+
+    Raises:
+        ValueError: as `write_shard`.
+        StorageError: if it cannot be written.
+    """
+    with scratch_folder() as folder:
+        path = folder / "shard.tar"
+        info = write_shard(path, clips, arrays)
+        store.put_file(f"{name}.tar", path)
+        store.put_file(f"{name}.index.npy", path.with_suffix(".index.npy"))
+    return info
+
+
 def _encode(clip: Clip, order: Sequence[str]) -> dict[str, bytes]:
     if not KEY.fullmatch(clip.key):
         raise ValueError(f"clip key {clip.key!r} is not 1 to 80 letters, digits, '_' or '-'")
@@ -165,7 +187,7 @@ def decode_npy(buffer: bytes | memoryview) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype that a .npy file's bytes before its array tell; a dataset has only a few different ones.
+    """Shape and dtype in the header of a .npy file, which is all its bytes before the array; a dataset has only a few different ones.
 
     Raises:
         ValueError: if they are no header, or not one of plain numbers in C order.

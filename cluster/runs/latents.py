@@ -17,9 +17,8 @@ import torch
 from cluster.config.identity import digest
 from cluster.data.manifest import File, Manifest, load_manifest, read_file
 from cluster.data.reader import Reader
-from cluster.data.shards import CorruptData, ShardInfo, decode_npy, encode_npy, write_shard
+from cluster.data.shards import CorruptData, ShardInfo, decode_npy, encode_npy, upload_shard
 from cluster.runs.export import Export, load_codec
-from cluster.runtime.scratch import scratch_folder
 from cluster.storage import NotFound, Store
 from reactdiff.clip import PERSONS
 from reactdiff.data.sample import Clip
@@ -174,11 +173,7 @@ def encode_shard(latents: LatentDataset, split: str, position: int) -> EncodedSh
             encoded = dict.fromkeys(PERSONS, np.zeros((latents.clips.frames, latents.width), np.float16))
             corrupt[clip] = str(error)
         clips.append(Clip(key, {person: {LATENT: latent} for person, latent in encoded.items()}))
-    with scratch_folder() as folder:
-        path = folder / "shard.tar"
-        info = write_shard(path, clips, [LATENT])
-        target.put_file(f"{name}.tar", path)
-        target.put_file(f"{name}.index.npy", path.with_suffix(".index.npy"))
+    info = upload_shard(target, name, clips, [LATENT])
     target.put(range_file(name), encode_npy(bounds))
     target.put(_done(name), json.dumps(asdict(info) | ({CORRUPT: list(corrupt.items())} if corrupt else {})).encode())
     return EncodedShard(info, corrupt)

@@ -136,7 +136,7 @@ def pack(case: Case, folder: Path) -> None:
         def read(self, pair: Clip) -> Clip:
             return pair
 
-    source = ShardSource(Tree(), str(folder), strict=True)  # type: ignore[arg-type]
+    source = ShardSource(Tree(), open_store(str(folder)), strict=True)  # type: ignore[arg-type]
     shards = ShardTable().plus({0: build_shard(source, "val/000000", [clip]).info})
     described = [StreamEntry(**asdict(stream)) for stream in case.streams]
     arrays = list(members(source.arrays))

@@ -45,7 +45,7 @@ PAIRS = [Pair(key) for key in ("one", "two", "three")]
 
 
 def source(store: Store, tree: Any, strict: bool = False) -> ShardSource:
-    return ShardSource(tree, store.url, strict)
+    return ShardSource(tree, store, strict)
 
 
 def test_a_shard_holds_every_usable_clip_and_its_record_says_why_the_others_are_not_there(store: Store) -> None:

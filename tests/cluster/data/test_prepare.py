@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cluster.data.manifest import load_appropriateness, load_manifest, read_file
-from cluster.data.prepare import Prepared, RefusedClips, prepare
+from cluster.data.prepare import PrepareResult, RefusedClips, prepare
 from cluster.data.reader import Reader
 from cluster.storage import Store, open_store
 from reactdiff.data.react2024 import Tree
@@ -31,7 +31,7 @@ def root(simulated: Path, tmp_path: Path) -> Path:
     return shutil.copytree(simulated, tmp_path / "tree")
 
 
-def run(root: Path, store: Store, strict: bool = False, progress=lambda done, total: None) -> Prepared:
+def run(root: Path, store: Store, strict: bool = False, progress=lambda done, total: None) -> PrepareResult:
     return prepare(Tree(root), store, clips_per_shard=2, strict=strict, progress=progress)
 
 
@@ -51,11 +51,11 @@ def shards(store: Store) -> dict[str, bytes]:
 
 @pytest.mark.usefixtures("local_ray")
 def test_the_dataset_is_the_tree_in_its_order(store: Store, simulated: Path) -> None:
-    seen = []
-    done = run(simulated, store, progress=lambda *counts: seen.append(counts))
+    progress = []
+    done = run(simulated, store, progress=lambda *counts: progress.append(counts))
     tree, manifest = Tree(simulated), load_manifest(store)
-    assert done == Prepared(manifest, {"train": 5, "val": 4}, [])
-    assert seen[-1] == (9, 9)
+    assert done == PrepareResult(manifest, {"train": 5, "val": 4}, [])
+    assert progress[-1] == (9, 9)
     assert manifest.stream_specs == tree.streams and manifest.frames == 50
     assert manifest.provenance == tree.provenance()
     assert manifest.counts("train").tolist() == [2, 2, 1]
@@ -79,7 +79,7 @@ def test_the_same_tree_again_changes_nothing(simulated: Path, tmp_path: Path) ->
     first = run(simulated, store)
     before = {entry.key: store.read(entry.key) for entry in store.list()}
     again = run(simulated, store)
-    assert again == Prepared(first.manifest, {"train": 0, "val": 0}, [])
+    assert again == PrepareResult(first.manifest, {"train": 0, "val": 0}, [])
     assert {entry.key: store.read(entry.key) for entry in store.list()} == before
 
 
