@@ -1,6 +1,6 @@
-"""Tars that another program wrote become a dataset where they lie: every one is read once and gets an index, the manifest comes last.
+"""Tars that another program wrote become a dataset where they are: every one is read once and gets an index, the manifest comes last.
 
-They are `<split>/<any name>.tar` below one URL and are never changed. The same command again goes on, or adds the tars that are new:
+They are `<split>/<any name>.tar` below one URL and are never changed. The same command again resumes, or adds the tars that are new:
 what was published keeps its place, as in `cluster/data/prepare.py`.
 """
 
@@ -28,7 +28,7 @@ COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 
 
 class Tar(NamedTuple):
-    """A tar as it lies there: its split, its name there, and its bytes."""
+    """A tar in the store: its split, its file name without `.tar`, and its size in bytes."""
 
     split: str
     stem: str
@@ -41,8 +41,14 @@ class Tar(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Indexed:
-    """What indexing came to: the dataset's state, clips added to each split, and how many members of theirs are no arrays."""
+class IndexResult:
+    """What indexing came to.
+
+    Attributes:
+        manifest: the dataset's state.
+        added: split -> clips that were added.
+        ignored: split -> members of the new tars that are no arrays of a person.
+    """
 
     manifest: Manifest
     added: dict[str, int]
@@ -56,7 +62,7 @@ class Record:
     Attributes:
         info: what the manifest keeps.
         ignored: members that are no arrays of a person.
-        form: what every clip of it was found to have.
+        form: what every clip of it has.
     """
 
     info: ShardInfo
@@ -64,13 +70,13 @@ class Record:
     form: ClipFormat
 
 
-def index_tars(store: Store, kinds: Mapping[str, StreamKind], progress: Callable[[int, int], None]) -> Indexed:
+def index_tars(store: Store, kinds: Mapping[str, StreamKind], progress: Callable[[int, int], None]) -> IndexResult:
     """Make or grow the dataset of the tars in `store`.
 
     Args:
         store: where they are.
         kinds: class of each stream that is not of the official data.
-        progress: told (tars read, tars to read).
+        progress: called with (tars read, tars to read).
 
     Raises:
         ValueError: if there are no tars, if one is not what a dataset needs, or if the dataset there is another one.
@@ -106,7 +112,7 @@ def index_tars(store: Store, kinds: Mapping[str, StreamKind], progress: Callable
     for tar, record in records.items():
         added[tar.split] += record.info.clips
         ignored[tar.split] += record.ignored
-    return Indexed(publish_successor(store, manifest, old, etag), added, ignored)
+    return IndexResult(publish_successor(store, manifest, old, etag), added, ignored)
 
 
 def index_tar(shared: tuple[Store, ClipFormat], name: str, size: int) -> Record:
@@ -130,8 +136,8 @@ def index_tar(shared: tuple[Store, ClipFormat], name: str, size: int) -> Record:
             )
         if record.form == form:
             return record
-    tape = SequentialReader(store, f"{name}.tar", size)
-    rows, ignored = read_tar(tape, form)
+    file = SequentialReader(store, f"{name}.tar", size)
+    rows, ignored = read_tar(file, form)
     data = encode_npy(rows)
     try:
         store.create(f"{name}.index.npy", data)
@@ -141,7 +147,7 @@ def index_tar(shared: tuple[Store, ClipFormat], name: str, size: int) -> Record:
                 f"{store.url}/{name}.index.npy is there, but is not the index of {name}.tar: if no dataset has the tar yet, delete the "
                 "index, else restore the tar"
             ) from error
-    record = Record(ShardInfo(len(rows), size, tape.digest(), content_hash(data)), ignored, form)
+    record = Record(ShardInfo(len(rows), size, file.digest(), content_hash(data)), ignored, form)
     store.put(key, json.dumps(asdict(record)).encode())
     return record
 
@@ -175,8 +181,8 @@ def _new(store: Store, old: Manifest | None, tars: list[Tar]) -> list[Tar]:
     """The tars that the dataset does not have yet; those it has must still be there, and of the same size."""
     if old is None:
         return tars
-    there = {(tar.split, tar.stem): tar.size for tar in tars}
-    held = set()
+    sizes = {(tar.split, tar.stem): tar.size for tar in tars}
+    known = set()
     for split, part in old.splits.items():
         for name, expected in zip(part.shards.number, part.shards.bytes, strict=True):
             if isinstance(name, int):
@@ -184,25 +190,25 @@ def _new(store: Store, old: Manifest | None, tars: list[Tar]) -> list[Tar]:
                     f"the dataset at {store.url} was prepared from a tree, and grows with it (react2024): "
                     "index tars of other programs at a URL of their own"
                 )
-            held.add((split, name))
-            if (size := there.get((split, name))) != expected:
-                found = "is missing" if size is None else f"has {size} bytes"
+            known.add((split, name))
+            if (size := sizes.get((split, name))) != expected:
+                actual = "is missing" if size is None else f"has {size} bytes"
                 raise ValueError(
-                    f"{store.url}/{split}/{name}.tar {found}, but the dataset has it with {expected} bytes, and shards never change: "
+                    f"{store.url}/{split}/{name}.tar {actual}, but the dataset has it with {expected} bytes, and shards never change: "
                     "restore it, and give other content another name"
                 )
-    return [tar for tar in tars if (tar.split, tar.stem) not in held]
+    return [tar for tar in tars if (tar.split, tar.stem) not in known]
 
 
 def _assert_distinct(manifest: Manifest) -> None:
     """No tar is there twice: clips would count twice, or be in training and test."""
-    seen: dict[str, str] = {}
+    names: dict[str, str] = {}
     for split, part in manifest.splits.items():
         for position in range(len(part.shards)):
             name, digest = manifest.shard(split, position), part.shards.tar[position * HASH_DIGITS : (position + 1) * HASH_DIGITS]
-            if digest in seen:
-                raise ValueError(f"{name}.tar and {seen[digest]}.tar are the same, byte for byte: remove one of them")
-            seen[digest] = name
+            if digest in names:
+                raise ValueError(f"{name}.tar and {names[digest]}.tar are the same, byte for byte: remove one of them")
+            names[digest] = name
 
 
 def _form(manifest: Manifest) -> ClipFormat:
@@ -226,7 +232,7 @@ def _streams(store: Store, old: Manifest | None, form: ClipFormat, kinds: Mappin
 
 
 def _appropriateness(store: Store, split: str, clips: int) -> File | None:
-    """The split's matrix, if it is there: checked, and kept under a name of its own, since it is another one when the split grows."""
+    """The split's matrix, if it is there: checked, and copied under a name with its hash, since it changes when the split grows."""
     key = f"{split}/appropriateness.npy"
     try:
         data = store.read(key)

@@ -1,4 +1,4 @@
-"""A tar in a store, read once and forwards, a few megabytes at a time; every byte of it counts in its hash."""
+"""A tar in a store, read once from beginning to end, a few megabytes at a time, with the hash of all its bytes."""
 
 import hashlib
 import io
@@ -8,11 +8,11 @@ from typing import Any
 from cluster.storage import Store
 
 CHUNK = 8 << 20
-"""Bytes read at once and held: what reading a shard costs in memory, whatever its size. A multiple of a tar's blocks."""
+"""Bytes read at once and held: what reading a shard costs in memory, whatever its size. A multiple of a tar's blocks of 512 bytes."""
 
 
 class SequentialReader(io.RawIOBase):
-    """A file that is read forwards; `tarfile` reads from it, too.
+    """A file that is read forwards only; `tarfile` reads from it, too.
 
     Args:
         store: where it is.
@@ -27,7 +27,7 @@ class SequentialReader(io.RawIOBase):
         self._hash = hashlib.blake2b(digest_size=16)
 
     def chunks(self, length: int) -> Iterator[memoryview]:
-        """The next `length` bytes, fewer where the file ends, as they come; a part is good until the next is asked for.
+        """The next `length` bytes, fewer where the file ends, in pieces; each piece is valid until the next one is asked for.
 
         Raises:
             StorageError: if they cannot be read.
@@ -37,12 +37,12 @@ class SequentialReader(io.RawIOBase):
             while self._at >= self._start + len(self._chunk):
                 self._load()
             first = self._at - self._start
-            part = self._chunk[first : first + end - self._at]
-            self._at += len(part)
-            yield part
+            piece = self._chunk[first : first + end - self._at]
+            self._at += len(piece)
+            yield piece
 
     def digest(self) -> str:
-        """The hash of the whole file, of which what is left is read now."""
+        """The hash of the whole file; what has not been read yet is read now."""
         while self._start + len(self._chunk) < self.size:
             self._load()
         return self._hash.hexdigest()
@@ -50,9 +50,9 @@ class SequentialReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill a buffer with the next bytes, less only at the end."""
         done = 0
-        for part in self.chunks(len(buffer)):
-            buffer[done : done + len(part)] = part
-            done += len(part)
+        for piece in self.chunks(len(buffer)):
+            buffer[done : done + len(piece)] = piece
+            done += len(piece)
         return done
 
     def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
@@ -66,7 +66,7 @@ class SequentialReader(io.RawIOBase):
         return self._at
 
     def readable(self) -> bool:
-        """It is."""
+        """Always true."""
         return True
 
     def _load(self) -> None:

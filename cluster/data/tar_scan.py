@@ -1,4 +1,4 @@
-"""One tar that another program wrote: where each array of its clips lies, with its checksum, and whether it fits the dataset.
+"""One tar that another program wrote: where each array of its clips is, with its checksum, and whether it fits the dataset.
 
 A clip is a sample of WebDataset: files that follow each other and share the path up to the first dot of their name. Of these,
 `<key>.<person>.<stream>.npy` are the persons' arrays, in any order; all others are ignored.
@@ -44,7 +44,7 @@ class ClipFormat:
 
 
 class Member(NamedTuple):
-    """A file in the tar: path and rest of its name around the first dot, and where it begins and how many bytes it has."""
+    """A file in the tar: path up to the first dot of its name, the name after it, its offset, and its size in bytes."""
 
     path: str
     name: str
@@ -58,7 +58,7 @@ class Member(NamedTuple):
 
     @property
     def array(self) -> str:
-        """The array it is of a person; empty if it is none."""
+        """Name of the person's array that it is; empty if it is none."""
         match = ARRAY.fullmatch(self.name)
         return match[1] if match else ""
 
@@ -66,16 +66,19 @@ class Member(NamedTuple):
 class TarScan:
     """One pass over a tar.
 
+    Args:
+        file: the tar.
+
     Attributes:
-        ignored: files met so far that are no arrays of a person.
+        ignored: files so far that are no arrays of a person.
     """
 
-    def __init__(self, tape: SequentialReader):
-        self._tape = tape
+    def __init__(self, file: SequentialReader):
+        self._file = file
         self.ignored = 0
 
     def samples(self) -> Iterator[tuple[Member, Iterator[Member]]]:
-        """The first file of each sample, and its arrays, each of which is to be used before the next one is asked for.
+        """The first file of each sample, and its arrays, each of which must be used before the next one is asked for.
 
         Raises:
             ValueError: if the tar is damaged, cut off or compressed, or keeps an array otherwise than byte by byte.
@@ -96,18 +99,18 @@ class TarScan:
             yield following, sample(following.path)
 
     def refuse(self, member: Member, rule: str, name: str = "") -> NoReturn:
-        """Say why a clip cannot be used, and end: because of this member, or of the one that is named."""
-        where = f"{self._tape.key}: clip {member.key}, member {name or member.name}"
+        """Raise an error that says why a clip cannot be used: because of this member, or of the one that is named."""
+        where = f"{self._file.key}: clip {member.key}, member {name or member.name}"
         raise ValueError(f"{where}: {rule}; correct the clip or leave it out, and write the tar again")
 
     def header(self, member: Member) -> tuple[tuple[int, ...], np.dtype, int]:
-        """Shape and dtype that a .npy file tells, and its CRC32C so far; the array's bytes are what comes next."""
-        self._tape.seek(member.offset)
-        header = self._tape.read(min(10, member.size)) or b""
+        """Shape and dtype in the header of a .npy file, and the header's CRC32C; the array's bytes are read next."""
+        self._file.seek(member.offset)
+        header = self._file.read(min(10, member.size)) or b""
         if header[:8] != NPY:
             what = f"has version {header[6]}.{header[7]}" if header[:6] == NPY[:6] and len(header) > 7 else "is something else"
             self.refuse(member, f"it must be a .npy file of version 1.0, but {what}")
-        header += self._tape.read(int.from_bytes(header[8:10], "little")) or b""
+        header += self._file.read(int.from_bytes(header[8:10], "little")) or b""
         try:
             shape, dtype = npy_header(header)
         except (ValueError, SyntaxError, tokenize.TokenError) as error:
@@ -125,8 +128,8 @@ class TarScan:
         if (shape, dtype) != expected:
             self.refuse(member, f"it is {dtype} {shape}, but must be {expected[1]} {expected[0]}")
         done = 0
-        for part in self._tape.chunks(dtype.itemsize * math.prod(shape)):
-            crc, numbers = crc32c(part, crc), np.frombuffer(part, dtype)
+        for piece in self._file.chunks(dtype.itemsize * math.prod(shape)):
+            crc, numbers = crc32c(piece, crc), np.frombuffer(piece, dtype)
             finite = np.isfinite(numbers)
             if not finite.all():
                 at = int(np.argmin(finite))
@@ -138,57 +141,57 @@ class TarScan:
     def _members(self) -> Iterator[Member]:
         """The files of the tar that have a name and an extension; what WebDataset passes over is ignored."""
         try:
-            with tarfile.open(fileobj=self._tape, mode="r:", errors="replace") as tar:
-                while (file := tar.next()) is not None:
+            with tarfile.open(fileobj=self._file, mode="r:", errors="replace") as tar:
+                while (entry := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                    folder, slash, base = file.name.removeprefix("./").rpartition("/")
+                    folder, slash, base = entry.name.removeprefix("./").rpartition("/")
                     stem, _, name = base.partition(".")
-                    if stem and name and not file.isdir():
-                        member = Member(f"{folder}{slash}{stem}", name, file.offset_data, file.size)
-                        if member.array and (not file.isreg() or file.issparse()):
+                    if stem and name and not entry.isdir():
+                        member = Member(f"{folder}{slash}{stem}", name, entry.offset_data, entry.size)
+                        if member.array and (not entry.isreg() or entry.issparse()):
                             self.refuse(member, "it is a link, or a file with holes, but must be plain")
-                        if member.array and member.offset + member.size > self._tape.size:
-                            raise tarfile.ReadError(f"it ends inside {file.name}")
+                        if member.array and member.offset + member.size > self._file.size:
+                            raise tarfile.ReadError(f"it ends inside {entry.name}")
                         yield member
-                    elif not file.isdir():
+                    elif not entry.isdir():
                         self.ignored += 1
         except tarfile.TarError as error:
             raise ValueError(
-                f"{self._tape.key} is no whole tar ({error}): copy it again, or write it again, without compression"
+                f"{self._file.key} is no whole tar ({error}): copy it again, or write it again, without compression"
             ) from error
         self._assert_ended(tar.offset)
 
     def _assert_ended(self, offset: int) -> None:
-        """Behind the last member are zeros and nothing else: `tarfile` ends in silence where it meets what it cannot read."""
-        self._tape.seek(offset)
-        if offset == self._tape.size or any(np.frombuffer(part, np.uint8).any() for part in self._tape.chunks(self._tape.size - offset)):
+        """After the last member there must be zeros only: `tarfile` ends without an error at a header that it cannot read."""
+        self._file.seek(offset)
+        if offset == self._file.size or any(np.frombuffer(piece, np.uint8).any() for piece in self._file.chunks(self._file.size - offset)):
             raise ValueError(
-                f"{self._tape.key}: behind its last readable member, from byte {offset} on, are not the zeros that end a tar; it was cut "
+                f"{self._file.key}: behind its last readable member, from byte {offset} on, are not the zeros that end a tar; it was cut "
                 "off, or damaged there, or put together of several: write it again"
             )
 
 
-def first_format(tape: SequentialReader) -> ClipFormat:
+def first_format(file: SequentialReader) -> ClipFormat:
     """What the first clip of a tar has; whether every person and clip has it, `read_tar` says.
 
     Raises:
         ValueError: if it has no arrays, or they are not of a shape that a dataset can have.
     """
-    reading = TarScan(tape)
+    scan = TarScan(file)
     widths: dict[str, int] = {}
     frames = 0
-    for _, sample in islice(reading.samples(), 1):
+    for _, sample in islice(scan.samples(), 1):
         for member in sample:
-            shape, _, _ = reading.header(member)
+            shape, _, _ = scan.header(member)
             if len(shape) != 2 or not shape[0] or shape[0] % WINDOW:
-                reading.refuse(member, f"it is of shape {shape}, but must be (frames, width), with a multiple of {WINDOW} frames")
+                scan.refuse(member, f"it is of shape {shape}, but must be (frames, width), with a multiple of {WINDOW} frames")
             frames, widths[member.array] = frames or shape[0], shape[1]
     if not widths:
-        raise ValueError(f"{tape.key}: its first sample has no member <key>.<person>.<stream>.npy, person {' or '.join(PERSONS)}")
+        raise ValueError(f"{file.key}: its first sample has no member <key>.<person>.<stream>.npy, person {' or '.join(PERSONS)}")
     return ClipFormat(frames, widths | TARGETS)
 
 
-def read_tar(tape: SequentialReader, form: ClipFormat) -> tuple[np.ndarray, int]:
+def read_tar(file: SequentialReader, form: ClipFormat) -> tuple[np.ndarray, int]:
     """Read a tar from end to end.
 
     Returns:
@@ -198,22 +201,22 @@ def read_tar(tape: SequentialReader, form: ClipFormat) -> tuple[np.ndarray, int]
         ValueError: if anything in it does not fit, naming tar, clip, member, what was found and what should be there.
         StorageError: if it cannot be read.
     """
-    reading, order = TarScan(tape), form.members
+    scan, order = TarScan(file), form.members
     row, rows, keys = index_dtype(len(order)), bytearray(), set()
-    for first, sample in reading.samples():
+    for first, sample in scan.samples():
         clip: dict[str, tuple[int, int, int]] = {}
         for member in sample:
             if member.array not in form.widths:
-                reading.refuse(member, f"the first clip of the dataset has no such array, only {', '.join(sorted(form.widths))}")
+                scan.refuse(member, f"the first clip of the dataset has no such array, only {', '.join(sorted(form.widths))}")
             if member.name in clip:
-                reading.refuse(member, "the clip has it twice")
-            clip[member.name] = (member.offset, member.size, reading.checksum(member, form))
+                scan.refuse(member, "the clip has it twice")
+            clip[member.name] = (member.offset, member.size, scan.checksum(member, form))
         if missing := [name for name in order if name not in clip]:
-            reading.refuse(first, f"the clip lacks it, and has {', '.join(sorted(clip)) or 'no array at all'}", missing[0])
+            scan.refuse(first, f"the clip lacks it, and has {', '.join(sorted(clip)) or 'no array at all'}", missing[0])
         if first.key in keys:
-            reading.refuse(first, "its clip was there before: members must lie side by side, and two clips must not have one key")
+            scan.refuse(first, "its clip was there before: members must lie side by side, and two clips must not have one key")
         keys.add(first.key)
         rows += np.array([(first.key.encode(), *zip(*(clip[name] for name in order), strict=True))], row).tobytes()
     if not rows:
-        raise ValueError(f"{tape.key} has no clips")
-    return np.frombuffer(rows, row), reading.ignored
+        raise ValueError(f"{file.key} has no clips")
+    return np.frombuffer(rows, row), scan.ignored

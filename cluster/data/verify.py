@@ -1,4 +1,4 @@
-"""Is a dataset whole? Every byte of it is read once and compared with what was written, shard by shard over the cluster."""
+"""Whether a dataset is undamaged: every byte of it is read once and compared with its hashes, shard by shard over the cluster."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from cluster.storage import NotFound, Store
 
 @dataclass(frozen=True)
 class Damage:
-    """Something that is not as it was written: a shard or file, and where in it and what."""
+    """A file of a dataset that is not as it was written, and what is wrong with it."""
 
     split: str
     file: str
@@ -29,7 +29,7 @@ def verify(store: Store, manifest: Manifest, workers: Workers, progress: Callabl
         store: the dataset.
         manifest: its state.
         workers: what a task gets.
-        progress: told (shards done, shards in all).
+        progress: called with (shards done, shards in all).
 
     Returns:
         All damage there is, in the order of splits and shards.
@@ -38,11 +38,11 @@ def verify(store: Store, manifest: Manifest, workers: Workers, progress: Callabl
         StorageError: if something that is there cannot be read, which says nothing about what it holds.
     """
     calls = [(split, position) for split, part in manifest.splits.items() for position in range(len(part.shards))]
-    found: dict[int, list[Damage]] = {}
-    for number, damage in map_tasks(check_shard, calls, workers, shared=(store, manifest)):
-        found[number] = damage
-        progress(len(found), len(calls))
-    return [*_files(store, manifest), *(damage for number in sorted(found) for damage in found[number])]
+    damage: dict[int, list[Damage]] = {}
+    for number, found in map_tasks(check_shard, calls, workers, shared=(store, manifest)):
+        damage[number] = found
+        progress(len(damage), len(calls))
+    return [*_files(store, manifest), *(one for number in sorted(damage) for one in damage[number])]
 
 
 def _files(store: Store, manifest: Manifest) -> Iterator[Damage]:
@@ -72,20 +72,20 @@ def check_shard(shared: tuple[Store, Manifest], split: str, position: int) -> li
     try:
         if (size := store.size(tar)) != info.bytes:
             return [Damage(split, tar, f"it has {size} bytes, but was written with {info.bytes}")]
-        pieces = [
+        all_members = [
             (int(offset), int(size), int(crc), bytes(row["key"]).decode(), member)
             for row in index
             for offset, size, crc, member in zip(row["offset"], row["size"], row["crc"], manifest.members, strict=True)
         ]
-        damage, tape = [], SequentialReader(store, tar, info.bytes)
-        for offset, size, crc, clip, member in sorted(pieces):
-            tape.seek(offset)
+        damage, file = [], SequentialReader(store, tar, info.bytes)
+        for offset, size, crc, clip, member in sorted(all_members):
+            file.seek(offset)
             actual = 0
-            for part in tape.chunks(size):
-                actual = crc32c(part, actual)
+            for piece in file.chunks(size):
+                actual = crc32c(piece, actual)
             if actual != crc:
                 damage.append(Damage(split, tar, f"clip {clip}, member {member}: checksum {actual:08x}, but written with {crc:08x}"))
-        actual_hash = tape.digest()
+        actual_hash = file.digest()
     except NotFound as error:
         return [Damage(split, tar, str(error))]
     if len(index) != info.clips:

@@ -14,8 +14,8 @@ import pytest
 import webdataset
 
 from cluster.config.schema import Workers
-from cluster.data import sequential as tape
-from cluster.data.index_tars import Indexed, index_tar, index_tars
+from cluster.data import sequential
+from cluster.data.index_tars import IndexResult, index_tar, index_tars
 from cluster.data.manifest import load_appropriateness, load_manifest
 from cluster.data.prepare import prepare
 from cluster.data.reader import Reader
@@ -72,7 +72,7 @@ def read(content: bytes, folder: Path) -> tuple[np.ndarray, int]:
     return read_tar(SequentialReader(store, "train/x.tar", len(content)), FORM)
 
 
-def run(store: Store, **kinds: Any) -> Indexed:
+def run(store: Store, **kinds: Any) -> IndexResult:
     return index_tars(store, kinds, lambda done, total: None)
 
 
@@ -117,11 +117,11 @@ def rewritten(shards: Path, store: Store) -> None:
 def test_tars_of_other_writers_read_as_the_arrays_they_were_written_from(store: Store, shards: Path) -> None:
     rewritten(shards, store)
     before = {entry.key: store.read(entry.key) for entry in store.list()}
-    seen = []
-    done = index_tars(store, {}, lambda *counts: seen.append(counts))
+    progress = []
+    done = index_tars(store, {}, lambda *counts: progress.append(counts))
     ours, manifest = load_manifest(open_store(str(shards))), load_manifest(store)
-    assert done == Indexed(manifest, {"test": 8, "train": 20}, {"test": 2, "train": 20})
-    assert seen[-1] == (6, 6)
+    assert done == IndexResult(manifest, {"test": 8, "train": 20}, {"test": 2, "train": 20})
+    assert progress[-1] == (6, 6)
     assert set(manifest.stream_specs) == set(ours.stream_specs) and manifest.frames == ours.frames and manifest.targets == ours.targets
     assert manifest.counts("train").tolist() == ours.counts("train").tolist()
     assert manifest.shard("train", 1) == "train/noxi-1"
@@ -170,7 +170,7 @@ def everything(store: Store) -> dict[str, bytes]:
 def test_the_same_tars_again_change_nothing(copied: Store) -> None:
     before = everything(copied)
     again = run(copied)
-    assert again == Indexed(load_manifest(copied), {"train": 0, "val": 0}, {"train": 0, "val": 0})
+    assert again == IndexResult(load_manifest(copied), {"train": 0, "val": 0}, {"train": 0, "val": 0})
     assert everything(copied) == before
 
 
@@ -298,7 +298,7 @@ def test_a_dataset_is_either_prepared_or_indexed(shards: Path, copied: Store, tm
 def test_the_index_is_where_the_arrays_are_in_any_order_and_kind_of_tar_and_across_the_parts_it_is_read_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tape, "CHUNK", 1024)
+    monkeypatch.setattr(sequential, "CHUNK", 1024)
     contents = [*files("./a/clip")[::-1], ("./a/clip.a.video.mp4", b"frames"), ("._x", b"!"), *files("ünïcode " + "x" * 150), ("dot.", b"")]
     for number, kind in enumerate((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
         some = contents if kind != tarfile.USTAR_FORMAT else contents[:8]
@@ -424,4 +424,4 @@ def test_a_tar_costs_its_index_and_a_few_megabytes_whatever_is_in_it(tmp_path: P
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert rows.dtype == index_dtype(6) and size > 130_000_000 and peak < 3 * tape.CHUNK
+    assert rows.dtype == index_dtype(6) and size > 130_000_000 and peak < 3 * sequential.CHUNK

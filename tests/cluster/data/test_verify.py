@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config.schema import Workers
-from cluster.data import sequential as tape
+from cluster.data import sequential
 from cluster.data.manifest import load_manifest
 from cluster.data.shards import read_index
 from cluster.data.verify import check_shard, verify
@@ -35,7 +35,7 @@ def flip(file: Path, at: int) -> None:
 
 @pytest.mark.parametrize("chunk", [1000, 1 << 24])
 def test_a_flipped_bit_is_named_with_clip_member_and_both_checksums(dataset: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(tape, "CHUNK", chunk)
+    monkeypatch.setattr(sequential, "CHUNK", chunk)
     assert damage(dataset) == []
     store = open_store(str(dataset))
     manifest, index = load_manifest(store), read_index(store, TAR.removesuffix(".tar"))
