@@ -167,10 +167,9 @@ class _Preparation:
         for split in self.old.splits:
             old_keys, names = self.old_keys(split), _keys(self.tree.pairs(split)) if split in self.tree.splits else NONE
             if (missing := old_keys[~np.isin(old_keys, names)]).size:
-                example = missing[0].decode()
                 raise ValueError(
-                    f"split {split} of the dataset at {self.store.url} has {len(missing)} clips that the tree lacks, for example {example}: "
-                    "a dataset only grows; prepare this tree to another URL"
+                    f"split {split} of the dataset at {self.store.url} has {len(missing)} clips that the tree lacks, "
+                    f"for example {missing[0].decode()}: a dataset only grows; prepare this tree to another URL"
                 )
 
     def compare(self) -> None:

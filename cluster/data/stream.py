@@ -1,8 +1,9 @@
 """Order -> ranged reads -> verified, decoded batches on this rank.
 
 Every rank has every step; which of its positions a rank reads is a pure function of (step, ranks, rank). A window of steps is
-read ahead of the one that is asked for, as large as memory allows: items that lie side by side in a shard come in one read,
-whichever steps they are for, and arrays land in the tensors of their batches. Threads read; the order never follows them.
+read ahead of the one that is asked for, as large as memory allows: items that are neighbours in a shard come in one read, whichever
+steps they are for, and arrays are received in the tensors of their batches. Several threads read; the order of batches does not
+depend on which of them is first.
 """
 
 import weakref
@@ -24,7 +25,7 @@ from cluster.storage.retry import cancel_retries_on
 from reactdiff.data.order import Order, step_slice
 from reactdiff.stage import Stage
 
-DRAWN = 2
+DRAW_AHEAD = 2
 """Steps whose random arrays are drawn ahead: they are larger than what is read, and quickly made."""
 
 
@@ -37,10 +38,10 @@ class Batch:
         positions: in the order of items.
         items: the items at these positions.
         tensors: name -> (items, ...) tensor, and `weight` (items,): 0 for a quarantined item, else 1. Their memory is used
-            again once nobody holds them.
+            again once nothing refers to them.
         ledger: sum of the CRC32C of all member bytes the share consists of.
         bytes: read for it, and for later steps along with it.
-        corrupt: items that were found damaged here.
+        corrupt: items of it whose bytes are damaged.
     """
 
     step: int
@@ -84,18 +85,28 @@ class Share:
 
 
 class _Step:
-    """A step that is being read."""
+    """A step that is being read.
+
+    Attributes:
+        number: which step.
+        positions: of this rank's share.
+        rows: of the window's tensors.
+        pending: arrays that have not been read yet.
+        bytes: read so far for ranges of which it is the earliest step.
+        error: what kept something of it from being read.
+        random: its random arrays, once they are asked for.
+    """
 
     def __init__(self, number: int, positions: range, rows: slice):
         self.number, self.positions, self.rows = number, positions, rows
-        self.coming = 0
+        self.pending = 0
         self.bytes = 0
         self.error: BaseException | None = None
-        self.drawn: Future[dict[str, torch.Tensor]] | None = None
+        self.random: Future[dict[str, torch.Tensor]] | None = None
 
-    def over(self) -> bool:
-        """Whether there is nothing to wait for any more."""
-        return self.error is not None or not self.coming
+    def done(self) -> bool:
+        """Whether all of it has been read, or something cannot be."""
+        return self.error is not None or not self.pending
 
 
 class _Window:
@@ -117,7 +128,7 @@ class Stream:
         order: which item is at a position.
         share: which positions of a step are read here.
         seed: keys the random arrays.
-        read_ahead: bytes of memory for what is read before it is asked for; at least three steps'.
+        read_ahead: bytes of memory for what is read before it is asked for; at least three steps' worth is used.
         readers: threads that read and decode.
         pin: whether the tensors are to lie in memory that a GPU copies from by itself.
         quarantine: items that do not count; without one damaged data is an error.
@@ -151,8 +162,8 @@ class Stream:
             ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=cancel_retries_on, initargs=(self._closing,))
             for name, threads in {"reader": readers, "index": readers, "planner": 1, "drawer": 1}.items()
         )
-        self._landed = Condition()
-        self._awaited: _Step | None = None
+        self._changed = Condition()  # guards all steps; notified when the one that is waited for is done
+        self._waited_for: _Step | None = None
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """All steps from `first_step` to the end of the run; an empty share still gives a batch.
@@ -161,30 +172,30 @@ class Stream:
             CorruptData: if a member's bytes are not those of its index, and there is no quarantine.
             StorageError: if they cannot be read.
         """
-        size, begun = 1, first_step  # the first windows are small, so that the first batch is there soon
-        plan_evaluation = self._planner.submit(self._plan, begun, size)
-        while (window := plan_evaluation.result()).steps:
-            begun, size = begun + len(window.steps), min(2 * size, self._window)
-            plan_evaluation = self._planner.submit(self._plan, begun, size)
+        size, begin = 1, first_step  # the first windows are small, so that the first batch is there soon
+        next_window = self._planner.submit(self._plan, begin, size)
+        while (window := next_window.result()).steps:
+            begin, size = begin + len(window.steps), min(2 * size, self._window)
+            next_window = self._planner.submit(self._plan, begin, size)
             for place, step in enumerate(window.steps):
-                self._draw_ahead(window.steps[place : place + 1 + DRAWN])
-                yield self._finished(window, step)
+                self._draw_ahead(window.steps[place : place + 1 + DRAW_AHEAD])
+                yield self._wait_for_batch(window, step)
 
     def close(self) -> None:
-        """Stop the readers; one that waits for a store to come back waits no longer."""
+        """Stop the readers; one that waits before a retry gives up."""
         self._closing.set()
         for pool in (self._planner, self._drawer, self._indices, self._pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _plan(self, first: int, count: int) -> _Window:
-        """Open these steps and begin to read them."""
-        window = self._opened(range(first, self._end(first, count)))
-        self._draw_ahead(window.steps[: 1 + DRAWN])
+        """Plan the reads of these steps and begin with them."""
+        window = self._new_window(range(first, self._end(first, count)))
+        self._draw_ahead(window.steps[: 1 + DRAW_AHEAD])
         rows = np.arange(len(window.items))
         if self._quarantine:
             positions = (position for step in window.steps for position in step.positions)
-            held = [self._quarantine.holds(item, position) for item, position in zip(window.items.tolist(), positions, strict=True)]
-            rows = rows[~np.array(held, dtype=bool)]
+            bad = [self._quarantine.holds(item, position) for item, position in zip(window.items.tolist(), positions, strict=True)]
+            rows = rows[~np.array(bad, dtype=bool)]
         if not len(rows):
             return window
         clips, sides = np.divmod(window.items[rows], 2)
@@ -192,22 +203,22 @@ class Stream:
         plan = self._reader.plan(clips, self._members[sides], places, rows, self._indices.map)
         np.add.at(window.checksums, plan.row, plan.crc)
         for row in rows.tolist():
-            window.step_of[row].coming += len(self._kinds)
+            window.step_of[row].pending += len(self._kinds)
         ranges = [(min(plan.row[part.first : part.last]), part) for part in self._reader.ranges(plan)]
         for row, part in sorted(ranges):  # in the order in which they will be needed
             self._pool.submit(self._fetch, window, plan, part, window.step_of[row])
         return window
 
     def _end(self, first: int, count: int) -> int:
-        """Where a window of at most so many steps ends: before a group that reaches beyond it, whose blocks would be read in pieces."""
+        """Where a window of at most so many steps ends: before a group that it has no room for, whose blocks would be read in pieces."""
         end = first + count
         if end >= self._share.steps:
             return self._share.steps
         whole = self._order.begin(end * self._share.batch) // self._share.batch
         return whole if whole > first else end
 
-    def _opened(self, numbers: range) -> _Window:
-        """A window of which nothing has been read."""
+    def _new_window(self, numbers: range) -> _Window:
+        """A window of these steps, of which nothing has been read."""
         shares = [self._share.positions(number) for number in numbers]
         ends = list(accumulate((len(share) for share in shares), initial=0))
         steps = [_Step(*step) for step in zip(numbers, shares, (slice(*pair) for pair in pairwise(ends)), strict=True)]
@@ -219,31 +230,31 @@ class Stream:
         return (step * self._share.batch // self._order.items + 1) * self._order.items < self._share.total
 
     def _fetch(self, window: _Window, plan: ReadPlan, part: Range, first: _Step) -> None:
-        """Read a range and tell the steps that wait for it."""
+        """Read a range and count it for its steps; `first` is the earliest of them."""
         rows = plan.row[part.first : part.last]
         try:
             damaged, size = self._reader.fetch(plan, part, self._wanted_again(first.number))
         except BaseException as failure:
-            with self._landed:
+            with self._changed:
                 for row in rows:
                     window.step_of[row].error = failure
                 self._notify()
             return
-        with self._landed:
+        with self._changed:
             first.bytes += size
             for number, error in damaged.items():
-                self._found(window, plan.row[number], error)
+                self._mark_corrupt(window, plan.row[number], error)
             for row in rows:
-                window.step_of[row].coming -= 1
+                window.step_of[row].pending -= 1
             self._notify()
 
     def _notify(self) -> None:
-        """Wake who waits, if it was this; a wake-up costs more than reading an item."""
-        if self._awaited and self._awaited.over():
-            self._landed.notify()
+        """Wake `_wait_for_batch` if its step is done, and only then: a wake-up costs more than reading an item."""
+        if self._waited_for and self._waited_for.done():
+            self._changed.notify()
 
-    def _found(self, window: _Window, row: int, error: CorruptData) -> None:
-        """An item is damaged."""
+    def _mark_corrupt(self, window: _Window, row: int, error: CorruptData) -> None:
+        """Note that an item is damaged; without a quarantine that is an error of its step."""
         step = window.step_of[row]
         if self._quarantine is None:
             step.error = error
@@ -251,11 +262,11 @@ class Stream:
             bad = BadItem(int(window.items[row]), step.positions[row - step.rows.start], str(error))
             window.corrupt[row] = min(window.corrupt.get(row, bad), bad)  # whichever thread was first
 
-    def _finished(self, window: _Window, step: _Step) -> Batch:
-        """The batch of a step, when everything of it has come."""
-        with self._landed:
-            self._awaited = step
-            self._landed.wait_for(step.over)
+    def _wait_for_batch(self, window: _Window, step: _Step) -> Batch:
+        """The batch of a step, once all of it has been read."""
+        with self._changed:
+            self._waited_for = step
+            self._changed.wait_for(step.done)
         if step.error:
             raise step.error
         items, weight = window.items[step.rows].tolist(), torch.ones(len(step.positions))
@@ -263,30 +274,30 @@ class Stream:
         checksums, corrupt = window.checksums[step.rows], {}
         if self._quarantine is not None:
             corrupt = {row: window.corrupt[at] for row, at in enumerate(range(step.rows.start, step.rows.stop)) if at in window.corrupt}
-            held = [row for row, (item, at) in enumerate(zip(items, step.positions, strict=True)) if self._quarantine.holds(item, at)]
-            for row in {*held, *corrupt}:
+            bad = [row for row, (item, at) in enumerate(zip(items, step.positions, strict=True)) if self._quarantine.holds(item, at)]
+            for row in {*bad, *corrupt}:
                 weight[row] = checksums[row] = 0
                 for tensor in tensors.values():
                     tensor[row] = 0
         tensors["weight"] = weight
-        if step.drawn:
-            tensors |= step.drawn.result()
+        if step.random:
+            tensors |= step.random.result()
         return Batch(step.number, step.positions, items, tensors, int(checksums.sum()), step.bytes, tuple(corrupt.values()))
 
     def _draw_ahead(self, steps: list[_Step]) -> None:
         for step in steps:
-            if self._draws and step.drawn is None:
-                step.drawn = self._drawer.submit(self._draw, step.positions)
+            if self._draws and step.random is None:
+                step.random = self._drawer.submit(self._draw, step.positions)
 
     def _draw(self, positions: range) -> dict[str, torch.Tensor]:
         """The random arrays of a share, with a leading axis of items; of an empty one too."""
-        drawn = [self._stage.draw(self._seed, position) for position in positions] or [self._stage.draw(self._seed, 0)]
-        stacked = {name: torch.from_numpy(np.stack([arrays[name] for arrays in drawn])[: len(positions)]) for name in drawn[0]}
+        items = [self._stage.draw(self._seed, position) for position in positions] or [self._stage.draw(self._seed, 0)]
+        stacked = {name: torch.from_numpy(np.stack([arrays[name] for arrays in items])[: len(positions)]) for name in items[0]}
         return {name: tensor.pin_memory() for name, tensor in stacked.items()} if self._pin else stacked
 
 
 class _BufferPool:
-    """Memory of windows: what nobody holds any more is used again, since the kernel gives out new pages slowly.
+    """Memory of windows: what nothing refers to any more is used again, since the kernel gives out new pages slowly.
 
     Args:
         rows: of the largest window. Memory costs nothing before it is written to, so the first windows have as much.

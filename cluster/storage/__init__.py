@@ -1,4 +1,4 @@
-"""Named byte objects with atomic writes: one small API over folders and S3.
+"""Named byte objects with atomic writes: one small interface to folders and S3, with retries, deadlines and hashes.
 
 Imports nothing of this project.
 """

@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 PRIVATE = ".~"
 """A path segment that begins so belongs to the store itself: never a key, never listed."""
 
-
 OnBytes = Callable[[memoryview], Any]
-"""Told a piece of a buffer that is full now."""
+"""Called with each piece of a buffer once its bytes are there."""
 
 
 def ignore_bytes(_: memoryview) -> None:
-    """Nobody asked to be told."""
+    """The default of `on_bytes`: does nothing."""
 
 
 class StorageError(Exception):
@@ -25,7 +24,7 @@ class StorageError(Exception):
 
 
 class Permanent(StorageError):
-    """A store that answers, and says no: nothing is there, or it is not allowed. Asking again mends nothing."""
+    """The store answered and refused: there is no such object, or access is denied. A retry does not help."""
 
 
 class NotFound(Permanent):
@@ -33,11 +32,11 @@ class NotFound(Permanent):
 
 
 class AlreadyExists(StorageError):
-    """`create` found an object of this key: somebody else was first."""
+    """`create` found an object of this key: another writer was first."""
 
 
 class Stale(StorageError):
-    """`replace` found other content than the one its etag stands for: somebody else was first."""
+    """`replace` found other content than the one its etag stands for: another writer was first."""
 
 
 class Entry(NamedTuple):
@@ -84,7 +83,7 @@ class Store(ABC):
 
     @property
     def endpoint(self) -> str:
-        """The machine or folder that answers, for messages."""
+        """The server or folder that requests go to, for messages."""
         return self.url
 
     @abstractmethod
@@ -107,7 +106,7 @@ class Store(ABC):
             key: of the object.
             start: byte of it that comes first.
             buffers: to be filled.
-            on_bytes: told each piece of a buffer once it is full, in their order, each byte once.
+            on_bytes: called with each piece of a buffer once its bytes are there, in their order, each byte once.
 
         Raises:
             NotFound: if there is no such object.
@@ -171,7 +170,7 @@ class Store(ABC):
         return True
 
     def assert_conditional_writes(self) -> None:
-        """Try that conditional writes hold here: everything exactly-once stands on them, and some servers ignore them.
+        """Try whether conditional writes work here: everything that must happen exactly once depends on them, and some servers ignore them.
 
         Raises:
             StorageError: if a second create or a stale replace succeeds.
@@ -196,8 +195,8 @@ class Store(ABC):
         )
 
 
-def unfilled(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
-    """What is left to be filled of these buffers when the first `done` bytes are."""
+def remaining(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
+    """What is left to be filled of these buffers when the first `done` bytes of them are."""
     rest = []
     for buffer in buffers:
         if done < len(buffer):

@@ -23,20 +23,20 @@ from cluster.storage.base import (
     checked_key,
     content_hash,
     ignore_bytes,
-    unfilled,
+    remaining,
 )
 
 STAGED = f"{PRIVATE}staged-"
 """How the names of temporary files begin."""
 
 ABANDONED = 3600.0
-"""Seconds without a write after which a temporary file is one that a killed writer left."""
+"""Seconds without a write after which a temporary file is taken for one that a killed writer left."""
 
 IOV_MAX = 1024
 """Buffers that one system call fills, at most."""
 
-_swept: dict[Path, float] = {}
-"""When this process looked for those in a folder: to list one of shards takes long."""
+_last_cleanup: dict[Path, float] = {}
+"""When this process last looked for those in each folder: to list a folder of many shards takes long."""
 
 
 class FolderStore(Store):
@@ -66,7 +66,7 @@ class FolderStore(Store):
         """Fill writable buffers, one after the other, with an object's content from byte `start` on."""
         done, size = 0, sum(map(len, buffers))
         with self._errors(key), open(self._path(key), "rb", buffering=0) as file:
-            while done < size and (count := os.preadv(file.fileno(), unfilled(buffers, done)[:IOV_MAX], start + done)):
+            while done < size and (count := os.preadv(file.fileno(), remaining(buffers, done)[:IOV_MAX], start + done)):
                 done += count
         self._counter.add(done)
         if done < size:
@@ -84,17 +84,17 @@ class FolderStore(Store):
 
     def put(self, key: str, data: bytes) -> None:
         """Write an object, whatever was there before."""
-        with self._errors(key, writing=True), self._staged(key, data) as staged:
+        with self._errors(key, writing=True), self._temporary_file(key, data) as staged:
             os.replace(staged, self._path(key))
 
     def put_file(self, key: str, path: Path) -> None:
         """Write a large object from a local file, whatever was there before."""
-        with self._errors(key, writing=True), self._staged(key, path) as staged:
+        with self._errors(key, writing=True), self._temporary_file(key, path) as staged:
             os.replace(staged, self._path(key))
 
     def create(self, key: str, data: bytes) -> str:
         """Write an object that must not exist yet: a hard link to an existing name fails, for all racers but one."""
-        with self._errors(key, writing=True), self._staged(key, data) as staged:
+        with self._errors(key, writing=True), self._temporary_file(key, data) as staged:
             try:
                 os.link(staged, self._path(key))
             except FileExistsError as error:
@@ -104,7 +104,7 @@ class FolderStore(Store):
     def replace(self, key: str, data: bytes, etag: str) -> str:
         """Overwrite the content this etag stands for, under a lock that all replacers in the same folder take."""
         path = self._path(key)
-        with self._errors(key, writing=True), self._staged(key, data) as staged, open(path.parent / f"{PRIVATE}lock", "wb") as lock:
+        with self._errors(key, writing=True), self._temporary_file(key, data) as staged, open(path.parent / f"{PRIVATE}lock", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.is_file() or content_hash(path.read_bytes()) != etag:
                 raise Stale(f"{self.url}/{key}: is not the content of etag {etag} any more")
@@ -127,15 +127,15 @@ class FolderStore(Store):
         return self._root / checked_key(key)
 
     @contextlib.contextmanager
-    def _staged(self, key: str, source: bytes | Path) -> Iterator[str]:
-        """A temporary file beside the key with the content safely on disk; what is left of it at the end is removed."""
+    def _temporary_file(self, key: str, source: bytes | Path) -> Iterator[str]:
+        """A temporary file beside the key, with the content synced to disk; it is removed at the end unless it was renamed."""
         folder = self._path(key).parent
         folder.mkdir(parents=True, exist_ok=True)
         descriptor, staged = tempfile.mkstemp(prefix=STAGED, dir=folder)
         try:
             with open(descriptor, "wb") as file:
-                if (now := os.fstat(descriptor).st_mtime) - _swept.get(folder, 0.0) > ABANDONED:
-                    _swept[folder] = now
+                if (now := os.fstat(descriptor).st_mtime) - _last_cleanup.get(folder, 0.0) > ABANDONED:
+                    _last_cleanup[folder] = now
                     _remove_orphans(folder, now)
                 os.fchmod(descriptor, 0o644)
                 if isinstance(source, bytes):
@@ -156,7 +156,7 @@ class FolderStore(Store):
         try:
             yield
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            if writing:  # somebody took the folder, or what was staged, away: to write it again may help
+            if writing:  # another process deleted the folder or the temporary file: to write it again may help
                 raise StorageError(f"{self.url}/{key}: {error.strerror}") from error
             raise NotFound(f"{self.url}/{key}: there is no such object") from error
         except PermissionError as error:
@@ -166,9 +166,9 @@ class FolderStore(Store):
 
 
 def _remove_orphans(folder: Path, now: float) -> None:
-    """Remove what killed writers left in a folder; `now` is of the clock that its files' times are of."""
+    """Remove temporary files that killed writers left in a folder; `now` is a time of the file system's clock."""
     for entry in os.scandir(folder):
-        with contextlib.suppress(OSError):  # it is gone by now, or somebody else's
+        with contextlib.suppress(OSError):  # it was deleted meanwhile, or belongs to another user
             if entry.name.startswith(STAGED) and now - entry.stat().st_mtime > ABANDONED:
                 os.unlink(entry)
 

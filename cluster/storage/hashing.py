@@ -1,4 +1,4 @@
-"""Objects whose content is known by its hash."""
+"""Objects that are compared with the hash of their content when they are read."""
 
 import logging
 
@@ -8,7 +8,7 @@ log = logging.getLogger(__name__)
 
 
 class HashMismatch(StorageError):
-    """An object has other content than it was written with.
+    """The hash of an object is not the one that it was written with.
 
     Attributes:
         actual: the hash of what was read.
@@ -23,11 +23,11 @@ class HashMismatch(StorageError):
 
 
 def read_verified(store: Store, key: str, digest: str) -> bytes:
-    """An object's whole content, compared with its hash; what differs is read once more, since bytes also change on their way.
+    """An object's whole content, compared with its hash; if that differs, it is read once more: bytes can be damaged on their way.
 
     Raises:
         NotFound: if there is none.
-        Altered: if it differs both times.
+        HashMismatch: if it differs both times.
     """
     actual = ""
     for _ in range(2):

@@ -1,4 +1,8 @@
-"""How long trouble is put up with: the pauses between the tries of one thing, and what ends them early."""
+"""Retry with exponential backoff and full jitter: a random pause between two tries, below a bound that doubles with each fault.
+
+Random, so that many ranks whose requests failed together do not come back together. A thread's retries can be cancelled: one that
+waits in a pause gives up at once.
+"""
 
 import random
 import threading
@@ -6,18 +10,21 @@ import time
 from collections.abc import Callable
 
 MAX_BACKOFF_SECONDS = 8.0
-"""Seconds between two tries, at most."""
+"""Longest pause between two tries, in seconds."""
 
-_work = threading.local()
+_local = threading.local()
 
 
-def cancel_retries_on(over: threading.Event) -> None:
-    """Once this event is set, the present thread tries nothing again."""
-    _work.over = over
+def cancel_retries_on(event: threading.Event) -> None:
+    """Once this event is set, the calling thread retries nothing and does not wait for a retry."""
+    _local.cancel = event
 
 
 class Retry:
-    """The tries of one thing. Its time runs from the first fault on: a request that works for long is no trouble.
+    """The retries of one request or read. Their time limit counts from the first fault, not from the beginning of the request.
+
+    Args:
+        clock: seconds that only grow.
 
     Attributes:
         faults: how many there were.
@@ -25,20 +32,18 @@ class Retry:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.faults = 0
-        self._clock, self._begun = clock, 0.0
+        self._clock, self._first_fault = clock, 0.0
 
     def again(self, seconds: float) -> bool:
-        """Whether to try again after this fault; returns after a pause if so.
-
-        The pause is random, below a bound that doubles: many ranks that failed together do not come back together.
+        """Whether to try again after this fault; if so, returns after the pause.
 
         Args:
-            seconds: that faults are put up with, counted from the first.
+            seconds: time limit of all retries, counted from the first fault.
         """
-        now, over = self._clock(), getattr(_work, "over", None) or threading.Event()
+        now, cancel = self._clock(), getattr(_local, "cancel", None) or threading.Event()
         if not self.faults:
-            self._begun = now
+            self._first_fault = now
         self.faults += 1
-        if now - self._begun >= seconds:
+        if now - self._first_fault >= seconds:
             return False
-        return not over.wait(random.SystemRandom().uniform(0, min(MAX_BACKOFF_SECONDS, 0.1 * 2**self.faults)))
+        return not cancel.wait(random.SystemRandom().uniform(0, min(MAX_BACKOFF_SECONDS, 0.1 * 2**self.faults)))

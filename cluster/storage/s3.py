@@ -41,7 +41,7 @@ from cluster.storage.base import (
     Store,
     checked_key,
     ignore_bytes,
-    unfilled,
+    remaining,
 )
 from cluster.storage.deadline import Deadlines
 from cluster.storage.retry import Retry
@@ -49,28 +49,28 @@ from cluster.storage.retry import Retry
 T = TypeVar("T")
 
 RETRY_SECONDS = 120.0
-"""Seconds that faults which may pass are put up with: an outage of a minute must not end a run of a week."""
+"""Seconds that a request is retried for, from its first fault on: an outage of a minute must not end a run of a week."""
 
 FIRST_RETRY_SECONDS = 10.0
-"""The same before a server has ever answered: then it is more likely a wrong address."""
+"""The same where the server has never answered: then it is more likely a wrong address."""
 
 STALL = 10.0
-"""Seconds a server may be silent."""
+"""Seconds in which a server must send something."""
 
 SLOWEST = 1 << 20
-"""Bytes a second below which an answer is given up and asked for again from where it is."""
+"""Bytes a second that a body must reach at least; one that is slower is ended, and a new request asks for the rest."""
 
 SIGNED = 1800
-"""Seconds that a signed URL is used for."""
+"""Seconds for which a signed URL is used."""
 
 URLS = 1 << 14
 """Signed URLs that are kept: 0.7 KB each, 1.8 with a session token. To sign one costs as much as to send a request."""
 
 REFUSALS = 8
-"""Signed URLs refused one after the other until boto3 is asked at once: it may know of a redirection that they do not."""
+"""Signed URLs refused in a row after which only boto3 is used: it follows redirections, they do not."""
 
 POOL = 256
-"""Connections that are kept for later, more than readers and what is sent in parts have at a time; none is opened before it is needed."""
+"""Connections that are kept open, more than readers and multipart uploads use at the same time; none is opened before it is needed."""
 
 CHUNK = 1 << 20
 """Bytes taken from a connection at once; what came of a chunk before the server fell silent is asked for again."""
@@ -89,7 +89,7 @@ CONFIG = Config(
 )
 
 FAULTS = (BotoCoreError, HTTPError, OSError)
-"""What boto3 raises when no answer or half an answer came; an answer that says no is a ClientError."""
+"""What boto3 raises when no answer came, or a part of one; an answer that refuses the request is a ClientError."""
 
 RETRYABLE_EXCEPTIONS = (
     EndpointConnectionError,
@@ -101,15 +101,15 @@ RETRYABLE_EXCEPTIONS = (
     ResponseStreamingError,
     IncompleteReadError,
 )
-"""Those of them that may be over soon."""
+"""Those of them that a retry may help."""
 
 RETRYABLE = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}
 
-MANGLED = {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"}
-"""What was sent changed on its way, or not all of it came."""
+DAMAGED = {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"}
+"""Codes that say that the request's body was damaged on its way, or did not come as a whole."""
 
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestTimeTooSkewed", "400"}
-"""The last is all that is said to a HEAD, whose answer has no body."""
+"""Codes for expired credentials. The last one is all that a HEAD is answered, for its answer has no body."""
 
 DEADLINES = Deadlines()
 
@@ -117,7 +117,7 @@ logging.getLogger("urllib3.connection").setLevel(logging.ERROR)  # its warnings 
 
 
 class _Server:
-    """A server and the credentials for it, shared by all stores that were made of one."""
+    """A server and the credentials for it, shared by all stores that were opened from one with `at`."""
 
     def __init__(self) -> None:
         self.answered = False
@@ -130,10 +130,11 @@ class _Server:
         self._refused = 0
 
     def get(self, bucket: str, name: str, headers: dict[str, str]) -> Any | None:
-        """The answer to a GET of a part of an object (status 206), or None where there is another one or none at all.
+        """The answer to a GET of a range of an object (status 206), or None where there is another one or none at all.
 
-        The URL is signed once for all parts of an object: boto3 signs, checks and parses each request anew, at four times the CPU time.
-        Whatever goes wrong here is for boto3 to try and to explain; nothing of it is logged, for the URL is as good as a password.
+        The URL is signed once for all ranges of an object: boto3 signs, checks and parses each request anew, at four times the CPU time.
+        Whatever fails here is requested again by boto3, which also raises the error; nothing of it is logged, for the URL gives access
+        as a password does.
         """
         if self._refused >= REFUSALS:
             return None
@@ -141,12 +142,12 @@ class _Server:
             url = self._signed(bucket, name, int(time.monotonic() // SIGNED))
             request = AWSRequest("GET", url, headers, stream_output=True).prepare()
             answer = self.client._endpoint.http_session.send(request)
-        except (ClientError, *FAULTS):  # the former from whoever gives out credentials
+        except (ClientError, *FAULTS):  # a ClientError comes from the service that gives out credentials
             return None
         if answer.status_code == 206 and "ETag" in answer.headers:
             self._refused = 0
             return answer
-        if self._signed.cache_info().currsize:  # else one of many that a URL's end met at the same time
+        if self._signed.cache_info().currsize:  # else another thread's URL expired at the same time, and was counted
             self._refused += answer.status_code in (301, 307, 400, 401, 403)
         self._signed.cache_clear()
         answer.raw.close()
@@ -173,7 +174,7 @@ class S3Store(Store):
 
     @property
     def endpoint(self) -> str:
-        """The server that answers."""
+        """The URL of the server."""
         return self._server.client.meta.endpoint_url
 
     def at(self, prefix: str) -> "S3Store":
@@ -181,17 +182,17 @@ class S3Store(Store):
         return S3Store(self._bucket, f"{self._prefix}{checked_key(prefix)}", self._server, self._counter)
 
     def raw(self, key: str) -> tuple[Any, dict[str, str]]:
-        """boto3's client and how it names an object, for what no store does: measuring the wire, signing a URL."""
+        """boto3's client and its arguments that name an object, for what a store does not do: measuring the network, signing a URL."""
         return self._server.client, {"Bucket": self._bucket, "Key": self._prefix + checked_key(key)}
 
     def get(self, key: str) -> tuple[bytes, str]:
         """An object's content and its etag."""
         answer = self._call("get_object", key)
         etag, size = answer["ETag"], answer.get("ContentLength")
-        if size is None:  # whoever stands between did not say; then the end of what comes is no sign that it was all
+        if size is None:  # a proxy left it out; without it, a body that ends early cannot be told from a whole one
             size = self._call("head_object", key, IfMatch=etag)["ContentLength"]
         buffer = memoryview(bytearray(size))
-        done, _ = self._drain(answer["Body"], [buffer])
+        done, _ = self._read_body(answer["Body"], [buffer])
         self._fill(key, done, [buffer[done:]], etag)
         return bytes(buffer), etag
 
@@ -214,11 +215,11 @@ class S3Store(Store):
 
     def create(self, key: str, data: bytes) -> str:
         """Write an object that must not exist yet, and return its etag."""
-        return self._conditional(key, data, AlreadyExists(f"{self.url}/{key}: exists already"), IfNoneMatch="*")
+        return self._conditional_put(key, data, AlreadyExists(f"{self.url}/{key}: exists already"), IfNoneMatch="*")
 
     def replace(self, key: str, data: bytes, etag: str) -> str:
         """Overwrite the content this etag stands for, and return the new etag."""
-        return self._conditional(key, data, Stale(f"{self.url}/{key}: is not the content of etag {etag} any more"), IfMatch=etag)
+        return self._conditional_put(key, data, Stale(f"{self.url}/{key}: is not the content of etag {etag} any more"), IfMatch=etag)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """All objects whose key begins with this text, in the order of their keys' UTF-8 bytes."""
@@ -227,7 +228,7 @@ class S3Store(Store):
         items: list[Entry] = []
         more: dict[str, str] | None = {}
         while more is not None:
-            page = self._retried(prefix, methodcaller("list_objects_v2", Bucket=self._bucket, Prefix=self._prefix + prefix, **more))
+            page = self._with_retries(prefix, methodcaller("list_objects_v2", Bucket=self._bucket, Prefix=self._prefix + prefix, **more))
             items += [Entry(item["Key"].removeprefix(self._prefix), item["Size"]) for item in page.get("Contents", ())]
             more = {"ContinuationToken": page["NextContinuationToken"]} if page["IsTruncated"] else None
         yield from sorted(items, key=lambda entry: entry.key.encode())  # AWS sorts so; others sort folder by folder, or not at all
@@ -237,18 +238,18 @@ class S3Store(Store):
         self._call("delete_object", key)
 
     def _fill(self, key: str, start: int, buffers: Sequence[memoryview], etag: str = "", on_bytes: OnBytes = ignore_bytes) -> None:
-        """Read until the buffers are full. A body that breaks off is continued where it broke, if the object is still the same."""
+        """Read until the buffers are full. If a body breaks off, a new request asks for the rest, if the object is still the same."""
         done, size, retry = 0, sum(map(len, buffers)), Retry()
         while done < size:
             wanted = size - done
-            etag, coming, body = self._part(key, start + done, start + size, etag)
-            if coming not in (wanted, None):
+            etag, length, body = self._get_range(key, start + done, start + size, etag)
+            if length not in (wanted, None):
                 body.close()
                 raise Permanent(
-                    f"{self.url}/{key} at {self.endpoint}: {coming} bytes came, but bytes {start + done} to {start + size} "
+                    f"{self.url}/{key} at {self.endpoint}: {length} bytes came, but bytes {start + done} to {start + size} "
                     "were asked for: the object is shorter, or the server ignores ranges"
                 )
-            count, cause = self._drain(body, unfilled(buffers, done), on_bytes)
+            count, cause = self._read_body(body, remaining(buffers, done), on_bytes)
             done += count
             if done < size and not retry.again(RETRY_SECONDS + size / SLOWEST):
                 raise StorageError(
@@ -256,19 +257,19 @@ class S3Store(Store):
                     f"last time at byte {start + done}: {cause or 'it ended early'}"
                 ) from cause
 
-    def _part(self, key: str, start: int, end: int, etag: str) -> tuple[str, int | None, StreamingBody]:
-        """The etag, the length as far as it is told, and the body of an answer that is these bytes of an object."""
+    def _get_range(self, key: str, start: int, end: int, etag: str) -> tuple[str, int | None, StreamingBody]:
+        """Etag, length (None if the server does not tell) and body of the answer to a request for these bytes of an object."""
         span, name = f"bytes={start}-{end - 1}", self._prefix + checked_key(key)
-        quick = self._server.get(self._bucket, name, {"Range": span} | ({"If-Match": etag} if etag else {}))
-        if quick is not None:
+        response = self._server.get(self._bucket, name, {"Range": span} | ({"If-Match": etag} if etag else {}))
+        if response is not None:
             self._server.answered = True
-            length = quick.headers.get("Content-Length")
-            return quick.headers["ETag"], length and int(length), StreamingBody(quick.raw, length)
+            length = response.headers.get("Content-Length")
+            return response.headers["ETag"], length and int(length), StreamingBody(response.raw, length)
         answer = self._call("get_object", key, Range=span, **({"IfMatch": etag} if etag else {}))
         return answer["ETag"], answer.get("ContentLength"), answer["Body"]
 
-    def _drain(self, body: Any, buffers: Sequence[memoryview], on_bytes: OnBytes = ignore_bytes) -> tuple[int, Exception | None]:
-        """Bytes that came before the buffers were full or the body broke off, and why it did."""
+    def _read_body(self, body: Any, buffers: Sequence[memoryview], on_bytes: OnBytes = ignore_bytes) -> tuple[int, Exception | None]:
+        """Read a body into buffers, under a deadline; returns the bytes that came, and the error if it broke off."""
         done, cause = 0, None
         try:
             with contextlib.closing(body), DEADLINES.within(STALL + sum(map(len, buffers)) / SLOWEST, body._raw_stream.shutdown):
@@ -285,8 +286,8 @@ class S3Store(Store):
         self._counter.add(done)
         return done, cause
 
-    def _conditional(self, key: str, data: bytes, refused: StorageError, **condition: str) -> str:
-        """A conditional put; its writer's name is kept beside it, so that a put whose answer was lost is known to be ours."""
+    def _conditional_put(self, key: str, data: bytes, refused: StorageError, **condition: str) -> str:
+        """A conditional put. The writer's name is in the object's metadata, so that a put whose answer was lost is known to be ours."""
         writer, name, attempts = uuid.uuid4().hex, self._prefix + checked_key(key), itertools.count()
 
         def write(client: Any) -> str:
@@ -297,23 +298,23 @@ class S3Store(Store):
                 if _status(error) != 412 and _code(error) != "NoSuchKey":
                     raise
                 if attempt or error.response["ResponseMetadata"].get("RetryAttempts"):
-                    etag = multipart.etag_if_by(writer, lambda operation: self._call(operation, key))
+                    etag = multipart.etag_if_written_by(writer, lambda operation: self._call(operation, key))
                     if etag is not None:
                         return etag
                 raise refused from error
 
-        return self._retried(key, write)
+        return self._with_retries(key, write)
 
     def _upload(self, key: str, size: int, piece: Callable[[int, int], bytes]) -> None:
-        """Write an object of this size, whose bytes `piece` gives from one place to another."""
+        """Write an object of this size; `piece` returns its bytes from one offset to another."""
         multipart.upload(lambda operation, **arguments: self._call(operation, key, **arguments), size, piece)
 
     def _call(self, operation: str, key: str, **arguments: Any) -> Any:
         """The answer to an operation on an object."""
-        return self._retried(key, methodcaller(operation, Bucket=self._bucket, Key=self._prefix + checked_key(key), **arguments))
+        return self._with_retries(key, methodcaller(operation, Bucket=self._bucket, Key=self._prefix + checked_key(key), **arguments))
 
-    def _retried(self, key: str, request: Callable[[Any], T]) -> T:
-        """The answer to a request, which is made again while what keeps it from coming may pass."""
+    def _with_retries(self, key: str, request: Callable[[Any], T]) -> T:
+        """The answer to a request, retried with backoff while a retry may help; expired credentials are looked up again once."""
         retry, renewed = Retry(), False
         while True:
             try:
@@ -356,8 +357,8 @@ def _status(error: ClientError) -> int:
 
 
 def _retryable(error: BaseException) -> bool:
-    """Whether the same request may be answered soon."""
+    """Whether a retry of the same request may help."""
     if isinstance(error, ClientError):
-        # 409: AWS, where two conditional writes met and neither was decided.
-        return _code(error) in RETRYABLE | MANGLED or _status(error) in (408, 409, 429) or (_status(error) >= 500 and _status(error) != 501)
+        # 409: AWS, where two conditional writes of one key came at the same time and neither was decided.
+        return _code(error) in RETRYABLE | DAMAGED or _status(error) in (408, 409, 429) or (_status(error) >= 500 and _status(error) != 501)
     return isinstance(error, RETRYABLE_EXCEPTIONS)

@@ -126,7 +126,7 @@ def hands_out(folder: Path, server) -> dict[str, str]:
 
 
 def through(rank: int, ranks: int, environment: dict[str, str], experiment, folder: str) -> None:
-    """Train with these variables, which the fork server did not know, and little patience with silence."""
+    """Train with these environment variables, which the fork server did not have, and with short timeouts."""
     os.environ.update(environment)
     hasten()
     train_here(rank, ranks, experiment, folder, 1, "autoencoder")

@@ -1,4 +1,4 @@
-"""Requests overlap, their answers keep their order, and only so many are made ahead."""
+"""Calls run in parallel, their results keep their order, and only so many are made ahead."""
 
 import threading
 
@@ -15,14 +15,14 @@ def test_answers_come_in_order_though_several_wait_at_the_same_time() -> None:
     assert list(parallel_map(ask, range(3 * PARALLEL_REQUESTS))) == [number * number for number in range(3 * PARALLEL_REQUESTS)]
 
 
-def test_who_stops_listening_asks_for_little_more() -> None:
-    asked: list[int] = []
+def test_closing_the_iterator_early_makes_few_more_calls() -> None:
+    calls: list[int] = []
 
     def ask(number: int) -> int:
-        asked.append(number)
+        calls.append(number)
         return number
 
     answers = parallel_map(ask, range(100), ahead=4)
     assert [next(answers) for _ in range(5)] == [0, 1, 2, 3, 4]
     del answers
-    assert set(range(5)) <= set(asked) <= set(range(8))
+    assert set(range(5)) <= set(calls) <= set(range(8))

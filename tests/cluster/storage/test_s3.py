@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.storage import AlreadyExists, NotFound, Permanent, StorageError, open_store, s3
-from cluster.storage import multipart as parts
-from cluster.storage import retry as retry
+from cluster.storage import AlreadyExists, NotFound, Permanent, StorageError, multipart, open_store, retry, s3
 from cluster.storage.retry import Retry, cancel_retries_on
 from tests.cluster.support.faulty import FaultyProxy, faulty_proxy
 from tests.cluster.support.streaming import read_range
@@ -143,7 +141,7 @@ def test_a_server_that_is_not_there_is_named(s3_url: str, monkeypatch: pytest.Mo
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> bytes:
     """Content of three parts, of the least size that a server takes; between tries there is little rest."""
     monkeypatch.setattr(retry, "MAX_BACKOFF_SECONDS", 0.1)
-    monkeypatch.setattr(parts, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(multipart, "PART_BYTES", 5 << 20)
     return os.urandom((12 << 20) + 7)
 
 
@@ -198,7 +196,7 @@ def test_a_write_that_is_refused_in_the_middle_leaves_nothing(
     store = open_store(s3_url)
     store.put("x", b"before")
     client, where = store.raw("x")
-    monkeypatch.setattr(parts, "CONCURRENT_PARTS", 1)
+    monkeypatch.setattr(multipart, "CONCURRENT_PARTS", 1)
     proxy.arm(["", "denied"], aim="PUT")
     with pytest.raises(Permanent, match="AccessDenied"):
         store.put("x", small_parts)
@@ -231,16 +229,16 @@ def test_many_readers_use_their_connections_again(s3_url: str, proxy: FaultyProx
     assert "pool is full" not in caplog.text
 
 
-def test_patience_counts_from_the_first_fault() -> None:
+def test_the_time_limit_of_retries_counts_from_the_first_fault() -> None:
     now = 0.0
-    retry = Retry(lambda: now)
+    tries = Retry(lambda: now)
     now = 1e6
-    assert retry.again(120)
+    assert tries.again(120)
     now += 119
-    assert retry.again(120)
+    assert tries.again(120)
     now += 1
-    assert not retry.again(120)
-    assert retry.faults == 3
+    assert not tries.again(120)
+    assert tries.faults == 3
 
 
 def test_a_thread_whose_work_is_over_waits_for_nothing(s3_url: str, proxy: FaultyProxy) -> None:

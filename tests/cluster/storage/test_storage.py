@@ -182,7 +182,7 @@ def test_a_writer_killed_in_the_middle_leaves_the_old_content_and_nothing_listed
     assert store.read("x") == b"old"
     store.put("y", b"another process writes beside it")
     assert left.exists(), "it may be alive"
-    monkeypatch.setitem(folder._swept, tmp_path, left.stat().st_mtime - ABANDONED - 1)  # as if that had been an hour ago
+    monkeypatch.setitem(folder._last_cleanup, tmp_path, left.stat().st_mtime - ABANDONED - 1)  # as if that had been an hour ago
     lock, living = tmp_path / ".~lock", left.with_name(f"{left.name}2")
     for path, age in {left: ABANDONED + 5, lock: 2 * ABANDONED, living: ABANDONED - 60}.items():
         path.touch()
