@@ -16,11 +16,9 @@ under running jobs: each keeps to the state it began with.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from cluster import cli
@@ -33,6 +31,7 @@ from cluster.data.reader import Reader
 from cluster.data.verify import verify
 from cluster.runtime.ray_cluster import connect
 from cluster.storage import open_store
+from cluster.telemetry.display import Display
 from reactdiff.clip import FRAME_RATE, PERSONS
 from reactdiff.data.react2024 import Tree
 from reactdiff.data.sample import StreamKind
@@ -87,8 +86,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _simulate(options: argparse.Namespace, console: Console) -> int:
     simulation = Simulation(seed=options.seed, frames=options.frames, clips=options.clips)
-    with _progress("simulating clips", console) as progress:
-        write_tree(simulation, absolute(options.root), progress)
+    with Display() as display:
+        write_tree(simulation, absolute(options.root), display.counter("simulate", "clips"))
     counts = ", ".join(f"{count} {split}" for split, count in simulation.clips.items())
     console.print(f"{options.root}: {counts} clips of {simulation.frames} frames, seed {simulation.seed}")
     console.print(f"next: python jobs/prepare.py react2024 {options.root} URL")
@@ -100,7 +99,8 @@ def _react2024(options: argparse.Namespace, console: Console) -> int:
     console.print(f"{options.root}: clips of {tree.frames} frames, streams {', '.join(f'{s.name} {s.width}' for s in tree.streams)}")
     connect()
     try:
-        with _progress("preparing clips", console) as progress:
+        with Display() as display:
+            progress = display.counter("prepare", "clips")
             done = prepare(tree, store, clips_per_shard=options.clips_per_shard, strict=options.strict, progress=progress)
     except RefusedClips as error:
         _list_refused(error.clips, console)
@@ -121,8 +121,8 @@ def _index(options: argparse.Namespace, console: Console) -> int:
         raise ValueError(f"{twice[0]} cannot be a stream of both --facial and --acoustic")
     kinds |= {name: "acoustic" for name in options.acoustic}
     connect()
-    with _progress("reading tars", console) as progress:
-        done = index_tars(store, kinds, progress)
+    with Display() as display:
+        done = index_tars(store, kinds, display.counter("index", "tars"))
     _summarise(done.manifest, done.added, "ignored files", done.ignored, store.url, console)
     if not any(done.added.values()):
         console.print("nothing to add: the dataset already holds every tar")
@@ -166,8 +166,8 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
     store = open_store(absolute(options.url))
     manifest = load_manifest(store)
     connect()
-    with _progress("verifying shards", console) as progress:
-        damage = verify(store, manifest, Workers(), progress)
+    with Display() as display:
+        damage = verify(store, manifest, Workers(), display.counter("verify", "shards"))
     table = Table("split", *(Column(name, justify="right") for name in ("shards", "clips", "GB", "damaged files")))
     for name, part in manifest.splits.items():
         damaged = len({each.file for each in damage if each.split == name})
@@ -201,15 +201,6 @@ def _list_refused(clips: Sequence[tuple[str, str, str]], console: Console) -> No
     for split, _, reason in clips:
         table.add_row(split, reason)
     console.print(table)
-
-
-@contextmanager
-def _progress(what: str, console: Console) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal; elsewhere nothing but the last line of it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _names(text: str) -> list[str]:
