@@ -21,11 +21,11 @@ ROW = 8
 
 
 def make_noise(url: str, source: Source, size: int, progress: Callable[[int, int], None]) -> str:
-    """A dataset of noise in object storage, unless it is there: the URL.
+    """Make a dataset of noise in object storage, unless it is there; returns its URL.
 
     Args:
-        url: prefix below which it lies.
-        source: its streams and frames; targets come with facial and acoustic ones.
+        url: folder or prefix that gets it.
+        source: its streams and frames; with facial and acoustic streams it has targets, too.
         size: bytes of its tars, at least; they hold a multiple of 8 clips.
         progress: called with (clips written, clips in all).
     """

@@ -9,7 +9,7 @@ multiples of 512, so no two share one), then the tar at its own offsets, as far 
   mark of the 512 bytes                           1                   1            0         2
 
 Bytes are written first and marked second, so a process that is killed leaves nothing marked that is not there. A power cut may:
-whoever reads compares checksums, as with the store, and drops what is wrong.
+readers compare checksums, as with the store, and drop what is wrong.
 
 How much disk space there is for this, and what is evicted: `cluster/data/cache_space.py`.
 """
@@ -117,7 +117,7 @@ class Cache:
         return False
 
     def drop(self, tar: str, start: int, length: int) -> None:
-        """Forget a range that turned out wrong, so that it is read from the store; its disk space waits for the right bytes."""
+        """Unmark a range whose bytes are wrong, so that it is read from the store; it keeps its disk space for the right bytes."""
         if self.holds(tar, start, length):
             with self._space.errors_end_admission():
                 units = _units(start, length)
@@ -162,5 +162,5 @@ class Cache:
 
 
 def _units(start: int, length: int) -> range:
-    """The units that a range touches. The end of its last member's unit is padding, which nobody reads."""
+    """The units that a range touches. The end of its last member's unit is padding, which is never read."""
     return range(start // UNIT, -(-(start + length) // UNIT))

@@ -1,10 +1,11 @@
 """The disk space of a node's cache: how much of it is used, how much it may be, and what is evicted to make room.
 
-What a live process uses is never evicted; when there is no room, nothing more is admitted. No rule is better: between an item's
-visits in two epochs lies the end of one, and what is hit after it was in the cache then, so at most the cache's share of the
-data. What stays is hit just as often, and written once. Simulated, for room for 25, 50 and 75 % of 10 000 ranges in a new order
-every epoch: hits are 25, 50 and 75 % here and for a clairvoyant (Belady), who rewrites 35, 35 and 22 % of the data in every
-epoch; 3, 15 and 40 % where the least recently used is evicted. That rule is for what no live process uses: it makes room.
+What a live process uses is never evicted; when there is no room, nothing more is admitted. No rule has more hits: between two
+reads of an item an epoch ends, and what is hit after that was in the cache at the end of the epoch, so at most the cache's share of
+the data. Without eviction just as much is hit, and each byte is written once. Simulated, with room for 25, 50 and 75 % of 10 000
+ranges that are read in a new order every epoch: 25, 50 and 75 % are hits here and for the best rule that knows all future reads
+(Belady), which writes 35, 35 and 22 % of the data anew in every epoch; 3, 15 and 40 % where the least recently used is evicted.
+Least recently used first is the rule for what no live process uses: it is evicted when room is needed.
 
 The folder has one file for each tar, named by its hash, and beside them:
 
@@ -166,7 +167,7 @@ class CacheSpace:
         return used + need <= self._limit and disk.f_bavail * disk.f_frsize - need >= SPARE * disk.f_blocks * disk.f_frsize
 
     def _evict(self, used: int, need: int) -> int:
-        """Delete what no live process uses until there is room, and some to spare: each look at all files should pay."""
+        """Delete what no live process uses until there is room, and some to spare: to look at all files takes long."""
         kept = {tar for tars in self._live().values() for tar in tars}
         with os.scandir(self._folder) as entries:
             dead = [(entry.stat().st_mtime_ns, entry.name) for entry in entries if TAR.fullmatch(entry.name) and entry.name not in kept]

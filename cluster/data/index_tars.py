@@ -83,9 +83,9 @@ def index_tars(store: Store, kinds: Mapping[str, StreamKind], progress: Callable
         StorageError: if the store fails.
     """
     old, etag = current_manifest(store) if store.exists(CURRENT) else (None, "")
-    tars = _tars(store)
-    new = _new(store, old, tars)
-    form = _form(old) if old else first_format(SequentialReader(store, f"{new[0].name}.tar", new[0].size))
+    tars = _list_tars(store)
+    new = _new_tars(store, old, tars)
+    form = _format_of(old) if old else first_format(SequentialReader(store, f"{new[0].name}.tar", new[0].size))
     streams = _streams(store, old, form, kinds)
     store.assert_conditional_writes()
     records: dict[Tar, Record] = {}
@@ -152,7 +152,7 @@ def index_tar(shared: tuple[Store, ClipFormat], name: str, size: int) -> Record:
     return record
 
 
-def _tars(store: Store) -> list[Tar]:
+def _list_tars(store: Store) -> list[Tar]:
     """All tars of all splits, in the order of their names.
 
     Raises:
@@ -177,7 +177,7 @@ def _tars(store: Store) -> list[Tar]:
     return sorted(tars)
 
 
-def _new(store: Store, old: Manifest | None, tars: list[Tar]) -> list[Tar]:
+def _new_tars(store: Store, old: Manifest | None, tars: list[Tar]) -> list[Tar]:
     """The tars that the dataset does not have yet; those it has must still be there, and of the same size."""
     if old is None:
         return tars
@@ -211,7 +211,7 @@ def _assert_distinct(manifest: Manifest) -> None:
             names[digest] = name
 
 
-def _form(manifest: Manifest) -> ClipFormat:
+def _format_of(manifest: Manifest) -> ClipFormat:
     return ClipFormat(manifest.frames, {stream.name: stream.width for stream in manifest.streams} | manifest.targets)
 
 

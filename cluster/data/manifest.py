@@ -209,8 +209,8 @@ def publish(store: Store, manifest: Manifest, etag: str = "") -> None:
         etag: of the state it follows, from `current_manifest`; empty for the first.
 
     Raises:
-        AlreadyExists: if it should be the first, but somebody published another.
-        Stale: if somebody published another since.
+        AlreadyExists: if it should be the first, but another process published one.
+        Stale: if another process published a state since.
     """
     store.put(manifest_file(manifest.hash), manifest.encode())
     pointer = json.dumps({"manifest": manifest_file(manifest.hash)}).encode()
@@ -230,7 +230,7 @@ def publish_successor(store: Store, manifest: Manifest, old: Manifest | None, et
         etag: of the old state, from `current_manifest`.
 
     Raises:
-        AlreadyExists: as `publish`, unless somebody published the same.
+        AlreadyExists: as `publish`, unless what was published is the same.
         Stale: likewise.
     """
     if old and manifest.model_copy(update={"origin": old.origin}).encode() == old.encode():

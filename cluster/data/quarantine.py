@@ -1,7 +1,7 @@
 """Items whose bytes are not those that were written: they keep their positions, and count nothing from the first bad read on.
 
 A run may ask for that (`data.on_corrupt=quarantine`); else it ends at the first of them. Every rank has the same list, and every
-checkpoint carries it, so an item once in it stays out of the run, also when its bytes are mended later.
+checkpoint carries it, so an item once in it stays out of the run, even if its bytes are repaired later.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ class BadItem(NamedTuple):
 
 
 class Quarantine:
-    """The list; safe to ask from the reader threads while the loop adds to it."""
+    """The list; safe to read from the reader threads while the loop adds to it."""
 
     def __init__(self, entries: Iterable[BadItem] = ()):
         self._bad: dict[int, BadItem] = {}

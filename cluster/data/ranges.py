@@ -117,7 +117,7 @@ class ReceiveBuffers:
     """Where the bytes of one range are received: large arrays in their place, all else in a scratch buffer of this thread.
 
     Here a range has three members: a and c are small, the array of B is large. One character is one byte; h is the header of a
-    .npy file, and dots are what lies between members (padding, the tar's own headers, arrays that nobody wants):
+    .npy file, and dots are what lies between members (padding, the tar's own headers, arrays that are not wanted):
 
       tar        ...haa....hBBBBBB....hcc...
       range         haa....hBBBBBB....hcc         21 bytes from byte 3 of the tar on

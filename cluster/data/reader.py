@@ -171,16 +171,16 @@ class Reader:
         members: np.ndarray,
         places: Sequence[np.ndarray],
         rows: np.ndarray | None = None,
-        each: Callable[..., Any] = map,
+        map_indices: Callable[..., Any] = map,
     ) -> ReadPlan:
-        """Find out where arrays lie.
+        """Where the bytes of arrays are in the store, and where the arrays go.
 
         Args:
             clips: (n,) clips in the split.
             members: (n, kinds) the members of each that are wanted.
             places: of each kind, the array (rows, frames, width) that they go to, in C order.
             rows: (n,) the row of each clip there; in their order where it is not given.
-            each: like `map`, to read the indices of several shards at the same time.
+            map_indices: like `map`, to read the indices of several shards at the same time.
 
         Raises:
             CorruptData: if an index is damaged.
@@ -190,7 +190,7 @@ class Reader:
         by_shard = np.argsort(shards, kind="stable")
         unique, begins = np.unique(shards[by_shard], return_index=True)
         columns = {name: np.empty(members.shape, dtype=np.int64) for name in ("offset", "size", "crc")}
-        for index, entries in zip(each(self._index, unique.tolist()), np.split(by_shard, begins[1:]), strict=True):
+        for index, entries in zip(map_indices(self._index, unique.tolist()), np.split(by_shard, begins[1:]), strict=True):
             clip = (clips[entries] - self._first[shards[entries]])[:, None]
             for name, column in columns.items():
                 column[entries] = index[name][clip, members[entries]]

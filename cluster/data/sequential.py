@@ -56,7 +56,7 @@ class SequentialReader(io.RawIOBase):
         return done
 
     def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
-        """Go on from another byte, not before those that are held now."""
+        """Continue at another byte, not before the first one of the chunk that is held now."""
         assert whence == io.SEEK_SET and position >= self._start, f"{self.key} is read forwards"
         self._at = position
         return position

@@ -67,7 +67,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of every step is this rank's."""
+    """Which part of every step is this rank's.
+
+    Attributes:
+        batch: items of a step.
+        total: items of the whole run.
+        ranks: how many share a step.
+        rank: which of them this is.
+    """
 
     batch: int
     total: int
@@ -130,7 +137,7 @@ class Stream:
         seed: keys the random arrays.
         read_ahead: bytes of memory for what is read before it is asked for; at least three steps' worth is used.
         readers: threads that read and decode.
-        pin: whether the tensors are to lie in memory that a GPU copies from by itself.
+        pin: whether the tensors are in pinned memory, which is copied to a GPU asynchronously.
         quarantine: items that do not count; without one damaged data is an error.
     """
 
@@ -301,7 +308,7 @@ class _BufferPool:
 
     Args:
         rows: of the largest window. Memory costs nothing before it is written to, so the first windows have as much.
-        pin: whether a GPU is to copy from it.
+        pin: whether it is pinned memory, for asynchronous copies to a GPU.
     """
 
     def __init__(self, rows: int, pin: bool):

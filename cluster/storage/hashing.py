@@ -36,5 +36,5 @@ def read_verified(store: Store, key: str, digest: str) -> bytes:
         data = store.read(key)
         if (actual := content_hash(data)) == digest:
             return data
-        del data  # a part of a checkpoint is not held twice
+        del data  # so that a part of a checkpoint is not in memory twice
     raise HashMismatch(f"{store.url}/{key}", digest, actual)

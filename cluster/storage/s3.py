@@ -73,7 +73,7 @@ POOL = 256
 """Connections that are kept open, more than readers and multipart uploads use at the same time; none is opened before it is needed."""
 
 CHUNK = 1 << 20
-"""Bytes taken from a connection at once; what came of a chunk before the server fell silent is asked for again."""
+"""Bytes read from a connection at once; a chunk that is incomplete when the server stops sending is requested again as a whole."""
 
 # Checksums "when_required": lengths and CRC32C are checked by the readers, and validation in boto3 costs four times the CPU.
 CONFIG = Config(

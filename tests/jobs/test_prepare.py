@@ -53,6 +53,7 @@ def test_bad_files_are_listed_by_clip_and_file_and_all_other_clips_are_there(
     gone.unlink()
     assert prepare("react2024", root, url, "--clips-per-shard", 2) == 0
     said = "".join(capsys.readouterr().out.split())
+    assert -1 < said.find("prepare:8of8clips,100%") < said.find("clipsthatcannotbeused"), "the progress ends before the tables begin"
     for pair, file, rule in ((pairs[0], truncated, ".npy"), (pairs[2], nan, "row17"), (pairs[4], gone, "missing")):
         assert f"clip{pair.key}:{file.relative_to(root)}:" in said and rule in said
     manifest = load_manifest(open_store(str(url)))

@@ -1,4 +1,4 @@
-"""What the cache of a node promises: right bytes or none, its limit, and nobody harmed, whoever is killed."""
+"""What the cache of a node promises: right bytes or none, its limit, and no harm to other processes when one is killed."""
 
 import fcntl
 import inspect
@@ -273,7 +273,7 @@ def test_killed_at_any_moment_of_a_fill(folder: Path, witness: bool) -> None:
         out_of_date += not counted(folder)[1]
         cache = alive if witness else Cache(folder, limit)
         cache.use([tar])
-        assert kept(cache, tar, 30) == moment - 1 + (moment == 9), "what was admitted after each murder, and what the last one finished"
+        assert kept(cache, tar, 30) == moment - 1 + (moment == 9), "what was admitted after each kill, and what the last one finished"
         assert admit(cache, tar, (moment * 3 + 2) * SIZE, SIZE)
         assert counted(folder) == (disk_space(folder), True)
         if not witness:

@@ -160,8 +160,8 @@ def test_no_more_is_read_ahead_than_was_allowed(tmp_path: Path) -> None:
     stream = open_stream(store, Share(2, 120, 1, 0), read_ahead=allowed)
     step = 0
     for batch in stream.batches(0):
-        seen = -1
-        while seen < (seen := len(store.reads)):
+        reads = -1
+        while reads < (reads := len(store.reads)):
             time.sleep(0.02)
         step = sum(tensor.nbytes for tensor in batch.tensors.values())
         delivered[0] += step
