@@ -22,6 +22,7 @@ from cluster.data.shards import (
     members,
     read_index,
     shard_name,
+    upload_shard,
     write_shard,
 )
 from cluster.storage import Store, content_hash
@@ -43,12 +44,9 @@ CLIPS = [clip(number) for number in range(5)]
 
 
 @pytest.fixture
-def shard(store: Store, tmp_path: Path) -> tuple[Store, str, ShardInfo]:
-    info = write_shard(tmp_path / "000003.tar", CLIPS, ARRAYS)
+def shard(store: Store) -> tuple[Store, str, ShardInfo]:
     name = shard_name("train", 3)
-    store.put_file(f"{name}.tar", tmp_path / "000003.tar")
-    store.put_file(f"{name}.index.npy", tmp_path / "000003.index.npy")
-    return store, name, info
+    return store, name, upload_shard(store, name, CLIPS, ARRAYS)
 
 
 def test_members_are_sorted_person_by_person_with_the_json_last() -> None:
