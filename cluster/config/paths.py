@@ -6,7 +6,7 @@ from pathlib import Path
 from cluster.config.schema import Experiment
 
 
-def home() -> Path:
+def base_folder() -> Path:
     """The folder that relative folders are taken from.
 
     That is the current one, but in a Ray job the current one is a temporary copy of the project that Ray deletes: there it is
@@ -18,7 +18,7 @@ def home() -> Path:
 
 def absolute(url: str) -> str:
     """A URL as every process and machine understands it."""
-    return url if "://" in url else os.path.abspath(home() / url)
+    return url if "://" in url else os.path.abspath(base_folder() / url)
 
 
 def anchored(experiment: Experiment) -> Experiment:

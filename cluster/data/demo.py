@@ -1,6 +1,6 @@
 """The demo's data: simulated dyads, packed into shards where a configuration expects them."""
 
-from cluster.config.paths import home
+from cluster.config.paths import base_folder
 from cluster.data.manifest import CURRENT
 from cluster.data.prepare import prepare
 from cluster.runtime.ray_cluster import connect
@@ -17,7 +17,7 @@ def make_demo(url: str, display: Display) -> None:
     store = open_store(url)
     if store.exists(CURRENT):
         return
-    tree = home() / "work" / "demo" / "tree"
+    tree = base_folder() / "work" / "demo" / "tree"
     display.say(f"the demo's dataset is not at {url} yet: simulating dyads in {tree}, then packing them into shards")
     write_tree(DYADS, tree, display.counter("simulate", "clips"))
     connect()

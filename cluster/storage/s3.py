@@ -123,6 +123,9 @@ class _Server:
         self.answered = False
         self.renew()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Server, ()  # endpoint and credentials are those of the process that it arrives in
+
     def renew(self) -> None:
         """Look up endpoint and credentials again."""
         self.client = Session().client("s3", config=CONFIG)
@@ -170,7 +173,7 @@ class S3Store(Store):
             raise ValueError("AWS_ENDPOINT_URL holds credentials; leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return S3Store, (self._bucket, self._prefix.rstrip("/"))
+        return S3Store, (self._bucket, self._prefix.rstrip("/"), self._server)  # stores of one server still share it where they arrive
 
     @property
     def endpoint(self) -> str:

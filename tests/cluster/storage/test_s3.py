@@ -1,6 +1,7 @@
 """What a bucket promises beyond a store, whatever the network and the server do."""
 
 import os
+import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -254,3 +255,11 @@ def test_a_thread_whose_work_is_over_waits_for_nothing(s3_url: str, proxy: Fault
             reading.result(60)
     left = len(proxy.faults)
     assert left > 900
+
+
+def test_stores_of_one_server_still_share_it_where_they_arrive_pickled(s3_url: str) -> None:
+    store = open_store(s3_url)
+    store.put("runs/a/x", b"1")
+    run, home, other = pickle.loads(pickle.dumps((store.at("runs/a"), store, open_store(s3_url))))
+    assert run._server is home._server is not other._server
+    assert run.read("x") == home.read("runs/a/x") == other.read("runs/a/x") == b"1"
