@@ -241,7 +241,7 @@ def wire(task: Task, ranges: list[ByteSpan]) -> Rival:
 
         def lane(buffer: memoryview) -> None:
             for key, start, length in left:
-                body = client.get_object(**places[key], ByteSpan=f"bytes={start}-{start + length - 1}")["Body"]
+                body = client.get_object(**places[key], Range=f"bytes={start}-{start + length - 1}")["Body"]
                 at = 0
                 while at < length and (count := body.readinto(buffer[at : min(length, at + CHUNK)])):
                     at += count
