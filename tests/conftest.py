@@ -11,6 +11,7 @@ import pytest
 if TYPE_CHECKING:
     from cluster.runtime.ray_cluster import Resources
     from infra.objectstore import ObjectStore
+    from tests.tiny import Trained
 
 # No test may reach a developer's cluster or cloud account. Set before ray, torch and boto3 are imported.
 for name in [name for name in os.environ if name.startswith(("RAY_", "AWS_"))]:
@@ -59,10 +60,16 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small run that `jobs/train.py` brought to DONE; not to be changed. Its store is two folders up."""
-    from tests.tiny import job, settings
+def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> "Trained":
+    """A small run that `jobs/train.py` brought to DONE, and what the command said."""
+    from tests.tiny import Trained, job, settings
 
     store = tmp_path_factory.mktemp("finished")
-    job("train", "--config", Path(__file__).parent.parent / "jobs/configs/demo.yaml", "run.name=tiny", *settings(shards, store))
-    return store / "runs" / "tiny"
+    said = job("train", "--config", Path(__file__).parent.parent / "jobs/configs/demo.yaml", "run.name=tiny", *settings(shards, store))
+    return Trained(store / "runs" / "tiny", said.stdout, said.stderr)
+
+
+@pytest.fixture(scope="session")
+def finished(trained: "Trained") -> Path:
+    """The folder of a small run that is DONE; not to be changed. Its store is two folders up."""
+    return trained.folder

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from cluster.config.loading import load
 from cluster.config.schema import Experiment
@@ -28,6 +29,14 @@ OVERRIDES = (
     "evaluation.predictions=2",
     "evaluation.watch=0",
 )
+
+
+class Trained(NamedTuple):
+    """A run's folder, and what the command that trained it said."""
+
+    folder: Path
+    stdout: str
+    stderr: str
 
 
 def job(verb: str, *arguments: str | Path, check: bool = True, **options: object) -> subprocess.CompletedProcess[str]:

@@ -21,7 +21,12 @@ from cluster.training.loop import Job, Place, train
 
 log = logging.getLogger(__name__)
 
-HEALTH_CHECK_SECONDS = "0.5"
+RAY_TRAIN = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Nobody here asks for what this actor would see; and whenever it starts, Ray's core prints an error about its arguments.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+"""Settings that Ray Train takes from the driver's environment to its controller; who has set one keeps it."""
 
 
 @ray.remote(num_cpus=0)
@@ -56,7 +61,8 @@ def launch(job: Job, take: Callable[[Snapshot], None], on_restart: Callable[[str
     Raises:
         StageFailed: if a failure is of a class that is not retried, or its budget is spent.
     """
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_SECONDS)
+    for name, value in RAY_TRAIN.items():
+        os.environ.setdefault(name, value)
     board = Board.remote()  # type: ignore[attr-defined]
     spent: dict[str, int] = {}
     with _Polling(board, take):
