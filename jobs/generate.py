@@ -101,6 +101,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", default="reactions", metavar="URL", help="folder or s3://bucket/prefix of the files (default: reactions)")
     parser.add_argument("--store", default=Run().store, metavar="URL", help="where a run's mere name is looked up (default: %(default)s)")
     options = parser.parse_intermixed_args(arguments)
+    if not options.clip.strip():
+        raise ValueError(
+            "KEY is empty: give --clip the key of a clip; python jobs/prepare.py inspect URL --split S --keys lists those of split S "
+            "in the dataset at URL (data.url in the config.yaml of a run's folder)"
+        )
     if options.import_checkpoint:
         # What follows the option may be overrides too, and without RUN the first of them stands in its place.
         words = [*options.import_checkpoint, *filter(None, [options.run]), *options.overrides]

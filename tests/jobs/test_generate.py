@@ -95,6 +95,14 @@ def test_an_unknown_clip_is_answered_with_the_nearest_keys(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_key_is_refused_before_anything_is_opened(empty: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate("nobody", "--clip", empty) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: KEY is empty: ") and "python jobs/prepare.py inspect URL --split S --keys" in error
+    assert error.count("\n") == 1
+
+
 @dataclass(frozen=True)
 class Authors:
     """A fixture as people have it: the inputs in the shards of a dataset, the weights in the authors' files.
