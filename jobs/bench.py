@@ -28,39 +28,20 @@ from cluster.bench.tables import full_size_table, loading_table, online_table, p
 from cluster.bench.training import alone, bench_online, bench_training
 from cluster.config.loading import load
 from cluster.config.paths import anchored
-from cluster.data.demo import make_demo
+from cluster.data.demo import DYADS, make_demo
 from cluster.studies.comparison import Comparison, compare
 from cluster.telemetry.display import Display
 from reactdiff.clip import FRAME_RATE, WINDOW
 from reactdiff.config import STAGES
+from reactdiff.data import sample
 from reactdiff.data.sample import StreamSpec
 from reactdiff.stage import LATENT, AutoencoderStage, DiffusionStage, Source, Stage, stages_of
 
 CONFIGS = Path(__file__).parent / "configs"
 SERVER = Path(__file__).parent.parent / "infra" / "objectstore.py"
 MARK = "<!-- table -->"
-AUTHORS = Source(
-    (
-        StreamSpec("va", "facial", 64),
-        StreamSpec("au", "facial", 25088),
-        StreamSpec("fer", "facial", 1408),
-        StreamSpec("mfcc", "acoustic", 26),
-        StreamSpec("w2v", "acoustic", 1536),
-    ),
-    750,
-)
-"""The authors' feature streams."""
-
-SIMULATED = Source(
-    (
-        StreamSpec("va", "facial", 8),
-        StreamSpec("au", "facial", 64),
-        StreamSpec("fer", "facial", 16),
-        StreamSpec("mfcc", "acoustic", 26),
-    ),
-    200,
-)
-"""The demo's."""
+AUTHORS = Source(sample.AUTHORS, sample.AUTHORS_FRAMES)
+SIMULATED = Source(sample.SIMULATED, DYADS.frames)
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ The same command resumes: kill it at any time and type it again. A finished run 
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,13 +13,17 @@ from rich.console import Console
 from cluster import cli
 from cluster.config.loading import help_text, load
 from cluster.config.paths import anchored
-from cluster.data.demo import make_demo
+from cluster.config.schema import Experiment
+from cluster.data.demo import DYADS, make_demo
+from cluster.data.manifest import NoDataset
 from cluster.evaluation.rows import MODEL, ORACLE, RANDOM, WRONG
 from cluster.telemetry.display import Display
 from cluster.training.pin import pin
-from cluster.training.plan import plan
+from cluster.training.plan import plan, plan_without_data
 from cluster.training.run import STEPS, check_run, execute
+from reactdiff.data.sample import AUTHORS, AUTHORS_FRAMES, SIMULATED
 from reactdiff.metrics.report import gap_closed, print_table
+from reactdiff.stage import Source
 
 DEMO = Path(__file__).parent / "configs" / "demo.yaml"
 
@@ -39,10 +44,7 @@ def main() -> int:
     experiment = anchored(load(config, arguments.overrides))
     steps = STEPS if arguments.stage == "all" else (arguments.stage,)
     if arguments.dry_run:
-        pinned = pin(experiment, config.stem)
-        for origin in check_run(experiment, pinned, steps):
-            print(origin)
-        Console().print(plan(experiment, pinned))
+        _dry_run(experiment, config.stem, steps, demo=arguments.config is None)
         return 0
     with Display() as display:
         if arguments.config is None:
@@ -55,6 +57,24 @@ def main() -> int:
             closed = {row: gap_closed(corr[row], corr[RANDOM], corr[ORACLE]) for row in (MODEL, WRONG)}
             print(f"FRCorr, from random listener (0 %) to oracle (100 %): model {closed[MODEL]:.0%}, {WRONG} {closed[WRONG]:.0%}")
     return 0
+
+
+def _dry_run(experiment: Experiment, config_name: str, steps: Sequence[str], demo: bool) -> None:
+    """Print the plan; where there are no data yet, as much of it as does not depend on them."""
+    try:
+        pinned = pin(experiment, config_name)
+    except NoDataset as missing:
+        clips = Source(SIMULATED, DYADS.frames) if demo else Source(AUTHORS, AUTHORS_FRAMES)
+        features = ", ".join(f"{stream.name} {stream.width}" for stream in clips.streams) + f"; {clips.frames} frames a clip"
+        if demo:
+            print(f"there is no dataset at {experiment.data.url} yet; without --dry-run this command simulates it ({features})")
+        else:
+            print(f"{missing}\nassumption until then: the widths of the authors' features ({features}); steps depend on the data")
+        Console().print(plan_without_data(experiment, clips))
+        return
+    for origin in check_run(experiment, pinned, steps):
+        print(origin)
+    Console().print(plan(experiment, pinned))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,10 @@ HASH_DIGITS = 32
 """Hex digits of a hash."""
 
 
+class NoDataset(ValueError):
+    """There is no dataset at a URL."""
+
+
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -175,7 +179,8 @@ def load_manifest(store: Store, digest: str = "") -> Manifest:
     """The manifest of this hash, or the current one.
 
     Raises:
-        ValueError: if there is no dataset, no such state, a damaged manifest, or one of another version.
+        NoDataset: if there is no dataset.
+        ValueError: if there is no such state, a damaged manifest, or one of another version.
     """
     return _load(store, digest) if digest else current_manifest(store)[0]
 
@@ -184,12 +189,12 @@ def current_manifest(store: Store) -> tuple[Manifest, str]:
     """The current manifest, and the etag by which `publish` replaces it.
 
     Raises:
-        ValueError: as `load_manifest`.
+        NoDataset, ValueError: as `load_manifest`.
     """
     try:
         data, etag = store.get(CURRENT)
     except NotFound as error:
-        raise ValueError(
+        raise NoDataset(
             f"there is no dataset at {store.url} (no {CURRENT}); make one: python jobs/prepare.py react2024 TREE {store.url} "
             "(or index, where WebDataset tars lie there), or correct data.url"
         ) from error

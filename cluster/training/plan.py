@@ -42,10 +42,21 @@ def plan(experiment: Experiment, pinned: Pinned) -> Group:
     Raises:
         ValueError: if the model does not fit the dataset (a missing stream, a width that does not divide).
     """
-    kinds = stages_over(Source(pinned.manifest.stream_specs, pinned.manifest.frames), experiment.model, experiment.diffusion)
-    trained = list(kinds)[bool(experiment.run.autoencoder) :]
-    stages = (_stage(experiment, pinned.manifest, name, kinds[name]) for name in trained)
-    return Group(_data(experiment, pinned), *stages, _cluster(experiment))
+    clips = Source(pinned.manifest.stream_specs, pinned.manifest.frames)
+    return Group(_data(experiment, pinned), *_stages(experiment, clips, pinned.manifest), _cluster(experiment))
+
+
+def plan_without_data(experiment: Experiment, clips: Source) -> Group:
+    """What can be said of a run before its dataset is there: all that does not depend on how many clips it has.
+
+    Args:
+        experiment: the configuration.
+        clips: what the dataset is assumed to hold.
+
+    Raises:
+        ValueError: as `plan`.
+    """
+    return Group(*_stages(experiment, clips, None), _cluster(experiment))
 
 
 def _data(experiment: Experiment, pinned: Pinned) -> Table:
@@ -60,12 +71,18 @@ def _data(experiment: Experiment, pinned: Pinned) -> Table:
     return table
 
 
-def _stage(experiment: Experiment, manifest: Manifest, name: str, kind: Stage) -> Table:
+def _stages(experiment: Experiment, clips: Source, manifest: Manifest | None) -> list[Table]:
+    kinds = stages_over(clips, experiment.model, experiment.diffusion)
+    trained = list(kinds)[bool(experiment.run.autoencoder) :]
+    return [_stage(experiment, manifest, name, kinds[name]) for name in trained]
+
+
+def _stage(experiment: Experiment, manifest: Manifest | None, name: str, kind: Stage) -> Table:
     with torch.device("meta"):
         module = kind.module()
     parameters = sum(p.numel() for p in module.parameters())
     optim, workers = experiment.optim, experiment.workers
-    end, batch = stage_end(experiment, name, manifest), optim.batch[name]
+    batch = optim.batch[name]
     share = -(-batch // workers.count)
     parts = micro_batches(batch, workers.count, workers.micro_batch)
     table = Table(title=f"stage {name}", title_justify="left", show_header=False)
@@ -74,8 +91,11 @@ def _stage(experiment: Experiment, manifest: Manifest, name: str, kind: Stage) -
     table.add_row("parameters", f"{parameters:,}")
     flops = training_flops(module, empty_batch(kind, 1, "meta"))
     table.add_row("operations / item", f"{flops / 1e9:,.1f} GFLOP, forward and backward")
-    epochs = f"{optim.epochs[name]:g} epochs x {2 * int(manifest.counts(experiment.data.split).sum()):,} items"
-    table.add_row("steps", f"{epochs} / {batch} = {-(-end // batch):,}")
+    steps = f"{optim.epochs[name]:g} epochs x the dataset's items / {batch}"
+    if manifest:
+        items, end = 2 * int(manifest.counts(experiment.data.split).sum()), stage_end(experiment, name, manifest)
+        steps = f"{optim.epochs[name]:g} epochs x {items:,} items / {batch} = {-(-end // batch):,}"
+    table.add_row("steps", steps)
     table.add_row("items / rank and step", f"{batch} / {workers.count} ranks = {share}, in {parts} micro-batch{'es' if parts > 1 else ''}")
     for what, size in memory_per_rank(parameters, workers.zero, workers.count, optim.precision).items():
         table.add_row(f"{what} / rank (ZeRO-{workers.zero}, {optim.precision})", f"{size / 1e6:,.1f} MB")

@@ -17,6 +17,27 @@ class StreamSpec:
     width: int
 
 
+AUTHORS = (
+    StreamSpec("va", "facial", 64),
+    StreamSpec("au", "facial", 25088),
+    StreamSpec("fer", "facial", 1408),
+    StreamSpec("mfcc", "acoustic", 26),
+    StreamSpec("w2v", "acoustic", 1536),
+)
+"""The features that the authors extracted from REACT 2024."""
+
+AUTHORS_FRAMES = 750
+"""Frames of their clips."""
+
+SIMULATED = (
+    StreamSpec("va", "facial", 8),
+    StreamSpec("au", "facial", 64),
+    StreamSpec("fer", "facial", 16),
+    StreamSpec("mfcc", "acoustic", 26),
+)
+"""The simulator's, the demo's among them."""
+
+
 @dataclass(frozen=True)
 class Clip:
     """One dyad recorded once.

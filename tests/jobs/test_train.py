@@ -95,6 +95,34 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(shards: Path, tmp_path: Pa
     assert not (tmp_path / "store").exists()
 
 
+def test_a_dry_run_without_the_data_prints_all_that_does_not_depend_on_them(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(ROOT / "jobs/configs/react2024.yaml"), "--dry-run"])
+    assert train.main() == 0
+    printed = capsys.readouterr().out
+    for said in (
+        f"there is no dataset at {tmp_path}/work/react2024/shards",
+        "python jobs/prepare.py react2024 TREE",
+        "assumption until then: the widths of the authors' features (va 64, au 25088, fer 1408, mfcc 26, w2v 1536; 750 frames a clip)",
+        "124,706,387",
+        "417,422,898",
+        "200 epochs x the dataset's items / 16",
+        "(2, 750, 25088) = 150.5 MB",
+        "834.8 MB",
+        "32 CPUs, 8 GPUs",
+    ):
+        assert said in printed, said
+    monkeypatch.setattr(sys, "argv", ["train.py", "--dry-run"])
+    assert train.main() == 0 and "without --dry-run this command simulates it (va 8, au 64," in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_over_a_damaged_dataset_is_refused(tmp_path: Path, refusal) -> None:
+    (tmp_path / "dataset.json").write_text("{}")
+    assert "should be" in refusal("--dry-run", "--config", str(DEMO), f"data.url={tmp_path}", f"run.store={tmp_path}/store")
+
+
 def test_help_teaches_every_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
     with pytest.raises(SystemExit):

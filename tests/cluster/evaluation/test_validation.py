@@ -30,7 +30,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows(experiment: Experiment, folder: Path, ranks: int) -> list[dict[str, float]]:
     manifest = load_manifest(open_store(experiment.data.url)).hash
-    watched = ValidationClips(experiment.data.url, manifest, None) if experiment.evaluation.watch else None
+    watched = ValidationClips(open_store(experiment.data.url), manifest, None) if experiment.evaluation.watch else None
     on_ranks(ranks, train_here, experiment, str(folder), 1, "autoencoder", watched)
     return read_rows(open_store(str(folder)), validation_name("autoencoder"))
 

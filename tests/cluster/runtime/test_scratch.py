@@ -13,8 +13,8 @@ from cluster.runtime.scratch import PREFIX, remove_abandoned, scratch_folder
 
 HOLDER = """
 from pathlib import Path
-from cluster.runtime.scratch import scratch
-with scratch() as folder:
+from cluster.runtime.scratch import scratch_folder
+with scratch_folder() as folder:
     (folder / "shard.tar").write_bytes(bytes(1000))
     print(folder, flush=True)
     input()
