@@ -15,11 +15,13 @@ SUDO   := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 train_file := $(PY) jobs/train.py
 train_s3   := $(PY) infra/objectstore.py work/s3 --bucket $(BUCKET) -- \
               $(PY) jobs/train.py run.store=s3://$(BUCKET)/store data.url=s3://$(BUCKET)/shards
+after_s3   := @echo 'The S3 server has ended; what names s3://$(BUCKET) needs it: $(PY) infra/objectstore.py work/s3 --bucket $(BUCKET) -- COMMAND'
 
 .PHONY: setup train test lint test-cluster test-chaos clean
 
 train: $(SETUP)
 	$(or $(train_$(STORE)),$(error STORE=$(STORE): use file or s3)) $(ARGS)
+	$(after_$(STORE))
 
 test: lint
 	$(PY) -m pytest $(ARGS)

@@ -33,14 +33,14 @@ from cluster.config.loading import load
 from cluster.config.paths import absolute, anchored
 from cluster.config.schema import Run
 from cluster.data.reader import Reader
+from cluster.evaluation.picture import clip_picture
 from cluster.runs.latents import encode_clip
 from cluster.runs.published import PublishedWeights, open_published
 from cluster.runs.saved import SavedRun, open_run
 from cluster.storage import open_store
-from reactdiff.clip import PERSONS, speaker_listener
+from reactdiff.clip import speaker_listener
 from reactdiff.determinism import make_deterministic
 from reactdiff.model.published import FILES
-from reactdiff.plot import reactions_png
 from reactdiff.reactions import to_csv, to_npz
 
 PUBLISHED = Path(__file__).parent / "configs" / "react2024.yaml"
@@ -62,7 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     clip = reader.clip_number(options.clip)
     model = opened.model()
     latents = encode_clip(model.codec, reader, clip)
-    faces = reader.read(clip, [(person, "attributes") for person in PERSONS]).arrays
     out, console = open_store(absolute(options.out)), Console(markup=False, highlight=False, soft_wrap=True)
     for direction in DIRECTIONS[options.direction]:
         speaker, listener = speaker_listener(direction)
@@ -75,8 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for k, reaction in enumerate(attributes):
             out.put(f"{name}-{k}.csv", to_csv(reaction))
         whose = "the authors' weights" if options.import_checkpoint else f"run {experiment.run.name}"
-        title = f"{options.clip}: {speaker} speaks, {listener} listens ({whose})"
-        out.put(f"{name}.png", reactions_png(title, faces[speaker, "attributes"], faces[listener, "attributes"], attributes))
+        out.put(f"{name}.png", clip_picture(reader, clip, direction, attributes, whose))
         console.print(f"{out.url}/{name}.npz, .png and {options.count} tables {name}-*.csv: {speaker} speaks, {listener} listens")
     return 0
 

@@ -4,6 +4,9 @@ The same command resumes: kill it at any time and type it again. A finished run 
 """
 
 import argparse
+import os
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +16,14 @@ from rich.console import Console
 from cluster import cli
 from cluster.config.loading import help_text, load
 from cluster.config.paths import anchored
-from cluster.config.schema import Experiment
+from cluster.config.schema import Data, Experiment, Run
 from cluster.data.demo import DYADS, make_demo
 from cluster.data.manifest import NoDataset
+from cluster.evaluation.picture import keep_picture
 from cluster.evaluation.rows import MODEL, ORACLE, RANDOM, WRONG
+from cluster.evaluation.validation import SPLIT
+from cluster.runs.saved import SavedRun, open_run
+from cluster.storage import StorageError
 from cluster.telemetry.display import Display
 from cluster.training.pin import pin
 from cluster.training.plan import plan, plan_without_data
@@ -49,6 +56,7 @@ def main() -> int:
     with Display() as display:
         if arguments.config is None:
             make_demo(experiment.data.url, display)
+        folder = pin(experiment, config.stem).store.url
         scores = execute(experiment, config.stem, steps, display)
     if scores:
         print_table(scores)
@@ -56,6 +64,8 @@ def main() -> int:
             corr = {row: score.official["FRCorr"] for row, score in scores.items()}
             closed = {row: gap_closed(corr[row], corr[RANDOM], corr[ORACLE]) for row in (MODEL, WRONG)}
             print(f"FRCorr, from random listener (0 %) to oracle (100 %): model {closed[MODEL]:.0%}, {WRONG} {closed[WRONG]:.0%}")
+        typed = ["--config", str(config)] if arguments.config else []
+        _say_what_next(open_run(folder, ""), [*typed, *arguments.overrides])
     return 0
 
 
@@ -75,6 +85,46 @@ def _dry_run(experiment: Experiment, config_name: str, steps: Sequence[str], dem
     for origin in check_run(experiment, pinned, steps):
         print(origin)
     Console().print(plan(experiment, pinned))
+
+
+def _say_what_next(run: SavedRun, typed: Sequence[str]) -> None:
+    """Say what an evaluated run has left, and commands that go on from here, as they can be pasted.
+
+    Args:
+        run: what was evaluated.
+        typed: the words of this command, but `--stage`.
+    """
+    url, data, store = run.store.url, run.experiment.data.url, run.experiment.run.store
+    name, jobs = run.experiment.run.name, Path(sys.argv[0]).parent
+    print(f"\nrun {name} is in {url}")
+    picture = None
+    try:
+        picture = keep_picture(run)
+        print(f"its reactions to clip {picture.clip} of split {picture.split}, beside the real one: {picture.url}")
+    except (ValueError, StorageError) as error:  # the run is done all the same
+        print(f"no picture of its reactions: {error}")
+    print("\nWhat to type next:")
+    programs = Path(sys.prefix, "bin")
+    if Path(shutil.which("python") or "").parent != programs and (programs / "activate").exists():
+        _say("first", ".", programs / "activate")
+    _say("its curves", "tensorboard", "--logdir", f"{url}/tensorboard")
+    # The short names are looked up below the current folder; in a Ray job, which has a folder of its own, nothing is there.
+    here = store == os.path.abspath(Run().store)
+    if picture:
+        found = ["--clip", picture.clip, "--split", picture.split]
+        _say("reactions to a clip: arrays, tables, a picture", "python", jobs / "generate.py", name if here else url, *found)
+    where = [f"data.url={data}", f"run.store={store}"]
+    if (val := run.clips.splits.get(SPLIT)) and val.appropriateness:
+        usual = here and data == os.path.abspath(Data().url)
+        _say("a sweep: what it would try", "python", jobs / "tune.py", "--dry-run", *([] if usual else where))
+    _say('this run on a Ray cluster; if there is one, without the first line (README.md, "A cluster")', "ray", "start", "--head")
+    _say("", "ray", "job", "submit", "--working-dir", ".", "--", "python", jobs / "train.py", *typed, *where)
+
+
+def _say(what: str, *command: str | Path) -> None:
+    if what:
+        print(f"  {what}")
+    print(f"    {shlex.join(map(str, command))}")
 
 
 if __name__ == "__main__":

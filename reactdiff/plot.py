@@ -49,7 +49,7 @@ def reactions_png(title: str, speaker: np.ndarray, listener: np.ndarray, reactio
     figure.suptitle(title, fontsize=13, x=0.01, ha="left")
     panels = figure.subplots(len(heights), sharex=True, height_ratios=heights)
     _strips(panels[0], speaker[None], ["expression"])
-    panels[0].set_title("Speaker", loc="left", fontsize=11, fontweight="bold")
+    panels[0].set_title("Speaker: what the listeners react to", loc="left", fontsize=11, fontweight="bold")
     panels[0].legend(handles=_affect(panels[1], speaker), **BESIDE_TITLE)
     _action_units(panels[2], speaker)
     for panel, name in zip(panels[3:], SHOWN, strict=False):
@@ -62,8 +62,9 @@ def reactions_png(title: str, speaker: np.ndarray, listener: np.ndarray, reactio
     panels[-1].set_xlabel("seconds")
     panels[-1].set_xlim(0, speaker.shape[0] / FRAME_RATE)
     patches = [Patch(color=colour, label=name) for colour, name in zip(COLOURS, EXPRESSIONS, strict=True)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=9)
-    return _png(figure)
+    key: dict[str, Any] = {"title": "expression: the likeliest one, paler the less likely it is", "title_fontsize": 9}
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=9, **key)
+    return _png(figure, dpi=100)  # a tall picture: pages show it no wider
 
 
 def schedules_png(steps: int) -> bytes:
@@ -121,13 +122,14 @@ def _action_units(panel: Axes, speaker: np.ndarray) -> None:
     rows = len(ACTION_UNITS)
     panel.imshow(speaker[:, AU].T, aspect="auto", interpolation="nearest", cmap="Greys", vmin=0, vmax=1, extent=(0, end, rows - 0.5, -0.5))
     panel.set_yticks(range(rows), ACTION_UNITS, fontsize=7)
+    panel.set_ylabel("action\nunits,\ndark: on", rotation=0, ha="right", va="center", fontsize=9)
     _quiet(panel)
 
 
 def _curves(panel: Axes, name: str, listener: np.ndarray, reactions: np.ndarray) -> None:
     """One attribute of the real and of all generated reactions."""
     column, seconds = ATTRIBUTES.index(name), _seconds(listener)
-    lines = panel.plot(seconds, reactions[:, :, column].T, color=GENERATED, linewidth=0.7, alpha=0.45)
+    lines = panel.plot(seconds, reactions[:, :, column].T, color=GENERATED, linewidth=0.8, alpha=0.6)
     lines[0].set_label("generated")
     panel.plot(seconds, listener[:, column], color=REAL, linewidth=1.1, label="real")
     low = -1 if name in ("valence", "arousal") else 0
@@ -141,9 +143,9 @@ def _seconds(attributes: np.ndarray) -> np.ndarray:
     return np.arange(len(attributes)) / FRAME_RATE
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: Figure, dpi: int = 130) -> bytes:
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=130)
+    figure.savefig(picture, format="png", dpi=dpi)
     return picture.getvalue()
 
 

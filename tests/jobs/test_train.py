@@ -1,17 +1,28 @@
 """jobs/train.py as a user runs it."""
 
 import json
+import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cluster import cli
-from jobs import train
-from tests.tiny import ROOT, job, settings
+from cluster.config.loading import to_yaml
+from cluster.data.reader import Reader
+from cluster.evaluation.picture import clip_picture
+from cluster.runs.saved import open_run
+from cluster.runs.state import State, write_state
+from cluster.storage import open_store
+from cluster.training.run import pin
+from jobs import train, tune
+from tests.jobs.test_generate import generate
+from tests.tiny import OVERRIDES, ROOT, Trained, job, settings, tiny
 
 DEMO = ROOT / "jobs/configs/demo.yaml"
 
@@ -29,8 +40,54 @@ def test_a_run_ends_done_with_exports_scores_and_curves(finished: Path) -> None:
 
 def test_a_finished_run_says_so_and_ends(finished: Path, shards: Path, tmp_path: Path) -> None:
     store = shutil.copytree(finished.parent.parent, tmp_path / "store")
+    (picture,) = (store / "runs/tiny/evaluation").glob("*.png")
+    drawn = picture.stat().st_mtime_ns
     done = job("train", "--config", DEMO, "run.name=tiny", *settings(shards, store))
     assert "stage autoencoder is done" in done.stdout and "from random listener (0 %) to oracle (100 %): model" in done.stdout
+    assert str(picture) in done.stdout and picture.stat().st_mtime_ns == drawn and len(commands(done.stdout)) >= 4
+
+
+def commands(said: str) -> list[list[str]]:
+    """The words of each command that a run ends with."""
+    _, _, below = said.partition("\nWhat to type next:\n")
+    return [shlex.split(line) for line in below.splitlines() if line.startswith("    ")]
+
+
+def test_a_run_leaves_a_picture_of_reactions_that_it_scored(trained: Trained) -> None:
+    found = re.search(r"its reactions to clip (\S+) of split test, beside the real one: (\S+)", trained.stdout)
+    assert found and str(trained.folder) in trained.stdout
+    run, (key, picture) = open_run(str(trained.folder), ""), found.groups()
+    reader = Reader(open_store(run.experiment.data.url), run.clips, "test")
+    (part,) = trained.folder.glob("evaluation/*/model-000000000.predictions.npy")
+    assert reader.find_clip(key) == 0
+    assert Path(picture).read_bytes() == clip_picture(reader, 0, 0, np.load(part)[0], "run tiny")
+
+
+def test_the_commands_that_a_run_ends_with_work(trained: Trained, tmp_path: Path, monkeypatch, capsys) -> None:
+    programs = {" ".join(words[:1] if words[0] != "python" else [Path(words[1]).name]): words for words in commands(trained.stdout)}
+    assert set(programs) - {"."} == {"tensorboard", "generate.py", "ray"}, "without a val split no sweep is offered"
+    assert sorted(path.name for path in Path(programs["tensorboard"][2]).iterdir()) == ["autoencoder", "diffusion"]
+    assert generate(*programs["generate.py"][2:], "--count", 1, "--out", tmp_path) == 0 and len(list(tmp_path.iterdir())) == 3
+    submitted = programs["ray"]
+    assert submitted[:7] == "ray job submit --working-dir . -- python".split()
+    monkeypatch.setattr(sys, "argv", [*submitted[7:], "--dry-run"])
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert train.main() == 0
+    assert f"runtiny(exists)in{trained.folder}" in "".join(capsys.readouterr().out.split()), "it is this run that goes on there"
+
+
+def test_a_picture_that_cannot_be_drawn_is_said_and_the_rest_is_too(every_split: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    experiment = tiny(every_split / "shards", tmp_path / "store")
+    pinned = pin(experiment, "tiny")
+    pinned.store.put("config.yaml", to_yaml(experiment).encode())
+    write_state(pinned.store, State("DONE", 1, pinned.manifest.identity, pinned.manifest.hash))
+    train._say_what_next(open_run(pinned.store.url, ""), [])
+    said = capsys.readouterr().out
+    assert "no picture of its reactions: " in said and "generate.py" not in said
+    (sweep,) = [words for words in commands(said) if words[1].endswith("tune.py")]
+    monkeypatch.setattr(sys, "argv", [*sweep[1:], *OVERRIDES])
+    assert tune.main() == 0 and "PENDING" in capsys.readouterr().out
 
 
 def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:

@@ -7,6 +7,7 @@ from reactdiff.clip import ATTRIBUTES, COEFFICIENTS
 from reactdiff.data.files import read_csv
 from reactdiff.plot import reactions_png
 from reactdiff.reactions import to_csv, to_npz
+from tests.tiny import ROOT
 
 
 def test_a_table_has_the_official_header_and_is_read_back_to_six_digits(tmp_path: Path) -> None:
@@ -34,3 +35,8 @@ def test_a_picture_of_one_or_many_reactions_of_any_length_is_a_png_and_always_th
         speaker, listener, reactions = (rng.uniform(-0.5, 1.5, (*shape, frames, 25)) for shape in ((), (), (count,)))
         picture = reactions_png("title", speaker, listener, reactions)
         assert picture.startswith(b"\x89PNG") and picture == reactions_png("title", speaker, listener, reactions)
+
+
+def test_the_readme_shows_a_picture_of_the_demo_that_loads_in_a_moment() -> None:
+    assert "](docs/reactions.png)" in (ROOT / "README.md").read_text()
+    assert len((ROOT / "docs/reactions.png").read_bytes()) <= 300_000

@@ -1,0 +1,65 @@
+"""Pictures of reactions to a clip: those that jobs/generate.py draws, and the one that an evaluated run keeps beside its scores."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.data.reader import Reader
+from cluster.evaluation.evaluate import MODEL, plan_evaluation
+from cluster.runs.saved import SavedRun
+from cluster.storage import open_store
+from reactdiff.clip import PERSONS, speaker_listener
+from reactdiff.plot import reactions_png
+
+MOST = 10
+"""Reactions in the picture that a run keeps."""
+
+
+@dataclass(frozen=True)
+class KeptPicture:
+    """Where a run's picture is, and which clip it shows."""
+
+    url: str
+    split: str
+    clip: str
+
+
+def clip_picture(reader: Reader, clip: int, direction: int, reactions: np.ndarray, whose: str) -> bytes:
+    """A PNG of reactions to a clip, over the real listener's.
+
+    Args:
+        reader: of the clip's split.
+        clip: its number there.
+        direction: who speaks.
+        reactions: attributes (K, frames, 25).
+        whose: what generated them, for the title.
+
+    Raises:
+        CorruptData: if the clip is damaged.
+        StorageError: if it cannot be read.
+    """
+    speaker, listener = speaker_listener(direction)
+    faces = reader.read(clip, [(person, "attributes") for person in PERSONS]).arrays
+    title = f"Reactions to clip {reader.key(clip)}: {speaker} speaks, {listener} listens ({whose})"
+    return reactions_png(title, faces[speaker, "attributes"], faces[listener, "attributes"], reactions)
+
+
+def keep_picture(run: SavedRun) -> KeptPicture:
+    """Draw the reactions to the first clip that a run's evaluation has scored, unless that is done; nothing is generated anew.
+
+    Args:
+        run: opened with `open_run`, so that it has its name.
+
+    Raises:
+        ValueError: if the run has no weights that can be evaluated, or data are damaged.
+        StorageError: if something cannot be read or written; NotFound if this was not evaluated.
+    """
+    what = plan_evaluation(run.experiment, run.store.url, run.coder(), run.diffusion())
+    reader = Reader(open_store(run.experiment.data.url), run.clips, what.split)
+    name = f"evaluation/{what.split}-{what.id}.png"
+    if not run.store.exists(name):
+        part = run.store.read(f"{what.file(MODEL, 0)}.predictions.npy")
+        reactions = np.load(io.BytesIO(part), allow_pickle=False)[0, :MOST]
+        run.store.put(name, clip_picture(reader, 0, 0, reactions, f"run {run.experiment.run.name}"))
+    return KeptPicture(f"{run.store.url}/{name}", what.split, reader.key(0))
