@@ -22,7 +22,7 @@ from cluster.data.manifest import NoDataset
 from cluster.evaluation.picture import keep_picture
 from cluster.evaluation.rows import MODEL, ORACLE, RANDOM, WRONG
 from cluster.evaluation.validation import SPLIT
-from cluster.runs.saved import SavedRun, open_run
+from cluster.runs.saved import SavedRun
 from cluster.storage import StorageError
 from cluster.telemetry.display import Display
 from cluster.training.pin import pin
@@ -56,8 +56,8 @@ def main() -> int:
     with Display() as display:
         if arguments.config is None:
             make_demo(experiment.data.url, display)
-        folder = pin(experiment, config.stem).store.url
-        scores = execute(experiment, config.stem, steps, display)
+        pinned = pin(experiment, config.stem)
+        scores = execute(experiment, pinned, steps, display)
     if scores:
         print_table(scores)
         if ORACLE in scores:
@@ -65,7 +65,7 @@ def main() -> int:
             closed = {row: gap_closed(corr[row], corr[RANDOM], corr[ORACLE]) for row in (MODEL, WRONG)}
             print(f"FRCorr, from random listener (0 %) to oracle (100 %): model {closed[MODEL]:.0%}, {WRONG} {closed[WRONG]:.0%}")
         typed = ["--config", str(config)] if arguments.config else []
-        _say_what_next(open_run(folder, ""), [*typed, *arguments.overrides])
+        _say_what_next(pinned.saved(experiment), [*typed, *arguments.overrides])
     return 0
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.data.reader import Reader
-from cluster.evaluation.evaluate import MODEL, plan_evaluation
+from cluster.evaluation.plan import plan_evaluation
+from cluster.evaluation.rows import MODEL
 from cluster.runs.saved import SavedRun
-from cluster.storage import open_store
 from reactdiff.clip import PERSONS, speaker_listener
 from reactdiff.plot import reactions_png
 
@@ -49,17 +49,17 @@ def keep_picture(run: SavedRun) -> KeptPicture:
     """Draw the reactions to the first clip that a run's evaluation has scored, unless that is done; nothing is generated anew.
 
     Args:
-        run: opened with `open_run`, so that it has its name.
+        run: that was evaluated.
 
     Raises:
         ValueError: if the run has no weights that can be evaluated, or data are damaged.
         StorageError: if something cannot be read or written; NotFound if this was not evaluated.
     """
-    what = plan_evaluation(run.experiment, run.store.url, run.coder(), run.diffusion())
-    reader = Reader(open_store(run.experiment.data.url), run.clips, what.split)
-    name = f"evaluation/{what.split}-{what.id}.png"
+    plan = plan_evaluation(run.experiment, run.store, run.latents(), run.diffusion())
+    reader = Reader(run.dataset, run.clips, plan.split)
+    name = f"evaluation/{plan.split}-{plan.id}.png"
     if not run.store.exists(name):
-        part = run.store.read(f"{what.file(MODEL, 0)}.predictions.npy")
+        part = run.store.read(f"{plan.file(MODEL, 0)}.predictions.npy")
         reactions = np.load(io.BytesIO(part), allow_pickle=False)[0, :MOST]
         run.store.put(name, clip_picture(reader, 0, 0, reactions, f"run {run.experiment.run.name}"))
-    return KeptPicture(f"{run.store.url}/{name}", what.split, reader.key(0))
+    return KeptPicture(f"{run.store.url}/{name}", plan.split, reader.key(0))

@@ -21,6 +21,7 @@ from cluster.evaluation.plan import plan_evaluation
 from cluster.evaluation.rows import MODEL, ONLINE_ORACLE, ORACLE, RANDOM, UNTRAINED, WRONG, rows_of
 from cluster.runs.saved import SavedRun, open_run
 from cluster.telemetry.display import Display
+from cluster.training.pin import pin
 from cluster.training.run import STEPS, execute
 from reactdiff.config import ENCODING
 from reactdiff.metrics.official import merge
@@ -99,7 +100,7 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display) 
     every = comparison_runs(comparison, overrides)
     for number, trial in enumerate(every):
         display.say(f"{number + 1} of {len(every)}: {trial.row}, seed {trial.experiment.seed}, run {trial.experiment.run.name}")
-        execute(trial.experiment, comparison.name, STEPS, display)
+        execute(trial.experiment, pin(trial.experiment, comparison.name), STEPS, display)
     parts: dict[str, dict[int, PartialScores]] = {}
     sizes: dict[str, tuple[int, float]] = {}
     for trial in every:

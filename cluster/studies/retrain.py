@@ -26,7 +26,7 @@ from cluster.runs.latents import LatentDataset
 from cluster.runs.registry import Decision, Version
 from cluster.storage import AlreadyExists, StorageError, Store, open_store
 from cluster.telemetry.display import Display
-from cluster.training.pin import stage_end
+from cluster.training.pin import pin, stage_end
 from cluster.training.run import STEPS, execute
 from reactdiff.stage import stages_of
 
@@ -68,7 +68,7 @@ def tick(retraining: Retraining, overrides: Sequence[str], display: Display) -> 
     candidate = anchored(retraining.load(overrides, assignments({"data.manifest": manifest.hash, "run.name": name})))
     candidate = candidate.model_copy(update={"evaluation": _asked(candidate, clips)})
     store.assert_conditional_writes()
-    execute(candidate, name, STEPS, display)
+    execute(candidate, pin(candidate, name), STEPS, display)
     return _Gate(candidate, home, dataset, display).decide(retraining.rule, store, manifest)
 
 

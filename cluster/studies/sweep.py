@@ -25,6 +25,7 @@ from cluster.runs.state import read_state
 from cluster.runtime.ray_cluster import connect
 from cluster.storage import AlreadyExists, NotFound, Store, open_store
 from cluster.telemetry.display import Display
+from cluster.training.pin import pin
 from cluster.training.run import STEPS, execute
 
 SPLIT = "val"
@@ -221,7 +222,7 @@ def _trial(config: dict[str, str], trials: dict[str, Trial], store: Store) -> No
     """The driver of one trial, as Tune starts it."""
     trial = trials[config["run"]]
     with Display() as display:
-        scores = execute(trial.experiment, trial.run, STEPS, display, trial.text)[MODEL].to_dict()
+        scores = execute(trial.experiment, pin(trial.experiment, trial.run), STEPS, display, trial.text)[MODEL].to_dict()
     record = {"run": trial.run, "parameters": trial.parameters, "scores": scores["official"] | scores["repaired"]}
     store.put(trial.record, json.dumps(record, indent=1).encode())
     tune.report(record["scores"])

@@ -10,6 +10,7 @@ from cluster.config.loading import ConfigError, build
 from cluster.config.schema import Experiment
 from cluster.data.manifest import Manifest, load_manifest
 from cluster.runs.checkpoint import list_checkpoints
+from cluster.runs.saved import SavedRun
 from cluster.runs.state import read_state
 from cluster.storage import NotFound, Store, open_store
 
@@ -33,6 +34,11 @@ class Pinned:
     dataset: Store
     manifest: Manifest
     fresh: bool
+
+    def saved(self, experiment: Experiment) -> SavedRun:
+        """The run with what its stages have left so far, under the name it has."""
+        named_run = experiment.run.model_copy(update={"name": self.name})
+        return SavedRun(experiment.model_copy(update={"run": named_run}), self.home, self.store, self.dataset, self.manifest)
 
 
 def pin(experiment: Experiment, config_name: str) -> Pinned:

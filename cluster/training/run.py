@@ -18,7 +18,6 @@ from cluster.runs.build_latents import build_latents
 from cluster.runs.environment import environment
 from cluster.runs.export import read_export, write_export
 from cluster.runs.latents import LatentDataset
-from cluster.runs.saved import SavedRun
 from cluster.runs.state import State, Superseded, open_life, update_state, write_state
 from cluster.runtime.failures import StageFailed, classify
 from cluster.runtime.ray_cluster import Resources, assert_visible, connect
@@ -30,7 +29,7 @@ from cluster.telemetry.monitor import StageMonitor
 from cluster.telemetry.tensorboard import write_tensorboard
 from cluster.training.launch import launch
 from cluster.training.loop import Job
-from cluster.training.pin import Pinned, pin, stage_end
+from cluster.training.pin import Pinned, stage_end
 from cluster.training.pretrained import check_pretrained, take_pretrained
 from cluster.training.warm_start import check_warm_start
 from reactdiff.metrics.official import Scores
@@ -40,12 +39,12 @@ LAST_SCRAPE = 15.0
 """Seconds a Prometheus that scrapes the run is given to take its last numbers."""
 
 
-def execute(experiment: Experiment, config_name: str, steps: Sequence[str], display: Display, trial: str = "") -> dict[str, Scores]:
+def execute(experiment: Experiment, pinned: Pinned, steps: Sequence[str], display: Display, trial: str = "") -> dict[str, Scores]:
     """Bring a run to its end, from wherever it is.
 
     Args:
         experiment: the configuration.
-        config_name: stem of the configuration file, the first half of a default run name.
+        pinned: the run it is, from `pin`.
         steps: which of STEPS to do; what they need of earlier ones must exist.
         display: shows progress.
         trial: of a sweep that this run is, for Prometheus.
@@ -57,7 +56,6 @@ def execute(experiment: Experiment, config_name: str, steps: Sequence[str], disp
         ConfigError, StorageError: before anything is written.
         StageFailed, Superseded, KeyboardInterrupt: after the state was written.
     """
-    pinned = pin(experiment, config_name)
     for origin in check_run(experiment, pinned, steps):
         display.say(origin)
     _say_what_is_missing(experiment, connect(cpus=experiment.workers.count + 1), display)
@@ -125,7 +123,7 @@ class _Life:
     def __init__(self, experiment: Experiment, pinned: Pinned, state: State, exporter: Exporter, display: Display):
         self.experiment, self.store, self.clips = experiment, pinned.store, pinned.manifest
         self.state, self.exporter, self.display = state, exporter, display
-        self.run = SavedRun(experiment, pinned.home, pinned.store, pinned.dataset, pinned.manifest)
+        self.run = pinned.saved(experiment)
         self.scores: dict[str, Scores] = {}
 
     def autoencoder(self) -> None:

@@ -19,7 +19,7 @@ from cluster.evaluation.picture import clip_picture
 from cluster.runs.saved import open_run
 from cluster.runs.state import State, write_state
 from cluster.storage import open_store
-from cluster.training.run import pin
+from cluster.training.pin import pin
 from jobs import train, tune
 from tests.jobs.test_generate import generate
 from tests.tiny import OVERRIDES, ROOT, Trained, job, settings, tiny

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cluster.config.loading import load
-from cluster.training.run import pin
+from cluster.training.pin import pin
 from tests.tiny import ROOT, job, settings
 
 SHIPPED = ROOT / "jobs/configs/sweep.yaml"

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from cluster.storage import open_store
-from cluster.training.run import STEPS, check_run, pin
+from cluster.training.pin import pin
+from cluster.training.run import STEPS, check_run
 from tests.tiny import tiny
 
 
