@@ -117,6 +117,7 @@ def _say_what_next(run: SavedRun, typed: Sequence[str]) -> None:
         found = ["--clip", picture.clip, "--split", picture.split]
         _say("reactions to a clip: arrays, tables, a picture", "python", jobs / "generate.py", name if here else url, *found)
     where = [f"data.url={data}", f"run.store={store}"]
+    typed = [word for word in typed if not word.startswith(("data.url=", "run.store="))]  # they may have been relative
     if (val := run.clips.splits.get(SPLIT)) and val.appropriateness:
         usual = here and data == os.path.abspath(Data().url)
         _say("a sweep: what it would try", "python", jobs / "tune.py", "--dry-run", *([] if usual else where))
