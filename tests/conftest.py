@@ -1,12 +1,14 @@
 """What every test shares: an environment that is nobody's, one thread a process, and one local Ray."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+from tests import starting
 
 if TYPE_CHECKING:
     from cluster.runtime.ray_cluster import Resources
@@ -23,6 +25,22 @@ hypothesis.settings.register_profile("patient", deadline=None)  # the machine's 
 hypothesis.settings.load_profile("patient")
 
 BUCKET = "tests"
+
+starting.install()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    starting.mark(items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
+    return (yield from starting.watch(item))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    return (yield from starting.watch(item))
 
 
 @pytest.fixture(scope="session")
