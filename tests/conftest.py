@@ -70,20 +70,23 @@ def local_ray(object_store: "ObjectStore") -> "Iterator[Resources]":
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small simulated dataset; not to be changed."""
+def shards(local_ray: "Resources", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small simulated dataset of 20 training and 8 test clips; not to be changed."""
     from tests.tiny import make_shards
 
-    return make_shards(tmp_path_factory.mktemp("tiny"))
+    return make_shards(tmp_path_factory.mktemp("tiny"), "train=20", "test=8")
 
 
 @pytest.fixture(scope="session")
 def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> "Trained":
-    """A small run that `jobs/train.py` brought to DONE, and what the command said."""
-    from tests.tiny import Trained, job, settings
+    """A small run that `jobs/train.py` brought to DONE, and what the command said.
+
+    With two CPUs a rank, the local Ray has room for two tasks and not for four, each of which begins with an import of torch.
+    """
+    from tests.tiny import ROOT, Trained, call, settings
 
     store = tmp_path_factory.mktemp("finished")
-    said = job("train", "--config", Path(__file__).parent.parent / "jobs/configs/demo.yaml", "run.name=tiny", *settings(shards, store))
+    said = call("train", "--config", ROOT / "jobs/configs/demo.yaml", "run.name=tiny", "workers.cpus=2", *settings(shards, store))
     return Trained(store / "runs" / "tiny", said.stdout, said.stderr)
 
 

@@ -1,10 +1,17 @@
 """The smallest real things: a simulated dataset in shards, an experiment on it, a finished run of it."""
 
+import contextlib
+import importlib
+import io
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
+from cluster import cli
 from cluster.config.loading import load
 from cluster.config.schema import Experiment
 
@@ -47,10 +54,29 @@ def job(verb: str, *arguments: str | Path, check: bool = True, **options: object
     return done
 
 
-def make_shards(folder: Path) -> Path:
-    """A dataset of 20 training and 8 test clips in `folder`/shards, through jobs/prepare.py."""
-    job("prepare", "simulate", folder / "tree", "--clips", "train=20,test=8", "--frames", str(FRAMES))
-    job("prepare", "react2024", folder / "tree", folder / "shards", "--clips-per-shard", "6")
+def call(verb: str, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """What `job` does, in this process: it costs no start of a Python, nor of a Ray where this process has one."""
+    command, said, errors = [f"jobs/{verb}.py", *map(str, arguments)], io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(errors),
+    ):
+        patch.setattr(sys, "argv", command)
+        warnings.simplefilter("ignore", DeprecationWarning)  # as for a user: those of Ray Train
+        try:
+            code = cli.run(importlib.import_module(f"jobs.{verb}").main)
+        except SystemExit as error:  # of argparse
+            code = int(error.code or 0)
+    assert code == 0 or not check, f"{' '.join(command)} ended with {code}:\n{said.getvalue()}\n{errors.getvalue()}"
+    return subprocess.CompletedProcess(command, code, said.getvalue(), errors.getvalue())
+
+
+def make_shards(folder: Path, *clips: str, per_shard: int = 6, frames: int = FRAMES) -> Path:
+    """A dataset in `folder`/shards with so many clips, such as train=8, through jobs/prepare.py; made again, it grows."""
+    call("prepare", "simulate", folder / "tree", "--clips", ",".join(clips), "--frames", str(frames))
+    call("prepare", "react2024", folder / "tree", folder / "shards", "--clips-per-shard", str(per_shard))
     return folder / "shards"
 
 

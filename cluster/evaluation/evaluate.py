@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
@@ -50,7 +51,9 @@ def evaluate(
     plan = replace(plan_evaluation(experiment, run, latents, diffusion), mean=_mean_attributes(latents))
     rows = rows_of(plan)
     calls = [(row, start) for row in rows for start in plan.starts]
-    for done, _ in enumerate(map_tasks(_score, calls, experiment.workers, shared=_Task(plan))):
+    there = {entry.key for entry in run.list(f"evaluation/{plan.id}/")}
+    kept, missing = ([call for call in calls if (f"{plan.file(*call)}.npz" in there) == done] for done in (True, False))
+    for done, _ in enumerate(chain(kept, map_tasks(_score, missing, experiment.workers, shared=_Task(plan)))):
         progress(done + 1, len(calls))
     scores = {row: merge([plan.read_row(row)]) for row in rows}
     report = {"evaluation": plan.id, "split": plan.split, "clips": plan.clips, "predictions": plan.predictions}
@@ -74,7 +77,7 @@ def _score(task: _Task, row: str, start: int) -> None:
     """Make, score and keep one part of one row, unless that is done."""
     plan, run = task.plan, task.plan.run
     name, items = plan.file(row, start), plan.items(start)
-    if run.exists(f"{name}.npz"):
+    if run.exists(f"{name}.npz"):  # this task's machine was lost behind it
         return
     make_deterministic(plan.experiment.workers.threads)
     predictions = ROWS[row].draw(task.inputs, items)

@@ -10,7 +10,7 @@ import pytest
 from cluster.cli import run
 from jobs.evaluate import main
 from reactdiff.metrics.official import OFFICIAL, REPAIRED
-from tests.tiny import ROOT, job
+from tests.tiny import ROOT, call, job
 
 ARRAYS = ROOT / "tests/data/metrics"
 EXPECTED = json.loads((ARRAYS / "expected.json").read_text())
@@ -25,6 +25,7 @@ def evaluate(*arguments: object) -> int:
         return int(error.code or 0)
 
 
+@pytest.mark.starts
 def test_arrays_get_the_official_values_as_json_and_nothing_else_on_stdout() -> None:
     done = job("evaluate", "--arrays", ARRAYS / "m_short.npz", "--json")
     _assert_official(json.loads(done.stdout), "m_short")
@@ -91,7 +92,7 @@ def test_mistakes_are_explained(finished: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_help_teaches_with_examples() -> None:
-    text = job("evaluate", "--help").stdout
+    text = call("evaluate", "--help").stdout
     assert "jobs/evaluate.py --arrays reactions.npz --json" in text and "--predictions K" in text
 
 

@@ -27,7 +27,7 @@ from reactdiff.generate import Reactor
 from reactdiff.model.published import autoencoder_sources, load_published
 from tests.reactdiff.model.published import write_files
 from tests.reactdiff.model.rule import DATA, Case
-from tests.tiny import FRAMES, job
+from tests.tiny import FRAMES, call
 
 CLIP = 5
 """Number of the clip in the test split."""
@@ -242,6 +242,6 @@ def test_arguments_that_do_not_go_together_are_refused(arguments: list[str], rul
 
 
 def test_help_teaches_with_examples() -> None:
-    text = job("generate", "--help").stdout
+    text = call("generate", "--help").stdout
     assert "jobs/generate.py --import-checkpoint STAGE1.pth STAGE2.pth PROJECTOR.pth --clip KEY" in text
     assert "jobs/generate.py demo-1a2b3c4d --clip KEY" in text and "--direction {0,1,both}" in text

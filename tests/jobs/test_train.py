@@ -22,7 +22,7 @@ from cluster.storage import open_store
 from cluster.training.pin import pin
 from jobs import train, tune
 from tests.jobs.test_generate import generate
-from tests.tiny import OVERRIDES, ROOT, Trained, job, settings, tiny
+from tests.tiny import OVERRIDES, ROOT, Trained, call, job, settings, tiny
 
 DEMO = ROOT / "jobs/configs/demo.yaml"
 
@@ -42,7 +42,7 @@ def test_a_finished_run_says_so_and_ends(finished: Path, shards: Path, tmp_path:
     store = shutil.copytree(finished.parent.parent, tmp_path / "store")
     (picture,) = (store / "runs/tiny/evaluation").glob("*.png")
     drawn = picture.stat().st_mtime_ns
-    done = job("train", "--config", DEMO, "run.name=tiny", *settings(shards, store))
+    done = call("train", "--config", DEMO, "run.name=tiny", *settings(shards, store))
     assert "stage autoencoder is done" in done.stdout and "from random listener (0 %) to oracle (100 %): model" in done.stdout
     assert str(picture) in done.stdout and picture.stat().st_mtime_ns == drawn and len(commands(done.stdout)) >= 4
 

@@ -13,7 +13,7 @@ import yaml
 
 from cluster.config.loading import load
 from cluster.training.pin import pin
-from tests.tiny import ROOT, job, settings
+from tests.tiny import ROOT, call, job, settings
 
 SHIPPED = ROOT / "jobs/configs/sweep.yaml"
 
@@ -38,7 +38,7 @@ def test_seeded_sweep_trains_every_trial_shares_latents_and_leaves_the_best_as_a
     store, config = tmp_path / "store", tmp_path / "sweep.yaml"
     config.write_text("name: two\ngrid: {diffusion.schedule: [cosine, linear]}\nmetric: FRDist\nmode: min")
     command = ["--config", config, *arguments(every_split, store)]
-    first = job("tune", *command)
+    first = call("tune", *command)
     assert "2 trials, 0 of them done" in first.stdout
     assert set(states(store).values()) == {"DONE"} and len(states(store)) == 2
     assert len(list((store / "latents").iterdir())) == 1, "both trials have the same autoencoder, so they share its latents"
@@ -47,20 +47,20 @@ def test_seeded_sweep_trains_every_trial_shares_latents_and_leaves_the_best_as_a
     chosen = yaml.safe_load((store / "sweeps/two/best.yaml").read_text())
     assert (chosen["run"]["name"], chosen["diffusion"]["schedule"]) == (winner["run"], winner["parameters"]["diffusion.schedule"])
     assert chosen["evaluation"]["split"] == "test", "the winner is reported on another split than it was chosen on"
-    again = job("tune", *command)
+    again = call("tune", *command)
     assert "2 trials, 2 of them done" in again.stdout and set(lives(store).values()) == {1}
     assert not pin(load(store / "sweeps/two/best.yaml"), "best").fresh, "jobs/train.py goes on with the winner's run"
 
 
 def test_a_dry_run_lists_the_trials_and_starts_nothing(every_split: Path, tmp_path: Path) -> None:
-    done = job("tune", "--dry-run", *settings(every_split / "shards", tmp_path / "store"))
+    done = call("tune", "--dry-run", *settings(every_split / "shards", tmp_path / "store"))
     assert done.stdout.count("PENDING") == 4 and done.stdout.count("demo-sweep-") == 4
     assert not (tmp_path / "store").exists()
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text("name: x\ngrid: {diffusion.shedule: [cosine]}")
-    done = job("tune", "--config", tmp_path / "sweep.yaml", f"run.store={tmp_path}/store", check=False)
+    done = call("tune", "--config", tmp_path / "sweep.yaml", f"run.store={tmp_path}/store", check=False)
     assert done.returncode == 1 and "did you mean diffusion.schedule?" in done.stderr
     assert not (tmp_path / "store").exists()
 

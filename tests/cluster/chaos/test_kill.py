@@ -14,7 +14,7 @@ import pytest
 
 from cluster.runs import checkpoint
 from cluster.storage import open_store
-from tests.tiny import ROOT, job, settings
+from tests.tiny import ROOT, call, job, settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -30,7 +30,7 @@ def command(shards: Path, store: Path) -> list[str]:
 def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The weights of each stage of a run nobody killed."""
     store = tmp_path_factory.mktemp("undisturbed")
-    job("train", *command(shards, store))
+    call("train", *command(shards, store))
     return weights(store)
 
 

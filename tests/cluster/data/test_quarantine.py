@@ -25,7 +25,7 @@ from reactdiff.data.order import Order
 from reactdiff.stage import LATENT, Source, build, stage
 from tests.cluster.support.damage import flip
 from tests.cluster.support.training import parts, train_on
-from tests.tiny import ROOT, job, settings, tiny
+from tests.tiny import ROOT, call, settings, tiny
 
 QUARANTINE = "data.on_corrupt=quarantine"
 TOLERANCE = 1e-5
@@ -226,7 +226,7 @@ def test_seeded_a_run_says_how_to_go_on_goes_on_without_the_clip_and_never_score
     command = ["--config", ROOT / "jobs/configs/demo.yaml", "run.name=damaged", *settings(data, store)]
 
     def failed(*more: str) -> str:
-        said = job("train", *command, *more, check=False)
+        said = call("train", *command, *more, check=False)
         state = json.loads((store / "runs/damaged/state.json").read_text())
         assert said.returncode == 1 and state["status"] == "FAILED" and state["why"] in said.stderr
         return state["why"]
@@ -238,4 +238,4 @@ def test_seeded_a_run_says_how_to_go_on_goes_on_without_the_clip_and_never_score
     run = open_store(str(store / "runs/damaged"))
     assert [checkpoint.read_manifest(run, checkpoint.list_checkpoints(run, s)[0]).quarantine for s in ("autoencoder", "diffusion")]
     flip(data, "test", 2, "a.mfcc.npy")
-    assert "DONE" in (job("train", *command, QUARANTINE), (store / "runs/damaged/state.json").read_text())[1]
+    assert "DONE" in (call("train", *command, QUARANTINE), (store / "runs/damaged/state.json").read_text())[1]

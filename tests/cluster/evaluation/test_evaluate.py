@@ -1,6 +1,7 @@
 """What the driver of an evaluation holds; tests/jobs/test_evaluate.py has what it says."""
 
 import gc
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,12 @@ def parts_alive() -> int:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_the_driver_holds_no_part_while_parts_are_scored(finished: Path) -> None:
-    run = open_run(str(finished), "")
+def test_the_driver_holds_no_part_while_parts_are_scored(finished: Path, tmp_path: Path) -> None:
+    """Of 16 parts two are scored; the others are there, and only counted."""
+    shutil.copytree(finished.parent.parent, tmp_path / "store")
+    for row in ("mimic", "oracle"):
+        next((tmp_path / "store/runs/tiny/evaluation").glob(f"*/{row}-*.npz")).unlink()
+    run = open_run(str(tmp_path / "store/runs/tiny"), "")
     before, alive = parts_alive(), []
     scores = evaluate(run.experiment, run.store, run.latents(), run.diffusion(), lambda done, of: alive.append((done, of, parts_alive())))
     assert [(done, of) for done, of, _ in alive] == [(done, 16) for done in range(1, 17)] and len(scores) == 8

@@ -8,11 +8,12 @@ from cluster.config.schema import Experiment
 from cluster.data.manifest import load_manifest
 from cluster.evaluation.validation import ValidationClips
 from cluster.runs import checkpoint
+from cluster.runtime.ray_cluster import Resources
 from cluster.storage import open_store
 from cluster.telemetry.metrics_log import read_rows, validation_name
 from tests.cluster.support.ranks import on_ranks
 from tests.cluster.support.training import parts, train_here
-from tests.tiny import job, tiny
+from tests.tiny import make_shards, tiny
 
 FAMILY = (
     *("model.family=trans-vae", "model.width=32", "model.layers=1", "diffusion.prediction=epsilon", "diffusion.sampling_steps=20"),
@@ -21,11 +22,8 @@ FAMILY = (
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("watched")
-    job("prepare", "simulate", folder / "tree", "--clips", "train=6,val=4", "--frames", "50")
-    job("prepare", "react2024", folder / "tree", folder / "shards", "--clips-per-shard", "3")
-    return folder / "shards"
+def clips(local_ray: Resources, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("watched"), "train=6", "val=4", per_shard=3, frames=50)
 
 
 def rows(experiment: Experiment, folder: Path, ranks: int) -> list[dict[str, float]]:
