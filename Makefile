@@ -1,4 +1,5 @@
 # make train          the demo: data, both stages, evaluation; typed again it resumes.   STORE=s3: the same through an S3 server
+# make check          for every save: lint, types, and the tests that need no process, Ray or server
 # make test           what a change must pass
 # make test-cluster   the slow suites: clusters, S3, many ranks.   make test-chaos: things are killed
 # PYTHON=python3.13   makes .venv, where there is none yet, with that Python and not with the first one that is there
@@ -9,6 +10,7 @@ PY     := .venv/bin/python
 SETUP  := .venv/setup.stamp
 BUCKET := reactdiff
 STORE  := file
+TWO    := -n 2 --dist loadgroup
 ARGS   :=
 SUDO   := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 
@@ -17,14 +19,21 @@ train_s3   := $(PY) infra/objectstore.py work/s3 --bucket $(BUCKET) -- \
               $(PY) jobs/train.py run.store=s3://$(BUCKET)/store data.url=s3://$(BUCKET)/shards
 after_s3   := @echo 'The S3 server has ended; what names s3://$(BUCKET) needs it: $(PY) infra/objectstore.py work/s3 --bucket $(BUCKET) -- COMMAND'
 
-.PHONY: setup train test lint test-cluster test-chaos clean
+.PHONY: setup train check quick test lint test-cluster test-chaos clean
 
 train: $(SETUP)
 	$(or $(train_$(STORE)),$(error STORE=$(STORE): use file or s3)) $(ARGS)
 	$(after_$(STORE))
 
+# Lint and types beside the tests: two cores have room for both.
+check: $(SETUP)
+	+$(MAKE) --no-print-directory -j2 -O lint quick
+
+quick:
+	$(PY) -m pytest $(TWO) -m 'not slow and not starts and not heavy' $(ARGS)
+
 test: lint
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(TWO) $(ARGS)
 
 lint: $(SETUP)
 	$(PY) -m ruff check .

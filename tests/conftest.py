@@ -1,4 +1,4 @@
-"""What every test shares: an environment that is nobody's, one thread a process, and one local Ray."""
+"""What every test shares: an environment that is nobody's, one thread a process, one local Ray, and marks that are told from fixtures."""
 
 import os
 from collections.abc import Generator, Iterator
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 for name in [name for name in os.environ if name.startswith(("RAY_", "AWS_"))]:
     del os.environ[name]
 os.environ |= {"OMP_NUM_THREADS": "1", "RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0", "AWS_EC2_METADATA_DISABLED": "true"}
+os.environ["RAY_num_workers_soft_limit"] = "8"  # idle workers stay for the next test: each would import torch and compile the metrics
 os.environ |= {"AWS_SHARED_CREDENTIALS_FILE": os.devnull, "AWS_CONFIG_FILE": os.devnull, "NO_PROXY": "127.0.0.1,localhost"}
 
 hypothesis.settings.register_profile("patient", deadline=None)  # the machine's pauses are no property of the code

@@ -30,11 +30,18 @@ _watched: list[pytest.Item] = []
 
 
 def mark(items: list[pytest.Item]) -> None:
-    """Mark the tests whose fixtures start something."""
+    """Mark the tests whose fixtures start something, and say which tests two processes keep together.
+
+    Those that share a Ray, a server or a trained run stay together, or both processes would have them; others share what their module
+    makes. The slow ones start clusters of their own, so they only share what their module makes.
+    """
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if STARTING & set(getattr(item, "fixturenames", ())) or parameters.get("store") == "s3":
+        starts = STARTING & set(getattr(item, "fixturenames", ())) or parameters.get("store") == "s3"
+        if starts:
             item.add_marker("starts")
+        shared = starts and item.get_closest_marker("slow") is None
+        item.add_marker(pytest.mark.xdist_group("shared" if shared else item.nodeid.partition("::")[0]))
 
 
 def watch(item: pytest.Item) -> Generator[None, object, object]:

@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytestmark = pytest.mark.starts
+
 SCRIPT = Path(__file__).parents[2] / "infra" / "objectstore.py"
 
 

@@ -12,6 +12,7 @@ PLAIN = {"diffusion.prediction": "epsilon", "diffusion.sampling_steps": 20}
 """A family without a diffusion leaves its fields as they are."""
 
 
+@pytest.mark.starts
 def test_online_prints_how_much_faster_than_real_time_a_listener_is() -> None:
     small = [f"{key}={str(value).lower()}" for key, value in ONLINE.items()]
     done = job(

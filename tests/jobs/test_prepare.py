@@ -66,6 +66,7 @@ def test_bad_files_are_listed_by_clip_and_file_and_all_other_clips_are_there(
     assert not list((tmp_path / "strict").glob("*.json"))
 
 
+@pytest.mark.starts
 def test_a_missing_folder_ends_the_program_with_a_file_s_name_and_nothing_is_written(root: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         shutil.rmtree(root / split / "Emotion")
@@ -87,6 +88,7 @@ def test_a_missing_folder_ends_the_program_with_a_file_s_name_and_nothing_is_wri
         ("index TMP --facial gaze --acoustic gaze", "gaze cannot be a stream of both --facial and --acoustic"),
     ],
 )
+@pytest.mark.starts
 def test_mistakes_are_explained_and_nothing_is_written(
     simulated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
 ) -> None:

@@ -105,6 +105,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         yield Path(root) / "cache"
 
 
+@pytest.mark.starts
 def test_what_was_admitted_is_read_by_every_process_and_run(folder: Path) -> None:
     cache, tar = Cache(folder, MB), tar_of(1)
     data = content(tar, 1024, 5000)
@@ -213,6 +214,7 @@ def test_threads_read_the_right_bytes_while_files_are_closed_and_opened(folder: 
     assert counted(folder) == (disk_space(folder), True)
 
 
+@pytest.mark.starts
 def test_four_processes_that_admit_at_the_same_time_stay_within_the_limit(folder: Path) -> None:
     script = """
 cache = Cache(folder, int(sys.argv[2]))
@@ -259,6 +261,7 @@ print("filled", flush=True)
 
 
 @pytest.mark.parametrize("witness", [True, False], ids=["beside a live process", "alone"])
+@pytest.mark.starts
 def test_killed_at_any_moment_of_a_fill(folder: Path, witness: bool) -> None:
     """One admission writes eight times; each process is killed before another of its writes, the ninth ends."""
     limit, tar = 4 * MB, tar_of(1)
@@ -294,6 +297,7 @@ sys.stdin.readline()
 """
 
 
+@pytest.mark.starts
 def test_what_a_live_process_uses_stays_and_what_a_killed_one_used_makes_room(folder: Path) -> None:
     with process(USER, folder, MB, 1) as other:
         there = int(other.stdout.readline())
@@ -309,6 +313,7 @@ def test_what_a_live_process_uses_stays_and_what_a_killed_one_used_makes_room(fo
     assert disk_space(folder) <= MB
 
 
+@pytest.mark.starts
 def test_what_one_of_two_users_still_uses_stays(folder: Path) -> None:
     with process(USER, folder, MB, 1, 3) as one, process(USER, folder, MB, 3, 1) as two:
         there = int(one.stdout.readline()) + int(two.stdout.readline())
@@ -365,6 +370,7 @@ def test_what_was_dropped_is_gone_and_can_be_replaced_though_the_cache_is_full(f
     assert counted(folder) == (disk_space(folder), True)
 
 
+@pytest.mark.starts
 def test_a_full_disk_is_warned_of_once_and_reads_go_on(folder: Path) -> None:
     script = """
 import resource

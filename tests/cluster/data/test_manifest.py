@@ -144,6 +144,7 @@ print(time.process_time() - start, (kilobytes("VmHWM") - before) / 1024)
 
 
 @pytest.mark.parametrize("named", [False, True])
+@pytest.mark.starts
 def test_a_dataset_of_100_000_shards_is_open_in_2_seconds_and_64_megabytes(tmp_path: Path, named: bool) -> None:
     count = 100_000
     digests = "".join(content_hash(number.to_bytes(4)) for number in range(count))

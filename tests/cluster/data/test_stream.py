@@ -184,6 +184,7 @@ print(size, 1024 * (kilobytes("VmHWM") - before))
 """
 
 
+@pytest.mark.starts
 def test_memory_does_not_grow_with_what_has_been_read(clips: Path) -> None:
     done = subprocess.run([sys.executable, "-c", RESIDENT, str(clips), "440"], check=True, capture_output=True, text=True)
     read, grown = map(int, done.stdout.split())
@@ -261,6 +262,7 @@ def test_all_ranks_together_have_each_step_whole(store: Store, counts: list[int]
         assert all(bool((tensor == one.tensors[name]).all()) for name, tensor in joined(parts).items())
 
 
+@pytest.mark.starts
 def test_training_with_a_batch_smaller_than_the_ranks_and_one_clip_a_shard(tmp_path: Path) -> None:
     """7 steps of one item on 2 ranks: one of them never has any."""
     store = open_store(str(tmp_path / "shards"))
@@ -303,6 +305,7 @@ stream.close()
 """
 
 
+@pytest.mark.starts
 def test_a_stream_of_100_000_shards_starts_in_2_seconds_and_64_megabytes(tmp_path: Path) -> None:
     """Manifest, reader, order and stream of a rank of a thousand; 10^8 clips of which none is touched."""
     count = 100_000
@@ -384,6 +387,7 @@ print(ledgers(open_store(data), 4, 96, cache=Cache(folder, limit), readers=3, re
 
 
 @pytest.mark.parametrize("fatal", [1, 7])
+@pytest.mark.starts
 def test_a_rank_killed_while_it_fills_the_cache_leaves_nothing_to_clean_up(clips: Path, tmp_path: Path, fatal: int) -> None:
     """Disk space is allocated, and its bytes are about to be written, when SIGKILL comes."""
     folder, share = tmp_path / "cache", Share(4, 96, 1, 0)
@@ -397,6 +401,7 @@ def test_a_rank_killed_while_it_fills_the_cache_leaves_nothing_to_clean_up(clips
     assert store.reads == [], "by now all of it is there"
 
 
+@pytest.mark.starts
 def test_two_runs_share_a_cache_at_the_same_time(clips: Path, tmp_path: Path) -> None:
     """It has room for most of their dataset, and not for all."""
     folder, limit = tmp_path / "cache", 8 << 20

@@ -11,7 +11,7 @@ from cluster.data.manifest import load_manifest
 from cluster.data.shards import read_index
 from cluster.data.verify import check_shard, verify
 from cluster.storage import StorageError, open_store
-from tests.tiny import job
+from tests.tiny import call
 
 TAR = "train/000001.tar"
 
@@ -75,7 +75,8 @@ def test_what_cannot_be_read_is_not_called_damaged(dataset: Path, kind: str) -> 
         verify(open_store(str(dataset)), manifest, Workers(), lambda done, total: None)
 
 
+@pytest.mark.usefixtures("local_ray")
 def test_the_job_prints_a_table_and_ends_with_1_if_anything_is_damaged(dataset: Path) -> None:
     flip(dataset / TAR, 2000)
-    done = job("prepare", "verify", dataset, check=False)
+    done = call("prepare", "verify", dataset, check=False)
     assert done.returncode == 1 and TAR in done.stdout and "restore these files" in done.stdout

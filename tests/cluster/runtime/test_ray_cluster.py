@@ -106,11 +106,13 @@ def test_a_local_ray_listens_on_loopback_only(local_ray: placement.Resources) ->
     assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
 
 
+@pytest.mark.starts
 def test_workers_of_a_local_ray_import_the_project_from_any_folder_and_leave_no_token_behind(shell: Shell) -> None:
     assert shell.job_address().startswith("127.0.0.1:")
     assert shell.token_files() == []
 
 
+@pytest.mark.starts
 def test_a_ray_address_where_nothing_answers_is_refused_with_the_way_out(shell: Shell) -> None:
     with pytest.raises(AssertionError, match=r"RAY_ADDRESS is 127\.0\.0\.1:1, but .*ray start --head.* RAY_ADDRESS=local"):
         shell.run("python", "jobs/x.py", RAY_ADDRESS="127.0.0.1:1")

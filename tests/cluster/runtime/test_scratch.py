@@ -29,6 +29,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.starts
 def test_a_folder_lives_as_long_as_its_process_and_the_next_one_removes_it(root: Path) -> None:
     others = [root / "somebody's", root / f"reactdiff-{platform.node()}-runs", root / f"{PREFIX}2-abcdefgh"]  # the last of node a-2, say
     for other in others:

@@ -167,6 +167,7 @@ def test_folder_urls_name_the_same_store(tmp_path: Path, monkeypatch: pytest.Mon
     assert open_store("some where").node_local
 
 
+@pytest.mark.starts
 def test_a_writer_killed_in_the_middle_leaves_the_old_content_and_nothing_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
         "import os, sys\n"

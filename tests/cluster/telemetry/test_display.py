@@ -126,6 +126,7 @@ def test_events_have_progress_as_their_step_and_a_resumed_life_supersedes_the_ro
     assert points(tmp_path, "diffusion", "loss") == [(8, 1.0), (16, 1.0), (24, 1.0)]
 
 
+@pytest.mark.starts
 def test_the_display_does_not_import_torch():
     code = "import sys, cluster.telemetry.display; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"

@@ -10,6 +10,8 @@ import pytest
 from cluster.telemetry.exporter import Exporter
 from cluster.telemetry.meter import Meter
 
+pytestmark = pytest.mark.starts
+
 
 class Clock:
     def __init__(self):

@@ -144,6 +144,7 @@ def test_a_misspelt_phase_or_gauge_does_not_pass_silently(misuse):
         meter.snapshot()
 
 
+@pytest.mark.starts
 def test_the_meter_can_be_built_before_anything_heavy_is_imported():
     code = "import sys; before = set(sys.modules); import cluster.telemetry.meter; print(*(set(sys.modules) - before))"
     imported = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()

@@ -17,6 +17,8 @@ from cluster.telemetry.exporter import Exporter
 from cluster.telemetry.meter import Meter
 from tests.tiny import ROOT
 
+pytestmark = pytest.mark.starts
+
 INFRA = ROOT / "infra" / "prometheus"
 TIMEOUT = 60
 """Seconds after which something that was to happen is taken not to happen; Prometheus takes up new targets every 5."""

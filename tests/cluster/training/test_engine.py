@@ -45,6 +45,7 @@ def learn(rank: int, family: dict[str, Any], zero: int) -> list[float]:
     return found
 
 
+@pytest.mark.starts
 def test_zero_3_learns_what_zero_1_learns() -> None:
     one, three = (on_ranks(2, losses, zero) for zero in (1, 3))
     for family in FAMILIES:

@@ -17,7 +17,8 @@ TOLERANCE = 1e-5
 SAMPLE_TOLERANCE = 1e-3
 """The last of 20 DDIM steps divides rounding by sqrt(abar_19), about 1 / 406."""
 
-each_fixture = pytest.mark.parametrize("path", fixtures(), ids=lambda path: path.stem)
+FIXTURES = [pytest.param(path, id=path.stem, marks=[] if path.stem == "parity_small" else pytest.mark.heavy) for path in fixtures()]
+each_fixture = pytest.mark.parametrize("path", FIXTURES)
 
 
 def difference(ours: torch.Tensor, theirs: np.ndarray) -> float:
@@ -38,7 +39,7 @@ def test_stage_1_computes_what_the_authors_modules_compute(path: Path) -> None:
     )
 
 
-@pytest.fixture(scope="module", params=fixtures(), ids=lambda path: path.stem)
+@pytest.fixture(scope="module", params=FIXTURES)
 def stage_2(request: pytest.FixtureRequest) -> Iterator[tuple[Case, LatentDiffusion]]:
     case = Case(request.param)
     diffusion = case.latent_diffusion()
@@ -66,14 +67,15 @@ def test_the_denoiser_predicts_the_authors_epsilon(stage_2: tuple[Case, LatentDi
 
 
 def test_twenty_steps_of_ddim_end_at_the_authors_sample(stage_2: tuple[Case, LatentDiffusion]) -> None:
+    """Of the first window, since each is sampled for itself: two take twice the time."""
     case, diffusion = stage_2
-    condition = torch.from_numpy(case.expected["condition"])
+    condition, noise = torch.from_numpy(case.expected["condition"][:1]), windows(case, "noise")[:1]
 
     def predict(noisy: torch.Tensor, time: float) -> torch.Tensor:
         return diffusion.denoiser(noisy, torch.full((len(noisy),), time), condition)
 
-    sample = ddim(diffusion.process, predict, lambda _: windows(case, "noise"), 20)
-    assert difference(sample, case.expected["ddim20_sample"]) < SAMPLE_TOLERANCE
+    sample = ddim(diffusion.process, predict, lambda _: noise, 20)
+    assert difference(sample, case.expected["ddim20_sample"][:1]) < SAMPLE_TOLERANCE
 
 
 def test_noisy_latents_and_loss_are_those_of_the_authors(stage_2: tuple[Case, LatentDiffusion]) -> None:

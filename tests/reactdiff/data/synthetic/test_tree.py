@@ -39,6 +39,7 @@ def test_the_official_reader_reads_every_clip(tree):
                 assert np.abs(clip.people[person]["coefficients"]).max() < 5
 
 
+@pytest.mark.starts
 def test_the_same_simulation_is_the_same_bytes_whatever_the_processes(tree, tmp_path):
     write_tree(SMALL, tmp_path, workers=2)
     assert contents(tmp_path) == contents(tree.root)
