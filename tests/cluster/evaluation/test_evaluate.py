@@ -8,6 +8,7 @@ import pytest
 
 from cluster.evaluation.evaluate import evaluate
 from cluster.runs.saved import open_run
+from cluster.runtime.tasks import map_tasks
 from reactdiff.metrics.partial import PartialScores
 
 
@@ -18,13 +19,20 @@ def parts_alive() -> int:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_the_driver_holds_no_part_while_parts_are_scored(finished: Path, tmp_path: Path) -> None:
+def test_the_driver_holds_no_part_while_parts_are_scored(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 16 parts two are scored; the others are there, and only counted."""
     shutil.copytree(finished.parent.parent, tmp_path / "store")
     for row in ("mimic", "oracle"):
         next((tmp_path / "store/runs/tiny/evaluation").glob(f"*/{row}-*.npz")).unlink()
     run = open_run(str(tmp_path / "store/runs/tiny"), "")
-    before, alive = parts_alive(), []
+    before, alive, asked = parts_alive(), [], []
+
+    def recorded(function, calls, *arguments, **named):
+        asked.extend(calls)
+        return map_tasks(function, calls, *arguments, **named)
+
+    monkeypatch.setattr("cluster.evaluation.evaluate.map_tasks", recorded)
     scores = evaluate(run.experiment, run.store, run.latents(), run.diffusion(), lambda done, of: alive.append((done, of, parts_alive())))
     assert [(done, of) for done, of, _ in alive] == [(done, 16) for done in range(1, 17)] and len(scores) == 8
+    assert [row for row, _ in asked] == ["mimic", "oracle"], "no task is started for a part that is there"
     assert max(count for _, _, count in alive) == before
