@@ -22,7 +22,7 @@ from cluster.storage import open_store
 from cluster.training.pin import pin
 from jobs import train, tune
 from tests.jobs.test_generate import generate
-from tests.tiny import OVERRIDES, ROOT, Trained, call, job, settings, tiny
+from tests.tiny import OVERRIDES, ROOT, Trained, call, settings, tiny
 
 DEMO = ROOT / "jobs/configs/demo.yaml"
 
