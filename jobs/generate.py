@@ -33,7 +33,7 @@ from cluster.config.loading import load
 from cluster.config.paths import absolute, anchored
 from cluster.config.schema import Run
 from cluster.data.reader import Reader
-from cluster.evaluation.picture import clip_picture
+from cluster.evaluation.picture import clip_picture, read_faces
 from cluster.runs.latents import encode_clip
 from cluster.runs.published import PublishedWeights, open_published
 from cluster.runs.saved import SavedRun, open_run
@@ -53,15 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first product on a GPU
     if options.import_checkpoint:
         files = [Path(absolute(file)) for file in options.import_checkpoint]
-        opened: SavedRun | PublishedWeights = open_published(anchored(load(options.config, options.overrides)), files)
+        source: SavedRun | PublishedWeights = open_published(anchored(load(options.config, options.overrides)), files)
     else:
-        opened = open_run(options.run, options.store).with_sampling(options.overrides)
-    experiment = opened.experiment
+        source = open_run(options.run, options.store).with_sampling(options.overrides)
+    experiment = source.experiment
     make_deterministic(experiment.workers.threads)
-    reader = Reader(opened.dataset, opened.clips, options.split or experiment.evaluation.split)
+    reader = Reader(source.dataset, source.clips, options.split or experiment.evaluation.split)
     clip = reader.clip_number(options.clip)
-    model = opened.model()
-    latents = encode_clip(model.codec, reader, clip)
+    model = source.model()
+    latents, faces = encode_clip(model.codec, reader, clip), read_faces(reader, clip)
     out, console = open_store(absolute(options.out)), Console(markup=False, highlight=False, soft_wrap=True)
     for direction in DIRECTIONS[options.direction]:
         speaker, listener = speaker_listener(direction)
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for k, reaction in enumerate(attributes):
             out.put(f"{name}-{k}.csv", to_csv(reaction))
         whose = "the authors' weights" if options.import_checkpoint else f"run {experiment.run.name}"
-        out.put(f"{name}.png", clip_picture(reader, clip, direction, attributes, whose))
+        out.put(f"{name}.png", clip_picture(options.clip, faces, direction, attributes, whose))
         console.print(f"{out.url}/{name}.npz, .png and {options.count} tables {name}-*.csv: {speaker} speaks, {listener} listens")
     return 0
 

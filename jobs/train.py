@@ -67,8 +67,8 @@ def main() -> int:
                 print(f"FRCorr, from random listener (0 %) to oracle (100 %): model {closed[MODEL]:.0%}, {WRONG} {closed[WRONG]:.0%}")
             except ValueError as error:  # a few clips, say: the run is done all the same
                 print(f"FRCorr of random listener and oracle cannot be compared: {error}")
-        typed = ["--config", str(config)] if arguments.config else []
-        _say_what_next(pinned.saved(experiment), [*typed, *arguments.overrides])
+        words = ["--config", str(config)] if arguments.config else []
+        _say_what_next(pinned.saved(experiment), [*words, *arguments.overrides])
     return 0
 
 
@@ -90,12 +90,12 @@ def _dry_run(experiment: Experiment, config_name: str, steps: Sequence[str], dem
     Console().print(plan(experiment, pinned))
 
 
-def _say_what_next(run: SavedRun, typed: Sequence[str]) -> None:
+def _say_what_next(run: SavedRun, words: Sequence[str]) -> None:
     """Say what an evaluated run has left, and commands that go on from here, as they can be pasted.
 
     Args:
         run: what was evaluated.
-        typed: the words of this command, but `--stage`.
+        words: of this command, but `--stage`.
     """
     url, data, store = run.store.url, run.experiment.data.url, run.experiment.run.store
     name, jobs = run.experiment.run.name, Path(sys.argv[0]).parent
@@ -117,12 +117,12 @@ def _say_what_next(run: SavedRun, typed: Sequence[str]) -> None:
         found = ["--clip", picture.clip, "--split", picture.split]
         _say("reactions to a clip: arrays, tables, a picture", "python", jobs / "generate.py", name if here else url, *found)
     where = [f"data.url={data}", f"run.store={store}"]
-    typed = [word for word in typed if not word.startswith(("data.url=", "run.store="))]  # they may have been relative
+    words = [word for word in words if not word.startswith(("data.url=", "run.store="))]  # they may have been relative
     if (val := run.clips.splits.get(SPLIT)) and val.appropriateness:
         usual = here and data == os.path.abspath(Data().url)
         _say("a sweep: what it would try", "python", jobs / "tune.py", "--dry-run", *([] if usual else where))
     _say('this run on a Ray cluster; if there is one, without the first line (README.md, "A cluster")', "ray", "start", "--head")
-    _say("", "ray", "job", "submit", "--working-dir", ".", "--", "python", jobs / "train.py", *typed, *where)
+    _say("", "ray", "job", "submit", "--working-dir", ".", "--", "python", jobs / "train.py", *words, *where)
 
 
 def _say(what: str, *command: str | Path) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.runtime import failures
+
 ROOT = Path(__file__).parents[1]
 ORDER = ("config", "storage", "runtime", "telemetry", "data", "runs", "evaluation", "training", "studies")
 """The packages of cluster/: each imports those before it, `reactdiff` and itself."""
@@ -20,6 +22,26 @@ PLAIN = {"storage", "runtime", "telemetry"}
 
 RAY = {"runtime/ray_cluster", "runtime/tasks", "training/launch", "studies/sweep"}
 """The modules of cluster/ that place work, and so may import Ray."""
+
+MODULES = {
+    "config": "identity loading paths schema spec",
+    "storage": "base deadline folder hashing multipart parallel retry s3",
+    "runtime": "device failures ray_cluster scratch tasks",
+    "telemetry": "display exporter meter metrics_log monitor tensorboard",
+    "data": (
+        "build_shard cache cache_file cache_space checksums demo index_tars manifest prepare quarantine ranges reader "
+        "sequential shards stream tar_scan verify"
+    ),
+    "runs": "build_latents checkpoint environment export latents published registry saved state",
+    "evaluation": "evaluate gate ground_truth picture plan rows validation",
+    "training": "engine launch loop pin plan pretrained resume run warm_start",
+    "studies": "comparison retrain sweep",
+    "bench": "loading metrics noise_dataset tables training",
+}
+"""Package -> its modules."""
+
+ACROSS = {"data/test_stream_faults.py", "storage/test_storage.py", "telemetry/test_prometheus.py"}
+"""Tests of a package that are about more than one of its modules."""
 
 MACHINERY = {"ray", "deepspeed", "boto3", "botocore", "prometheus_client", "webdataset"}
 BELOW = {"reactdiff": {"cluster", "jobs", "infra"}, "cluster": {"jobs", "infra"}}
@@ -53,11 +75,15 @@ def _packages(names: set[str]) -> set[str]:
 
 
 def _named(folder: str) -> Iterator[tuple[str, Path]]:
-    """Each public class and function that a folder's modules define at their top, and where."""
+    """Each public class, function and alias of a type that a folder's modules define at their top, and where."""
     for path in sorted((ROOT / folder).rglob("*.py")):
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
-                yield node.name, path.relative_to(ROOT / folder)
+            names = [node.name] if isinstance(node, (ast.ClassDef, ast.FunctionDef)) else []
+            if isinstance(node, ast.Assign):  # an alias of a type, not a constant
+                names = [one.id for one in node.targets if isinstance(one, ast.Name) and not one.id.isupper()]
+            for name in names:
+                if not name.startswith("_") and name != "log":
+                    yield name, path.relative_to(ROOT / folder)
 
 
 def _dependencies() -> list[str]:
@@ -79,6 +105,7 @@ def test_every_module_of_cluster_is_in_a_package_of_the_order() -> None:
     found = {path.parts[1].removesuffix(".py") for path in _imports("cluster")} - {"__init__"}
     assert found == {*ORDER, *TOP}, "a new package has a place in ORDER; a module lies in a package"
     assert [path for path in (ROOT / "cluster").glob("*.py") if path.stem not in ("__init__", *TOP)] == []
+    assert len(ast.parse((ROOT / "cluster/__init__.py").read_text()).body) == 1, "cluster/__init__ is one docstring"
 
 
 @pytest.mark.parametrize("package", [*ORDER, *TOP])
@@ -100,7 +127,8 @@ def test_a_package_says_what_it_imports_and_its_init_is_nothing_else(package: st
 
 
 def test_ray_is_imported_only_where_work_is_placed() -> None:
-    importers = {str(path.relative_to("cluster").with_suffix("")) for path, names in _roots("cluster").items() if "ray" in names}
+    found = {**_roots("cluster"), **_roots("jobs")}
+    importers = {str(path.with_suffix("")).removeprefix("cluster/") for path, names in found.items() if "ray" in names}
     assert importers == RAY
 
 
@@ -114,12 +142,34 @@ def test_a_public_name_of_cluster_means_one_thing() -> None:
 @pytest.mark.parametrize("package", sorted(MACHINERY - {"ray"}))
 def test_a_package_of_the_machinery_is_imported_in_one_module_of_cluster(package: str) -> None:
     modules = [str(path) for folder in ("cluster", "jobs") for path, names in _roots(folder).items() if package in names]
-    assert len(modules) <= 1 and all(module.startswith("cluster/") for module in modules)
+    assert len(modules) == 1 and modules[0].startswith("cluster/")
 
 
 def test_tests_of_cluster_lie_as_its_modules_do() -> None:
     folder = ROOT / "tests" / "cluster"
     assert {path.name for path in folder.iterdir() if path.is_dir()} - {"__pycache__"} == {*ORDER, TOP[0], "chaos", "support"}
+    tests = [path for package in (*ORDER, TOP[0]) for path in (folder / package).glob("test_*.py")]
+    homeless = [path for path in tests if not (ROOT / "cluster" / path.parent.name / path.name.removeprefix("test_")).exists()]
+    assert {f"{path.parent.name}/{path.name}" for path in homeless} == ACROSS
+
+
+def test_every_module_of_cluster_is_where_the_table_has_it() -> None:
+    """Imports alone cannot tell where a module belongs that imports nothing of ours."""
+    found = {package: sorted(path.stem for path in (ROOT / "cluster" / package).glob("*.py")) for package in (*ORDER, TOP[0])}
+    assert {package: " ".join(name for name in names if name != "__init__") for package, names in found.items()} == MODULES
+
+
+def test_an_error_that_names_its_failure_names_a_row_of_the_table() -> None:
+    table = {failure.name for failure in failures.TABLE}
+    named = {
+        node.value.value
+        for path in (ROOT / "cluster").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and ast.unparse(node.targets[0]) == "failure"
+    }
+    assert named and named <= table
+    page = (ROOT / "docs/architecture.md").read_text().partition("## Who restarts what")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\|[^|]*\| `(\w+)` \|", page, re.MULTILINE)) == table | {failures.LOST.name}
 
 
 def test_no_file_mentions_a_path_outside_the_project() -> None:

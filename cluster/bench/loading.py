@@ -230,7 +230,7 @@ def measure(rival: Callable[[Task, list[ByteSpan]], Rival], task: Task, ranges: 
 
 
 def wire(task: Task, ranges: list[ByteSpan]) -> Rival:
-    """Get these ranges in this order, whoever of the threads is free the next one, each into its own memory again and again."""
+    """Get these ranges in this order, each by the next free thread, each into its own memory again and again."""
     store = _s3(task.url)
     client, _ = store.raw(ranges[0].key)
     places = {key: store.raw(key)[1] for key in {part.key for part in ranges}}

@@ -8,7 +8,7 @@ from cluster.config.loading import fields, value_of
 from cluster.config.schema import Experiment
 from reactdiff.config import Kind
 
-FIRST = frozenset(
+ORIGINAL_FIELDS = frozenset(
     """
     seed data.manifest data.split data.order data.block data.group
     model.family model.facial model.acoustic model.online model.hidden model.latent model.heads model.intra model.intra_depth model.inter
@@ -21,8 +21,8 @@ FIRST = frozenset(
     """.split()
 )
 """The fields that every name has stood for from the beginning. Never add to them: a field that is not here enters a name only
-where it is not its default, so that whoever gives the same command after an update finds his run again. The default of such a
-field is for ever: another one would give old names another meaning."""
+where it is not its default, so that the same command finds its run after an update. The default of such a
+field must never change: another one would give old names another meaning."""
 
 
 def identity(experiment: Experiment) -> dict[str, Any]:
@@ -40,10 +40,11 @@ def ends(experiment: Experiment) -> dict[str, Any]:
     return _of_kind(experiment, "end")
 
 
-def named(experiment: Experiment, kind: Kind = "identity") -> dict[str, Any]:
+def name_fields(experiment: Experiment, kind: Kind = "identity") -> dict[str, Any]:
     """What names and digests stand for: the fields of this kind, without those that were added later and have their default."""
     defaults = type(experiment)()
-    return {name: value for name, value in _of_kind(experiment, kind).items() if name in FIRST or value != value_of(defaults, name)}
+    values = _of_kind(experiment, kind)
+    return {name: value for name, value in values.items() if name in ORIGINAL_FIELDS or value != value_of(defaults, name)}
 
 
 def digest(values: Any) -> str:

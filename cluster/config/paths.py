@@ -1,4 +1,4 @@
-"""Where relative paths lie: beside whoever types a command, and for a Ray job in a folder that outlives it."""
+"""Where relative paths lie: below the current folder, and for a Ray job below a folder that outlives it."""
 
 import os
 from pathlib import Path

@@ -38,7 +38,7 @@ class Data(Branch):
 
 
 class Run(Branch):
-    """Where a run lives and how often it speaks."""
+    """Where a run lies, and how often it writes checkpoints and rows."""
 
     name: str = field("", "Name; empty: `<config>-<8 hex of its identity>`.", kind="placement", pattern=r"^[A-Za-z0-9._-]{0,100}$")
     store: str = field("work/store", "Folder or s3://bucket/prefix of runs, checkpoints and latents.", kind="placement")

@@ -26,7 +26,7 @@ class Spec(Branch):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The recipe in a file.
+        """The spec in a file.
 
         Raises:
             ConfigError: for an unreadable file, an unknown key (with the nearest name) or a value that breaks a rule.

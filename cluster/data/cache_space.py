@@ -13,7 +13,7 @@ The folder has one file for each tar, named by its hash, and beside them:
   uses/     lists of tars, each locked by the processes that use these tars, for as long as they live
 
 Locks are flocks, which the kernel releases with their process. Disk space is only allocated under the lock of the cache, so
-whoever holds it may count the files at any time. The count is marked while it changes: it is made again if a process was killed
+its holder may count the files at any time. The count is marked while it changes: it is made again if a process was killed
 meanwhile.
 """
 

@@ -109,7 +109,7 @@ def _current_state(store: Store) -> tuple[Manifest | None, str, Keys]:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _NewShard:
     """A shard to be built."""
 
     split: str
@@ -117,7 +117,7 @@ class _Plan:
     pairs: list[Pair]
 
 
-Results = list[tuple[_Plan, BuiltShard]]
+Results = list[tuple[_NewShard, BuiltShard]]
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class _Preparation:
                 clip += part.clips[position]
         _run(assert_unchanged, calls, self.source, lambda number: None)
 
-    def plan(self, clips_per_shard: int) -> list[_Plan]:
+    def plan(self, clips_per_shard: int) -> list[_NewShard]:
         """New clips cut into shards, each with a number that its content has claimed: no two preparations write to one shard."""
         plans = []
         for split in self.tree.splits:
@@ -192,7 +192,7 @@ class _Preparation:
             new = list(itertools.compress(pairs, ~np.isin(_keys(pairs), self.old_keys(split))))
             parts = [new[start : start + clips_per_shard] for start in range(0, len(new), clips_per_shard)]
             numbers = self._claim_numbers(split, number, parts)
-            plans += [_Plan(split, number, pairs) for number, pairs in zip(numbers, parts, strict=True)]
+            plans += [_NewShard(split, number, pairs) for number, pairs in zip(numbers, parts, strict=True)]
         return plans
 
     def _claim_numbers(self, split: str, number: int, parts: list[list[Pair]]) -> list[int]:
@@ -210,7 +210,7 @@ class _Preparation:
             number += len(tries)
         return numbers
 
-    def build(self, plans: list[_Plan], progress: Progress) -> Results:
+    def build(self, plans: list[_NewShard], progress: Progress) -> Results:
         """Build every planned shard."""
         total, done = sum(len(plan.pairs) for plan in plans), 0
 

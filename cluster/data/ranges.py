@@ -99,10 +99,10 @@ class ReadPlan:
             start, end, wanted = offset, offset + size, size
         return self._ranges(cuts, len(self.shard))
 
-    def single(self, part: Range) -> list[Range]:
+    def single(self, span: Range) -> list[Range]:
         """A range for each member of this one."""
-        cuts = [number for number in range(part.first, part.last) if number == part.first or self.offset[number] != self.offset[number - 1]]
-        return self._ranges(cuts, part.last)
+        cuts = [number for number in range(span.first, span.last) if number == span.first or self.offset[number] != self.offset[number - 1]]
+        return self._ranges(cuts, span.last)
 
     def _ranges(self, cuts: list[int], end: int) -> list[Range]:
         """The ranges that begin with these entries; the last one ends before entry `end`."""
@@ -133,11 +133,11 @@ class ReceiveBuffers:
         direct: for each entry whose array is received in its place, in their order: its member's header, and the bytes of the array.
     """
 
-    def __init__(self, plan: ReadPlan, part: Range):
-        numbers = range(part.first, part.last)
+    def __init__(self, plan: ReadPlan, span: Range):
+        numbers = range(span.first, span.last)
         direct = {plan.offset[number]: number for number in reversed(numbers) if plan.direct(number)}
         self.direct: dict[int, tuple[memoryview, int]] = {}
-        self.scratch = _scratch(part.length - sum(plan.widths[plan.kind[number]] for number in direct.values()))
+        self.scratch = _scratch(span.length - sum(plan.widths[plan.kind[number]] for number in direct.values()))
         self.buffers: list[memoryview] = []
         self.at: list[int] = []
         done = skipped = 0
@@ -145,14 +145,14 @@ class ReceiveBuffers:
             offset = plan.offset[number]
             if direct.get(offset) == number:
                 width = plan.widths[plan.kind[number]]
-                begin = offset - part.start - skipped
+                begin = offset - span.start - skipped
                 body = begin + plan.size[number] - width
                 self.buffers += [self.scratch[done:body], plan.place(number)]
                 self.direct[number] = self.scratch[begin:body], width
                 done, skipped = body, skipped + width
                 self.at.append(begin)
             else:
-                self.at.append(self.at[-1] if offset in direct else offset - part.start - skipped)
+                self.at.append(self.at[-1] if offset in direct else offset - span.start - skipped)
         if len(self.scratch) > done:
             self.buffers.append(self.scratch[done:])
 

@@ -149,10 +149,10 @@ class Reader:
         members = np.array([[self.member(source) for source in arrays]], dtype=np.int64)
         plan = self.plan(np.array([clip]), members, [array[None] for array in arrays.values()])
         ranges = self.ranges(plan)
-        for part in ranges:
-            for error in self.fetch(plan, part).damaged.values():
+        for span in ranges:
+            for error in self.fetch(plan, span).damaged.values():
                 raise error
-        return ReadResult(arrays, sum(part.length for part in ranges), sum(plan.crc))
+        return ReadResult(arrays, sum(span.length for span in ranges), sum(plan.crc))
 
     def member(self, source: ArrayKey) -> int:
         """The number of an array's member in the manifest.
@@ -208,55 +208,55 @@ class Reader:
         tars = {shard: self._tar(shard) for shard in set(plan.shard)}
         cached = [cache.holds(tars[s], o, n) for s, o, n in zip(plan.shard, plan.offset, plan.size, strict=True)]
         ranges: list[Range] = []
-        for part in plan.coalesce(cached):
-            whole = not cached[part.first] or cache.holds(tars[part.shard], part.start, part.length)
-            ranges += [part] if whole else plan.single(part)
+        for span in plan.coalesce(cached):
+            whole = not cached[span.first] or cache.holds(tars[span.shard], span.start, span.length)
+            ranges += [span] if whole else plan.single(span)
         return ranges
 
-    def fetch(self, plan: ReadPlan, part: Range, keep: bool = True) -> FetchResult:
+    def fetch(self, plan: ReadPlan, span: Range, keep: bool = True) -> FetchResult:
         """Read a range and put its arrays in their places; bytes that do not match their checksum are read once more.
 
         Args:
             plan: of `plan`.
-            part: of `ranges`.
+            span: of `ranges`.
             keep: whether it will be wanted again, so that the cache should keep it.
 
         Raises:
             StorageError: if the range cannot be read.
         """
-        target, name, tar = ReceiveBuffers(plan, part), self._name(part.shard), self._tar(part.shard)
-        if self._cache and self._cache.read_into(tar, part.start, *target.buffers):
+        target, name, tar = ReceiveBuffers(plan, span), self._name(span.shard), self._tar(span.shard)
+        if self._cache and self._cache.read_into(tar, span.start, *target.buffers):
             sums = RunningChecksums(target)
             for buffer in target.buffers:
                 sums.update(buffer)
-            if not self._place(plan, part, target, sums.of):
+            if not self._place(plan, span, target, sums.of):
                 return FetchResult({}, 0)
             log.warning("%s: the cache on this node's disk differs from what was kept there; reading it again", name)
-            self._cache.drop(tar, part.start, part.length)
+            self._cache.drop(tar, span.start, span.length)
         for reads in (1, 2):  # bytes can also be damaged on their way
             sums = RunningChecksums(target)
-            self._store.read_into(f"{name}.tar", part.start, *target.buffers, on_bytes=sums.update)
-            damaged = self._place(plan, part, target, sums.of)
+            self._store.read_into(f"{name}.tar", span.start, *target.buffers, on_bytes=sums.update)
+            damaged = self._place(plan, span, target, sums.of)
             if not damaged:
                 break
             if reads == 1:
                 log.warning("%s; reading it once more", next(iter(damaged.values())))
         if self._cache and keep and not damaged:
-            self._cache.admit(tar, part.start, *target.buffers)
-        return FetchResult(damaged, reads * part.length)
+            self._cache.admit(tar, span.start, *target.buffers)
+        return FetchResult(damaged, reads * span.length)
 
-    def _place(self, plan: ReadPlan, part: Range, target: ReceiveBuffers, sums: dict[int, int]) -> dict[int, CorruptData]:
+    def _place(self, plan: ReadPlan, span: Range, target: ReceiveBuffers, sums: dict[int, int]) -> dict[int, CorruptData]:
         """Copy small arrays to their places and compare all checksums; returns the error of each entry that does not match.
 
         Args:
             plan: of `plan`.
-            part: of `ranges`.
+            span: of `ranges`.
             target: where the range was received.
             sums: checksums of the entries that were received in their place.
         """
         damaged: dict[int, CorruptData] = {}
         scratch, headers, before, array = target.scratch, self._headers, -1, memoryview(b"")
-        for number, at in zip(range(part.first, part.last), target.at, strict=True):
+        for number, at in zip(range(span.first, span.last), target.at, strict=True):
             place, size = plan.place(number), plan.size[number]
             body = at + size - len(place)
             if plan.offset[number] == before:  # the same array once more

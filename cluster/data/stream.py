@@ -116,7 +116,7 @@ class _Step:
         return self.error is not None or not self.pending
 
 
-class _Window:
+class _ReadAhead:
     """Steps that are read together: their items, and tensors with a row for each."""
 
     def __init__(self, steps: list[_Step], items: np.ndarray, tensors: dict[str, torch.Tensor]):
@@ -194,7 +194,7 @@ class Stream:
         for pool in (self._planner, self._drawer, self._indices, self._pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _plan(self, first: int, count: int) -> _Window:
+    def _plan(self, first: int, count: int) -> _ReadAhead:
         """Plan the reads of these steps and begin with them."""
         window = self._new_window(range(first, self._end(first, count)))
         self._draw_ahead(window.steps[: 1 + DRAW_AHEAD])
@@ -211,9 +211,9 @@ class Stream:
         np.add.at(window.checksums, plan.row, plan.crc)
         for row in rows.tolist():
             window.step_of[row].pending += len(self._kinds)
-        ranges = [(min(plan.row[part.first : part.last]), part) for part in self._reader.ranges(plan)]
-        for row, part in sorted(ranges):  # in the order in which they will be needed
-            self._pool.submit(self._fetch, window, plan, part, window.step_of[row])
+        ranges = [(min(plan.row[span.first : span.last]), span) for span in self._reader.ranges(plan)]
+        for row, span in sorted(ranges):  # in the order in which they will be needed
+            self._pool.submit(self._fetch, window, plan, span, window.step_of[row])
         return window
 
     def _end(self, first: int, count: int) -> int:
@@ -224,23 +224,23 @@ class Stream:
         whole = self._order.begin(end * self._share.batch) // self._share.batch
         return whole if whole > first else end
 
-    def _new_window(self, numbers: range) -> _Window:
+    def _new_window(self, numbers: range) -> _ReadAhead:
         """A window of these steps, of which nothing has been read."""
         shares = [self._share.positions(number) for number in numbers]
         ends = list(accumulate((len(share) for share in shares), initial=0))
         steps = [_Step(*step) for step in zip(numbers, shares, (slice(*pair) for pair in pairwise(ends)), strict=True)]
         items = self._order.at(np.concatenate([np.arange(share.start, share.stop) for share in shares] or [np.empty(0, np.int64)]))
-        return _Window(steps, items, {name: self._memory.take(len(items), *kind) for name, kind in self._kinds.items()})
+        return _ReadAhead(steps, items, {name: self._memory.take(len(items), *kind) for name, kind in self._kinds.items()})
 
     def _wanted_again(self, step: int) -> bool:
         """Whether there is another epoch after the one a step is in."""
         return (step * self._share.batch // self._order.items + 1) * self._order.items < self._share.total
 
-    def _fetch(self, window: _Window, plan: ReadPlan, part: Range, first: _Step) -> None:
+    def _fetch(self, window: _ReadAhead, plan: ReadPlan, span: Range, first: _Step) -> None:
         """Read a range and count it for its steps; `first` is the earliest of them."""
-        rows = plan.row[part.first : part.last]
+        rows = plan.row[span.first : span.last]
         try:
-            damaged, size = self._reader.fetch(plan, part, self._wanted_again(first.number))
+            damaged, size = self._reader.fetch(plan, span, self._wanted_again(first.number))
         except BaseException as failure:
             with self._changed:
                 for row in rows:
@@ -260,7 +260,7 @@ class Stream:
         if self._waited_for and self._waited_for.done():
             self._changed.notify()
 
-    def _mark_corrupt(self, window: _Window, row: int, error: CorruptData) -> None:
+    def _mark_corrupt(self, window: _ReadAhead, row: int, error: CorruptData) -> None:
         """Note that an item is damaged; without a quarantine that is an error of its step."""
         step = window.step_of[row]
         if self._quarantine is None:
@@ -269,7 +269,7 @@ class Stream:
             bad = BadItem(int(window.items[row]), step.positions[row - step.rows.start], str(error))
             window.corrupt[row] = min(window.corrupt.get(row, bad), bad)  # whichever thread was first
 
-    def _wait_for_batch(self, window: _Window, step: _Step) -> Batch:
+    def _wait_for_batch(self, window: _ReadAhead, step: _Step) -> Batch:
         """The batch of a step, once all of it has been read."""
         with self._changed:
             self._waited_for = step

@@ -51,8 +51,9 @@ def evaluate(
     plan = replace(plan_evaluation(experiment, run, latents, diffusion), mean=_mean_attributes(latents))
     rows = rows_of(plan)
     calls = [(row, start) for row in rows for start in plan.starts]
-    there = {entry.key for entry in run.list(f"evaluation/{plan.id}/")}
-    kept, missing = ([call for call in calls if (f"{plan.file(*call)}.npz" in there) == done] for done in (True, False))
+    there = {entry.key.removesuffix(".npz") for entry in run.list(f"{plan.folder}/")}
+    files = {call: plan.file(*call) for call in calls}
+    kept, missing = ([call for call in calls if (files[call] in there) == done] for done in (True, False))
     for done, _ in enumerate(chain(kept, map_tasks(_score, missing, experiment.workers, shared=_Task(plan)))):
         progress(done + 1, len(calls))
     scores = {row: merge([plan.read_row(row)]) for row in rows}

@@ -1,4 +1,7 @@
-"""Ground truth of a split: who suits whom, and what everybody did. An item is (clip, direction), row clip + clips * direction."""
+"""Ground truth of a split: which reactions are appropriate to which speakers, and what both persons really did.
+
+An item is (clip, direction), row clip + clips * direction.
+"""
 
 from collections.abc import Sequence
 

@@ -1,11 +1,12 @@
 """Pictures of reactions to a clip: those that jobs/generate.py draws, and the one that an evaluated run keeps beside its scores."""
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.data.reader import Reader
+from cluster.data.reader import ArrayKey, Reader
 from cluster.evaluation.plan import plan_evaluation
 from cluster.evaluation.rows import MODEL
 from cluster.runs.saved import SavedRun
@@ -25,23 +26,28 @@ class KeptPicture:
     clip: str
 
 
-def clip_picture(reader: Reader, clip: int, direction: int, reactions: np.ndarray, whose: str) -> bytes:
-    """A PNG of reactions to a clip, over the real listener's.
-
-    Args:
-        reader: of the clip's split.
-        clip: its number there.
-        direction: who speaks.
-        reactions: attributes (K, frames, 25).
-        whose: what generated them, for the title.
+def read_faces(reader: Reader, clip: int) -> dict[ArrayKey, np.ndarray]:
+    """Both persons' attributes, (frames, 25) each, as `clip_picture` takes them.
 
     Raises:
         CorruptData: if the clip is damaged.
         StorageError: if it cannot be read.
     """
+    return reader.read(clip, [(person, "attributes") for person in PERSONS]).arrays
+
+
+def clip_picture(key: str, faces: Mapping[ArrayKey, np.ndarray], direction: int, reactions: np.ndarray, whose: str) -> bytes:
+    """A PNG of reactions to a clip, over the real listener's.
+
+    Args:
+        key: of the clip.
+        faces: what both persons do, of `read_faces`.
+        direction: who speaks.
+        reactions: attributes (K, frames, 25).
+        whose: what generated them, for the title.
+    """
     speaker, listener = speaker_listener(direction)
-    faces = reader.read(clip, [(person, "attributes") for person in PERSONS]).arrays
-    title = f"Reactions to clip {reader.key(clip)}: {speaker} speaks, {listener} listens ({whose})"
+    title = f"Reactions to clip {key}: {speaker} speaks, {listener} listens ({whose})"
     return reactions_png(title, faces[speaker, "attributes"], faces[listener, "attributes"], reactions)
 
 
@@ -61,5 +67,5 @@ def keep_picture(run: SavedRun) -> KeptPicture:
     if not run.store.exists(name):
         part = run.store.read(f"{plan.file(MODEL, 0)}.predictions.npy")
         reactions = np.load(io.BytesIO(part), allow_pickle=False)[0, :MOST]
-        run.store.put(name, clip_picture(reader, 0, 0, reactions, f"run {run.experiment.run.name}"))
+        run.store.put(name, clip_picture(reader.key(0), read_faces(reader, 0), 0, reactions, f"run {run.experiment.run.name}"))
     return KeptPicture(f"{run.store.url}/{name}", plan.split, reader.key(0))

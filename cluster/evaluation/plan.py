@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -52,9 +53,14 @@ class EvaluationPlan:
         """The items of the part that begins here."""
         return range(start, min(start + PART, 2 * self.clips))
 
+    @cached_property
+    def folder(self) -> str:
+        """Where its parts are kept."""
+        return f"evaluation/{self.id}"
+
     def file(self, row: str, start: int) -> str:
         """Where a part of a row is kept, without its ending."""
-        return f"evaluation/{self.id}/{row.replace(' ', '-')}-{start:09d}"
+        return f"{self.folder}/{row.replace(' ', '-')}-{start:09d}"
 
     def read_row(self, row: str) -> PartialScores:
         """What was scored of a row, once it is; of its parts a few are held at a time.

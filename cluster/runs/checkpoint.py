@@ -247,11 +247,11 @@ def remove_orphans(store: Store, stage: str) -> None:
     Nothing is deleted while a manifest cannot be read: who knows what it names.
     """
     try:
-        named = _named(store, stage, list_checkpoints(store, stage))
+        name_fields = _named(store, stage, list_checkpoints(store, stage))
     except DamagedCheckpoint:
         return
     for entry in list(store.list(f"checkpoints/{stage}/parts/")):
-        if entry.key not in named:
+        if entry.key not in name_fields:
             store.delete(entry.key)
 
 

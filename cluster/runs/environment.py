@@ -1,4 +1,4 @@
-"""What a life ran on and with: kept with its number, for whoever asks later."""
+"""What a life ran on and with; kept with its number."""
 
 import datetime
 import os

@@ -1,7 +1,7 @@
 """The registry of a model: who is champion, and every decision that made it so.
 
 `decisions/<n>.json` is immutable and its number is taken by create, so of two ticks at once exactly one decides n, and the other
-has to look at what was decided. `champion.json` shows what the newest decision says, for whoever deploys; it only goes forward.
+has to look at what was decided. `champion.json` shows what the newest decision says, for deployment; it only goes forward.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""What restarts what: the one table that decides whether a lost worker group is started again. docs/architecture.md has it for people.
+"""What restarts what: the one table that decides whether a lost worker group is started again.
 
-An error of ours names its class by an attribute (`failure = "data"`), so this module needs to import none of those who raise them;
-built-in exceptions and those of a store are listed in the table.
+docs/architecture.md has the same table for people. An error of ours names its class by an attribute (`failure = "data"`), so this module
+needs to import none of those who raise them; built-in exceptions and those of a store are listed in the table.
 """
 
 from collections.abc import Iterable
@@ -73,8 +73,8 @@ def classify(errors: Iterable[BaseException]) -> tuple[Failure, BaseException]:
 
 
 def _shows(error: BaseException, failure: Failure) -> bool:
-    if isinstance(named := getattr(error, "failure", None), str):
-        return named == failure.name
+    if isinstance(name_fields := getattr(error, "failure", None), str):
+        return name_fields == failure.name
     return isinstance(error, failure.signs) or (failure.name == "out_of_memory" and type(error).__name__ == "OutOfMemoryError")
 
 

@@ -104,6 +104,7 @@ RETRYABLE_EXCEPTIONS = (
 """Those of them that a retry may help."""
 
 RETRYABLE = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}
+"""Codes of an answer that says no now and may say yes soon: such a request is retried."""
 
 DAMAGED = {"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"}
 """Codes that say that the request's body was damaged on its way, or did not come as a whole."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from cluster.config.identity import digest, identity, named
+from cluster.config.identity import digest, identity, name_fields
 from cluster.config.loading import ConfigError
 from cluster.config.paths import anchored
 from cluster.config.schema import Experiment
@@ -67,7 +67,7 @@ def comparison_runs(comparison: Comparison, overrides: Sequence[str]) -> list[Co
             key = _stage_1(experiment)
             owner = owners.get(key, "") if "diffusion" in stages_of(experiment.model) else ""
             experiment = _with(experiment, autoencoder=owner)
-            experiment = _with(experiment, name=f"{comparison.name}-{digest(named(experiment))[:8]}")
+            experiment = _with(experiment, name=f"{comparison.name}-{digest(name_fields(experiment))[:8]}")
             owners.setdefault(key, experiment.run.name)
             if (twin := found.setdefault(experiment.run.name, ComparisonRun(row, experiment))).row != row:
                 raise ConfigError(
@@ -98,17 +98,17 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display) 
         A table in Markdown: over the seeds mean and standard deviation, with 95 % bootstrap intervals of FRCorr over the clips.
     """
     every = comparison_runs(comparison, overrides)
-    for number, trial in enumerate(every):
-        display.say(f"{number + 1} of {len(every)}: {trial.row}, seed {trial.experiment.seed}, run {trial.experiment.run.name}")
-        execute(trial.experiment, pin(trial.experiment, comparison.name), STEPS, display)
+    for number, run in enumerate(every):
+        display.say(f"{number + 1} of {len(every)}: {run.row}, seed {run.experiment.seed}, run {run.experiment.run.name}")
+        execute(run.experiment, pin(run.experiment, comparison.name), STEPS, display)
     parts: dict[str, dict[int, PartialScores]] = {}
     sizes: dict[str, tuple[int, float]] = {}
-    for trial in every:
-        saved = trial.open()
-        sizes.setdefault(trial.row, size(saved))
+    for run in every:
+        saved = run.open()
+        sizes.setdefault(run.row, size(saved))
         for name, part in scored(saved).items():
-            label = trial.row if name == MODEL else f"{name} ({trial.row})" if name in (WRONG, UNTRAINED) else name
-            parts.setdefault(label, {})[trial.experiment.seed] = part  # baselines are the same whichever row they stand beside
+            label = run.row if name == MODEL else f"{name} ({run.row})" if name in (WRONG, UNTRAINED) else name
+            parts.setdefault(label, {})[run.experiment.seed] = part  # baselines are the same whichever row they stand beside
     return markdown({row: list(each.values()) for row, each in parts.items()}, sizes)
 
 

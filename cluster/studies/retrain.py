@@ -149,7 +149,7 @@ class _Gate:
         return self.home.at(f"runs/{name}")
 
     def scores(self, version: Version, clips: int) -> Metrics:
-        """A version's metrics on the gate; what was scored before is kept, whoever was champion."""
+        """A version's metrics on the gate; what was scored before is kept, also when the champion changes."""
         store, asked = self.run(version.run), self.experiment
         exports = {stage: read_export(store, stage, version.progress[stage]) for stage in version.progress}
         if (found := {stage: export.hash for stage, export in exports.items()}) != version.weights:

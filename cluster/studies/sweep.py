@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 from ray import tune
 
-from cluster.config.identity import digest, named
+from cluster.config.identity import digest, name_fields
 from cluster.config.loading import ConfigError, to_yaml, value_of
 from cluster.config.paths import anchored
 from cluster.config.schema import Experiment
@@ -69,7 +69,7 @@ class Trial:
     def record(self) -> str:
         """Key of its scores in the sweep's folder, where they are once it is done; another end or question has another key."""
         question = [value_of(self.experiment, key) for key in QUESTION]
-        asked = [named(self.experiment), named(self.experiment, "end"), *question]
+        asked = [name_fields(self.experiment), name_fields(self.experiment, "end"), *question]
         return f"trials/{digest(asked)}.json"
 
     @property
@@ -199,7 +199,7 @@ def _experiment(sweep: Sweep, overrides: Sequence[str], parameters: dict[str, An
     """The experiment of one combination: its run's name, any free telemetry port, and what else is given."""
     fixed = [f"data.manifest={json.dumps(manifest)}", "telemetry.port=0", *more]
     experiment = anchored(sweep.load(overrides, assignments(parameters), fixed))
-    name = f"{sweep.name}-{digest(named(experiment))[:8]}"
+    name = f"{sweep.name}-{digest(name_fields(experiment))[:8]}"
     return experiment.model_copy(update={"run": experiment.run.model_copy(update={"name": name})})
 
 

@@ -22,14 +22,14 @@ from cluster.telemetry.meter import BUCKETS, COUNTERS, GAUGES, Snapshot, Tally, 
 POLL = 0.1
 """Seconds between two looks of `drain`."""
 
-Row = tuple[dict[str, str], float]
+Sample = tuple[dict[str, str], float]
 
 
 class Exporter:
     """Serves `/metrics` for one life of a run; within a life no counter falls, whatever happens to the ranks.
 
     Attributes:
-        tally: the sums it serves, for whoever else shows them.
+        tally: the sums it serves.
         port: the port it listens on, chosen by the system when 0 was asked for.
 
     Raises:
@@ -124,7 +124,7 @@ class Exporter:
         yield self._metric("counter", "restarts", "Restarts of the worker group, by failure class.", restarts)
         yield self._step_seconds(stages)
 
-    def _metric(self, kind: str, name: str, what: str, rows: Iterable[Row]) -> Metric:
+    def _metric(self, kind: str, name: str, what: str, rows: Iterable[Sample]) -> Metric:
         metric = Metric(f"reactdiff_{name}", what, kind)
         for labels, value in rows:
             metric.add_sample(metric.name + "_total" * (kind == "counter"), {**self._labels, **labels}, value)

@@ -26,7 +26,7 @@ PHASES = {
 STATES = ("startup", "data_wait", "compute", "checkpoint", "evaluation", "other")
 """Goodput states: `startup` lasts until the first phase, `other` is whatever lies outside the phases after it."""
 
-class Metric(NamedTuple):
+class MetricSpec(NamedTuple):
     """A number that a rank reports: its name in Prometheus after `reactdiff_`, its help, and whether it is each rank's own."""
 
     name: str
@@ -34,24 +34,24 @@ class Metric(NamedTuple):
     per_rank: bool = False
 
 
-COUNTERS: dict[Literal["items", "bytes", "flops"], Metric] = {
-    "items": Metric("items_processed", "Items the ranks trained on, those replayed after a restart included."),
-    "bytes": Metric("read_bytes", "Bytes the ranks read from storage."),
-    "flops": Metric("flops", "Floating point operations of the model, without recomputation."),
+COUNTERS: dict[Literal["items", "bytes", "flops"], MetricSpec] = {
+    "items": MetricSpec("items_processed", "Items the ranks trained on, those replayed after a restart included."),
+    "bytes": MetricSpec("read_bytes", "Bytes the ranks read from storage."),
+    "flops": MetricSpec("flops", "Floating point operations of the model, without recomputation."),
 }
 """What `Meter.step_done` takes and `Totals` sums."""
 
 GAUGES = (
-    Metric("progress_items", "Progress of the committed training state in items; falls back to the checkpoint after a restart."),
-    Metric("loss", "Loss of the latest step over the global batch."),
-    Metric("gradient_norm", "Norm of the latest step's gradient before clipping."),
-    Metric("learning_rate", "Learning rate of the latest step."),
-    Metric("quarantined_items", "Items that count nothing, since their bytes are not those that were written."),
-    Metric("val_progress_items", "Progress of the checkpoint that was last scored on clips of val."),
-    Metric("val_frcorr", "Its FRCorr there."),
-    Metric("val_frdist", "Its FRDist there."),
-    Metric("peak_memory_bytes", "Peak device memory of the rank.", per_rank=True),
-    Metric("peak_flops", "Peak operations per second of the rank's device.", per_rank=True),
+    MetricSpec("progress_items", "Progress of the committed training state in items; falls back to the checkpoint after a restart."),
+    MetricSpec("loss", "Loss of the latest step over the global batch."),
+    MetricSpec("gradient_norm", "Norm of the latest step's gradient before clipping."),
+    MetricSpec("learning_rate", "Learning rate of the latest step."),
+    MetricSpec("quarantined_items", "Items that count nothing, since their bytes are not those that were written."),
+    MetricSpec("val_progress_items", "Progress of the checkpoint that was last scored on clips of val."),
+    MetricSpec("val_frcorr", "Its FRCorr there."),
+    MetricSpec("val_frdist", "Its FRDist there."),
+    MetricSpec("peak_memory_bytes", "Peak device memory of the rank.", per_rank=True),
+    MetricSpec("peak_flops", "Peak operations per second of the rank's device.", per_rank=True),
 )
 """What a rank may set in `Meter.gauges`, by name."""
 

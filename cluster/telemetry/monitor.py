@@ -1,4 +1,4 @@
-"""What the driver does with the ranks' snapshots: Prometheus gets all of them, whoever watches sees speed, loss and scores."""
+"""Where the ranks' snapshots go on the driver: all of them to Prometheus; speed, loss and scores to the progress bar."""
 
 import time
 from collections import deque

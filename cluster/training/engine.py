@@ -30,7 +30,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("master", *MOMENTS, "average")
 """What a checkpoint keeps of each parameter: fp32 weight, Adam's two moments, averaged weight (EMA)."""
 
-Batch = dict[str, torch.Tensor]
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Engine:
         """The wrapped module."""
         return self._engine.module
 
-    def forward(self, micro_batch: Batch, items: int) -> torch.Tensor:
+    def forward(self, micro_batch: Tensors, items: int) -> torch.Tensor:
         """Forward of one micro-batch, which may be empty or smaller than other ranks'.
 
         Args:

@@ -127,7 +127,7 @@ class _Polling:
 
     def __init__(self, board: Any, take: Callable[[Snapshot], None]):
         self._board, self._take, self._done = board, take, Event()
-        self._thread = Thread(target=self._repeat, name="watch", daemon=True)
+        self._thread = Thread(target=self._repeat, name="poll", daemon=True)
 
     def __enter__(self) -> None:
         self._thread.start()

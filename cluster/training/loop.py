@@ -270,11 +270,11 @@ class _Training:
         rate = learning_rate(self.optim, self.job.stage, before)
         with self.meter.phase("optimizer"):
             self.engine.step(rate)
-        told = {"loss": verdict.loss, "gradient_norm": self.engine.gradient_norm, "learning_rate": rate}
-        self.meter.gauges.update(progress_items=after, quarantined_items=len(self.quarantine), **told)
+        numbers = {"loss": verdict.loss, "gradient_norm": self.engine.gradient_norm, "learning_rate": rate}
+        self.meter.gauges.update(progress_items=after, quarantined_items=len(self.quarantine), **numbers)
         logged = (batch.step + 1) % self.job.experiment.run.log_every == 0 or after == self.share.total
         if self.log is not None and logged:
-            self.log.add(progress=after, step=batch.step, **told, ledger=int(verdict.ledger))
+            self.log.add(progress=after, step=batch.step, **numbers, ledger=int(verdict.ledger))
         all_uploaded, due = verdict.uploaded == self.place.ranks, self.checkpoint_due(before, after)
         if all_uploaded or due:
             with self.meter.phase("checkpoint"):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import yaml
 
-from cluster.config.identity import digest, ends, identity, named
+from cluster.config.identity import digest, ends, identity, name_fields
 from cluster.config.loading import ConfigError, build
 from cluster.config.schema import Experiment
 from cluster.data.manifest import Manifest, load_manifest
@@ -76,7 +76,7 @@ def pin(experiment: Experiment, config_name: str) -> Pinned:
 
 def run_name(experiment: Experiment, config_name: str, dataset: str) -> str:
     """The name of a run that was given none: of the configuration's file, and of what is computed on which dataset."""
-    return f"{config_name}-{digest([named(experiment), dataset])[:8]}"
+    return f"{config_name}-{digest([name_fields(experiment), dataset])[:8]}"
 
 
 def stage_end(experiment: Experiment, stage: str, clips: Manifest) -> int:

@@ -165,8 +165,8 @@ class _Life:
     def assert_finished(self, stage: str) -> None:
         """Refuse to go on from a stage that has not reached its end."""
         export, end = self.run.export(stage), stage_end(self.experiment, stage, self.clips)
-        taken = stage == "autoencoder" and self.experiment.run.autoencoder
-        if export.progress != end and not taken:
+        pretrained = stage == "autoencoder" and self.experiment.run.autoencoder
+        if export.progress != end and not pretrained:
             raise ConfigError(
                 f"run {self.store.url} has not finished stage {stage} (it ends at progress {end}, the newest export is of "
                 f"{export.progress}): run it without --stage, or with --stage {stage} first"

@@ -15,7 +15,7 @@ import pytest
 from cluster import cli
 from cluster.config.loading import to_yaml
 from cluster.data.reader import Reader
-from cluster.evaluation.picture import clip_picture
+from cluster.evaluation.picture import clip_picture, read_faces
 from cluster.runs.saved import open_run
 from cluster.runs.state import State, write_state
 from cluster.storage import open_store
@@ -60,7 +60,7 @@ def test_a_run_leaves_a_picture_of_reactions_that_it_scored(trained: Trained) ->
     reader = Reader(open_store(run.experiment.data.url), run.clips, "test")
     (part,) = trained.folder.glob("evaluation/*/model-000000000.predictions.npy")
     assert reader.find_clip(key) == 0
-    assert Path(picture).read_bytes() == clip_picture(reader, 0, 0, np.load(part)[0], "run tiny")
+    assert Path(picture).read_bytes() == clip_picture(key, read_faces(reader, 0), 0, np.load(part)[0], "run tiny")
 
 
 def test_the_commands_that_a_run_ends_with_work(trained: Trained, tmp_path: Path, monkeypatch, capsys) -> None:

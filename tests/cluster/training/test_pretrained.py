@@ -15,7 +15,7 @@ from tests.tiny import tiny
 
 @pytest.fixture
 def child(finished: Path, shards: Path, tmp_path: Path):
-    """Makes the arguments of `adopt` for a run that takes the autoencoder of the finished one."""
+    """Makes the arguments of `take_pretrained` for a run that takes the autoencoder of the finished one."""
 
     def arguments(*overrides: str, store: Path | None = None):
         experiment = tiny(shards, store or finished.parent.parent, "run.autoencoder=tiny", *overrides)
