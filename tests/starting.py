@@ -45,8 +45,8 @@ def mark(items: list[pytest.Item]) -> None:
 
 
 def watch(item: pytest.Item) -> Generator[None, object, object]:
-    """Fail whatever starts something in this test, its own fixtures included, unless it is marked."""
-    if item.get_closest_marker("starts") is None:
+    """Fail whatever starts something in this test, its own fixtures included, unless it is marked, or slow and so not in `make check`."""
+    if not (item.get_closest_marker("starts") or item.get_closest_marker("slow")):
         _watched.append(item)
     try:
         return (yield)
