@@ -10,7 +10,7 @@ PY     := .venv/bin/python
 SETUP  := .venv/setup.stamp
 BUCKET := reactdiff
 STORE  := file
-TWO    := -n 2 --dist loadgroup
+TWO    := -n 2
 ARGS   :=
 SUDO   := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 

@@ -34,6 +34,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     starting.mark(items)
 
 
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> starting.Scheduling:
+    return starting.Scheduling(config, log)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
     return (yield from starting.watch(item))

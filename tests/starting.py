@@ -6,14 +6,21 @@ with its own hands is marked by hand.
 
 import multiprocessing.process
 import multiprocessing.util
+import re
 import sys
 from collections.abc import Callable, Generator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+ROOT = Path(__file__).parents[1]
 
 STARTING = {"object_store", "local_ray", "shards", "finished", "every_split"}
 """The fixtures that start something; whoever asks for them through others is found too."""
+
 
 EVENTS = {
     "subprocess.Popen": "process",
@@ -30,18 +37,39 @@ _watched: list[pytest.Item] = []
 
 
 def mark(items: list[pytest.Item]) -> None:
-    """Mark the tests whose fixtures start something, and say which tests two processes keep together.
-
-    Those that share a Ray, a server or a trained run stay together, or both processes would have them; others share what their module
-    makes. The slow ones start clusters of their own, so they only share what their module makes.
-    """
+    """Mark the tests whose fixtures start something."""
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        starts = STARTING & set(getattr(item, "fixturenames", ())) or parameters.get("store") == "s3"
-        if starts:
+        if STARTING & set(getattr(item, "fixturenames", ())) or parameters.get("store") == "s3":
             item.add_marker("starts")
-        shared = starts and item.get_closest_marker("slow") is None
-        item.add_marker(pytest.mark.xdist_group("shared" if shared else item.nodeid.partition("::")[0]))
+
+
+class Scheduling(LoadScopeScheduling):
+    """Which tests two processes keep together, as `scope` says.
+
+    pytest-xdist's own groups write to an attribute of items that pytest 9.2 does not have any more, and do nothing.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return scope(nodeid, slow=self.config.option.markexpr.startswith("slow"))
+
+
+def scope(nodeid: str, slow: bool) -> str:
+    """What a test is kept together with: its file, and all files that ask for the run that `finished` trains.
+
+    That takes longer than anything else and is shared by many; a Ray and a server each process has its own of. The slow tests start
+    what they need themselves.
+    """
+    file = nodeid.partition("::")[0]
+    return "finished" if not slow and file in _asking() else file
+
+
+@cache
+def _asking() -> set[str]:
+    """The files whose tests ask for a trained run."""
+    asks = re.compile(r"^def \w+\(.*\b(finished|trained): ", re.MULTILINE)
+    tests = (path for path in ROOT.glob("tests/**/test_*.py") if asks.search(path.read_text()))
+    return {path.relative_to(ROOT).as_posix() for path in tests}
 
 
 def watch(item: pytest.Item) -> Generator[None, object, object]:

@@ -132,6 +132,12 @@ def test_ray_is_imported_only_where_work_is_placed() -> None:
     assert importers == RAY
 
 
+def test_every_job_ends_in_the_lines_that_say_errors_in_a_paragraph() -> None:
+    jobs = [path for path in (ROOT / "jobs").glob("*.py") if path.stem != "__init__"]
+    assert len(jobs) > 5
+    assert [job.name for job in jobs if not job.read_text().endswith('\nif __name__ == "__main__":\n    sys.exit(cli.run(main))\n')] == []
+
+
 def test_a_public_name_of_cluster_means_one_thing() -> None:
     where: dict[str, list[str]] = {}
     for name, path in _named("cluster"):

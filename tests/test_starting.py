@@ -50,6 +50,14 @@ def test_a_test_is_marked_by_the_fixtures_that_it_asks_for(fixture: str, request
     assert asking.get_closest_marker("starts") is not None
 
 
+def test_two_processes_keep_together_what_shares_a_file_or_the_trained_run() -> None:
+    order, prepare, quarantine = "tests/reactdiff/data/test_order.py", "tests/jobs/test_prepare.py", "tests/cluster/data/test_quarantine.py"
+    assert starting.scope(f"{order}::test_a", slow=False) == starting.scope(f"{order}::test_b[1]", slow=False) == order
+    assert starting.scope("tests/jobs/test_evaluate.py::test_a", slow=False) == starting.scope(f"{quarantine}::test_b", slow=False)
+    assert starting.scope(f"{prepare}::test_a", slow=False) == prepare
+    assert starting.scope(f"{quarantine}::test_b", slow=True) == quarantine
+
+
 def test_make_check_leaves_out_what_starts_something_and_make_test_nothing_but_the_slow() -> None:
     text = (ROOT / "Makefile").read_text()
     assert re.search(r"^quick:\n\t.* -m 'not slow and not starts and not heavy'", text, re.MULTILINE)

@@ -362,7 +362,7 @@ def test_damaged_bytes_in_the_cache_are_read_from_the_store_again(clips: Path, t
     assert byte, "it was there"
     batches = read_all(store, share, cache=Cache(folder, 1 << 30))
     assert len(batches) == len(plain) and all(map(same, batches, plain))
-    assert [key for key, _, _ in store.reads] == ["train/000000.tar"]
+    assert {key for key, _, _ in store.reads} == {"train/000000.tar"}  # by each thread that meets the damage before it is mended
     mended = Recorded(clips)
     assert all(map(same, read_all(mended, share, cache=Cache(folder, 1 << 30)), plain)) and mended.reads == []
 
