@@ -187,7 +187,7 @@ class CheckpointWriter:
 
     @property
     def uploaded(self) -> bool:
-        """Whether this rank's part has landed. Raises what the upload raised."""
+        """Whether this rank's part is uploaded. Raises what the upload raised."""
         if self._upload is not None and self._upload.done():
             self._upload.result()
             return True

@@ -90,7 +90,7 @@ class Verdict(NamedTuple):
         loss: of this step, the part of the mean.
         ledger: sum of the CRC32C of the bytes the step was made of; exact below 2^53.
         next_valid: items of the next step that count.
-        uploaded: whether the part of the checkpoint has landed; how many ranks' have.
+        uploaded: whether the part of the checkpoint is uploaded; how many ranks' have.
         next_corrupt: items of the next step that were found damaged.
     """
 
@@ -230,7 +230,7 @@ class _Training:
         return loss
 
     def agree(self, loss: torch.Tensor, batch: Batch | None, upcoming: Batch | None) -> Verdict:
-        """The one small all-reduce: loss and ledger of this step, valid and corrupt items of the next, uploads that have landed."""
+        """The one small all-reduce: loss and ledger of this step, valid and corrupt items of the next, finished uploads."""
         valid, corrupt = (upcoming.valid, upcoming.corrupt) if upcoming else (0, ())
         mine = Verdict(float(loss), batch.ledger if batch else 0, valid, self.writer.uploaded, len(corrupt))
         verdict = mine.summed(self.place.device)
