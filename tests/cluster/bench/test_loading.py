@@ -1,17 +1,19 @@
 """The benchmark of reading: three ways to the same items of the same dataset, and what each costs."""
 
 import hashlib
+import multiprocessing
 import subprocess
 import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
-from cluster.bench.loading import WARM, ByteSpan, Done, Rival, Task, Undrawn, measure, record, rival_batches, streamed, wire
+from cluster.bench.loading import WARM, ByteSpan, Done, LoadingCost, Rival, Task, Undrawn, measure, record, rival_batches, streamed, wire
 from cluster.bench.noise_dataset import SPLIT, make_noise
 from cluster.data.manifest import load_manifest
 from cluster.data.shards import read_index
@@ -86,20 +88,31 @@ def test_the_wire_gets_the_ranges_our_stream_asked_for_which_hold_every_member_i
                 assert any(part.start <= start and start + size <= part.start + part.length for part in mine)
 
 
-def test_a_cost_counts_the_memory_held_for_a_moment_and_the_time_of_children(task: Task) -> None:
-    def spend(task: Task, ranges: list[ByteSpan]) -> Rival:
-        def read(done: Done) -> None:
-            np.ones(10_000_000)
-            for _ in range(WARM):
-                done(1)
-            subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass"], check=True)
+def spend(task: Task, ranges: list[ByteSpan]) -> Rival:
+    """A reader that holds 80 MB for a moment, and whose child computes for 0.3 s."""
+
+    def read(done: Done) -> None:
+        np.ones(10_000_000)
+        for _ in range(WARM):
             done(1)
+        subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass"], check=True)
+        done(1)
 
-        return read
+    return read
 
-    def rest(task: Task, ranges: list[ByteSpan]) -> Rival:
-        return lambda done: print(*(done(1) for _ in range(WARM + 1)))
 
-    cost = measure(spend, task, [], 1)
+def rest(task: Task, ranges: list[ByteSpan]) -> Rival:
+    """A reader that does nothing."""
+    return lambda done: print(*(done(1) for _ in range(WARM + 1)))
+
+
+def spend_and_rest(task: Task) -> tuple[LoadingCost, LoadingCost]:
+    return measure(spend, task, [], 1), measure(rest, task, [], 1)
+
+
+def test_a_cost_counts_the_memory_held_for_a_moment_and_the_time_of_children(task: Task) -> None:
+    # As the benchmark does, in a process that ran nothing before: an older one gives memory back while it is measured.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as pool:
+        cost, after = pool.submit(spend_and_rest, task).result()
     assert cost.memory > 70_000_000 and cost.cpu >= 0.3 and cost.seconds >= 0.3 and cost.first > 0
-    assert measure(rest, task, [], 1).memory < 70_000_000, "the peak of one measurement is not that of the next"
+    assert after.memory < 70_000_000, "the peak of one measurement is not that of the next"
