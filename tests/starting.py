@@ -19,8 +19,7 @@ from xdist.scheduler import LoadScopeScheduling
 ROOT = Path(__file__).parents[1]
 
 STARTING = {"object_store", "local_ray", "shards", "finished", "every_split"}
-"""The fixtures that start something; whoever asks for them through others is found too."""
-
+"""The fixtures that start something, also where a test asks for them through others."""
 
 EVENTS = {
     "subprocess.Popen": "process",

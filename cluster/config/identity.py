@@ -21,8 +21,8 @@ ORIGINAL_FIELDS = frozenset(
     """.split()
 )
 """The fields that every name has stood for from the beginning. Never add to them: a field that is not here enters a name only
-where it is not its default, so that the same command finds its run after an update. The default of such a
-field must never change: another one would give old names another meaning."""
+where it is not its default, so that the same command finds its run after an update. The default of such a field must never change:
+another one would give old names another meaning."""
 
 
 def identity(experiment: Experiment) -> dict[str, Any]:

@@ -52,10 +52,10 @@ def evaluate(
     rows = rows_of(plan)
     calls = [(row, start) for row in rows for start in plan.starts]
     there = {entry.key.removesuffix(".npz") for entry in run.list(f"{plan.folder}/")}
-    files = {call: plan.file(*call) for call in calls}
-    kept, missing = ([call for call in calls if (files[call] in there) == done] for done in (True, False))
-    for done, _ in enumerate(chain(kept, map_tasks(_score, missing, experiment.workers, shared=_Task(plan)))):
-        progress(done + 1, len(calls))
+    missing = [call for call in calls if plan.file(*call) not in there]
+    kept = range(len(calls) - len(missing))
+    for done, _ in enumerate(chain(kept, map_tasks(_score, missing, experiment.workers, shared=_Task(plan))), start=1):
+        progress(done, len(calls))
     scores = {row: merge([plan.read_row(row)]) for row in rows}
     report = {"evaluation": plan.id, "split": plan.split, "clips": plan.clips, "predictions": plan.predictions}
     values = {row: score.to_dict() for row, score in scores.items()}

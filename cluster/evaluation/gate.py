@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 
 from cluster.config.spec import known_metric
 from cluster.data.manifest import HASH_DIGITS, Manifest, load_appropriateness, read_file
+from cluster.evaluation.ground_truth import of_first_clips
 from cluster.storage import Store
 from reactdiff.config import Branch
 
@@ -100,17 +101,11 @@ def frozen_clips(store: Store, candidate: Manifest, champion: Manifest | None, t
     count, same = sum(before.clips), len(before)
     if part.shards.clips[:same] != before.clips or part.shards.tar[: same * HASH_DIGITS] != before.tar:
         raise GateError(f"{where} does not begin with the clips the champion was judged on: give this model another name")
-    now, then = (_first(load_appropriateness(store, manifest, SPLIT), count) for manifest in (candidate, champion))
-    if not np.array_equal(now, then):
+    now, then = (load_appropriateness(store, manifest, SPLIT) for manifest in (candidate, champion))
+    assert now is not None and then is not None
+    if not np.array_equal(of_first_clips(now, count), of_first_clips(then, count)):
         raise GateError(f"{where} has another appropriateness matrix than the champion was judged by: restore it in the tree")
     return count
-
-
-def _first(matrix: np.ndarray | None, count: int) -> np.ndarray:
-    """The part of a (2n, 2n) matrix that is about the first clips."""
-    assert matrix is not None
-    chosen = np.concatenate((np.arange(count), len(matrix) // 2 + np.arange(count)))
-    return matrix[np.ix_(chosen, chosen)]
 
 
 def _assert_disjoint(store: Store, manifest: Manifest, train: str) -> None:

@@ -29,8 +29,7 @@ class GroundTruth:
         self.clips, self.reader = clips, Reader(store, manifest, split)
         matrix = load_appropriateness(store, manifest, split)
         assert matrix is not None
-        chosen = np.concatenate((np.arange(clips), len(matrix) // 2 + np.arange(clips)))
-        self.matrix = matrix[np.ix_(chosen, chosen)].astype(bool)
+        self.matrix = of_first_clips(matrix, clips).astype(bool)
 
     def clip_and_direction(self, item: int) -> tuple[int, int]:
         """(clip, direction) of an item."""
@@ -59,3 +58,9 @@ class GroundTruth:
         clip, direction = self.clip_and_direction(item)
         source = (speaker_listener(direction)[role], "attributes")
         return self.reader.read(clip, [source]).arrays[source]
+
+
+def of_first_clips(matrix: np.ndarray, clips: int) -> np.ndarray:
+    """The part of a (2n, 2n) matrix that is about the first clips, (2 clips, 2 clips)."""
+    chosen = np.concatenate((np.arange(clips), len(matrix) // 2 + np.arange(clips)))
+    return matrix[np.ix_(chosen, chosen)]

@@ -13,7 +13,7 @@ from cluster.runs.saved import SavedRun
 from reactdiff.clip import PERSONS, speaker_listener
 from reactdiff.plot import reactions_png
 
-MOST = 10
+MAX_REACTIONS = 10
 """Reactions in the picture that a run keeps."""
 
 
@@ -66,6 +66,6 @@ def keep_picture(run: SavedRun) -> KeptPicture:
     name = f"evaluation/{plan.split}-{plan.id}.png"
     if not run.store.exists(name):
         part = run.store.read(f"{plan.file(MODEL, 0)}.predictions.npy")
-        reactions = np.load(io.BytesIO(part), allow_pickle=False)[0, :MOST]
+        reactions = np.load(io.BytesIO(part), allow_pickle=False)[0, :MAX_REACTIONS]
         run.store.put(name, clip_picture(reader.key(0), read_faces(reader, 0), 0, reactions, f"run {run.experiment.run.name}"))
     return KeptPicture(f"{run.store.url}/{name}", plan.split, reader.key(0))

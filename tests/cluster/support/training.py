@@ -16,18 +16,18 @@ from tests.cluster.support.ranks import on_ranks
 
 
 def train_on(ranks: int, experiment: Experiment, folder: Path | str, life: int = 1, stage: str = "autoencoder") -> list[dict[str, Any]]:
-    """Train a stage in this run folder to its end; returns the rows of its history."""
+    """Train a stage in this run folder to its end; returns the rows of its metrics."""
     on_ranks(ranks, train_here, experiment, str(folder), life, stage)
     return read_rows(open_store(str(folder)), stage)
 
 
 def train_here(
-    rank: int, ranks: int, experiment: Experiment, folder: str, life: int, stage: str, watched: ValidationClips | None = None
+    rank: int, ranks: int, experiment: Experiment, folder: str, life: int, stage: str, validation: ValidationClips | None = None
 ) -> dict[str, Any]:
     """What one rank does; what it logs goes to `<folder>.log`, since its stderr is the fork server's."""
     logging.getLogger("cluster").addHandler(logging.FileHandler(f"{folder}.log"))
     dataset = open_store(experiment.data.url)
-    job = Job(experiment, stage, open_store(folder), life, dataset, load_manifest(dataset).hash, watched)
+    job = Job(experiment, stage, open_store(folder), life, dataset, load_manifest(dataset).hash, validation)
     return train(job, Place(rank, ranks, torch.device("cpu")), lambda snapshot: None)
 
 
