@@ -56,6 +56,7 @@ $(SETUP): pyproject.toml constraints.txt
 	  echo "no Python 3.11, 3.12 or 3.13 with venv under the names $(PYTHON); run: apt-get install python3-venv" \
 	    "(Ubuntu 22.04: python3.11-venv), or name another: make setup PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PY) -c 'import matplotlib.font_manager'  # lists the fonts now, with processes that no test may start
 	@command -v promtool > /dev/null \
 	  || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -qy --no-install-recommends prometheus; } \
 	  || echo "prometheus is not installed; its tests will fail until you run: apt-get install prometheus" >&2

@@ -19,15 +19,15 @@ from cluster.config.paths import anchored
 from cluster.config.schema import Data, Experiment, Run
 from cluster.data.demo import DYADS, make_demo
 from cluster.data.manifest import NoDataset
+from cluster.driver.pin import pin
+from cluster.driver.plan import plan, plan_without_data
+from cluster.driver.run import STEPS, check_run, execute
 from cluster.evaluation.picture import keep_picture
 from cluster.evaluation.rows import MODEL, ORACLE, RANDOM, WRONG
 from cluster.evaluation.validation import SPLIT
 from cluster.runs.saved import SavedRun
 from cluster.storage import StorageError
 from cluster.telemetry.display import Display
-from cluster.training.pin import pin
-from cluster.training.plan import plan, plan_without_data
-from cluster.training.run import STEPS, check_run, execute
 from reactdiff.data.sample import AUTHORS, AUTHORS_FRAMES, SIMULATED
 from reactdiff.metrics.report import gap_closed, print_table
 from reactdiff.stage import Source

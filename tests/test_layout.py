@@ -11,7 +11,7 @@ import pytest
 from cluster.runtime import failures
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("config", "storage", "runtime", "telemetry", "data", "runs", "evaluation", "training", "studies")
+ORDER = ("config", "storage", "runtime", "telemetry", "data", "runs", "evaluation", "training", "driver", "studies")
 """The packages of cluster/: each imports those before it, `reactdiff` and itself."""
 
 TOP = ("bench", "cli")
@@ -20,7 +20,7 @@ TOP = ("bench", "cli")
 PLAIN = {"storage", "runtime", "telemetry"}
 """Packages that would serve any training: they import nothing of `reactdiff`."""
 
-RAY = {"runtime/ray_cluster", "runtime/tasks", "training/launch", "studies/sweep"}
+RAY = {"runtime/ray_cluster", "runtime/tasks", "driver/launch", "studies/sweep"}
 """The modules of cluster/ that place work, and so may import Ray."""
 
 MODULES = {
@@ -34,7 +34,8 @@ MODULES = {
     ),
     "runs": "build_latents checkpoint environment export latents published registry saved state",
     "evaluation": "evaluate gate ground_truth picture plan rows validation",
-    "training": "engine launch loop pin plan pretrained resume run warm_start",
+    "training": "engine loop resume warm_start",
+    "driver": "launch pin plan pretrained run",
     "studies": "comparison retrain sweep",
     "bench": "loading metrics noise_dataset tables training",
 }

@@ -17,12 +17,12 @@ from cluster.config.loading import ConfigError
 from cluster.config.paths import anchored
 from cluster.config.schema import Experiment
 from cluster.config.spec import Spec, assignments
+from cluster.driver.pin import pin
+from cluster.driver.run import STEPS, execute
 from cluster.evaluation.plan import plan_evaluation
 from cluster.evaluation.rows import MODEL, ONLINE_ORACLE, ORACLE, RANDOM, UNTRAINED, WRONG, rows_of
 from cluster.runs.saved import SavedRun, open_run
 from cluster.telemetry.display import Display
-from cluster.training.pin import pin
-from cluster.training.run import STEPS, execute
 from reactdiff.config import ENCODING
 from reactdiff.metrics.official import merge
 from reactdiff.metrics.partial import PartialScores

@@ -15,6 +15,8 @@ from cluster.config.paths import anchored
 from cluster.config.schema import Evaluation, Experiment
 from cluster.config.spec import Spec, assignments
 from cluster.data.manifest import Manifest, load_manifest
+from cluster.driver.pin import pin, stage_end
+from cluster.driver.run import STEPS, execute
 from cluster.evaluation import gate
 from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.gate import Metrics, Rule, frozen_clips, judge
@@ -26,8 +28,6 @@ from cluster.runs.latents import LatentDataset
 from cluster.runs.registry import Decision, Version
 from cluster.storage import AlreadyExists, StorageError, Store, open_store
 from cluster.telemetry.display import Display
-from cluster.training.pin import pin, stage_end
-from cluster.training.run import STEPS, execute
 from reactdiff.stage import stages_of
 
 
@@ -50,7 +50,7 @@ def tick(retraining: Retraining, overrides: Sequence[str], display: Display) -> 
 
     Raises:
         ConfigError, ValueError, StorageError: before anything starts.
-        StageFailed, Superseded, KeyboardInterrupt: as `cluster.training.run.execute`; nothing is decided then.
+        StageFailed, Superseded, KeyboardInterrupt: as `cluster.driver.run.execute`; nothing is decided then.
     """
     experiment = anchored(retraining.load(overrides))
     if experiment.run.autoencoder:

@@ -20,13 +20,13 @@ from cluster.config.paths import anchored
 from cluster.config.schema import Experiment
 from cluster.config.spec import Spec, assignments, known_metric
 from cluster.data.manifest import load_manifest
+from cluster.driver.pin import pin
+from cluster.driver.run import STEPS, execute
 from cluster.evaluation.rows import MODEL
 from cluster.runs.state import read_state
 from cluster.runtime.ray_cluster import connect
 from cluster.storage import AlreadyExists, NotFound, Store, open_store
 from cluster.telemetry.display import Display
-from cluster.training.pin import pin
-from cluster.training.run import STEPS, execute
 
 SPLIT = "val"
 """What trials are compared on: never what is reported in the end."""

@@ -1,4 +1,4 @@
-"""Training one run to its end: the loop and engine of each rank, and the driver that launches them stage by stage.
+"""What every rank of a worker group does: the loop over the stream, the engine around ZeRO, where a life goes on.
 
 Imports reactdiff, config, storage, runtime, telemetry, data, runs, evaluation.
 """

@@ -8,9 +8,9 @@ from cluster.config.identity import ORIGINAL_FIELDS, ends, identity, name_fields
 from cluster.config.loading import load
 from cluster.config.schema import Experiment
 from cluster.config.spec import Spec
+from cluster.driver.pin import run_name
 from cluster.studies.comparison import Comparison, comparison_runs
 from cluster.studies.sweep import Sweep, trials
-from cluster.training.pin import run_name
 from reactdiff.config import Model, Optim, field
 from tests.tiny import ROOT
 

@@ -15,11 +15,11 @@ import pytest
 from cluster import cli
 from cluster.config.loading import to_yaml
 from cluster.data.reader import Reader
+from cluster.driver.pin import pin
 from cluster.evaluation.picture import clip_picture, read_faces
 from cluster.runs.saved import open_run
 from cluster.runs.state import State, write_state
 from cluster.storage import open_store
-from cluster.training.pin import pin
 from jobs import train, tune
 from tests.jobs.test_generate import generate
 from tests.tiny import OVERRIDES, ROOT, Trained, call, settings, tiny

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cluster.config.loading import load
-from cluster.training.pin import pin
+from cluster.driver.pin import pin
 from tests.tiny import ROOT, call, job, settings
 
 SHIPPED = ROOT / "jobs/configs/sweep.yaml"

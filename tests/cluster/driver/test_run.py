@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.driver.pin import pin
+from cluster.driver.run import STEPS, check_run
 from cluster.storage import open_store
-from cluster.training.pin import pin
-from cluster.training.run import STEPS, check_run
 from tests.tiny import tiny
 
 

@@ -10,6 +10,9 @@ from cluster.config.loading import ConfigError, to_yaml
 from cluster.config.schema import Experiment
 from cluster.data.manifest import CURRENT, Manifest
 from cluster.data.shards import CorruptData
+from cluster.driver.launch import launch
+from cluster.driver.pin import Pinned, stage_end
+from cluster.driver.pretrained import check_pretrained, take_pretrained
 from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.plan import assert_scorable
 from cluster.evaluation.validation import SPLIT as VALIDATION
@@ -27,10 +30,7 @@ from cluster.telemetry.exporter import Exporter
 from cluster.telemetry.metrics_log import validation_name
 from cluster.telemetry.monitor import StageMonitor
 from cluster.telemetry.tensorboard import write_tensorboard
-from cluster.training.launch import launch
 from cluster.training.loop import Job
-from cluster.training.pin import Pinned, stage_end
-from cluster.training.pretrained import check_pretrained, take_pretrained
 from cluster.training.warm_start import check_warm_start
 from reactdiff.metrics.official import Scores
 from reactdiff.stage import Source, stages_of, stages_over

@@ -8,8 +8,8 @@ from rich.table import Table
 
 from cluster.config.schema import Experiment
 from cluster.data.manifest import Manifest
+from cluster.driver.pin import Pinned, stage_end
 from cluster.training.engine import micro_batches
-from cluster.training.pin import Pinned, stage_end
 from reactdiff.clip import windows_of
 from reactdiff.model.flops import training_flops
 from reactdiff.model.shapes import parameters_by_module

@@ -7,9 +7,9 @@ import pytest
 
 from cluster.config.loading import ConfigError
 from cluster.data.manifest import load_manifest
+from cluster.driver.pretrained import check_pretrained, take_pretrained
 from cluster.runs.export import load_weights, newest_export
 from cluster.storage import StorageError, open_store
-from cluster.training.pretrained import check_pretrained, take_pretrained
 from tests.tiny import tiny
 
 
