@@ -6,22 +6,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster.runs.state import Superseded
-from cluster.runtime.failures import StageFailed
+from cluster.runtime.failures import AGAIN, StageFailed, exit_code
 from cluster.storage import StorageError
 
 INTERRUPTED = 130
 
 
 def run(main: Callable[[], int]) -> int:
-    """Run a job's main; an error that a person can mend becomes one paragraph on stderr and a non-zero exit code."""
+    """Run a job's main; an error that is not one of the program becomes one paragraph on stderr, and an exit code.
+
+    0: what was asked for is done. 75: the same command may go on by itself. 1: a person must act. 130, 143: it was told to end.
+    """
     try:
         return main()
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, StorageError, StageFailed, Superseded, ConnectionError) as error:
+    except ConnectionError as error:  # a cluster that does not answer, and may
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return AGAIN
+    except (ValueError, StorageError, StageFailed, Superseded) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_code(error)
 
 
 def positive(text: str) -> int:

@@ -48,20 +48,46 @@ class Run(Branch):
     checkpoint_every: PerStage[int] = field(per_stage(0, 0), "Progress between checkpoints; 0: an epoch.", kind="placement", unit="items")
     log_every: int = field(10, "Steps between logged rows.", kind="placement", unit="steps", ge=1)
     keep: int = field(3, "Newest checkpoints kept of each stage; older ones are deleted.", kind="placement", ge=1)
-    retries: int = field(3, "Times a lost worker group is started again before the run fails.", kind="placement", ge=0)
+    checkpoint_minutes: float = field(
+        10, "Longest time between checkpoints, beside `checkpoint_every`; 0: none.", kind="placement", unit="minutes", ge=0
+    )
+    retries: int = field(
+        3, "Times failed ranks are started again without having got further, for each class of failure.", kind="placement", ge=0
+    )
+    wait_minutes: float = field(0, "Longest wait for room for the ranks; 0: no limit.", kind="placement", unit="minutes", ge=0)
 
 
 class Workers(Branch):
     """The ranks: how many, with what, and how DeepSpeed ZeRO divides the state among them."""
 
-    count: int = field(2, "Number of ranks.", kind="placement", ge=1)
+    count: int | tuple[int, int] = field(
+        2, "Number of ranks; [LEAST, MOST]: with as many as there is room for, more when machines come.", kind="placement"
+    )
+    per_host: int = field(0, "Most ranks on one machine; 0: as many as it has room for.", kind="placement", ge=0)
+    labels: dict[str, str] = field({}, "Labels of the Ray nodes that may hold ranks, such as {pool: gpu}.", kind="placement")
     gpu: bool = field(False, "One GPU for each rank (NCCL); otherwise CPU ranks (gloo).", kind="placement")
     cpus: float = field(1, "CPUs reserved for each rank.", kind="placement", unit="cores", gt=0)
     threads: int = field(1, "Compute threads of each rank (part of what makes two runs bitwise equal).", kind="placement", ge=1)
     zero: Literal[0, 1, 2, 3] = field(1, "ZeRO stage: 0 divides nothing, 1 optimiser, 2 gradients too, 3 weights too.", kind="placement")
     micro_batch: int = field(
-        0, "Most items in one forward pass; 0: the rank's whole share of a step.", kind="placement", unit="items", ge=0
+        0, "Most items in one forward pass; 0: a rank's whole share of a step, with the most ranks.", kind="placement", unit="items", ge=0
     )
+
+    @property
+    def least(self) -> int:
+        """The least number of ranks that the run goes on with."""
+        return self.count if isinstance(self.count, int) else self.count[0]
+
+    @property
+    def most(self) -> int:
+        """The largest number of ranks."""
+        return self.count if isinstance(self.count, int) else self.count[1]
+
+    @model_validator(mode="after")
+    def _counted(self) -> "Workers":
+        if not 1 <= self.least <= self.most:
+            raise ValueError(f"workers.count is {self.count}, but ranks are counted from 1, and LEAST is not above MOST: 8, or [1, 8]")
+        return self
 
 
 class Evaluation(Branch):

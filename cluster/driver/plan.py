@@ -83,8 +83,8 @@ def _stage(experiment: Experiment, manifest: Manifest | None, name: str, kind: S
     parameters = sum(p.numel() for p in module.parameters())
     optim, workers = experiment.optim, experiment.workers
     batch = optim.batch[name]
-    share = -(-batch // workers.count)
-    parts = micro_batches(batch, workers.count, workers.micro_batch)
+    share = -(-batch // workers.most)
+    parts = micro_batches(batch, workers.most, workers.micro_batch)
     table = Table(title=f"stage {name}", title_justify="left", show_header=False)
     for part, count in parameters_by_module(module):
         table.add_row(f"parameters of {part}", f"{count:,}")
@@ -96,9 +96,11 @@ def _stage(experiment: Experiment, manifest: Manifest | None, name: str, kind: S
         items, end = 2 * int(manifest.counts(experiment.data.split).sum()), stage_end(experiment, name, manifest)
         steps = f"{optim.epochs[name]:g} epochs x {items:,} items / {batch} = {-(-end // batch):,}"
     table.add_row("steps", steps)
-    table.add_row("items / rank and step", f"{batch} / {workers.count} ranks = {share}, in {parts} micro-batch{'es' if parts > 1 else ''}")
-    for what, size in memory_per_rank(parameters, workers.zero, workers.count, optim.precision).items():
-        table.add_row(f"{what} / rank (ZeRO-{workers.zero}, {optim.precision})", f"{size / 1e6:,.1f} MB")
+    table.add_row("items / rank and step", f"{batch} / {workers.most} ranks = {share}, in {parts} micro-batch{'es' if parts > 1 else ''}")
+    most, least = (memory_per_rank(parameters, workers.zero, ranks, optim.precision) for ranks in (workers.most, workers.least))
+    for what in most:
+        fewer = f" ({least[what] / 1e6:,.1f} MB with {workers.least} ranks)" if least[what] != most[what] else ""
+        table.add_row(f"{what} / rank (ZeRO-{workers.zero}, {optim.precision})", f"{most[what] / 1e6:,.1f} MB{fewer}")
     for tensor, shape in shapes(kind).items():
         whole = (-(-share // parts), *shape)
         table.add_row(f"tensor {tensor}", f"{whole} = {4 * prod(whole) / 1e6:,.1f} MB in fp32")
@@ -108,6 +110,7 @@ def _stage(experiment: Experiment, manifest: Manifest | None, name: str, kind: S
 def _cluster(experiment: Experiment) -> Table:
     workers = experiment.workers
     table = Table(title="cluster", title_justify="left", show_header=False)
-    table.add_row("ranks", f"{workers.count} x ({workers.cpus:g} CPU{', 1 GPU' if workers.gpu else ''}, {workers.threads} threads)")
-    table.add_row("in all", f"{workers.count * workers.cpus:g} CPUs, {workers.count if workers.gpu else 0} GPUs")
+    fewest = f"{workers.least} to " if workers.least < workers.most else ""
+    table.add_row("ranks", f"{fewest}{workers.most} x ({workers.cpus:g} CPU{', 1 GPU' if workers.gpu else ''}, {workers.threads} threads)")
+    table.add_row("in all", f"{fewest and 'at most '}{workers.most * workers.cpus:g} CPUs, {workers.most if workers.gpu else 0} GPUs")
     return table

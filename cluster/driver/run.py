@@ -4,13 +4,13 @@ The steps follow each other: autoencoder -> latents -> diffusion -> evaluation. 
 (an export, a dataset of latents, scores), so a later life goes on where the last one left off.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from cluster.config.loading import ConfigError, to_yaml
 from cluster.config.schema import Experiment
 from cluster.data.manifest import CURRENT, Manifest
-from cluster.data.shards import CorruptData
-from cluster.driver.launch import launch
+from cluster.driver.launch import gang_of, launch
 from cluster.driver.pin import Pinned, stage_end
 from cluster.driver.pretrained import check_pretrained, take_pretrained
 from cluster.evaluation.evaluate import evaluate
@@ -22,8 +22,9 @@ from cluster.runs.environment import environment
 from cluster.runs.export import read_export, write_export
 from cluster.runs.latents import LatentDataset
 from cluster.runs.state import State, Superseded, open_life, update_state, write_state
-from cluster.runtime.failures import StageFailed, classify
-from cluster.runtime.ray_cluster import Resources, assert_visible, connect
+from cluster.runtime.failures import StageFailed, failure_of
+from cluster.runtime.placement import assert_possible
+from cluster.runtime.ray_cluster import assert_visible, connect
 from cluster.storage import NotFound, Store
 from cluster.telemetry.display import Display
 from cluster.telemetry.exporter import Exporter
@@ -58,7 +59,8 @@ def execute(experiment: Experiment, pinned: Pinned, steps: Sequence[str], displa
     """
     for origin in check_run(experiment, pinned, steps):
         display.say(origin)
-    _say_what_is_missing(experiment, connect(cpus=experiment.workers.count + 1), display)
+    connect(cpus=experiment.workers.least + 1)
+    assert_possible(gang_of(experiment.workers))
     pinned.home.assert_conditional_writes()
     assert_visible(pinned.home, "run.store")
     assert_visible(pinned.dataset, "data.url", CURRENT)
@@ -73,7 +75,8 @@ def execute(experiment: Experiment, pinned: Pinned, steps: Sequence[str], displa
     try:
         for step in steps:
             running.update(stage=step)
-            _DO[step](running)
+            with _classified(step):
+                _DO[step](running)
     except Superseded:
         raise
     except (KeyboardInterrupt, SystemExit):  # Ray turns SIGTERM into SystemExit
@@ -103,20 +106,6 @@ def check_run(experiment: Experiment, pinned: Pinned, steps: Sequence[str]) -> l
     return check_warm_start(experiment, kinds)
 
 
-def _say_what_is_missing(experiment: Experiment, there: Resources, display: Display) -> None:
-    """Ray waits for resources that a cluster may still get; who waits should know for what."""
-    workers = experiment.workers
-    for what, needed, present in (
-        ("CPUs", workers.count * workers.cpus, there.cpus),
-        ("GPUs", workers.count * workers.gpu, there.gpus),
-    ):
-        if needed > present:
-            display.say(
-                f"the cluster has {present:g} {what} and {workers.count} ranks ask for {needed:g}: waiting until its autoscaler adds them; "
-                "if it has none, stop this and lower workers.count"
-            )
-
-
 class _Life:
     """One start of a run's driver; each step's method brings it to its end, wherever it stood."""
 
@@ -134,10 +123,7 @@ class _Life:
             self.train("autoencoder", self.run.dataset, self.clips)
 
     def latents(self) -> None:
-        try:
-            made = build_latents(self.finished_latents(), self.experiment.workers, self.display.counter("latents", "shards"))
-        except CorruptData as error:
-            raise StageFailed("latents", classify([error])[0], error) from error
+        made = build_latents(self.finished_latents(), self.experiment.workers, self.display.counter("latents", "shards"))
         self.display.end(f"latents {made.hash}")
 
     def diffusion(self) -> None:
@@ -183,7 +169,7 @@ class _Life:
             pass
         job = Job(self.experiment, stage, self.store, self.state.life, dataset, manifest.hash, self.validation_clips(stage))
         self.display.stage(stage, end)
-        trained = launch(job, StageMonitor(stage, self.exporter, self.display).take, self.exporter.restarts, f"{self.store.url}/ray")
+        trained = launch(job, StageMonitor(stage, self.exporter, self.display), f"{self.store.url}/ray")
         export = write_export(self.store, self.experiment, stage, Source(manifest.stream_specs, manifest.frames), end)
         for name in (stage, validation_name(stage)):
             write_tensorboard(self.store, name)
@@ -198,6 +184,19 @@ class _Life:
             self.display.say(f"the dataset has no split {VALIDATION} with an appropriateness matrix: no clips to watch (evaluation.watch)")
             return None
         return ValidationClips(self.run.dataset, self.clips.hash, self.run.latents() if stage == "diffusion" else None)
+
+
+@contextmanager
+def _classified(step: str) -> Iterator[None]:
+    """What ends a step is said with its class of failure; mistakes, of the user's or of the program's, as they are."""
+    try:
+        yield
+    except (StageFailed, Superseded, ValueError):
+        raise
+    except Exception as error:
+        if (failure := failure_of(error)) is None or failure.name == "user":
+            raise
+        raise StageFailed(step, failure, error) from error
 
 
 _DO: dict[str, Callable[[_Life], None]] = {

@@ -93,6 +93,12 @@ def list_checkpoints(store: Store, stage: str) -> list[str]:
     return sorted(names, reverse=True)
 
 
+def newest_progress(store: Store, stage: str) -> int:
+    """Progress of the newest checkpoint of a stage, whole or not; 0 where there is none."""
+    names = list_checkpoints(store, stage)
+    return int(names[0].rpartition("/")[2].partition("-")[0]) if names else 0
+
+
 def read_manifest(store: Store, key: str) -> Checkpoint:
     """The checkpoint described by one key of `list_checkpoints`.
 

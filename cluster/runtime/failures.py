@@ -1,13 +1,20 @@
-"""What restarts what: the one table that decides whether a lost worker group is started again.
+"""What restarts what: the one table that decides whether lost work is started again, and what a command then ends with.
 
 docs/architecture.md has the same table for people. An error of ours names its class by an attribute (`failure = "data"`), so this module
-needs to import none of those who raise them; built-in exceptions and those of a store are listed in the table.
+needs to import none of those who raise them; built-in exceptions, those of a store and those of Ray are listed in the table.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cluster.storage import Permanent, StorageError
+
+AGAIN = 75
+"""Exit code (EX_TEMPFAIL of sysexits.h): the same command may go on by itself; a supervisor gives it again."""
+
+PERSON = 1
+"""Exit code: a person must act first."""
 
 
 @dataclass(frozen=True)
@@ -16,46 +23,97 @@ class Failure:
 
     Attributes:
         name: of the class.
-        retried: whether we start the workers again, up to `run.retries` times.
+        retried: whether we start the work again by ourselves, up to `run.retries` times without progress.
+        advice: what to do when it has ended the run.
         signs: exceptions that show it and do not name it themselves.
+        exit_code: of a command that it ended.
+        free: whether starting again costs nothing of the budget, for nothing is wrong with the run.
     """
 
     name: str
     retried: bool
-    signs: tuple[type[BaseException], ...] = ()
+    advice: str
+    signs: tuple[type[BaseException] | str, ...] = ()
+    exit_code: int = PERSON
+    free: bool = False
 
 
 TABLE = (
-    Failure("superseded", False),  # a newer life goes on
-    Failure("data", False),  # a checksum differs
-    Failure("non_finite", False),  # a loss is not a number any more
-    Failure("out_of_memory", False, (MemoryError,)),  # and torch's OutOfMemoryError
-    Failure("refused", False, (Permanent,)),  # the store says no
-    Failure("storage", True, (StorageError,)),  # after the store's own retries
-    Failure("user", False, (ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError)),
+    Failure("superseded", False, "nothing: the newer one goes on", exit_code=AGAIN),
+    Failure("held", False, "wait for it, or end it", exit_code=AGAIN),
+    Failure("data", False, "mend the file and give the same command again, or go on without: data.on_corrupt=quarantine"),
+    Failure("non_finite", False, "look at the items named; lower optim.lr or set optim.clip, which makes another run"),
+    Failure(
+        "out_of_memory",
+        False,
+        "lower workers.micro_batch, raise workers.zero or workers.count; all of them may change in a run",
+        (MemoryError, "OutOfMemoryError"),
+    ),
+    Failure("refused", False, "correct the URL, or the credentials and their rights; then the same command", (Permanent,)),
+    Failure("storage", True, "see to the store; the same command goes on", (StorageError,), AGAIN),
+    Failure(
+        "user",
+        False,
+        "correct what the sentence names; then the same command",
+        (ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError),
+    ),
+    Failure("hang", True, "look at the stacks in the run's folder; the same command goes on", (), AGAIN),
+    Failure("preempted", True, "the same command goes on", ("PreemptionError",), AGAIN, free=True),
+    Failure("no_place", True, "the same command goes on when there is room", ("WorkerGroupStartupTimeoutError",), AGAIN, free=True),
+    Failure("lost", True, "see to the machine; the same command goes on", ("RayError",), AGAIN),
 )
-"""In order of precedence: when one rank fails, its peers fail too, of a broken connection."""
+"""In order of precedence: when one rank fails, its peers fail too, of a broken connection. A name stands for a class of Ray or torch."""
 
-LOST = Failure("lost", True)
-"""A worker or its machine is gone: what remains when no rank names another reason."""
+LOST = TABLE[-1]
+"""A worker, its machine or the cluster is gone: what remains when no rank names another reason."""
 
 
 class StageFailed(RuntimeError):
-    """A stage ended without reaching its end.
+    """A step of a run ended without reaching its end.
 
     Attributes:
         stage: its name.
         failure: the row of the failure table.
         cause: the error that showed it.
+        where: host, rank and step, as far as they are known.
+        tried: what was done about it before.
     """
 
-    def __init__(self, stage: str, failure: Failure, cause: BaseException):
-        super().__init__(stage, failure, cause)
-        self.stage, self.failure, self.cause = stage, failure, cause
+    def __init__(self, stage: str, failure: Failure, cause: BaseException, where: str = "", tried: str = ""):
+        super().__init__(stage, failure, cause, where, tried)
+        self.stage, self.failure, self.cause, self.where, self.tried = stage, failure, cause, where, tried
+
+    @property
+    def what(self) -> str:
+        """What happened, in a sentence."""
+        return f"stage {self.stage} failed ({self.failure.name}){self.where and ', '}{self.where}: {_sentence(self.cause)}"
 
     def __str__(self) -> str:
-        advice = getattr(self.cause, "advice", "")
-        return f"stage {self.stage} failed ({self.failure.name}): {_sentence(self.cause)}{advice and '. '}{advice}"
+        advice = getattr(self.cause, "advice", "") or self.failure.advice
+        return f"{self.what}. {self.tried}{self.tried and '. '}What to do: {advice}"
+
+
+class Budget:
+    """How often each class of failure may still be started again; progress refills it."""
+
+    def __init__(self, retries: int):
+        self._retries, self._spent = retries, Counter[str]()
+
+    def allows(self, failure: Failure) -> bool:
+        """Spend one retry of this class, unless there is none left."""
+        if not failure.retried:
+            return False
+        if not failure.free:
+            self._spent[failure.name] += 1
+        return self._spent[failure.name] <= self._retries
+
+    def refill(self) -> None:
+        """The work got further than it ever was."""
+        self._spent.clear()
+
+    def __str__(self) -> str:
+        spent = [f"{count} of {self._retries} for {name}" for name, count in self._spent.items()]
+        return f"retries without progress: {', '.join(spent)}" if spent else "no retries spent"
 
 
 def classify(errors: Iterable[BaseException]) -> tuple[Failure, BaseException]:
@@ -64,19 +122,33 @@ def classify(errors: Iterable[BaseException]) -> tuple[Failure, BaseException]:
     Args:
         errors: what the ranks raised, at least one.
     """
-    found = list(errors)
-    for failure in TABLE:
-        for error in found:
-            if _shows(error, failure):
-                return failure, error
-    return LOST, found[0]
+    found = [_inner(error) for error in errors]
+    shown = [(failure, error) for failure in TABLE for error in found if _shows(error, failure)]
+    return shown[0] if shown else (LOST, found[0])
+
+
+def failure_of(error: BaseException) -> Failure | None:
+    """The class that an error shows by itself, None for one that nobody expects: a mistake in the program."""
+    return next((failure for failure in TABLE if _shows(_inner(error), failure)), None)
+
+
+def exit_code(error: BaseException) -> int:
+    """What a command ends with that this error ended."""
+    return error.failure.exit_code if isinstance(error, StageFailed) else classify([error])[0].exit_code
+
+
+def _inner(error: BaseException) -> BaseException:
+    """What Ray Train's or Ray's error is about."""
+    return getattr(error, "controller_failure", None) or getattr(error, "_base_exc", None) or error
 
 
 def _shows(error: BaseException, failure: Failure) -> bool:
-    if isinstance(name_fields := getattr(error, "failure", None), str):
-        return name_fields == failure.name
-    return isinstance(error, failure.signs) or (failure.name == "out_of_memory" and type(error).__name__ == "OutOfMemoryError")
+    if isinstance(name := getattr(error, "failure", None), str):
+        return name == failure.name
+    types = tuple(sign for sign in failure.signs if not isinstance(sign, str))
+    return isinstance(error, types) or any(kind.__name__ in failure.signs for kind in type(error).__mro__)
 
 
 def _sentence(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no message'}"
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[-1].rstrip('.') if text else 'no message'}"

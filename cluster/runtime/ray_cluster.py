@@ -5,7 +5,7 @@ import os
 import secrets
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +13,16 @@ from typing import Any
 import ray
 from ray._private import parameter, services, utils
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.storage import StorageError, Store
 
 OBJECT_STORE_BYTES = 200_000_000  # only small results pass through it; Ray's own default takes 30 % of the memory
 PROBE_SECONDS = 2.0
+
+PRINTER = "ray_print_logs"
+"""Ray's name for what prints the output of the nodes' processes on the driver's terminal."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ def connect(cpus: int = 0) -> Resources:
             _start_local(cpus)
         else:
             _join(address)
+        _quiet()
     return resources()
 
 
@@ -136,14 +141,24 @@ def _start_local(cpus: int) -> None:
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             logging_level=logging.ERROR,  # or each start warns about the token
-            runtime_env={"worker_process_setup_hook": _quiet_worker},
         )
     logging.getLogger("ray").setLevel(logging.WARNING)
 
 
-def _quiet_worker() -> None:
-    """In each process of a local Ray: without a dashboard Ray Train's watcher of its own controller cannot see, and says so."""
-    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
+def _quiet() -> None:
+    """Leave out of what the nodes' processes print here what is Ray's own talk; what is lost, and why, is said by us.
+
+    A raylet that ends prints its whole state; and without a dashboard Ray Train's watcher of its own controller cannot see, and says so.
+    """
+    for name, handle in list(global_worker_stdstream_dispatcher.handlers):
+        if name == PRINTER:
+
+            def unless_ray_s_own(data: dict[str, Any], handle: Callable[[dict[str, Any]], None] = handle) -> None:
+                if data.get("pid") != "raylet" and data.get("actor_name") != "PlacementGroupCleaner":
+                    handle(data)
+
+            global_worker_stdstream_dispatcher.remove_handler(name)
+            global_worker_stdstream_dispatcher.add_handler(name, unless_ray_s_own)
 
 
 @contextmanager

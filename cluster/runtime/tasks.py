@@ -1,19 +1,32 @@
 """Many independent pieces of work over the connected cluster."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from cluster.config.schema import Workers
+from cluster.runtime.failures import Budget, failure_of
 from cluster.runtime.ray_cluster import resources
+
+log = logging.getLogger(__name__)
+
+RETRIES = 3
+"""Times that calls are tried again without any call coming to its end, for each class of failure."""
+
+
+class TaskLost(RuntimeError):
+    """The processes that answered a call, or their machines, went away each time."""
+
+    failure = "lost"
 
 
 def map_tasks(
     function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], workers: Workers, shared: Any = None
 ) -> Iterator[tuple[int, Any]]:
-    """Run `function(shared, *call)` for every call as a Ray task; a task whose machine is lost runs again elsewhere.
+    """Run `function(shared, *call)` for every call as a Ray task; one that fails is tried again where the failure table says so.
 
     Args:
         function: importable on every node; its result and arguments pickle.
@@ -27,6 +40,7 @@ def map_tasks(
 
     Raises:
         Whatever a call raised.
+        TaskLost: if there is nobody to raise it.
     """
     task = ray.remote(_call).options(
         name=function.__name__,
@@ -40,18 +54,33 @@ def map_tasks(
     at_once = 2 * max(1, int(there.gpus if workers.gpu else there.cpus / workers.cpus))
     waiting = list(enumerate(calls))[::-1]
     running: dict[Any, int] = {}
+    budget = Budget(RETRIES)
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
                 number, call = waiting.pop()
                 running[task.remote(function, box, call)] = number
             done, _ = ray.wait(list(running), num_returns=1)
-            yield running.pop(done[0]), ray.get(done[0])
-    except RayTaskError as error:
-        raise error.cause from error
+            number = running.pop(done[0])
+            try:
+                result = ray.get(done[0])
+            except RayError as error:
+                cause = error.cause if isinstance(error, RayTaskError) else TaskLost(f"{function.__name__}: {_first_line(error)}")
+                failure = failure_of(cause)
+                if failure is None or not budget.allows(failure):
+                    raise cause from error
+                log.warning("%s of call %d, which is tried again (%s): %s", failure.name, number, budget, cause)
+                waiting.append((number, calls[number]))
+            else:
+                budget.refill()
+                yield number, result
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 _taken: dict[str, Any] = {}

@@ -205,7 +205,7 @@ def _experiment(sweep: Sweep, overrides: Sequence[str], parameters: dict[str, An
 
 def _tune(sweep: Sweep, waiting: list[Trial], store: Store) -> dict[str, Exception]:
     """Run these trials; each is a process beside the ranks it starts, and reserves next to nothing. Returns the errors by run."""
-    connect(cpus=sweep.concurrent * waiting[0].experiment.workers.count + 1)
+    connect(cpus=sweep.concurrent * waiting[0].experiment.workers.least + 1)
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # an interruption ends this process, as that of any job does
     function = tune.with_parameters(_trial, trials={trial.run: trial for trial in waiting}, store=store)
     results = tune.Tuner(

@@ -43,6 +43,7 @@ class Exporter:
         self._labels = {"run": run, "life": str(life), "trial": trial}
         self._lock = threading.Lock()
         self._restarts: Counter[str] = Counter()
+        self._waited = 0.0
         self._version, self._scraped = 0, -1
         self._target: tuple[Path, str] | None = None
         registry = CollectorRegistry()
@@ -67,6 +68,12 @@ class Exporter:
         """Count a restart of the worker group, by its failure class."""
         with self._lock:
             self._restarts[kind] += 1
+            self._version += 1
+
+    def waited(self, seconds: float) -> None:
+        """Count seconds in which there was no room for the ranks."""
+        with self._lock:
+            self._waited += seconds
             self._version += 1
 
     def write_target(self, folder: str | Path) -> None:
@@ -110,6 +117,7 @@ class Exporter:
         with self._lock:
             stages, gauges, ranks = self.tally.stages(), self.tally.gauges(), self.tally.ranks()
             restarts = [({"class": kind}, count) for kind, count in self._restarts.items()]
+            waited: list[Sample] = [({}, self._waited)]
         for key, counter in COUNTERS.items():
             yield self._metric("counter", *counter[:2], [({"stage": stage}, totals[key]) for stage, totals in stages.items()])
         for gauge in GAUGES:
@@ -121,7 +129,8 @@ class Exporter:
             yield self._metric("gauge", name, gauge.help, values)
         states = [({"stage": stage, "state": state}, s) for stage, totals in stages.items() for state, s in totals["states"].items()]
         yield self._metric("counter", "goodput_seconds", "Allocated worker seconds, each in exactly one state.", states)
-        yield self._metric("counter", "restarts", "Restarts of the worker group, by failure class.", restarts)
+        yield self._metric("counter", "restarts", "Restarts of the worker group, by failure class, or `resized`.", restarts)
+        yield self._metric("counter", "waiting_seconds", "Seconds in which the run waited for room for its ranks.", waited)
         yield self._step_seconds(stages)
 
     def _metric(self, kind: str, name: str, what: str, rows: Iterable[Sample]) -> Metric:

@@ -4,11 +4,12 @@ Nothing but the standard library is imported, so that a rank builds its meter be
 then on every second lies in exactly one goodput state.
 """
 
+import os
 import threading
 import time
 import uuid
 from bisect import bisect_left
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -17,6 +18,7 @@ PHASES = {
     "data_wait": "data_wait",
     "forward": "compute",
     "backward": "compute",
+    "agree": "compute",
     "optimizer": "compute",
     "checkpoint": "checkpoint",
     "evaluation": "evaluation",
@@ -77,13 +79,22 @@ class Totals(TypedDict):
 
 
 class Snapshot(TypedDict):
-    """A meter's state in plain JSON types; `process` tells one meter from the one that replaces it after a restart."""
+    """A meter's state in plain JSON types; `process` tells one meter from the one that replaces it after a restart.
+
+    `phase` is what the rank is at, since `phase_seconds`; `steps` are those of this process, `slowest_step` the longest of the last
+    hundred in seconds, `pid` the process.
+    """
 
     rank: int
     ranks: int
     stage: str
     process: str
+    pid: int
     elapsed: float
+    phase: str
+    phase_seconds: float
+    steps: int
+    slowest_step: float
     totals: Totals
     gauges: dict[str, float]
 
@@ -101,8 +112,10 @@ class Meter:
         self._process = uuid.uuid4().hex
         self._clock = clock
         self._lock = threading.Lock()
-        self._began = self._mark = clock()
+        self._began = self._mark = self._entered = self._stepped = clock()
         self._now = "startup"
+        self._steps = 0
+        self._durations: deque[float] = deque(maxlen=100)
         self._step = dict.fromkeys(PHASES, 0.0)
         self._totals = _nothing()
 
@@ -126,6 +139,9 @@ class Meter:
         """
         with self._lock:
             self._charge()
+            if self._steps:  # the first step has the start in it
+                self._durations.append(self._mark - self._stepped)
+            self._steps, self._stepped = self._steps + 1, self._mark
             self._totals["items"] += items
             self._totals["bytes"] += bytes
             self._totals["flops"] += flops
@@ -146,7 +162,12 @@ class Meter:
                 "ranks": self._ranks,
                 "stage": self._stage,
                 "process": self._process,
+                "pid": os.getpid(),
                 "elapsed": self._mark - self._began,
+                "phase": self._now,
+                "phase_seconds": self._mark - self._entered,
+                "steps": self._steps,
+                "slowest_step": max(self._durations, default=0.0),
                 "totals": _add(self._totals, _nothing()),
                 "gauges": dict(self.gauges),
             }
@@ -154,7 +175,7 @@ class Meter:
     def _enter(self, name: str) -> str:
         with self._lock:
             self._charge()
-            outer, self._now = self._now, name
+            outer, self._now, self._entered = self._now, name, self._mark
         return outer
 
     def _charge(self) -> None:

@@ -27,12 +27,44 @@ class Throughput:
         return (more - items) / max(here - then, 1e-9), (longer - waited) / max(all_spent - spent, 1e-9)
 
 
+SAID_AFTER = 10.0
+"""Seconds after which a wait is said."""
+
+SAID_EVERY = 60.0
+"""Seconds after which it is said again."""
+
+
 class StageMonitor:
-    """Takes the snapshots of one stage's ranks to the exporter and the display."""
+    """Takes the snapshots of one stage's ranks, and what happens to them, to the exporter and the display.
+
+    Attributes:
+        say: shows a line.
+    """
 
     def __init__(self, stage: str, exporter: Exporter, display: Display):
+        self.say = display.say
         self._stage, self._exporter, self._display = stage, exporter, display
         self._throughput, self._validated = Throughput(), 0.0
+        self._waited, self._said = 0.0, 0.0
+
+    def restarted(self, reason: str, text: str) -> None:
+        """The ranks are started again, for a class of failure or another reason, which a line tells."""
+        self._exporter.restarts(reason)
+        self.say(text)
+
+    def waiting(self, waited: float, text: str) -> None:
+        """Nothing trains, for so many seconds so far, since there is no room."""
+        self._exporter.waited(max(0.0, waited - self._waited))
+        self._waited = waited
+        if waited >= max(SAID_AFTER, self._said + SAID_EVERY * (self._said > 0)):
+            self._said = waited
+            self.say(text)
+
+    def placed(self) -> None:
+        """There is room."""
+        if self._said:
+            self.say(f"there is room, after {self._waited:.0f} s")
+        self._waited, self._said = 0.0, 0.0
 
     def take(self, snapshot: Snapshot) -> None:
         """A rank has told its numbers."""

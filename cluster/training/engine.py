@@ -49,10 +49,11 @@ class EngineSettings:
 def engine_settings(experiment: Experiment, stage: str, ranks: int) -> EngineSettings:
     """How an experiment trains a stage on so many ranks."""
     optim, workers = experiment.optim, experiment.workers
+    whole_share = -(-optim.batch[stage] // workers.most) if workers.least < workers.most else 0
     return EngineSettings(
         zero=workers.zero,
         precision=optim.precision,
-        micro_batches=micro_batches(optim.batch[stage], ranks, workers.micro_batch),
+        micro_batches=micro_batches(optim.batch[stage], ranks, workers.micro_batch or whole_share),
         betas=optim.betas,
         weight_decay=optim.weight_decay,
         clip=optim.clip,

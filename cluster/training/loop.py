@@ -2,8 +2,9 @@
 
 import itertools
 import logging
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
@@ -26,11 +27,13 @@ from cluster.runs.checkpoint import Checkpoint, CheckpointWriter
 from cluster.runs.latents import corrupt_clips, read_range
 from cluster.runs.state import assert_newest_life
 from cluster.runtime.device import peak_flops, peak_memory
-from cluster.storage import Store
+from cluster.storage import StorageError, Store
 from cluster.telemetry.meter import Meter, Snapshot
 from cluster.telemetry.metrics_log import MetricsLog, read_rows, validation_name
 from cluster.training.engine import Engine, engine_settings
+from cluster.training.requests import Request
 from cluster.training.resume import candidates, restore
+from cluster.training.stacks import stacks
 from cluster.training.warm_start import warm_start
 from reactdiff.data.keyed import seed_of
 from reactdiff.data.order import Order
@@ -92,6 +95,9 @@ class Verdict(NamedTuple):
         next_valid: items of the next step that count.
         uploaded: whether the part of the checkpoint is uploaded; how many ranks' have.
         next_corrupt: items of the next step that were found damaged.
+        checkpoint: whether it is time for a checkpoint.
+        leave: whether the driver asks the ranks to leave now, with a checkpoint.
+        leave_at_checkpoint: whether it asks them to leave at the next one.
     """
 
     loss: float
@@ -99,6 +105,9 @@ class Verdict(NamedTuple):
     next_valid: float
     uploaded: float
     next_corrupt: float
+    checkpoint: float
+    leave: float
+    leave_at_checkpoint: float
 
     def summed(self, device: torch.device) -> "Verdict":
         """The sums over all ranks."""
@@ -107,24 +116,24 @@ class Verdict(NamedTuple):
         return Verdict(*sums.tolist())
 
 
-def train(job: Job, place: Place, report: Callable[[Snapshot], None]) -> dict[str, Any]:
+def train(job: Job, place: Place, report: Callable[[Snapshot], Request | None]) -> dict[str, Any]:
     """Train a stage from its newest whole checkpoint to its end; every rank of the group calls this.
 
     Args:
         job: what to do.
         place: this rank.
-        report: takes this rank's cumulative numbers, about once a second.
+        report: takes this rank's cumulative numbers, about once a second, and returns what is asked of it.
 
     Returns:
-        progress, steps, loss of the last step, and how many items are quarantined.
+        progress, steps, loss of the last step, how many items are quarantined, and whether the ranks left before the end.
 
     Raises:
         NonFinite, CorruptData, StorageError, Superseded: the run must not go on.
     """
     meter = Meter(place.rank, place.ranks, job.stage)
     make_deterministic(job.experiment.workers.threads)
-    with _reporting(meter, report):
-        training = _Training(job, place, meter)
+    with _reporting(meter, report, lambda: _write_stacks(job, place)) as asked:
+        training = _Training(job, place, meter, asked)
         try:
             return training.run()
         finally:
@@ -132,9 +141,10 @@ def train(job: Job, place: Place, report: Callable[[Snapshot], None]) -> dict[st
 
 
 class _Training:
-    def __init__(self, job: Job, place: Place, meter: Meter):
+    def __init__(self, job: Job, place: Place, meter: Meter, asked: "_Asked"):
         experiment, optim = job.experiment, job.experiment.optim
-        self.job, self.place, self.meter, self.optim = job, place, meter, optim
+        self.job, self.place, self.meter, self.optim, self.asked = job, place, meter, optim, asked
+        self.checkpointed = time.monotonic()
         manifest = load_manifest(job.dataset, job.manifest)
         data = experiment.data
         self.cache = Cache(Path(data.cache), int(1e9 * data.cache_limit)) if data.cache else None
@@ -176,23 +186,24 @@ class _Training:
         self.validation_log = MetricsLog(job.run, job.life, job.attempt, validation_name(job.stage)) if validates else None
 
     def run(self) -> dict[str, Any]:
-        step, loss = self.resume(), float("nan")
+        step, progress, loss, left = self.resume(), 0, float("nan"), False
         batches = self.stream.batches(step)
         batch = self.fetch(batches)
         valid = int(self.agree(torch.zeros(()), None, batch).next_valid)
-        while batch is not None:
+        while batch is not None and not left:
             loss_part = self.forward_backward(batch, valid)
             upcoming = self.fetch(batches)
-            with self.meter.phase("backward"):  # on a GPU, here the host waits for what it only queued
+            with self.meter.phase("agree"):  # here a rank waits for its peers, and on a GPU the host for what it only queued
                 verdict = self.agree(loss_part, batch, upcoming)
-            self.update(batch, verdict)
-            batch, valid, loss = upcoming, int(verdict.next_valid), verdict.loss
+            progress, left = self.bounds(batch)[1], self.update(batch, verdict)
+            step, batch, valid, loss = batch.step + 1, upcoming, int(verdict.next_valid), verdict.loss
         if self.writer.busy:
             self.writer.commit()
         self.writer.close()
         if self.cache:
             self.cache.close()
-        return {"progress": self.share.total, "steps": self.share.steps, "loss": loss, "quarantined": len(self.quarantine)}
+        done = {"progress": progress, "steps": step} if left else {"progress": self.share.total, "steps": self.share.steps}
+        return {**done, "loss": loss, "quarantined": len(self.quarantine), "left": left}
 
     def resume(self) -> int:
         """Go on from the newest checkpoint that is whole on every rank; returns the step to go on with."""
@@ -207,7 +218,7 @@ class _Training:
         found = restore(self.engine, self.quarantine, job.run, box[0], _gather)
         if found is None:
             return 0
-        if self.validator and found.progress < self.share.total and not self.validated(found):
+        if self.validator and found.progress < self.share.total and self.looks_at(found) and not self.validated(found):
             self.validate(self.validator, found)  # the life that wrote it died before
         self.meter.gauges["progress_items"] = found.progress
         return found.steps
@@ -232,7 +243,17 @@ class _Training:
     def agree(self, loss: torch.Tensor, batch: Batch | None, upcoming: Batch | None) -> Verdict:
         """The one small all-reduce: loss and ledger of this step, valid and corrupt items of the next, finished uploads."""
         valid, corrupt = (upcoming.valid, upcoming.corrupt) if upcoming else (0, ())
-        mine = Verdict(float(loss), batch.ledger if batch else 0, valid, self.writer.uploaded, len(corrupt))
+        asked = self.asked.request
+        mine = Verdict(
+            loss=float(loss),
+            ledger=batch.ledger if batch else 0,
+            next_valid=valid,
+            uploaded=self.writer.uploaded,
+            next_corrupt=len(corrupt),
+            checkpoint=self.checkpoint_overdue(),
+            leave=asked == Request.LEAVE,
+            leave_at_checkpoint=asked == Request.LEAVE_AT_CHECKPOINT,
+        )
         verdict = mine.summed(self.place.device)
         if not np.isfinite(verdict.loss):
             assert batch is not None
@@ -264,8 +285,8 @@ class _Training:
         """Progress before and after a step."""
         return batch.step * self.share.batch, min((batch.step + 1) * self.share.batch, self.share.total)
 
-    def update(self, batch: Batch, verdict: Verdict) -> None:
-        """The optimiser's step, and what follows from the new progress: a row, a checkpoint."""
+    def update(self, batch: Batch, verdict: Verdict) -> bool:
+        """The optimiser's step, and what follows from the new progress: a row, a checkpoint; returns whether the ranks leave now."""
         before, after = self.bounds(batch)
         rate = learning_rate(self.optim, self.job.stage, before)
         with self.meter.phase("optimizer"):
@@ -275,17 +296,23 @@ class _Training:
         logged = (batch.step + 1) % self.job.experiment.run.log_every == 0 or after == self.share.total
         if self.log is not None and logged:
             self.log.add(progress=after, step=batch.step, **numbers, ledger=int(verdict.ledger))
-        all_uploaded, due = verdict.uploaded == self.place.ranks, self.checkpoint_due(before, after)
+        all_uploaded = verdict.uploaded == self.place.ranks
+        due = self.checkpoint_due(before, after) or bool(verdict.checkpoint or verdict.leave)
         if all_uploaded or due:
             with self.meter.phase("checkpoint"):
                 committed = self.writer.commit() if self.writer.busy else None
                 if due:
                     self.checkpoint(batch.step + 1, after)
-            if committed and self.validator:
+            if committed and self.validator and self.looks_at(committed):
                 self.validate(self.validator, committed)
         self.meter.gauges["peak_memory_bytes"] = peak_memory(self.place.device)
         items = len(batch.positions)
         self.meter.step_done(items=items, bytes=batch.bytes, flops=items * self.flops)
+        return after < self.share.total and bool(verdict.leave or (due and verdict.leave_at_checkpoint))
+
+    def looks_at(self, found: Checkpoint) -> bool:
+        """Whether clips of validation are scored with a checkpoint: those that a clock or a fault asked for are not looked at."""
+        return self.checkpoint_due(found.progress - self.share.batch, found.progress)
 
     def validated(self, found: Checkpoint) -> bool:
         """Whether the clips of validation were scored with this checkpoint."""
@@ -307,7 +334,14 @@ class _Training:
         ends = after == self.share.total or 0 < self.share.total - after < self.share.batch
         return ends or before // every != after // every
 
+    def checkpoint_overdue(self) -> bool:
+        """Whether the last checkpoint is longer ago than `run.checkpoint_minutes`; rank 0's clock decides for all."""
+        minutes = self.job.experiment.run.checkpoint_minutes
+        overdue = self.place.rank == 0 and minutes > 0 and time.monotonic() - self.checkpointed >= 60 * minutes
+        return overdue and not self.writer.busy
+
     def checkpoint(self, steps: int, progress: int) -> None:
+        self.checkpointed = time.monotonic()
         self.writer.begin(
             self.engine.fragments(),
             dict(self.engine.stage.named_buffers()),
@@ -329,19 +363,33 @@ def _gather(value: Any) -> list[Any]:
     return values
 
 
+@dataclass
+class _Asked:
+    """What the driver asks of this rank; another thread sets it."""
+
+    request: Request = Request.NOTHING
+
+
+def _write_stacks(job: Job, place: Place) -> None:
+    with suppress(StorageError):  # who asks gives up waiting
+        job.run.put(f"logs/{job.life:06d}.{job.attempt}/{job.stage}-stacks-{place.rank}.txt", stacks().encode())
+
+
 @contextmanager
-def _reporting(meter: Meter, report: Callable[[Snapshot], None]) -> Iterator[None]:
-    """Hand over a snapshot about once a second and at the end."""
-    done = Event()
+def _reporting(meter: Meter, report: Callable[[Snapshot], Request | None], write_stacks: Callable[[], None]) -> Iterator[_Asked]:
+    """Hand over a snapshot about once a second and at the end; what is asked for comes back."""
+    done, asked = Event(), _Asked()
 
     def repeat() -> None:
         while not done.wait(1.0):
-            report(meter.snapshot())
+            before, asked.request = asked.request, report(meter.snapshot()) or Request.NOTHING
+            if asked.request == Request.STACKS != before:
+                write_stacks()
 
     thread = Thread(target=repeat, name="report", daemon=True)
     thread.start()
     try:
-        yield
+        yield asked
     finally:
         done.set()
         thread.join()

@@ -1,0 +1,73 @@
+"""The machines of the Ray cluster as they are now: what each has, what of it is free, and which are about to go."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import ray
+from ray._private.state import available_resources_per_node, state
+
+NODE_ID = "ray.io/node-id"
+"""Label that Ray gives every node; who asks for its value is placed there."""
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine that is alive.
+
+    Attributes:
+        id: Ray's, in hex.
+        address: IP address.
+        name: of the host.
+        labels: given at `ray start --labels`, and Ray's own.
+        total: resources by name.
+        free: those that nobody has reserved; a second or so old.
+        draining: whether it will be taken away, and takes no new work.
+    """
+
+    id: str
+    address: str
+    name: str
+    labels: Mapping[str, str]
+    total: Mapping[str, float]
+    free: Mapping[str, float]
+    draining: bool = False
+
+
+def nodes() -> list[Node]:
+    """The living machines of the connected cluster, in the order of their ids.
+
+    Raises:
+        RayError: if the cluster does not answer.
+    """
+    free, leaving = available_resources_per_node(), draining_nodes()
+    return [
+        Node(
+            one["NodeID"],
+            one["NodeManagerAddress"],
+            one["NodeManagerHostname"],
+            one["Labels"],
+            one["Resources"],
+            free.get(one["NodeID"], {}),
+            one["NodeID"] in leaving,
+        )
+        for one in sorted(ray.nodes(), key=lambda one: one["NodeID"])
+        if one["Alive"]
+    ]
+
+
+def draining_nodes() -> dict[str, int]:
+    """Ids of the machines that will be taken away, and when: milliseconds since 1970, 0 where nobody said."""
+    return dict(state.get_draining_nodes())
+
+
+def is_private() -> bool:
+    """Whether the connected Ray is on loopback: no other machine can ever join."""
+    return all(one["NodeManagerAddress"] == LOOPBACK for one in ray.nodes())
+
+
+def autoscaler_maximum() -> dict[str, float] | None:
+    """Most of each resource that the cluster's autoscaler may ever have; None where there is none (`ray start` by hand)."""
+    maximum = state.get_max_resources_from_cluster_config()
+    return None if maximum is None else {name: float(amount) for name, amount in maximum.items()}

@@ -1,0 +1,181 @@
+"""Room for ranks that start together: who has it now, waiting for it without end, and refusing what can never come.
+
+What is waited for is a placement group of ours: Ray reserves it as soon as there is room, and to an autoscaler it is what is asked for.
+It is given back the moment before the ranks are placed, on the machines that it was on.
+"""
+
+import datetime
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ray.util import placement_group, placement_group_table, remove_placement_group
+
+from cluster.runtime.nodes import Node, autoscaler_maximum, is_private, nodes
+
+POLL = 0.25
+"""Seconds between two looks whether there is room."""
+
+SETTLE = 3.0
+"""Seconds in which what others have just given back becomes known; before, fewer ranks than the most do not start."""
+
+
+class NoPlace(RuntimeError):
+    """There was no room for the ranks for as long as the run may wait."""
+
+    failure = "no_place"
+
+
+@dataclass(frozen=True)
+class Gang:
+    """Ranks that start together or not at all.
+
+    Attributes:
+        least: fewer do not start.
+        most: more do not start.
+        resources: of one rank, by Ray's names.
+        per_host: most on one machine, 0: as many as it has room for.
+        labels: that a machine must have.
+    """
+
+    least: int
+    most: int
+    resources: Mapping[str, float]
+    per_host: int = 0
+    labels: Mapping[str, str] | None = None
+
+    def __str__(self) -> str:
+        count = f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
+        each = ", ".join(f"{amount:g} {name}" for name, amount in self.resources.items())
+        spread = f", at most {self.per_host} a machine" if self.per_host else ""
+        where = ", on machines with " + ", ".join(f"{k}={v}" for k, v in self.labels.items()) if self.labels else ""
+        return f"{count} rank{'' if count == '1' else 's'} ({each} each{spread}{where})"
+
+
+def fit(gang: Gang, there: Sequence[Node]) -> list[str]:
+    """The machine of each rank, for as many ranks as there is room for now: machines with the most room first, ranks of one together."""
+    rooms = [(_room(gang, node), node.id) for node in there if not node.draining and _labelled(gang, node)]
+    found = [node for room, node in sorted(rooms, key=lambda pair: (-pair[0], pair[1])) for _ in range(room)]
+    return found[: gang.most]
+
+
+def _room(gang: Gang, node: Node) -> int:
+    room = min(int((node.free.get(name, 0.0) + 1e-6) / amount) for name, amount in gang.resources.items() if amount)
+    return min(room, gang.per_host) if gang.per_host else room
+
+
+def _labelled(gang: Gang, node: Node) -> bool:
+    return all(node.labels.get(name) == value for name, value in (gang.labels or {}).items())
+
+
+def assert_possible(gang: Gang) -> None:
+    """Refuse what can never come: more than a private Ray of this machine has, or than the autoscaler may ever start.
+
+    A cluster that somebody started by hand may grow, so there it is waited.
+
+    Raises:
+        ValueError: with the numbers.
+    """
+    if is_private():
+        there = nodes()
+        room = len(fit(gang, [replace(node, free=node.total, draining=False) for node in there]))
+        if room < gang.least:
+            has = ", ".join(f"{sum(node.total.get(name, 0.0) for node in there):g} {name}" for name in gang.resources)
+            raise ValueError(
+                f"the Ray of this machine alone has {has}, which is room for {room} of {gang}: lower workers.count, workers.cpus or "
+                "workers.gpu, or join a cluster (`ray start --head`, RAY_ADDRESS)"
+            )
+    elif maximum := autoscaler_maximum():
+        for name, amount in gang.resources.items():
+            if gang.least * amount > maximum.get(name, 0.0):
+                raise ValueError(
+                    f"{gang} need {gang.least * amount:g} {name}, but the cluster's autoscaler may have at most "
+                    f"{maximum.get(name, 0.0):g}: lower workers.count, or raise max_workers of its configuration"
+                )
+
+
+class Demand:
+    """A reservation for so many ranks of a gang, which Ray fills as soon as there is room."""
+
+    def __init__(self, gang: Gang, ranks: int):
+        hosts = [gang.per_host] * (ranks // gang.per_host) + [ranks % gang.per_host] if gang.per_host else [1] * ranks
+        self._hosts = [count for count in hosts if count]
+        self._group = placement_group(
+            [{name: count * amount for name, amount in gang.resources.items()} for count in self._hosts],
+            strategy="STRICT_SPREAD" if gang.per_host else "PACK",
+            bundle_label_selector=[dict(gang.labels)] * len(self._hosts) if gang.labels else None,
+        )
+
+    def place(self) -> list[str] | None:
+        """The machine of each rank, None while there is no room for all."""
+        table = placement_group_table(self._group)
+        if table.get("state") != "CREATED":
+            return None
+        machines = table["bundles_to_node_id"]
+        return sorted(machines[number] for number, count in enumerate(self._hosts) for _ in range(count))
+
+    def remove(self) -> None:
+        """Give it back."""
+        remove_placement_group(self._group)
+
+
+def wait_for_place(
+    gang: Gang,
+    limit: float,
+    report: Callable[[float, str], None],
+    clock: Callable[[], float] = time.monotonic,
+    pause: Callable[[float], None] = time.sleep,
+) -> list[str]:
+    """Wait until a gang has room, however long that takes.
+
+    Args:
+        gang: what is to be placed.
+        limit: seconds after which it is given up; 0: never.
+        report: told all the time, with the seconds waited so far, what is waited for; may raise to end the wait.
+        clock: seconds that only grow.
+        pause: waits so many seconds.
+
+    Returns:
+        The machine of each rank, for as many as there is room for. Nothing is reserved any more.
+
+    Raises:
+        ValueError: as `assert_possible`.
+        NoPlace: if the limit is over.
+        RayError: if the cluster does not answer.
+    """
+    assert_possible(gang)
+    began, since = clock(), datetime.datetime.now().strftime("%H:%M:%S")
+    demand, ranks = None, 0
+    try:
+        while True:
+            there = nodes()
+            waited = clock() - began
+            wanted = max(gang.least, len(fit(gang, there)))
+            if wanted < gang.most and waited < SETTLE:
+                pause(POLL)
+                continue
+            if demand is None or (wanted != ranks and demand.place() is None):
+                if demand:
+                    demand.remove()
+                demand, ranks = Demand(gang, wanted), wanted
+                pause(0.05)  # where there is room it is reserved in milliseconds
+            if place := demand.place():
+                return place
+            text = f"waiting since {since} for room for {gang}: {_what_is_there(gang, there)}"
+            if limit and waited >= limit:
+                raise NoPlace(f"{text}; given up after {limit / 60:g} minutes (run.wait_minutes)")
+            report(waited, text)
+            pause(POLL)
+    finally:
+        if demand:
+            demand.remove()
+
+
+def _what_is_there(gang: Gang, there: Sequence[Node]) -> str:
+    able = [node for node in there if _labelled(gang, node)]
+    free = ", ".join(
+        f"{sum(node.free.get(name, 0.0) for node in able):g} of {sum(node.total.get(name, 0.0) for node in able):g} {name}"
+        for name in gang.resources
+    )
+    leaving = sum(node.draining for node in able)
+    return f"{len(able)} machine{'' if len(able) == 1 else 's'}{f', {leaving} of them about to go' * bool(leaving)}, free {free}"
