@@ -16,7 +16,7 @@ from torch import nn
 from cluster.config.schema import Experiment
 from cluster.runs import checkpoint
 from cluster.runtime.device import best_device
-from cluster.storage import AlreadyExists, NotFound, StorageError, Store, content_hash
+from cluster.storage import AlreadyExists, NotFound, Permanent, StorageError, Store, content_hash
 from cluster.storage.hashing import HashMismatch, read_verified
 from reactdiff.config import Diffusion, Model
 from reactdiff.data.sample import StreamSpec
@@ -115,7 +115,7 @@ def read_export(store: Store, name: str, progress: int) -> Export:
     """
     values = json.loads(store.read(f"exports/{name}/{progress:015d}.json"))
     if values["version"] != VERSION:
-        raise StorageError(f"{store.url}/exports/{name}/{progress:015d}.json has version {values['version']}; this program reads {VERSION}")
+        raise Permanent(f"{store.url}/exports/{name}/{progress:015d}.json has version {values['version']}; this program reads {VERSION}")
     return Export(**values)
 
 
@@ -170,7 +170,7 @@ def load_weights(store: Store, export: Export) -> dict[str, torch.Tensor]:
     try:
         return load(read_verified(store, key, export.hash))
     except HashMismatch as error:
-        raise StorageError(f"{error}: it is damaged; delete exports/{export.stage}/ and run the command again") from None
+        raise Permanent(f"{error}: it is damaged; delete exports/{export.stage}/ and run the command again") from None
 
 
 def _manifests(store: Store, name: str) -> list[checkpoint.Checkpoint]:

@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from cluster.storage import AlreadyExists, NotFound, Stale, StorageError, Store
+from cluster.storage import AlreadyExists, NotFound, Permanent, Stale, Store
 
 CHAMPION = "champion.json"
 
@@ -114,7 +114,7 @@ def roll_back(store: Store, at: str) -> Decision:
     every = (read_decision(store, number) for number in reversed(_numbers(store)))
     promoted = next((one for one in every if last and one.outcome == "promoted" and one.champion == last.champion), None)
     if promoted is None or promoted.champion is None or promoted.before is None:
-        raise StorageError(f"{store.url} has no champion before the present one to go back to")
+        raise Permanent(f"{store.url} has no champion before the present one to go back to")
     why = f"by hand: {promoted.champion.run}, promoted by decision {promoted.number}, gives way to the champion before it"
     return append_decision(store, Decision("rolled back", promoted.before, why, before=promoted.champion, at=at), last)
 

@@ -16,7 +16,7 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.storage import StorageError, Store
+from cluster.storage import Permanent, StorageError, Store
 
 OBJECT_STORE_BYTES = 200_000_000  # only small results pass through it; Ray's own default takes 30 % of the memory
 PROBE_SECONDS = 2.0
@@ -86,7 +86,7 @@ def assert_visible(store: Store, field: str, key: str = "") -> None:
         if not key:
             store.delete(probe)
     if lacking := [node["NodeManagerAddress"] for node, sees in zip(nodes, seen, strict=True) if not sees]:
-        raise StorageError(
+        raise Permanent(
             f"{field} is {store.url}, but {len(lacking)} of {len(nodes)} nodes do not see what is written there "
             f"({', '.join(lacking[:5])}): use a folder that all nodes mount, or {field}=s3://bucket/prefix with credentials on every node"
         )

@@ -24,7 +24,7 @@ class StorageError(Exception):
 
 
 class Permanent(StorageError):
-    """The store answered and refused: there is no such object, or access is denied. A retry does not help."""
+    """The store answered, and it is no: no such object, access denied, or something that nobody can use. A retry does not help."""
 
 
 class NotFound(Permanent):
@@ -189,7 +189,7 @@ class Store(ABC):
             write()
         except expected:
             return
-        raise StorageError(
+        raise Permanent(
             f"{self.url}: conditional puts are ignored by {self.endpoint} ({what}), so two runs could overwrite each other's state; "
             "use a store that honours If-None-Match and If-Match on PutObject (AWS S3 and SeaweedFS do)"
         )

@@ -26,7 +26,7 @@ from cluster.runs.build_latents import build_latents
 from cluster.runs.export import read_export
 from cluster.runs.latents import LatentDataset
 from cluster.runs.registry import Decision, Version
-from cluster.storage import AlreadyExists, StorageError, Store, open_store
+from cluster.storage import AlreadyExists, Permanent, Store, open_store
 from cluster.telemetry.display import Display
 from reactdiff.stage import stages_of
 
@@ -153,7 +153,7 @@ class _Gate:
         store, asked = self.run(version.run), self.experiment
         exports = {stage: read_export(store, stage, version.progress[stage]) for stage in version.progress}
         if (found := {stage: export.hash for stage, export in exports.items()}) != version.weights:
-            raise StorageError(f"{store.url} has exports {found}, but the registry knows {version.weights}: restore the run from a copy")
+            raise Permanent(f"{store.url} has exports {found}, but the registry knows {version.weights}: restore the run from a copy")
         trained = build(yaml.safe_load(store.read("config.yaml")), f"{store.url}/config.yaml")
         data, export = trained.data, exports["autoencoder"]
         latents = LatentDataset(export, store, self.dataset, version.manifest, self.home, data.split, data.on_corrupt)
