@@ -34,7 +34,7 @@ MODULES = {
     ),
     "runs": "build_latents checkpoint environment export latents published registry saved state",
     "evaluation": "evaluate gate ground_truth picture plan rows validation",
-    "training": "engine loop resume warm_start",
+    "training": "engine examine loop resume warm_start",
     "driver": "launch pin plan pretrained run",
     "studies": "comparison retrain sweep",
     "bench": "loading metrics noise_dataset tables training",
