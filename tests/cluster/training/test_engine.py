@@ -1,6 +1,5 @@
 """The engine without a dataset: every kind of stage under ZeRO-3, and a step that is applied as a whole or not at all."""
 
-import copy
 import math
 from typing import Any
 

@@ -16,6 +16,10 @@ from tests.cluster.training.test_engine import CLIPS, FAMILIES, SMALL
 class Scaled(nn.Linear):
     """A stage whose items have a loss and a gradient to be multiplied."""
 
+    def __init__(self) -> None:
+        super().__init__(2, 1)
+        nn.init.ones_(self.weight)
+
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return Poison.apply(super().forward(batch["x"])[:, 0] * batch["loss"], batch["factor"])
 
@@ -23,12 +27,11 @@ class Scaled(nn.Linear):
 def test_each_item_that_is_not_finite_is_told_with_which_of_the_two_and_those_of_weight_zero_are_left_out() -> None:
     one = torch.ones(7)
     batch = {"x": torch.ones(7, 2), "loss": one.clone(), "factor": one.clone(), "weight": one.clone()}
-    batch["loss"][0], batch["loss"][1], batch["weight"][1] = math.inf, math.nan, 0
+    batch["loss"][0], batch["loss"][1], batch["weight"][1] = -math.inf, math.nan, 0
     batch["factor"][2], batch["factor"][3], batch["factor"][4], batch["factor"][5] = math.nan, 1e30, 1e20, 1e18
-    found = examine(Scaled(2, 1), batch, 1, 0)
-    assert list(found) == [0, 2, 3, 4] and found[0].startswith("its loss is ") and found[2] == "its gradient is not finite"
-    assert found[4].startswith("its gradient has norm 1.73e+20")
-    assert list(examine(Scaled(2, 1), batch, 1000, 0)) == [0, 2, 3], "an item weighs what it weighs in its step"
+    found = examine(Scaled(), batch, 1, 0)
+    assert list(found) == [0, 2, 3, 4] and found[0] == "its loss is -inf" and found[2] == "its gradient has norm nan"
+    assert list(examine(Scaled(), batch, 1000, 0)) == [0, 2, 3], "an item weighs what it weighs in its step"
 
 
 @pytest.mark.parametrize("family", [{}, *FAMILIES.values()])
