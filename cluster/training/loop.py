@@ -277,10 +277,11 @@ class _Training:
         wrong = examine(module, {name: tensor.to(device) for name, tensor in batch.tensors.items()}, valid, seed)
         whys = {row: f"{self.reader.named(batch.items[row] // 2)}: {why} in step {batch.step}" for row, why in wrong.items()}
         mine = [BadItem(batch.items[row], batch.positions[row], why) for row, why in whys.items()]
-        bad = sorted(itertools.chain(*_gather(mine)), key=lambda bad: bad.position)
         zeros = empty_batch(self.kind, 1, str(device)) | {"weight": torch.ones(1)}
-        if examine(module, zeros, 1, seed) or len(bad) == valid > 1:
-            raise self.non_finite(batch, verdict, "no single item is to blame, but the weights: with these, none is finite alone")
+        found, zeros_wrong = zip(*_gather((mine, examine(module, zeros, 1, seed))), strict=True)
+        bad = sorted(itertools.chain(*found), key=lambda bad: bad.position)
+        if any(zeros_wrong) or len(bad) == valid > 1:
+            raise self.non_finite(batch, verdict, "no single item is to blame: with the weights of now, none is finite alone")
         if not bad:
             raise self.non_finite(batch, verdict, "no single item is to blame: each has a finite loss and gradient alone")
         if self.job.experiment.data.on_corrupt == "stop":
