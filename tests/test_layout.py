@@ -20,13 +20,13 @@ TOP = ("bench", "cli")
 PLAIN = {"storage", "runtime", "telemetry"}
 """Packages that would serve any training: they import nothing of `reactdiff`."""
 
-RAY = {"runtime/examine", "runtime/nodes", "runtime/placement", "runtime/ray_cluster", "runtime/tasks", "driver/launch", "studies/sweep"}
+RAY = {"runtime/nodes", "runtime/placement", "runtime/postmortem", "runtime/ray_cluster", "runtime/tasks", "driver/launch", "studies/sweep"}
 """The modules of cluster/ that place work, and so may import Ray."""
 
 MODULES = {
     "config": "identity loading paths schema spec",
     "storage": "base deadline folder hashing multipart parallel retry s3",
-    "runtime": "device examine failures nodes placement ray_cluster scratch tasks",
+    "runtime": "device failures nodes placement postmortem ray_cluster scratch tasks",
     "telemetry": "display exporter meter metrics_log monitor tensorboard",
     "data": (
         "build_shard cache cache_file cache_space checksums demo index_tars manifest prepare quarantine ranges reader "
@@ -34,7 +34,7 @@ MODULES = {
     ),
     "runs": "build_latents checkpoint environment export latents published registry saved state",
     "evaluation": "evaluate gate ground_truth picture plan rows validation",
-    "training": "engine loop requests resume stacks warm_start",
+    "training": "engine examine loop requests resume stacks warm_start",
     "driver": "interruption launch pin plan pretrained run watchdog",
     "studies": "comparison retrain sweep",
     "bench": "loading metrics noise_dataset tables training",

@@ -24,7 +24,9 @@ class Data(Branch):
     cache: str = field("", "Folder on each node's disk that keeps what was read for later epochs; empty: none.", kind="placement")
     cache_limit: float = field(100.0, "Most bytes of the cache folder, of all runs together.", kind="placement", unit="GB", gt=0)
     on_corrupt: Literal["stop", "quarantine"] = field(
-        "stop", "Data that differs from its checksum ends the run, or its item counts nothing from then on.", kind="placement"
+        "stop",
+        "An item of damaged bytes, or whose own loss or gradient is not finite, ends the run, or counts nothing from then on.",
+        kind="placement",
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Items whose bytes are not those that were written: they keep their positions, and count nothing from the first bad read on.
+"""Items of damaged bytes, or of a loss or gradient that is not finite: they keep their positions, and count nothing from there on.
 
 A run may ask for that (`data.on_corrupt=quarantine`); else it ends at the first of them. Every rank has the same list, and every
 checkpoint carries it, so an item once in it stays out of the run, even if its bytes are repaired later.

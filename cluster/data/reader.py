@@ -95,6 +95,11 @@ class Reader:
         """A clip's key."""
         return self._key(*self._locate(clip))
 
+    def named(self, clip: int) -> str:
+        """A clip's shard and key, for people."""
+        shard, row = self._locate(clip)
+        return f"shard {self._name(shard)}, clip {self._key(shard, row)}"
+
     def keys(self) -> Iterator[np.ndarray]:
         """The keys of each shard's clips, (clips,) bytes, shard by shard; reads every index, several at the same time."""
         return parallel_map(lambda shard: self._index(shard)["key"].copy(), range(len(self.counts)))

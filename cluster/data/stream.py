@@ -8,7 +8,7 @@ depend on which of them is first.
 
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -39,7 +39,7 @@ class Batch:
         items: the items at these positions.
         tensors: name -> (items, ...) tensor, and `weight` (items,): 0 for a quarantined item, else 1. Their memory is used
             again once nothing refers to them.
-        ledger: sum of the CRC32C of all member bytes the share consists of.
+        checksums: of each item, the sum of the CRC32C of all member bytes it consists of; 0 of a quarantined one.
         bytes: read for it, and for later steps along with it.
         corrupt: items of it whose bytes are damaged.
     """
@@ -48,9 +48,14 @@ class Batch:
     positions: range
     items: list[int]
     tensors: dict[str, torch.Tensor]
-    ledger: int
+    checksums: np.ndarray
     bytes: int
     corrupt: tuple[BadItem, ...] = ()
+
+    @property
+    def ledger(self) -> int:
+        """Sum of the CRC32C of all member bytes the share consists of."""
+        return int(self.checksums.sum())
 
     @property
     def valid(self) -> int:
@@ -188,6 +193,11 @@ class Stream:
                 self._draw_ahead(window.steps[place : place + 1 + DRAW_AHEAD])
                 yield self._wait_for_batch(window, step)
 
+    def mask(self, batch: Batch) -> None:
+        """Let what is in the quarantine by now count nothing in a batch, in place; so it is in what is handed out from here on."""
+        assert self._quarantine is not None
+        self._blank(batch, (row for row, at in enumerate(batch.positions) if self._quarantine.holds(batch.items[row], at)))
+
     def close(self) -> None:
         """Stop the readers; one that waits before a retry gives up."""
         self._closing.set()
@@ -276,20 +286,24 @@ class Stream:
             self._changed.wait_for(step.done)
         if step.error:
             raise step.error
-        items, weight = window.items[step.rows].tolist(), torch.ones(len(step.positions))
-        tensors = {name: tensor[step.rows] for name, tensor in window.tensors.items()}
-        checksums, corrupt = window.checksums[step.rows], {}
-        if self._quarantine is not None:
-            corrupt = {row: window.corrupt[at] for row, at in enumerate(range(step.rows.start, step.rows.stop)) if at in window.corrupt}
-            bad = [row for row, (item, at) in enumerate(zip(items, step.positions, strict=True)) if self._quarantine.holds(item, at)]
-            for row in {*bad, *corrupt}:
-                weight[row] = checksums[row] = 0
-                for tensor in tensors.values():
-                    tensor[row] = 0
-        tensors["weight"] = weight
+        items = window.items[step.rows].tolist()
+        tensors = {name: tensor[step.rows] for name, tensor in window.tensors.items()} | {"weight": torch.ones(len(items))}
         if step.random:
             tensors |= step.random.result()
-        return Batch(step.number, step.positions, items, tensors, int(checksums.sum()), step.bytes, tuple(corrupt.values()))
+        corrupt = {row: window.corrupt[at] for row, at in enumerate(range(step.rows.start, step.rows.stop)) if at in window.corrupt}
+        checksums = window.checksums[step.rows]
+        batch = Batch(step.number, step.positions, items, tensors, checksums, step.bytes, tuple(corrupt.values()))
+        if self._quarantine is not None:
+            self._blank(batch, corrupt)
+            self.mask(batch)
+        return batch
+
+    def _blank(self, batch: Batch, rows: Iterable[int]) -> None:
+        """Let these rows count nothing: what was read of them becomes zeros. What was drawn stays."""
+        for row in rows:
+            batch.tensors["weight"][row] = batch.checksums[row] = 0
+            for name in self._kinds:
+                batch.tensors[name][row] = 0
 
     def _draw_ahead(self, steps: list[_Step]) -> None:
         for step in steps:

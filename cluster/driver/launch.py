@@ -21,10 +21,10 @@ from cluster.config.schema import Workers
 from cluster.driver.interruption import Interruption
 from cluster.driver.watchdog import Hang, Watchdog
 from cluster.runs.checkpoint import newest_progress
-from cluster.runtime.examine import examine
 from cluster.runtime.failures import Budget, StageFailed, classify
 from cluster.runtime.nodes import NODE_ID, draining_nodes, nodes
 from cluster.runtime.placement import Demand, Gang, fit, wait_for_place
+from cluster.runtime.postmortem import postmortem
 from cluster.storage import StorageError
 from cluster.telemetry.meter import Snapshot
 from cluster.telemetry.monitor import StageMonitor
@@ -228,7 +228,7 @@ class _Group:
         """Look at a rank from outside, where it could not say itself where it is; kill it or not."""
         there = NodeAffinitySchedulingStrategy(self._place[rank], soft=False)
         with suppress(RayError):  # its machine may be out of reach: then Ray will say that it is lost
-            task = examine.options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+            task = postmortem.options(num_cpus=0, max_retries=0, scheduling_strategy=there)
             ray.get(task.remote(self._job.run, key, self._heard[rank]["pid"], kill), timeout=15)
 
     def _rank_name(self, rank: int) -> str:

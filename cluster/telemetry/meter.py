@@ -48,7 +48,7 @@ GAUGES = (
     MetricSpec("loss", "Loss of the latest step over the global batch."),
     MetricSpec("gradient_norm", "Norm of the latest step's gradient before clipping."),
     MetricSpec("learning_rate", "Learning rate of the latest step."),
-    MetricSpec("quarantined_items", "Items that count nothing, since their bytes are not those that were written."),
+    MetricSpec("quarantined_items", "Items that count nothing: their bytes are damaged, or their loss or gradient is not finite."),
     MetricSpec("val_progress_items", "Progress of the checkpoint that was last scored on clips of val."),
     MetricSpec("val_frcorr", "Its FRCorr there."),
     MetricSpec("val_frdist", "Its FRDist there."),

@@ -7,7 +7,7 @@ are not used: they load at no other number of ranks.
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,27 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("master", *MOMENTS, "average")
 """What a checkpoint keeps of each parameter: fp32 weight, Adam's two moments, averaged weight (EMA)."""
 
+LARGEST_NORM = 1e19
+"""Of a gradient that may be applied. Adam keeps the squares in fp32, where those of a larger one are infinite, and stay so.
+
+Of smaller ones no update moves a weight by more than about ten learning rates, which are finite: weights stay finite.
+"""
+
 Tensors = dict[str, torch.Tensor]
+
+
+class NonFinite(RuntimeError):
+    """A loss or gradient is not a number any more; says of which step, and which of its items are to blame."""
+
+    failure = "non_finite"
+
+
+def squared_norm(gradients: Sequence[torch.Tensor]) -> float:
+    """Sum of the squares of all elements, not finite if one of them is not."""
+    parts = [gradient for gradient in gradients if gradient.numel()]
+    if not parts:
+        return 0.0
+    return float(torch.stack(torch._foreach_norm(parts, 2, torch.float32)).double().square().sum())
 
 
 @dataclass(frozen=True)
@@ -107,7 +127,6 @@ class Engine:
         )
         _make_adam_state(self._engine)
         self._average = {(name, start): view.detach().clone() for name, _, start, view, _ in self._own()}
-        self._norm = 0.0
         # A bf16 engine takes its masters from rounded weights; give every stage and precision the same fp32 start.
         self.restore(lambda name, at, count: dict.fromkeys(("master", "average"), initial[name].reshape(-1)[at : at + count]), steps=0)
 
@@ -136,24 +155,53 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
+    def gradient_square(self) -> float:
+        """Squared norm of this rank's part of the step's gradient, before clipping, after the last `backward` of a step.
+
+        Each element of the global batch's gradient is counted by exactly one rank, so the sum over the ranks is the square
+        of its norm. It is not finite where an element is not.
+        """
+        if self.settings.zero == 0:  # every rank holds everything
+            gradients = [p.grad for p in self.stage.parameters() if p.requires_grad][self._rank :: self._ranks]
+            return squared_norm([gradient for gradient in gradients if gradient is not None])
+        return squared_norm([gradient for group in self._engine.optimizer.averaged_gradients.values() for gradient in group])
+
+    def discard(self) -> None:
+        """Instead of `step`, throw away the gradient: what follows is as if the step had not begun."""
+        engine, zero = self._engine, self._engine.optimizer
+        engine.micro_steps -= engine.micro_steps % self.settings.micro_batches
+        if self.settings.zero == 0:
+            engine.zero_grad()
+            return
+        zero.zero_grad()
+        zero.averaged_gradients.clear()
+        if self.settings.zero == 3:
+            zero.grad_partitions_flat_buffer.zero_()  # where a parameter's gradient stays until another comes
+
     def step(self, learning_rate: float) -> None:
-        """The optimiser's update with the gradient of the global batch, then the averaged weights'."""
+        """The optimiser's update with the gradient of the global batch, then the averaged weights'.
+
+        Raises:
+            NonFinite: if DeepSpeed did not apply it, as it does of its own accord where a norm is not finite; weights are as before.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self.settings.zero == 0:
-            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-            self._norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
         self._engine.step()
-        if self.settings.zero > 0:
-            self._norm = float(self._engine.get_global_grad_norm() or 0.0)
+        if not self._engine.was_step_applied():
+            raise NonFinite("DeepSpeed skipped an update whose gradient was finite before; nothing of it was applied. Same command")
         with torch.no_grad():
             for name, _, start, master, _ in self._own():
                 self._average[name, start].lerp_(master, 1 - self.settings.ema)
 
-    @property
-    def gradient_norm(self) -> float:
-        """Norm of the last step's gradient over all ranks, before clipping."""
-        return self._norm
+    def fill(self, module: nn.Module) -> nn.Module:
+        """Give a module of the stage, made like the one that is trained, the weights and buffers of now; collective. Returns it."""
+        parameters = dict(self.stage.named_parameters())
+        with torch.no_grad(), deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=self.settings.zero == 3):
+            for name, parameter in parameters.items():
+                module.get_parameter(name).data = parameter.detach().clone()
+        for name, buffer in self.stage.named_buffers():
+            module.get_buffer(name).data = buffer.detach().clone()
+        return module
 
     def extents(self) -> list[tuple[str, int, int]]:
         """(name, first element, count) of every stretch this rank holds and `restore` sets."""
@@ -231,8 +279,10 @@ def _deepspeed_config(settings: EngineSettings, parameters: int) -> dict[str, An
         },
         "steps_per_print": 10**9,
     }
+    if settings.zero in (1, 2) and not settings.clip:
+        config["zero_optimization"]["compute_grad_norm"] = False  # it is known before the update
     if settings.precision == "bf16":
-        config["bf16"] = {"enabled": True}
+        config["bf16"] = {"enabled": True, "check_grad_overflow": False}
     return config
 
 

@@ -2,8 +2,9 @@
 
 import itertools
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ from cluster.runtime.device import peak_flops, peak_memory
 from cluster.storage import StorageError, Store
 from cluster.telemetry.meter import Meter, Snapshot
 from cluster.telemetry.metrics_log import MetricsLog, read_rows, validation_name
-from cluster.training.engine import Engine, engine_settings
+from cluster.training.engine import LARGEST_NORM, Engine, NonFinite, engine_settings
+from cluster.training.examine import examine
 from cluster.training.requests import Request
 from cluster.training.resume import candidates, restore
 from cluster.training.stacks import stacks
@@ -44,12 +46,6 @@ from reactdiff.model.latent_diffusion import LatentDiffusion
 from reactdiff.stage import Source, build, empty_batch, stage
 
 log = logging.getLogger(__name__)
-
-
-class NonFinite(RuntimeError):
-    """A loss or gradient is not a number any more; names the items of the step."""
-
-    failure = "non_finite"
 
 
 @dataclass(frozen=True)
@@ -91,6 +87,7 @@ class Verdict(NamedTuple):
 
     Attributes:
         loss: of this step, the part of the mean.
+        gradient_square: of this step, the squared norm of the part of the gradient that the rank owns.
         ledger: sum of the CRC32C of the bytes the step was made of; exact below 2^53.
         next_valid: items of the next step that count.
         uploaded: whether the part of the checkpoint is uploaded; how many ranks' have.
@@ -101,6 +98,7 @@ class Verdict(NamedTuple):
     """
 
     loss: float
+    gradient_square: float
     ledger: float
     next_valid: float
     uploaded: float
@@ -114,6 +112,16 @@ class Verdict(NamedTuple):
         sums = torch.tensor(self, dtype=torch.float64, device=device)
         dist.all_reduce(sums)
         return Verdict(*sums.tolist())
+
+    @property
+    def gradient_norm(self) -> float:
+        """Norm of the step's gradient over all ranks, before clipping."""
+        return math.sqrt(self.gradient_square)
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step may be applied."""
+        return math.isfinite(self.loss) and self.gradient_norm <= LARGEST_NORM
 
 
 def train(job: Job, place: Place, report: Callable[[Snapshot], Request | None]) -> dict[str, Any]:
@@ -153,7 +161,7 @@ class _Training:
         total, batch = int(optim.epochs[job.stage] * self.order.items), optim.batch[job.stage]
         self.share = Share(batch, total, place.ranks, place.rank)
         source = Source(manifest.stream_specs, manifest.frames)
-        kind = stage(job.stage, experiment.model, experiment.diffusion, source)
+        self.kind = kind = stage(job.stage, experiment.model, experiment.diffusion, source)
         with torch.device("meta"):
             self.flops = training_flops(kind.module(), empty_batch(kind, 1, "meta"))
         meter.gauges["peak_flops"] = peak_flops(place.device, optim.precision)
@@ -195,6 +203,8 @@ class _Training:
             upcoming = self.fetch(batches)
             with self.meter.phase("agree"):  # here a rank waits for its peers, and on a GPU the host for what it only queued
                 verdict = self.agree(loss_part, batch, upcoming)
+            while not verdict.finite:
+                verdict = self.repeat(batch, upcoming, verdict)
             progress, left = self.bounds(batch)[1], self.update(batch, verdict)
             step, batch, valid, loss = batch.step + 1, upcoming, int(verdict.next_valid), verdict.loss
         if self.writer.busy:
@@ -229,7 +239,7 @@ class _Training:
 
     def forward_backward(self, batch: Batch, valid: int) -> torch.Tensor:
         """The step's gradient; returns this rank's part of its mean loss."""
-        torch.manual_seed(seed_of("dropout", self.job.experiment.seed, batch.step, self.place.rank) % 2**63)
+        torch.manual_seed(self.dropout_seed(batch))
         loss = torch.zeros((), device=self.place.device)
         for micro_batch in batch.split(self.engine.settings.micro_batches):
             on_device = {name: tensor.to(self.place.device, non_blocking=True) for name, tensor in micro_batch.items()}
@@ -241,12 +251,14 @@ class _Training:
         return loss
 
     def agree(self, loss: torch.Tensor, batch: Batch | None, upcoming: Batch | None) -> Verdict:
-        """The one small all-reduce: loss and ledger of this step, valid and corrupt items of the next, finished uploads."""
+        """The one small all-reduce: loss, gradient and ledger of this step, valid and corrupt items of the next, finished uploads."""
+        square, ledger = (self.engine.gradient_square(), batch.ledger) if batch else (0, 0)
         valid, corrupt = (upcoming.valid, upcoming.corrupt) if upcoming else (0, ())
         asked = self.asked.request
         mine = Verdict(
             loss=float(loss),
-            ledger=batch.ledger if batch else 0,
+            gradient_square=square,
+            ledger=ledger,
             next_valid=valid,
             uploaded=self.writer.uploaded,
             next_corrupt=len(corrupt),
@@ -255,26 +267,73 @@ class _Training:
             leave_at_checkpoint=asked == Request.LEAVE_AT_CHECKPOINT,
         )
         verdict = mine.summed(self.place.device)
-        if not np.isfinite(verdict.loss):
-            assert batch is not None
-            raise self.non_finite(batch, verdict.loss)
         if verdict.next_corrupt:
-            self.isolate(corrupt)
+            self.isolate(itertools.chain(*_gather(corrupt)))
         return verdict
 
-    def non_finite(self, batch: Batch, loss: float) -> NonFinite:
-        """What is said of a step whose loss is no number."""
-        first, last = self.bounds(batch)
-        items = self.order.at(np.arange(first, last)).tolist()
+    def repeat(self, batch: Batch, upcoming: Batch | None, verdict: Verdict) -> Verdict:
+        """Compute a step that was not finite once more, without the items that are to blame; they count nothing from here on.
+
+        Raises:
+            NonFinite: if none is to blame, or the run is to stop at bad items.
+        """
+        with self.meter.phase("backward"):
+            self.engine.discard()
+            self.isolate(self.to_blame(batch, verdict))
+        for changed in filter(None, (batch, upcoming)):
+            self.stream.mask(changed)
+        loss = self.forward_backward(batch, sum(_gather(batch.valid)))
+        with self.meter.phase("backward"):
+            return self.agree(loss, batch, upcoming)
+
+    def to_blame(self, batch: Batch, verdict: Verdict) -> list[BadItem]:
+        """The items of a step that are not finite by themselves, the same on every rank.
+
+        Where items of zeros, or all of the step's, are not finite either, it is the weights: to quarantine what such weights
+        cannot take would go on until no data are left.
+
+        Raises:
+            NonFinite: if there are none, or the run is to stop at them.
+        """
+        valid, seed, device = sum(_gather(batch.valid)), self.dropout_seed(batch), self.place.device
+        module = self.engine.fill(self.kind.module().to(device))
+        wrong = examine(module, {name: tensor.to(device) for name, tensor in batch.tensors.items()}, valid, seed)
+        whys = {row: f"{self.reader.named(batch.items[row] // 2)}: {why} in step {batch.step}" for row, why in wrong.items()}
+        mine = [BadItem(batch.items[row], batch.positions[row], why) for row, why in whys.items()]
+        zeros = empty_batch(self.kind, 1, str(device)) | {"weight": torch.ones(1)}
+        found, zeros_wrong = zip(*_gather((mine, examine(module, zeros, 1, seed))), strict=True)
+        bad = sorted(itertools.chain(*found), key=lambda bad: bad.position)
+        if any(zeros_wrong) or len(bad) == valid > 1:
+            raise self.non_finite(batch, verdict, "no single item is to blame: with the weights of now, none is finite alone")
+        if not bad:
+            raise self.non_finite(batch, verdict, "no single item is to blame: each has a finite loss and gradient alone")
+        if self.job.experiment.data.on_corrupt == "stop":
+            raise self.non_finite(batch, verdict, "", bad)
+        return bad
+
+    def non_finite(self, batch: Batch, verdict: Verdict, why: str, bad: Iterable[BadItem] = ()) -> NonFinite:
+        """What is said of a step that cannot be applied."""
+        data = f"split {self.job.experiment.data.split} of {self.job.dataset.url}"
+        items = self.order.at(np.arange(*self.bounds(batch))).tolist()
+        blame = "; ".join(f"item {one.item} (clip {one.item // 2}, side {one.item % 2} of {data}; {one.why})" for one in bad)
         return NonFinite(
-            f"the loss of step {batch.step} of stage {self.job.stage} is {loss}; its items are {items} "
-            f"(clip = item // 2, side = item % 2) of split {self.job.experiment.data.split} of {self.job.dataset.url}. "
-            "Lower optim.lr, set optim.clip, or look at these clips"
+            f"step {batch.step} of stage {self.job.stage} was not applied: its loss is {verdict.loss}, the norm of its gradient "
+            f"{verdict.gradient_norm} (at most {LARGEST_NORM:g} can be). "
+            + (
+                f"To blame is {blame}. Mend the data, or go on without with data.on_corrupt=quarantine"
+                if blame
+                else f"Of its items {items} (clip = item // 2, side = item % 2) of {data}, {why}. "
+                "Lower optim.lr or set optim.clip, in a run of another name (run.name)"
+            )
         )
 
-    def isolate(self, corrupt: tuple[BadItem, ...]) -> None:
-        """Put what any rank found corrupt into every rank's quarantine."""
-        for bad in self.quarantine.add(itertools.chain(*_gather(corrupt))):
+    def dropout_seed(self, batch: Batch) -> int:
+        """Of this rank in a step, however often it is computed."""
+        return seed_of("dropout", self.job.experiment.seed, batch.step, self.place.rank) % 2**63
+
+    def isolate(self, found: Iterable[BadItem]) -> None:
+        """Put what the ranks found, the same on all of them, into the quarantine."""
+        for bad in self.quarantine.add(found):
             if self.place.rank == 0:
                 log.error(
                     "QUARANTINED: item %d (clip %d, side %d of split %s) counts nothing from position %d on: %s",
@@ -291,7 +350,7 @@ class _Training:
         rate = learning_rate(self.optim, self.job.stage, before)
         with self.meter.phase("optimizer"):
             self.engine.step(rate)
-        numbers = {"loss": verdict.loss, "gradient_norm": self.engine.gradient_norm, "learning_rate": rate}
+        numbers = {"loss": verdict.loss, "gradient_norm": verdict.gradient_norm, "learning_rate": rate}
         self.meter.gauges.update(progress_items=after, quarantined_items=len(self.quarantine), **numbers)
         logged = (batch.step + 1) % self.job.experiment.run.log_every == 0 or after == self.share.total
         if self.log is not None and logged:

@@ -36,9 +36,7 @@ def test_rows_take_the_autoencoder_of_the_first_that_has_the_same_under_the_same
 
 
 def test_a_comparison_is_the_same_runs_every_time_and_other_ones_with_other_settings() -> None:
-    runs = [
-        [run.experiment.run.name for run in comparison_runs(comparison(), overrides)] for overrides in ([], [], ["model.hidden=32"])
-    ]
+    runs = [[run.experiment.run.name for run in comparison_runs(comparison(), overrides)] for overrides in ([], [], ["model.hidden=32"])]
     assert runs[0] == runs[1] and not set(runs[0]) & set(runs[2])
 
 

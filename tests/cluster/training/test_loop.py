@@ -1,7 +1,10 @@
-"""The loop: the same order for every placement, identical weights after any kill, and whole checkpoints or none."""
+"""The loop: the same order for every placement, identical weights after any kill, steps and checkpoints whole or not at all."""
 
 import json
+import math
 import os
+import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +14,16 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from cluster.config.schema import Experiment
+from cluster.data.manifest import load_manifest
+from cluster.data.quarantine import BadItem
+from cluster.data.reader import Reader
 from cluster.runs import checkpoint
 from cluster.storage import open_store
-from cluster.training.loop import NonFinite
+from cluster.training import loop
+from cluster.training.engine import NonFinite
+from reactdiff.data.order import Order
+from tests.cluster.support.poison import Dose, poisoned_items
 from tests.cluster.support.ranks import on_ranks, start_ranks
 from tests.cluster.support.training import parts, train_here, train_on
 from tests.tiny import tiny
@@ -142,12 +152,149 @@ def poisoned(rank: int, ranks: int, experiment, folder: str) -> tuple[str, int]:
     return "finished", steps[-1]
 
 
-def test_a_loss_that_is_no_number_stops_all_ranks_before_the_update_and_names_the_items(shards: Path, tmp_path: Path) -> None:
-    said = on_ranks(2, poisoned, tiny(shards, tmp_path, "run.checkpoint_every=6", "optim.epochs=6"), str(tmp_path))
+@pytest.mark.parametrize("on_corrupt", ["stop", pytest.param("quarantine", marks=pytest.mark.slow)])
+def test_a_loss_that_is_no_number_through_no_item_of_its_own_stops_all_ranks_before_the_update(
+    shards: Path, tmp_path: Path, on_corrupt: str
+) -> None:
+    settings = ("run.checkpoint_every=6", "optim.epochs=6", f"data.on_corrupt={on_corrupt}")
+    said = on_ranks(2, poisoned, tiny(shards, tmp_path, *settings), str(tmp_path))
     (text, step), store = said[0], open_store(str(tmp_path))
-    assert said[0] == said[1] and f"the loss of step {step} of stage autoencoder is nan; its items are [" in text
+    assert said[0] == said[1] and f"step {step} of stage autoencoder was not applied: its loss is nan" in text
+    assert "no single item is to blame: each has a finite loss and gradient alone. Lower optim.lr" in text
     newest = checkpoint.read_manifest(store, checkpoint.list_checkpoints(store, "autoencoder")[0])
-    assert 0 < newest.steps <= step < 40
+    assert 0 < newest.steps <= step < 40 and newest.quarantine == []
+
+
+DOSES = (Dose(gradient=math.nan), Dose(loss=-math.inf), Dose(gradient=math.inf), Dose(loss=math.nan), Dose(gradient=1e30))
+BAD = 8
+"""Position, in the second step, of the item that is poisoned: the share of rank 0 of two, alone on one of seven."""
+
+
+def items_at(experiment: Experiment, positions: range) -> list[int]:
+    """The items at these positions of the order."""
+    counts, data = load_manifest(open_store(experiment.data.url)).counts("train"), experiment.data
+    return Order(2 * counts, experiment.seed, data.block, data.group, data.order).at(np.array(positions)).tolist()
+
+
+def state_of(training: loop._Training) -> list[bytes]:
+    """All that a step changes on this rank."""
+    engine = training.engine
+    kept = [view.detach().numpy().tobytes() for fragment in engine.fragments() for view in fragment.tensors.values()]
+    weights = engine.fill(training.kind.module()).parameters()
+    return [*kept, *(p.detach().float().numpy().tobytes() for p in weights), str(training.meter.gauges.get("progress_items")).encode()]
+
+
+def one_bad_item(rank: int, ranks: int, cases: list[Experiment], folder: str) -> list[tuple[str, bool, int]]:
+    """Each case with a poisoned item: `N/stopped` stops at it, `N/without` goes on without it, `N/known` knows it from the start.
+
+    In `none`, all items of a step of the first case are poisoned. Returns what was said, whether the state was that
+    before the step, and how many updates there were before it.
+    """
+    found, repeat, step, quarantine = [], loop._Training.repeat, loop.Engine.step, loop.Quarantine
+    for number, experiment in enumerate(cases):
+        item, run, states, updates = items_at(experiment, range(BAD, BAD + 1))[0], f"{folder}/{number}", [], []
+        Path(run).mkdir(exist_ok=True)
+
+        def watched(self, *arguments, states=states):
+            states.append(state_of(self))
+            try:
+                return repeat(self, *arguments)
+            except NonFinite:
+                states.append(state_of(self))
+                raise
+
+        def counted(self, rate, updates=updates):
+            updates.append(rate)
+            step(self, rate)
+
+        stops = experiment.model_copy(update={"data": experiment.data.model_copy(update={"on_corrupt": "stop"})})
+        with poisoned_items(experiment, {item: DOSES[number % len(DOSES)]}):
+            loop._Training.repeat, loop.Engine.step = watched, counted
+            with pytest.raises(NonFinite) as error:
+                train_here(rank, ranks, stops, f"{run}/stopped", 1, "autoencoder")
+            loop._Training.repeat, loop.Engine.step = repeat, step
+            found.append((str(error.value), states[0] == states[1], len(updates)))
+            train_here(rank, ranks, experiment, f"{run}/without", 1, "autoencoder")
+        loop.Quarantine = lambda entries, item=item: quarantine([*entries, BadItem(item, BAD, "known")])
+        train_here(rank, ranks, experiment, f"{run}/known", 1, "autoencoder")
+        loop.Quarantine = quarantine
+    with poisoned_items(cases[0], dict.fromkeys(items_at(cases[0], range(6, 12)), DOSES[0])), pytest.raises(NonFinite) as error:
+        train_here(rank, ranks, cases[0], f"{folder}/none", 1, "autoencoder")
+    assert "no single item is to blame: with the weights of now, none is finite alone" in str(error.value)
+    return found
+
+
+def case_of(shards: Path, folder: Path, zero: int, precision: str, micro_batch: int, *more: str) -> Experiment:
+    """Four steps in which dropout has its part; a checkpoint after each."""
+    changes = (f"workers.zero={zero}", f"optim.precision={precision}", f"workers.micro_batch={micro_batch}", "model.dropout=0.1")
+    ends = ("optim.epochs=0.6", "run.checkpoint_every=6", "run.keep=9", "data.on_corrupt=quarantine")
+    return tiny(shards, folder, *changes, *ends, *more)
+
+
+EVERY = [(zero, "fp32") for zero in range(4)] + [(zero, "bf16") for zero in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [
+        (2, [(3, "fp32", 0), (2, "bf16", 1)]),
+        pytest.param(2, [(*of, micro) for of in EVERY for micro in (0, 1)], marks=pytest.mark.slow),
+        pytest.param(7, [(*of, 0) for of in EVERY], marks=pytest.mark.slow),
+    ],
+)
+def test_an_item_that_is_not_finite_by_itself_is_named_or_left_out_as_if_it_had_been_known(
+    shards: Path, tmp_path: Path, ranks: int, cases: list[tuple[int, str, int]]
+) -> None:
+    experiments = [case_of(shards, tmp_path, *of) for of in cases]
+    of_ranks, store = on_ranks(ranks, one_bad_item, experiments, str(tmp_path)), open_store(str(shards))
+    item = items_at(experiments[0], range(BAD, BAD + 1))[0]
+    named = Reader(store, load_manifest(store), "train").named(item // 2)
+    assert all(of_rank == of_ranks[0] for of_rank in of_ranks), "all ranks say the same, and none was ahead"
+    assert "QUARANTINED" not in (tmp_path / "none.log").read_text()
+    for number, (said, unchanged, updates) in enumerate(of_ranks[0]):
+        run, dose = tmp_path / str(number), DOSES[number % len(DOSES)]
+        why = "its loss is " if dose.loss != 1 else "its gradient has norm "
+        blame = f"To blame is item {item} (clip {item // 2}, side {item % 2} of split train of {store.url}; {named}: {why}"
+        assert said.count("; shard") == 1 and blame in said and "data.on_corrupt=quarantine" in said, said
+        assert unchanged and updates == 1
+        assert rows_of(run / "without") == rows_of(run / "known") and len(rows_of(run / "known")) == 4
+        assert parts(run / "without") == parts(run / "known")
+        listed = [checkpoint.read_manifest(open_store(str(run / "without")), name) for name in names_of(run / "without")]
+        assert [[(bad.item, bad.position) for bad in one.quarantine] for one in listed] == [[(item, BAD)]] * 3 + [[]]
+        assert re.search(rf"QUARANTINED: item {item} .* from position {BAD} on: {named}: {why}", Path(f"{run}/without.log").read_text())
+
+
+def names_of(folder: Path | str) -> list[str]:
+    """Of the checkpoints of a run, newest first."""
+    return checkpoint.list_checkpoints(open_store(str(folder)), "autoencoder")
+
+
+def twice_in_a_row(rank: int, ranks: int, experiment: Experiment, item: int, folder: str) -> None:
+    """`whole`: an item is not finite whenever it comes; `before` and `after` go on from there, killed before and after it was found.
+
+    From after, the item was mended meanwhile.
+    """
+    with poisoned_items(experiment, {item: DOSES[0]}):
+        train_here(rank, ranks, experiment, f"{folder}/whole", 1, "autoencoder")
+        for name, steps in {"before": 1, "after": 2}.items():
+            shutil.copytree(f"{folder}/whole", f"{folder}/{name}")
+            for later in names_of(f"{folder}/{name}")[:-steps]:
+                os.remove(f"{folder}/{name}/{later}")
+        train_here(rank, ranks, experiment, f"{folder}/before", 2, "autoencoder")
+    train_here(rank, ranks, experiment, f"{folder}/after", 2, "autoencoder")
+
+
+def test_a_run_killed_before_or_after_a_bad_item_was_found_ends_identical(shards: Path, tmp_path: Path) -> None:
+    """Steps of 15 of 40 items: the item is in step 1, and in step 2 once more, whose batch is there when it is found."""
+    experiment = case_of(shards, tmp_path, 2, "fp32", 0, "optim.batch=15", "optim.epochs=2", "run.checkpoint_every=15")
+    item = min(set(items_at(experiment, range(15, 30))) & set(items_at(experiment, range(40, 45))))
+    on_ranks(1, twice_in_a_row, experiment, item, str(tmp_path))
+    assert parts(tmp_path / "whole") == parts(tmp_path / "before") == parts(tmp_path / "after")
+    ledger = [row["ledger"] for row in rows_of(tmp_path / "whole")]
+    for name, found in {"before": 1, "after": 0}.items():
+        assert {row["life"] for row in rows_of(tmp_path / name)} == {1, 2}
+        assert [row["ledger"] for row in rows_of(tmp_path / name)] == ledger
+        assert Path(f"{tmp_path}/{name}.log").read_text().count("QUARANTINED") == found
 
 
 def test_a_checkpoint_without_its_manifest_does_not_exist(undisturbed: Path) -> None:

@@ -14,7 +14,7 @@ from cluster.storage import StorageError, Store
 
 
 @ray.remote
-def examine(store: Store, key: str, pid: int, kill: bool) -> None:
+def postmortem(store: Store, key: str, pid: int, kill: bool) -> None:
     """Keep what can be seen of a Ray worker process, unless it has said so itself, and kill it if that is asked for.
 
     Args:
