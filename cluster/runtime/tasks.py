@@ -17,6 +17,10 @@ RETRIES = 3
 """Times that calls are tried again without any call coming to its end, for each class of failure."""
 
 
+RAY_RETRIES = 3
+"""Times that Ray itself runs a call again whose process is gone, on another machine where there is one."""
+
+
 class TaskLost(RuntimeError):
     """The processes that answered a call, or their machines, went away each time."""
 
@@ -44,6 +48,7 @@ def map_tasks(
     """
     task = ray.remote(_call).options(
         name=function.__name__,
+        max_retries=RAY_RETRIES,
         num_cpus=workers.cpus,
         num_gpus=1 if workers.gpu else 0,
         scheduling_strategy="DEFAULT",  # anywhere: the driver of a sweep's trial sits in a placement group without room for tasks

@@ -1,8 +1,151 @@
-"""What the driver sees of Ray Train, beside the ranks' numbers."""
+"""Machines come and go under a run: it waits, goes on with what is there, grows, and ends as if nothing had been."""
 
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.support.machines import STAGE, Machines, Running, machines
 from tests.tiny import Trained
 
 
 def test_no_stage_begins_with_an_error_of_ray_s_core(trained: Trained) -> None:
     said = trained.stdout + trained.stderr
     assert "PreemptionWatcher" not in said and "core_worker" not in said
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Running:
+    """The run of two ranks that nothing disturbs."""
+    run = Running(shards, tmp_path_factory.mktemp("undisturbed"), "undisturbed", "workers.count=2")
+    assert run.end() == 0, run.said
+    return run
+
+
+@pytest.fixture
+def two() -> Iterator[Machines]:
+    with machines(2) as there:
+        yield there
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_seeded_a_machine_lost_without_a_spare_is_waited_for_and_the_weights_are_identical(
+    undisturbed: Running, two: Machines, shards: Path, tmp_path: Path
+) -> None:
+    run = Running(shards, tmp_path, "heal", "workers.count=2", address=two.address)
+    run.until(lambda: run.progress >= 480)
+    two.kill()
+    run.until_said("waiting since")
+    waiting = [line for line in run.lines if "waiting since" in line]
+    assert "for room for 2 ranks (1 CPU each)" in waiting[0] and run.process.poll() is None
+    two.add()
+    assert run.end() == 0, run.said
+    assert run.weights == undisturbed.weights and run.ledger == undisturbed.ledger
+    assert run.attempts > 1, "the ranks were started again"
+    lost = [line for line in run.lines if "failed (lost)" in line]
+    assert lost and "starting the ranks again (retries without progress: 1 of 3 for lost)" in lost[0]
+    after = run.lines[run.lines.index(lost[0]) :]
+    talk = [line for line in after if not line.startswith((f"{STAGE}:", "stage ", "run "))]
+    assert len(talk) <= 10, f"a lost rank is a few lines, not a page: {talk}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_waits_for_a_cluster_that_grows(undisturbed: Running, shards: Path, tmp_path: Path) -> None:
+    with machines(1) as there:
+        run = Running(shards, tmp_path, "grow", "workers.count=2", address=there.address)
+        run.until_said("waiting since")
+        there.add()
+        assert run.end() == 0, run.said
+    assert run.weights == undisturbed.weights and "there is room, after" in run.said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_wait_that_was_limited_ends_with_75(shards: Path, tmp_path: Path) -> None:
+    with machines(1) as there:
+        run = Running(shards, tmp_path, "late", "workers.count=2", "run.wait_minutes=0.2", address=there.address)
+        assert run.end() == 75, run.said
+    assert "given up after 0.2 minutes (run.wait_minutes)" in run.said and run.status == "FAILED"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_number_of_ranks_follows_the_machines_and_every_step_has_its_items(shards: Path, undisturbed: Running, tmp_path: Path) -> None:
+    """4 -> 1 -> 3 -> 2 ranks by itself."""
+    with machines(4) as there:
+        run = Running(shards, tmp_path, "elastic", "workers.count=[1,4]", "optim.epochs=200", address=there.address)
+
+        def goes_on() -> None:
+            """The present ranks have written checkpoints of their own."""
+            reached = run.progress
+            run.until(lambda: run.progress > reached)
+
+        run.until(lambda: run.progress >= 240)
+        for _ in range(3):
+            there.kill()
+        run.until_said("starting the ranks again", 1)
+        goes_on()
+        there.add(2)
+        run.until_said("room for", 1)
+        run.until(lambda: "ranks: " in run.lines[-1] or sum("ranks: " in line for line in run.lines) >= 2)
+        goes_on()
+        there.kill()
+        run.until(lambda: sum("starting the ranks again" in line for line in run.lines) >= 3)
+        assert run.end() == 0, run.said
+    assert len(run.ledger) == 1334 and run.ledger[: len(undisturbed.ledger) - 1] == undisturbed.ledger[:-1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_notice_costs_no_step_on_whichever_node_it_comes(undisturbed: Running, shards: Path, tmp_path: Path) -> None:
+    with machines(3) as there:
+        never = ("run.checkpoint_every=100000", "run.checkpoint_minutes=0")
+        run = Running(shards, tmp_path, "notice", "workers.count=2", *never, address=there.address)
+        run.until(lambda: any(line.startswith(f"{STAGE}: ") and "loss" in line for line in run.lines))
+        there.drain(run.node_of(0), 600)
+        run.until_said("will be taken away")
+        assert run.end() == 0, run.said
+    rows = [json.loads(line) for entry in run.store.list("metrics/") for line in run.store.read(entry.key).decode().splitlines()]
+    assert len(rows) == len({row["progress"] for row in rows}) == 400, "no step was done twice"
+    assert run.attempts == 2 and run.weights == undisturbed.weights
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_told_to_end_a_run_leaves_a_checkpoint_of_the_step_it_was_in(
+    number: signal.Signals, code: int, undisturbed: Running, shards: Path, tmp_path: Path
+) -> None:
+    command = (shards, tmp_path, "told", "workers.count=2", "run.checkpoint_every=100000", "run.checkpoint_minutes=0")
+    run = Running(*command)
+    run.until(lambda: any(line.startswith(f"{STAGE}: ") and "loss" in line for line in run.lines))
+    run.process.send_signal(number)
+    assert run.end() == code, run.said
+    assert run.status == "STOPPED" and run.progress > 0 and f"checkpoint at {run.progress} items" in run.said
+    again = Running(*command)
+    assert again.end() == 0, again.said
+    rows = [json.loads(line) for entry in run.store.list("metrics/") for line in run.store.read(entry.key).decode().splitlines()]
+    assert len(rows) == len({row["progress"] for row in rows}) == 400, "no step was done twice"
+    assert again.weights == undisturbed.weights
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_stopped_rank_is_named_its_stacks_are_kept_and_the_weights_are_identical(
+    undisturbed: Running, shards: Path, tmp_path: Path
+) -> None:
+    run = Running(shards, tmp_path, "stopped", "workers.count=2")
+    run.until(lambda: run.progress >= 240)
+    victim = run.ranks()[0]
+    victim.suspend()
+    run.until_said("no sign of life for more than")
+    assert run.end() == 0, run.said
+    assert not victim.is_running() and "failed (hang)" in run.said
+    kept = sorted(path.name for path in run.folder.glob("logs/*/*stacks*"))
+    assert kept == [f"{STAGE}-stacks-0.txt", f"{STAGE}-stacks-1.txt"]
+    assert any("stopped" in path.read_text() for path in run.folder.glob("logs/*/*stacks*")), "one was seen to be stopped"
+    assert run.weights == undisturbed.weights

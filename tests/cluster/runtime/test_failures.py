@@ -2,7 +2,8 @@
 
 import pytest
 
-from cluster.runtime.failures import classify
+from cluster.runtime import failures
+from cluster.runtime.failures import Budget, StageFailed, classify, exit_code, failure_of
 from cluster.storage import StorageError, Store, open_store, s3
 from tests.cluster.support.faulty import faulty_proxy
 
@@ -49,3 +50,49 @@ def test_a_server_that_does_not_answer_is_tried_again(fault: str, s3_url: str, o
         proxy.faults = [fault] * 10
         assert met(open_store(s3_url)) == "storage, retried"
         assert proxy.happened == [fault] * 2
+
+
+class Tracked(RuntimeError):
+    """An error that names its class."""
+
+    failure = "hang"
+
+
+def test_a_budget_is_of_each_class_refilled_by_progress_and_not_spent_by_notices() -> None:
+    budget, hang, lost, notice = Budget(2), failure_of(Tracked()), failures.LOST, row("preempted")
+    assert hang is not None and [budget.allows(hang) for _ in range(3)] == [True, True, False]
+    assert [budget.allows(lost) for _ in range(3)] == [True, True, False]
+    assert all(budget.allows(notice) for _ in range(100))
+    budget.refill()
+    assert budget.allows(hang) and budget.allows(lost)
+    assert not Budget(100).allows(row("data"))
+
+
+def test_ray_s_own_errors_stand_in_the_table() -> None:
+    from ray.exceptions import ActorDiedError, OutOfMemoryError
+    from ray.train import ControllerError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    assert classify([ControllerError(WorkerGroupStartupTimeoutError(3))])[0].name == "no_place"
+    assert failure_of(OutOfMemoryError("killed")).name == "out_of_memory"
+    assert failure_of(ActorDiedError()).name == "lost"
+    assert failure_of(RuntimeError("a mistake of ours")) is None and classify([RuntimeError("broken pipe")])[0] is failures.LOST
+
+
+def test_a_command_ends_with_75_where_the_same_one_may_go_on_and_with_1_where_a_person_must_act() -> None:
+    codes = {one.name: one.exit_code for one in failures.TABLE}
+    again = {"lost", "storage", "no_place", "held", "superseded", "hang", "preempted"}
+    assert {name for name, code in codes.items() if code == 75} == again and set(codes.values()) == {1, 75}
+    assert exit_code(StageFailed("diffusion", failures.LOST, OSError())) == 75 and exit_code(ValueError("a key")) == 1
+
+
+def test_a_failure_is_one_paragraph_that_says_class_place_cause_what_was_done_and_what_to_do() -> None:
+    text = str(StageFailed("diffusion", failures.LOST, RuntimeError("a\nlong story."), "rank 1, host h2, at 600 items", "tried 3 times"))
+    assert text == (
+        "stage diffusion failed (lost), rank 1, host h2, at 600 items: RuntimeError: long story. tried 3 times. "
+        "What to do: see to the machine; the same command goes on"
+    )
+
+
+def row(name: str) -> failures.Failure:
+    return next(one for one in failures.TABLE if one.name == name)

@@ -7,7 +7,9 @@ from functools import cached_property
 import pytest
 
 from cluster.config.schema import Workers
+from cluster.runtime import tasks
 from cluster.runtime.tasks import map_tasks
+from cluster.storage import StorageError
 
 CALLS = 40
 
@@ -53,3 +55,32 @@ def refuse(shared: str, number: int) -> None:
 def test_the_error_of_a_call_is_raised_as_it_was() -> None:
     with pytest.raises(KeyError, match="why"):
         list(map_tasks(refuse, [(0,)], Workers(), "why"))
+
+
+def lose_once(folder: str, number: int) -> int:
+    """Ends its process at the first call of each number, so hard that nobody can say why."""
+    try:
+        open(f"{folder}/{number}", "x").close()
+    except FileExistsError:
+        return number
+    os._exit(1)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_call_whose_process_goes_away_is_made_again(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "RAY_RETRIES", 0)
+    assert sorted(map_tasks(lose_once, [(1,), (2,)], Workers(), str(tmp_path))) == [(0, 1), (1, 2)]
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
+
+
+def no_store(shared: str, number: int) -> None:
+    with open(f"{shared}/tries", "a") as tries:
+        tries.write("x")
+    raise StorageError("nobody answers")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_store_that_does_not_answer_is_asked_again_by_tasks_too_and_given_up(tmp_path) -> None:
+    with pytest.raises(StorageError, match="nobody answers"):
+        list(map_tasks(no_store, [(0,)], Workers(), str(tmp_path)))
+    assert (tmp_path / "tries").read_text() == "x" * (1 + tasks.RETRIES)

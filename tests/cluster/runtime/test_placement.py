@@ -1,0 +1,87 @@
+"""Which machines ranks are placed on, and what is refused."""
+
+import pytest
+
+from cluster.runtime import placement
+from cluster.runtime.nodes import Node
+from cluster.runtime.placement import Gang, NoPlace, assert_possible, fit, wait_for_place
+
+
+def node(name: str, cpus: float, free: float | None = None, draining: bool = False, **labels: str) -> Node:
+    return Node(name, f"10.0.0.{name}", name, labels, {"CPU": cpus}, {"CPU": cpus if free is None else free}, draining)
+
+
+ONE_CPU = {"CPU": 1.0}
+
+
+def test_ranks_are_packed_on_machines_with_the_most_room() -> None:
+    assert fit(Gang(1, 5, ONE_CPU), [node("1", 1), node("2", 4), node("3", 2)]) == ["2", "2", "2", "2", "3"]
+
+
+def test_a_machine_that_will_be_taken_away_has_no_room() -> None:
+    assert fit(Gang(1, 5, ONE_CPU), [node("1", 1), node("2", 4, draining=True)]) == ["1"]
+
+
+def test_one_rank_a_machine_can_be_asked_for_and_labels() -> None:
+    there = [node("1", 4, pool="gpu"), node("2", 4), node("3", 4, pool="gpu")]
+    assert fit(Gang(1, 5, ONE_CPU, per_host=1), there) == ["1", "2", "3"]
+    assert fit(Gang(1, 5, ONE_CPU, per_host=2, labels={"pool": "gpu"}), there) == ["1", "1", "3", "3"]
+
+
+def test_only_what_nobody_has_reserved_is_room() -> None:
+    assert fit(Gang(1, 9, {"CPU": 1.5}), [node("1", 8, free=3.1)]) == ["1", "1"]
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """A cluster as it is told here."""
+    facts: dict = {"private": False, "maximum": None, "nodes": [node("1", 2)]}
+    monkeypatch.setattr(placement, "is_private", lambda: facts["private"])
+    monkeypatch.setattr(placement, "autoscaler_maximum", lambda: facts["maximum"])
+    monkeypatch.setattr(placement, "nodes", lambda: facts["nodes"])
+    return facts
+
+
+def test_more_than_a_private_ray_has_is_refused_at_once_with_the_numbers(cluster: dict) -> None:
+    cluster["private"] = True
+    assert_possible(Gang(2, 2, ONE_CPU))
+    with pytest.raises(ValueError, match=r"has 2 CPU, which is room for 2 of 3 ranks \(1 CPU each\): lower workers.count"):
+        assert_possible(Gang(3, 3, ONE_CPU))
+    cluster["nodes"] = [node("1", 2, free=0)]
+    assert_possible(Gang(2, 2, ONE_CPU))  # busy is not lacking
+
+
+def test_more_than_the_autoscaler_may_have_is_refused_with_the_numbers(cluster: dict) -> None:
+    cluster["maximum"] = {"CPU": 8.0, "GPU": 4.0}
+    assert_possible(Gang(4, 9, {"CPU": 2.0, "GPU": 1.0}))
+    with pytest.raises(ValueError, match=r"5 ranks .* need 5 GPU, but the cluster's autoscaler may have at most 4"):
+        assert_possible(Gang(5, 5, {"CPU": 1.0, "GPU": 1.0}))
+
+
+def test_a_cluster_started_by_hand_may_grow_so_nothing_is_refused(cluster: dict) -> None:
+    assert_possible(Gang(100, 100, {"CPU": 1.0, "GPU": 8.0}))
+
+
+def test_a_wait_tells_what_for_and_is_given_up_after_its_limit(cluster: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Never:
+        made = removed = 0
+
+        def __init__(self, gang: Gang, ranks: int):
+            Never.made += 1
+
+        def place(self) -> None:
+            return None
+
+        def remove(self) -> None:
+            Never.removed += 1
+
+    monkeypatch.setattr(placement, "Demand", Never)
+    now, told = [0.0], []
+
+    def pause(seconds: float) -> None:
+        now[0] += seconds
+
+    with pytest.raises(NoPlace, match=r"given up after 2 minutes \(run.wait_minutes\)"):
+        wait_for_place(Gang(3, 3, ONE_CPU), 120, lambda waited, text: told.append((waited, text)), lambda: now[0], pause)
+    assert 119 < told[-1][0] < 120 and "room for 3 ranks (1 CPU each): 1 machine, free 2 of 2 CPU" in told[-1][1]
+    assert Never.made == Never.removed > 0, "nothing stays reserved"

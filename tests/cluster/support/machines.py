@@ -1,0 +1,182 @@
+"""Several Ray nodes on this machine, one CPU each, that come and go; and a run on them, as its user sees it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+import ray
+
+from cluster.runs.checkpoint import newest_progress
+from cluster.storage import open_store
+from cluster.telemetry.metrics_log import read_rows
+from tests.tiny import ROOT, settings
+
+RAY = Path(sys.executable).with_name("ray")
+STAGE = "autoencoder"
+QUICK = {"initial_delay_ms": "1000", "period_ms": "1000", "timeout_ms": "1000", "failure_threshold": "3"}
+"""Health checks by which a node that is gone is noticed in seconds."""
+
+LIMIT = 300.0
+"""Seconds after which a test gives up waiting; nothing is asserted of how long anything takes."""
+
+
+class Machines:
+    """The nodes, beside a head that trains nothing; each a `ray start --block` in a process group of its own."""
+
+    def __init__(self, folder: Path, count: int):
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self._environment = clean | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(folder)}
+        self._environment |= {f"RAY_health_check_{name}": value for name, value in QUICK.items()}
+        with socket.socket() as free:
+            free.bind(("", 0))
+            self.address = f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+        self._head = self._start("--head", f"--port={self.address.rpartition(':')[2]}", "--num-cpus=0", "--include-dashboard=false")
+        self._nodes = [self._add() for _ in range(count)]
+
+    def _start(self, *options: str) -> subprocess.Popen[bytes]:
+        common = ("--object-store-memory=80000000", "--dashboard-agent-listen-port=0", "--disable-usage-stats", "--block")
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen([RAY, "start", *options, *common], env=self._environment, start_new_session=True, **silent)
+
+    def _add(self) -> subprocess.Popen[bytes]:
+        return self._start(f"--address={self.address}", "--num-cpus=1")
+
+    def add(self, count: int = 1) -> None:
+        self._nodes += [self._add() for _ in range(count)]
+
+    def kill(self) -> None:
+        """One goes away without a word, and does not come back."""
+        _kill(self._nodes.pop())
+
+    def drain(self, node: str, seconds: int) -> None:
+        """Tell the cluster that a node will be taken away, as a cloud does with a spot machine."""
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test", "--deadline-remaining-seconds", str(seconds)]
+        command = [RAY, "drain-node", "--address", self.address, "--node-id", node, *reason]
+        subprocess.run(command, env=self._environment, check=True, capture_output=True)
+
+    def close(self) -> None:
+        for process in (*self._nodes, self._head):
+            _kill(process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@contextmanager
+def machines(count: int) -> Iterator[Machines]:
+    """So many nodes of one CPU, without a token."""
+    with TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:  # a short path: Unix sockets allow 107 bytes
+        there = Machines(Path(folder), count)
+        try:
+            yield there
+        finally:
+            there.close()
+
+
+class Running:
+    """`jobs/train.py --stage autoencoder` in a process of its own, with what it says."""
+
+    def __init__(self, shards: Path, store: Path, name: str, *more: str, address: str = "local"):
+        self.folder = store / "runs" / name
+        self.store = open_store(str(self.folder))
+        self.lines: list[str] = []
+        command = [sys.executable, str(ROOT / "jobs/train.py"), "--config", str(ROOT / "jobs/configs/demo.yaml"), "--stage", STAGE]
+        # Every second step is a checkpoint's, and epochs are many: a fault finds the run in the middle.
+        every = ("optim.epochs=60", "run.checkpoint_every=240", f"run.name={name}")
+        self.process = subprocess.Popen(
+            [*command, *settings(shards, store), *every, *more],
+            env={name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}  # that of the tests' own Ray
+            | {"RAY_ADDRESS": address, "PYTHONUNBUFFERED": "1"}
+            | ({} if address == "local" else {"RAY_AUTH_MODE": "disabled"}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+
+    @property
+    def said(self) -> str:
+        return "\n".join(self.lines)
+
+    @property
+    def progress(self) -> int:
+        """Of the newest checkpoint."""
+        return newest_progress(self.store, STAGE)
+
+    @property
+    def attempts(self) -> int:
+        """Starts of a worker group that have kept rows."""
+        return len({entry.key.split("/")[1] for entry in self.store.list("metrics/")})
+
+    def until(self, what: Callable[[], object]) -> None:
+        """Wait for something while the run goes on."""
+        began = time.monotonic()
+        while not what():
+            if self.process.poll() is not None or time.monotonic() - began > LIMIT:
+                self.kill()
+                raise AssertionError(f"the run ended, or took too long, before that:\n{self.said}")
+            time.sleep(0.05)
+
+    def until_said(self, text: str, times: int = 1) -> None:
+        self.until(lambda: sum(text in line for line in self.lines) >= times)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes of the ranks, those of other runs of this test included."""
+        return [one for one in psutil.Process().children(recursive=True) if "RayTrainWorker" in one.name()]
+
+    def node_of(self, rank: int) -> str:
+        """Ray's id of the node that holds a rank: the parent of the rank's process knows it."""
+        raylet = self.ranks()[rank].parent()
+        assert raylet is not None
+        return next(word for word in raylet.cmdline() if word.startswith("--node_id=")).partition("=")[2]
+
+    def end(self) -> int:
+        """Its exit code, once it has ended."""
+        try:
+            self.process.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"the run did not end:\n{self.said}") from None
+        self.kill()
+        return self.process.returncode
+
+    def kill(self) -> None:
+        """Nothing of it is left."""
+        self.process.kill()
+        self._reader.join()
+        self.process.wait()
+        assert self.process.stdout
+        self.process.stdout.close()
+
+    @property
+    def status(self) -> str:
+        return json.loads(self.store.read("state.json"))["status"]
+
+    @property
+    def weights(self) -> str:
+        """Content hash of its exported weights."""
+        (export,) = self.folder.glob(f"exports/{STAGE}/*.json")
+        return json.loads(export.read_text())["hash"]
+
+    @property
+    def ledger(self) -> list[float]:
+        """Of every step, in order."""
+        return [row["ledger"] for row in read_rows(self.store, STAGE)]
