@@ -15,6 +15,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, Wo
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.config.schema import Workers
+from cluster.runs.lineage import open_attempt
 from cluster.runtime.failures import StageFailed, classify
 from cluster.telemetry.meter import Snapshot
 from cluster.training.loop import Job, Place, train
@@ -67,6 +68,7 @@ def launch(job: Job, take: Callable[[Snapshot], None], on_restart: Callable[[str
     spent: dict[str, int] = {}
     with _Polling(board, take):
         while True:
+            job = replace(job, attempt=open_attempt(job.run, job.life))
             try:
                 return _fit(job, board, notes)
             except WorkerGroupError as error:
@@ -77,7 +79,6 @@ def launch(job: Job, take: Callable[[Snapshot], None], on_restart: Callable[[str
                     raise failed from cause
                 log.warning("%s; starting the workers again (%d of %d)", failed, spent[failure.name], job.experiment.run.retries)
                 on_restart(failure.name)
-                job = replace(job, attempt=job.attempt + 1)
 
 
 def scaling(workers: Workers) -> ScalingConfig:

@@ -27,6 +27,7 @@ class Failure:
 
 TABLE = (
     Failure("superseded", False),  # a newer life goes on
+    Failure("held", False),  # another driver is at it
     Failure("data", False),  # a checksum differs
     Failure("non_finite", False),  # a loss is not a number any more
     Failure("out_of_memory", False, (MemoryError,)),  # and torch's OutOfMemoryError

@@ -5,6 +5,7 @@ import torch
 
 from cluster.runs import checkpoint
 from cluster.runs.checkpoint import CheckpointWriter, DamagedCheckpoint
+from cluster.runs.state import Attempt
 from cluster.storage import Store
 from cluster.training.engine import Fragment
 
@@ -51,7 +52,7 @@ def test_what_a_life_that_died_left_behind_goes_when_the_next_begins(store: Stor
         commit(writer, progress)
     named = parts(store)
     store.put(orphan, b"of a rank that was killed")
-    checkpoint.remove_orphans(store, "autoencoder")
+    checkpoint.remove_orphans(store, "autoencoder", Attempt(2, 0))
     assert parts(store) == named and len(named) == 2
 
 
@@ -69,5 +70,5 @@ def test_nothing_is_swept_while_a_manifest_cannot_be_read(store: Store) -> None:
     store.put("checkpoints/autoencoder/000000000000009-000001.json", b'{"version": 99}')
     store.put("checkpoints/autoencoder/parts/of-a-later-version.safetensors", b"whose manifest this program cannot read")
     before = parts(store)
-    checkpoint.remove_orphans(store, "autoencoder")
+    checkpoint.remove_orphans(store, "autoencoder", Attempt(2, 0))
     assert parts(store) == before
