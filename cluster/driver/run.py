@@ -75,6 +75,7 @@ def _execute(experiment: Experiment, pinned: Pinned, steps: Sequence[str], displ
     _say_what_is_missing(experiment, connect(cpus=experiment.workers.count + 1), display)
     assert_visible(pinned.home, "run.store")
     assert_visible(pinned.dataset, "data.url", CURRENT)
+    lease.assert_held()
     life = open_life(pinned.store, environment(experiment))
     write_config(experiment, pinned, life)
     state = State("RUNNING", life, pinned.manifest.identity, pinned.manifest.hash)

@@ -39,6 +39,10 @@ class DamagedCheckpoint(RuntimeError):
     """A part of a checkpoint is missing or is not what its manifest says."""
 
 
+class GoneCheckpoint(DamagedCheckpoint):
+    """A manifest was deleted since it was listed: by an attempt that took it back, or had too many."""
+
+
 class OtherVersion(ValueError):
     """A checkpoint that another version of this program wrote; it is whole for all this one knows."""
 
@@ -118,13 +122,14 @@ def read_manifest(store: Store, key: str) -> Checkpoint:
     """The checkpoint described by one key of `list_checkpoints`.
 
     Raises:
-        DamagedCheckpoint: as `Checkpoint.from_json`, or if it is gone: a life that is over deletes old ones until it notices.
+        GoneCheckpoint: if it is not there any more: a life that is over deletes old ones until it notices.
+        DamagedCheckpoint: as `Checkpoint.from_json`.
         OtherVersion: as `Checkpoint.from_json`.
     """
     try:
         return Checkpoint.from_json(store.read(key), f"{store.url}/{key}")
     except NotFound:
-        raise DamagedCheckpoint(f"{store.url}/{key} is gone since the checkpoints were listed") from None
+        raise GoneCheckpoint(f"{store.url}/{key} is gone since the checkpoints were listed") from None
 
 
 def read_part(store: Store, stage: str, part: CheckpointPart) -> dict[str, torch.Tensor]:
@@ -294,6 +299,8 @@ def remove_orphans(store: Store, stage: str, by: Attempt) -> None:
     for key in filter(is_manifest, entries):
         try:
             parts = _parts(read_manifest(store, key))
+        except GoneCheckpoint:
+            continue
         except (DamagedCheckpoint, OtherVersion):
             unreadable = True
             continue
@@ -323,6 +330,8 @@ def _prune(store: Store, committed: Checkpoint, keep: int, superseded: Callable[
     for key in newest_first(key for key in sizes if is_manifest(key) and key != mine and written_by(key) <= committed.by):
         try:
             found = read_manifest(store, key)
+        except GoneCheckpoint:
+            continue
         except OtherVersion:
             unreadable = True
             continue

@@ -9,7 +9,7 @@ from cluster.config.schema import Experiment
 from cluster.data.quarantine import Quarantine
 from cluster.data.stream import Share
 from cluster.runs import checkpoint
-from cluster.runs.checkpoint import Checkpoint, DamagedCheckpoint
+from cluster.runs.checkpoint import Checkpoint, DamagedCheckpoint, GoneCheckpoint
 from cluster.storage import Store
 from cluster.training.engine import Engine
 
@@ -53,10 +53,11 @@ def candidates(store: Store, stage: str, share: Share, dataset: Store, manifest:
     for key in checkpoint.list_checkpoints(store, stage):
         try:
             one = checkpoint.read_manifest(store, key)
+        except GoneCheckpoint:
+            continue
         except DamagedCheckpoint as error:
-            if store.exists(key):  # else it was deleted since it was listed, by one who took it back
-                log.error("CHECKPOINT DAMAGED, falling back to the one before: %s", error)
-                problems.append(str(error))
+            log.error("CHECKPOINT DAMAGED, falling back to the one before: %s", error)
+            problems.append(str(error))
             continue
         where = f"{store.url}/{key}"
         if one.dataset != manifest:
