@@ -20,14 +20,18 @@ QUERY = re.compile(r"(?<=://)([^\s,'\"?]*\?)[^\s,'\"]+")
 """A URL up to its query, and the query: signed URLs have their signature there."""
 
 
+NAMED = re.compile(r"(?i)^(-[\w-]*(?:password|secret|token)[\w-]*=).+")
+"""An option whose name says that its value is a secret; a process that Ray started has such."""
+
+
 def command() -> str:
-    """The command line of this process, as it can be pasted, without what URLs in it may hold of secrets."""
+    """The command line of this process, as it can be pasted, without secrets."""
     return shlex.join(map(without_secrets, sys.argv))
 
 
 def without_secrets(text: str) -> str:
-    """A text without the credentials and queries of its URLs."""
-    return QUERY.sub(r"\1***", CREDENTIALS.sub("***@", text))
+    """A word of a command line without the credentials and queries of its URLs."""
+    return NAMED.sub(r"\1***", QUERY.sub(r"\1***", CREDENTIALS.sub("***@", text)))
 
 
 def environment(experiment: Experiment) -> dict[str, Any]:

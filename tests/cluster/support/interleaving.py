@@ -6,6 +6,7 @@ they run is the real lease, the real lives and attempts and the real checkpoints
 
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
@@ -189,6 +190,7 @@ class World:
         violations: what the checker found.
         faults: what happened.
         log: (who, operation, key) of all writes.
+        late: what attempts did to checkpoints after a newer one had begun.
         again: how often nobody was left and the command had to be given again.
     """
 
@@ -203,6 +205,7 @@ class World:
         self.log: list[tuple[Attempt, str, str]] = []
         self.durable, self._state_life, self._starts = 0, 0, 0
         self.again, self._left = 0, 6
+        self.late: Counter[str] = Counter()
 
     # What processes call.
 
@@ -236,8 +239,12 @@ class World:
     def check(self, process: Stepped, operation: str, key: str, before: int) -> None:
         self.log.append((process.by, operation, key))
         who = f"{process.by}: {operation} {key}"
-        begun = max((Attempt.parse(e.key.removeprefix("lineage/").removesuffix(".json")) for e in self.store.list("lineage/")), default=None)
+        begun = max(
+            (Attempt.parse(e.key.removeprefix("lineage/").removesuffix(".json")) for e in self.store.list("lineage/")), default=None
+        )
         newer = begun is not None and begun > process.by and process.by.life > 0
+        if newer and key.startswith("checkpoints/"):
+            self.late[operation] += 1
         if operation == "delete":
             if newer and self.reader_best() < min(before, self.durable):
                 self.violations.append(f"{who} takes what the run goes on from, after {begun} has begun")
@@ -401,7 +408,7 @@ def train(process: Stepped) -> None:
 
 def resume(process: Stepped) -> int:
     """The progress that a group goes on from."""
-    world, store = process.world, process.store
+    store = process.store
     for key in checkpoint.list_checkpoints(store, STAGE):
         try:
             one = checkpoint.read_manifest(store, key)
