@@ -168,7 +168,7 @@ def test_a_target_file_appears_whole_and_goes_with_the_exporter(tmp_path):
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("trial", [",".join(f"optim.lr.autoencoder.{i}=0.000{i}" for i in range(12)), "data.split=a/b", "x\0y", "é" * 200, "."])
+@pytest.mark.parametrize("trial", [",".join(f"optim.lr.diffusion={i}" for i in range(20)), "data.split=a/b", "x\0y", "é" * 200, "."])
 def test_any_trial_has_a_target_file_of_its_own_that_prometheus_watches(tmp_path, trial):
     with closing(Exporter("demo", 123456, trial)) as exporter, closing(Exporter("demo", 123456, f"{trial}2")) as other:
         exporter.write_target(tmp_path)

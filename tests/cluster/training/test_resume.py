@@ -96,11 +96,11 @@ def test_a_checkpoint_of_another_identity_is_refused_with_the_fields_that_differ
 
 def test_a_field_that_was_added_since_counts_only_where_it_is_not_its_default(run: Store) -> None:
     before = identity(NOW)
-    del before["diffusion.guidance"]
+    del before["model.dropout"]
     keep(run, 12, config=before)
     assert len(found(run).usable) == 1
-    with pytest.raises(ValueError, match=r"differing: diffusion\.guidance \(was "):
-        found(run, load(None, ["diffusion.guidance=1.5"]))
+    with pytest.raises(ValueError, match=r"differing: model\.dropout \(was "):
+        found(run, load(None, ["model.dropout=0.7"]))
 
 
 def test_a_checkpoint_of_another_version_is_refused_and_nothing_older_is_gone_on_from(run: Store) -> None:
