@@ -1,15 +1,19 @@
 """What jobs share on the command line: one paragraph for an error, exit codes, and the arguments of studies."""
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 from cluster.runs.state import Superseded
 from cluster.runtime.failures import AGAIN, StageFailed, exit_code
 from cluster.storage import StorageError
 
 INTERRUPTED = 130
+TERMINATED = 143
 
 
 def run(main: Callable[[], int]) -> int:
@@ -17,6 +21,8 @@ def run(main: Callable[[], int]) -> int:
 
     0: what was asked for is done. 75: the same command may go on by itself. 1: a person must act. 130, 143: it was told to end.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         return main()
     except KeyboardInterrupt:
@@ -28,6 +34,11 @@ def run(main: Callable[[], int]) -> int:
     except (ValueError, StorageError, StageFailed, Superseded) as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_code(error)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends a command in order, as Ctrl-C does."""
+    sys.exit(TERMINATED)
 
 
 def positive(text: str) -> int:

@@ -6,7 +6,7 @@
 
 Candidate and champion are judged on the same clips of the gate split. Everything is in <run.store>/registry/<name>/:
 champion.json names the run to deploy, decisions/ says what was compared and why. Kill it at any time and type it again. Exit
-code 0: promoted, kept, or nothing new.
+code 0: promoted, kept, nothing new, or another tick is at work: of ticks that overlap the second one says so and ends.
 """
 
 import sys
@@ -15,6 +15,7 @@ from pathlib import Path
 from cluster import cli
 from cluster.config.paths import anchored
 from cluster.runs import registry
+from cluster.runs.lease import Held
 from cluster.storage import open_store
 from cluster.studies.retrain import Retraining, now, registry_folder, tick
 from cluster.telemetry.display import Display
@@ -30,7 +31,11 @@ def main() -> int:
     retraining, overrides = Retraining.read(arguments.config), arguments.overrides
     store = registry_folder(retraining, open_store(anchored(retraining.load(overrides)).run.store))
     with Display() as display:
-        decision = registry.roll_back(store, now()) if arguments.rollback else tick(retraining, overrides, display)
+        try:
+            decision = registry.roll_back(store, now()) if arguments.rollback else tick(retraining, overrides, display)
+        except Held as held:
+            display.say(str(held))
+            return 0
     if decision is not None:
         print(f"decision {decision.number}: {decision.outcome}, {decision.why}")
         print(f"champion of {store.url} is {decision.champion.run if decision.champion else 'nobody'}")

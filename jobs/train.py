@@ -45,6 +45,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, help="YAML file of the experiment; default: the demo, whose data are made first")
     parser.add_argument("--stage", choices=("all", *STEPS), default="all", help="one stage only; default: all, in this order")
     parser.add_argument("--dry-run", action="store_true", help="check configuration and data, print what would run, start nothing")
+    parser.add_argument("--no-wait", action="store_true", help="do not wait for another driver of the same run that is still at work")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change one key, for example optim.lr=1e-4")
     arguments = parser.parse_intermixed_args()
     config = arguments.config or DEMO
@@ -56,8 +57,7 @@ def main() -> int:
     with Display() as display:
         if arguments.config is None:
             make_demo(experiment.data.url, display)
-        pinned = pin(experiment, config.stem)
-        scores = execute(experiment, pinned, steps, display)
+        scores = execute(experiment, pin(experiment, config.stem), steps, display, wait=not arguments.no_wait)
     if scores:
         print_table(scores)
         if ORACLE in scores:
@@ -68,7 +68,7 @@ def main() -> int:
             except ValueError as error:  # a few clips, say: the run is done all the same
                 print(f"FRCorr of random listener and oracle cannot be compared: {error}")
         words = ["--config", str(config)] if arguments.config else []
-        _say_what_next(pinned.saved(experiment), [*words, *arguments.overrides])
+        _say_what_next(pin(experiment, config.stem).saved(experiment), [*words, *arguments.overrides])
     return 0
 
 

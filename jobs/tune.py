@@ -3,7 +3,8 @@
   python jobs/tune.py                                              (jobs/configs/sweep.yaml, over the demo's data)
   python jobs/tune.py --config jobs/configs/sweep.yaml --dry-run optim.epochs=2
 
-The same command goes on after an interruption: scored trials are skipped, others resume where they were. The best trial's
+The same command goes on after an interruption: scored trials are skipped, others resume where they were. While another process is
+at the same sweep it says so and ends, with exit code 0. The best trial's
 experiment is <run.store>/sweeps/<name>/best.yaml: `python jobs/train.py --config` on it scores it on the experiment's own split,
 and trains it further if optim.epochs is raised.
 """
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import cli
+from cluster.runs.lease import Held
 from cluster.studies.sweep import Outcome, Sweep, best, open_home, outcome, search, sweep_folder, trials
 from cluster.telemetry.display import Display
 
@@ -35,7 +37,11 @@ def main() -> int:
         console.print(table(sweep, [outcome(sweep, trial, home) for trial in trials(sweep, overrides)]))
         return 0
     with Display() as display:
-        outcomes = search(sweep, overrides, display)
+        try:
+            outcomes = search(sweep, overrides, display)
+        except Held as held:
+            display.say(str(held))
+            return 0
     console.print(table(sweep, outcomes))
     if best(sweep, outcomes) is not None:
         store = sweep_folder(sweep, home)

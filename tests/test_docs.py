@@ -29,6 +29,7 @@ CLOUD = "needs a cloud"
 TRAINS = "tests/jobs/test_train.py::test_a_run_ends_done_with_exports_scores_and_curves"
 OTHER_RANKS = "tests/cluster/training/test_loop.py::test_saved_on_three_ranks_with_zero_3_goes_on_on_one_rank_with_zero_1"
 LONGER = "tests/cluster/training/test_loop.py::test_a_longer_end_goes_on_as_if_it_had_been_longer_from_the_start"
+NO_WAIT = "tests/jobs/test_train.py::test_a_run_that_another_driver_is_at_is_left_alone_with_no_wait"
 WITHOUT = (
     "tests/cluster/data/test_quarantine.py::test_every_other_step_reads_the_bytes_it_would_have_read_and_the_item_is_missing_in_both_epochs"
 )
@@ -60,6 +61,7 @@ ELSEWHERE = {
     f"{DEMO} workers.count=4 workers.zero=3 workers.micro_batch=1": OTHER_RANKS,
     f"{DEMO} optim.epochs.diffusion=12": LONGER,
     f"{DEMO} data.on_corrupt=quarantine": WITHOUT,
+    f"{DEMO} --no-wait": NO_WAIT,
     ".venv/bin/pip install --index-url https://download.pytorch.org/whl/cpu torch==2.13.0": INSTALLS,
     ".venv/bin/pip install -c constraints.txt -e '.[dev]'": INSTALLS,
     "apt-get update && apt-get install -y --no-install-recommends prometheus": PROMETHEUS,

@@ -47,6 +47,17 @@ def name_fields(experiment: Experiment, kind: Kind = "identity") -> dict[str, An
     return {name: value for name, value in values.items() if name in ORIGINAL_FIELDS or value != value_of(defaults, name)}
 
 
+def differing(before: dict[str, Any], experiment: Experiment) -> list[str]:
+    """The identity fields in which an experiment is another one than before, each with both values; empty if it is the same.
+
+    Args:
+        before: `identity` of the other one. A field that it lacks was added since: it had what is now the default.
+        experiment: as it is now.
+    """
+    was, now = identity(type(experiment)()) | before, identity(experiment)
+    return [f"{name} (was {json.dumps(was[name])}, now {json.dumps(now.get(name))})" for name in was if was[name] != now.get(name)]
+
+
 def digest(values: Any) -> str:
     """32 hex digits that stand for any JSON value."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))

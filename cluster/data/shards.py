@@ -129,7 +129,7 @@ def write_shard(path: Path, clips: Iterable[Clip], arrays: Iterable[str]) -> Sha
     return ShardInfo(len(rows), path.stat().st_size, tar, content_hash(index))
 
 
-def upload_shard(store: Store, name: str, clips: Iterable[Clip], arrays: Iterable[str]) -> ShardInfo:
+def upload_shard(store: Store, name: str, clips: Iterable[Clip], arrays: Iterable[str], hashed: bool = False) -> ShardInfo:
     """Write a shard in a scratch folder of this machine, then put it into the store; the same clips give the same bytes.
 
     Args:
@@ -137,6 +137,7 @@ def upload_shard(store: Store, name: str, clips: Iterable[Clip], arrays: Iterabl
         name: of the shard, `<split>/<number>`.
         clips: in the order they will have. An error that is raised while they are made leaves nothing of the shard in the store.
         arrays: names that every person must have, no more and no less.
+        hashed: whether it gets its `hashed_name`, so that other bytes never take its place.
 
     Raises:
         ValueError: as `write_shard`.
@@ -145,9 +146,15 @@ def upload_shard(store: Store, name: str, clips: Iterable[Clip], arrays: Iterabl
     with scratch_folder() as folder:
         path = folder / "shard.tar"
         info = write_shard(path, clips, arrays)
+        name = hashed_name(name, info) if hashed else name
         store.put_file(f"{name}.tar", path)
         store.put_file(f"{name}.index.npy", path.with_suffix(".index.npy"))
     return info
+
+
+def hashed_name(name: str, info: ShardInfo) -> str:
+    """The name of a shard that carries its hash; the index is a function of the tar, so that one stands for both."""
+    return f"{name}-{info.tar}"
 
 
 def _encode(clip: Clip, order: Sequence[str]) -> dict[str, bytes]:

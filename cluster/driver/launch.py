@@ -4,6 +4,7 @@ import logging
 import os
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from threading import Thread
@@ -21,6 +22,7 @@ from cluster.config.schema import Workers
 from cluster.driver.interruption import Interruption
 from cluster.driver.watchdog import Hang, Watchdog
 from cluster.runs.checkpoint import newest_progress
+from cluster.runs.lineage import open_attempt
 from cluster.runtime.failures import Budget, StageFailed, classify
 from cluster.runtime.nodes import NODE_ID, draining_nodes, nodes
 from cluster.runtime.placement import Demand, Gang, fit, wait_for_place
@@ -71,13 +73,14 @@ class Board:
         return taken
 
 
-def launch(job: Job, monitor: StageMonitor, notes: str) -> dict[str, Any]:
+def launch(job: Job, monitor: StageMonitor, notes: str, assert_ours: Callable[[], None]) -> dict[str, Any]:
     """Train one stage on groups of Ray workers, one after the other, until it is at its end.
 
     Args:
         job: what every rank does.
         monitor: takes the ranks' numbers and what happens to the group.
         notes: URL Ray Train keeps its own notes under, visible to every node.
+        assert_ours: raises once another driver has the run.
 
     Returns:
         What rank 0's `train` returned.
@@ -85,6 +88,7 @@ def launch(job: Job, monitor: StageMonitor, notes: str) -> dict[str, Any]:
     Raises:
         StageFailed: if a failure is of a class that is not retried, or its budget is spent.
         ValueError: if there can never be room for the ranks.
+        Superseded: if another driver has the run.
         KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when the ranks have written a checkpoint.
     """
     for name, value in RAY_TRAIN.items():
@@ -95,7 +99,9 @@ def launch(job: Job, monitor: StageMonitor, notes: str) -> dict[str, Any]:
         while True:
             group = None
             try:
-                group = _Group(job, gang, _place(gang, run.wait_minutes, monitor, interruption), monitor, interruption)
+                place = _place(gang, run.wait_minutes, monitor, interruption, assert_ours)
+                job = replace(job, attempt=open_attempt(job.run, job.life))
+                group = _Group(job, gang, place, monitor, interruption, assert_ours)
                 result = group.train(notes)
             except (TrainingFailedError, RayError) as error:
                 hang = group.hang if group else None
@@ -118,7 +124,6 @@ def launch(job: Job, monitor: StageMonitor, notes: str) -> dict[str, Any]:
                     monitor.say(f"checkpoint at {result['progress']} items; the same command goes on from there")
                     interruption.end()
                 monitor.restarted(group.reason, f"{group.why}: checkpoint at {result['progress']} items, starting the ranks again")
-            job = replace(job, attempt=job.attempt + 1)
 
 
 def gang_of(workers: Workers) -> Gang:
@@ -127,10 +132,13 @@ def gang_of(workers: Workers) -> Gang:
     return Gang(workers.least, workers.most, resources, workers.per_host, workers.labels)
 
 
-def _place(gang: Gang, minutes: float, monitor: StageMonitor, interruption: Interruption) -> list[str]:
+def _place(
+    gang: Gang, minutes: float, monitor: StageMonitor, interruption: Interruption, assert_ours: Callable[[], None]
+) -> list[str]:
     """The machine of each rank, when there is room."""
 
     def report(waited: float, text: str) -> None:
+        assert_ours()
         if interruption.signal:  # nothing is lost, for nothing runs
             interruption.end()
         monitor.waiting(waited, text)
@@ -149,10 +157,19 @@ class _Group:
         hang: why ranks were killed, if they were.
     """
 
-    def __init__(self, job: Job, gang: Gang, place: list[str], monitor: StageMonitor, interruption: Interruption):
+    def __init__(
+        self,
+        job: Job,
+        gang: Gang,
+        place: list[str],
+        monitor: StageMonitor,
+        interruption: Interruption,
+        assert_ours: Callable[[], None],
+    ):
         self.reason, self.why = "", ""
         self.hang: Hang | None = None
         self._job, self._gang, self._place, self._monitor, self._interruption = job, gang, place, monitor, interruption
+        self._assert_ours = assert_ours
         self._names = {node.id: f"{node.name} ({node.address})" for node in nodes()}
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
@@ -192,6 +209,7 @@ class _Group:
 
     def _look(self) -> None:
         """Take the ranks' numbers, look at the machines, and ask what is to be asked."""
+        self._assert_ours()
         if self._interruption.signal and self.reason != "interrupted":
             self.reason = "interrupted"
             self._monitor.say("told to end: a checkpoint at the next step, then the end; the second Ctrl-C ends at once")

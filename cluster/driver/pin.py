@@ -1,18 +1,19 @@
-"""Which run an experiment is: its name, its folder, and the state of the dataset it is pinned to. Nothing is written here."""
+"""Which run an experiment is: its name, its folder, the state of the dataset it is pinned to, and its `config.yaml`."""
 
-import json
 from dataclasses import dataclass
 
 import yaml
 
-from cluster.config.identity import digest, ends, identity, name_fields
-from cluster.config.loading import ConfigError, build
+from cluster.config.identity import differing, digest, ends, identity, name_fields
+from cluster.config.loading import ConfigError, build, to_yaml
 from cluster.config.schema import Experiment
 from cluster.data.manifest import Manifest, load_manifest
 from cluster.runs.checkpoint import list_checkpoints
 from cluster.runs.saved import SavedRun
-from cluster.runs.state import read_state
-from cluster.storage import NotFound, Store, open_store
+from cluster.runs.state import assert_newest_life, read_state
+from cluster.storage import AlreadyExists, NotFound, Stale, Store, open_store
+
+CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Pinned:
 
 
 def pin(experiment: Experiment, config_name: str) -> Pinned:
-    """Find the run an experiment stands for, or the place where it will be.
+    """Find the run an experiment stands for, or the place where it will be; writes nothing.
 
     Raises:
         ConfigError: if the name belongs to a run of another identity, or the end would shrink.
@@ -53,7 +54,7 @@ def pin(experiment: Experiment, config_name: str) -> Pinned:
     name = experiment.run.name or run_name(experiment, config_name, current.identity)
     store = home.at(f"runs/{name}")
     try:
-        before = build(yaml.safe_load(store.read("config.yaml")), f"{store.url}/config.yaml")
+        before = build(yaml.safe_load(store.read(CONFIG)), f"{store.url}/{CONFIG}")
     except NotFound:
         return Pinned(name, home, store, dataset, current, fresh=True)
     _assert_same(name, before, experiment)
@@ -74,6 +75,33 @@ def pin(experiment: Experiment, config_name: str) -> Pinned:
     return Pinned(name, home, store, dataset, load_manifest(dataset, state.manifest), fresh=False)
 
 
+def write_config(experiment: Experiment, pinned: Pinned, life: int) -> None:
+    """Create the run's `config.yaml`, or replace it by this life's: of lives that begin at once under one name one decides what it is.
+
+    It names the life, so that an older one, which may have stood still meanwhile, cannot put its own back.
+
+    Raises:
+        ConfigError: if another identity was there first.
+        Superseded: if a newer life has begun.
+    """
+    store, data = pinned.store, f"# written by life {life}\n{to_yaml(experiment)}".encode()
+    while True:
+        try:
+            now, etag = store.get(CONFIG)
+            _assert_same(pinned.name, build(yaml.safe_load(now), f"{store.url}/{CONFIG}"), experiment)
+        except NotFound:
+            etag = ""
+        assert_newest_life(store, life)
+        try:
+            if etag:
+                store.replace(CONFIG, data, etag)
+            else:
+                store.create(CONFIG, data)
+            return
+        except (AlreadyExists, Stale):
+            continue
+
+
 def run_name(experiment: Experiment, config_name: str, dataset: str) -> str:
     """The name of a run that was given none: of the configuration's file, and of what is computed on which dataset."""
     return f"{config_name}-{digest([name_fields(experiment), dataset])[:8]}"
@@ -85,11 +113,9 @@ def stage_end(experiment: Experiment, stage: str, clips: Manifest) -> int:
 
 
 def _assert_same(name: str, before: Experiment, now: Experiment) -> None:
-    old, new = identity(before), identity(now)
-    differing = [f"{key} (was {json.dumps(old[key])}, now {json.dumps(new[key])})" for key in new if old[key] != new[key]]
-    if differing:
+    if fields := differing(identity(before), now):
         raise ConfigError(
-            f"run {name} exists with another identity; differing: {', '.join(differing)}. Choose another run.name, or set these back"
+            f"run {name} exists with another identity; differing: {', '.join(fields)}. Choose another run.name, or set these back"
         )
     for key, stages in ends(now).items():
         for stage, end in stages.items():

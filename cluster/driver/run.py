@@ -5,22 +5,23 @@ The steps follow each other: autoencoder -> latents -> diffusion -> evaluation. 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
-from cluster.config.loading import ConfigError, to_yaml
+from cluster.config.loading import ConfigError
 from cluster.config.schema import Experiment
 from cluster.data.manifest import CURRENT, Manifest
 from cluster.driver.launch import gang_of, launch
-from cluster.driver.pin import Pinned, stage_end
+from cluster.driver.pin import Pinned, pin, stage_end, write_config
 from cluster.driver.pretrained import check_pretrained, take_pretrained
 from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.plan import assert_scorable
 from cluster.evaluation.validation import SPLIT as VALIDATION
 from cluster.evaluation.validation import ValidationClips
 from cluster.runs.build_latents import build_latents
-from cluster.runs.environment import environment
+from cluster.runs.environment import command, environment
 from cluster.runs.export import read_export, write_export
 from cluster.runs.latents import LatentDataset
+from cluster.runs.lease import Lease
 from cluster.runs.state import State, Superseded, open_life, update_state, write_state
 from cluster.runtime.failures import StageFailed, failure_of
 from cluster.runtime.placement import assert_possible
@@ -40,8 +41,10 @@ LAST_SCRAPE = 15.0
 """Seconds a Prometheus that scrapes the run is given to take its last numbers."""
 
 
-def execute(experiment: Experiment, pinned: Pinned, steps: Sequence[str], display: Display, trial: str = "") -> dict[str, Scores]:
-    """Bring a run to its end, from wherever it is.
+def execute(
+    experiment: Experiment, pinned: Pinned, steps: Sequence[str], display: Display, trial: str = "", wait: bool = True
+) -> dict[str, Scores]:
+    """Bring a run to its end, from wherever it is, while nobody else does.
 
     Args:
         experiment: the configuration.
@@ -49,45 +52,52 @@ def execute(experiment: Experiment, pinned: Pinned, steps: Sequence[str], displa
         steps: which of STEPS to do; what they need of earlier ones must exist.
         display: shows progress.
         trial: of a sweep that this run is, for Prometheus.
+        wait: for another driver that is at this run; otherwise it is refused.
 
     Returns:
         The scores of the evaluation by row, empty when it was not among the steps.
 
     Raises:
         ConfigError, StorageError: before anything is written.
+        Held: if another driver is at this run and is not to be waited for.
         StageFailed, Superseded, KeyboardInterrupt: after the state was written.
     """
     for origin in check_run(experiment, pinned, steps):
         display.say(origin)
+    pinned.home.assert_conditional_writes()
+    with Lease(pinned.store, command(), wait, display.say) as lease:
+        named = pinned.saved(experiment).experiment
+        return _execute(experiment, pin(named, pinned.name), steps, display, trial, lease)  # whoever held it may have begun this run
+
+
+def _execute(experiment: Experiment, pinned: Pinned, steps: Sequence[str], display: Display, trial: str, lease: Lease) -> dict[str, Scores]:
+    """Bring the run to its end; this process holds its lease."""
     connect(cpus=experiment.workers.least + 1)
     assert_possible(gang_of(experiment.workers))
-    pinned.home.assert_conditional_writes()
     assert_visible(pinned.home, "run.store")
     assert_visible(pinned.dataset, "data.url", CURRENT)
+    lease.assert_held()
     life = open_life(pinned.store, environment(experiment))
-    pinned.store.put("config.yaml", to_yaml(experiment).encode())
+    write_config(experiment, pinned, life)
     state = State("RUNNING", life, pinned.manifest.identity, pinned.manifest.hash)
     write_state(pinned.store, state)
     display.say(f"run {pinned.name}, life {life}, in {pinned.store.url}")
-    exporter = Exporter(pinned.name, life, trial, host=experiment.telemetry.host, port=experiment.telemetry.port)
-    exporter.write_target(experiment.telemetry.targets)
-    running = _Life(experiment, pinned, state, exporter, display)
-    try:
-        for step in steps:
-            running.update(stage=step)
-            with _classified(step):
-                _DO[step](running)
-    except Superseded:
-        raise
-    except (KeyboardInterrupt, SystemExit):  # Ray turns SIGTERM into SystemExit
-        running.update(status="STOPPED", why="told to end")
-        raise
-    except BaseException as error:
-        running.update(status="FAILED", why=str(error))
-        raise
-    finally:
-        exporter.drain(LAST_SCRAPE)
-        exporter.close()
+    running = _Life(experiment, pinned, state, lease, display)
+    with ExitStack() as at_the_end:
+        try:
+            running.exporter = at_the_end.enter_context(_exporter(experiment, pinned.name, life, trial))
+            for step in steps:
+                running.update(stage=step)
+                with _classified(step):
+                    _DO[step](running)
+        except Superseded:
+            raise
+        except (KeyboardInterrupt, SystemExit):  # Ray turns SIGTERM into SystemExit
+            running.update(status="STOPPED", why="told to end")
+            raise
+        except BaseException as error:
+            running.update(status="FAILED", why=str(error))
+            raise
     done = tuple(steps) == STEPS
     running.update(status="DONE" if done else "STOPPED", why="" if done else f"only {', '.join(steps)} asked for")
     return running.scores
@@ -106,12 +116,26 @@ def check_run(experiment: Experiment, pinned: Pinned, steps: Sequence[str]) -> l
     return check_warm_start(experiment, kinds)
 
 
+@contextmanager
+def _exporter(experiment: Experiment, run: str, life: int, trial: str) -> Iterator[Exporter]:
+    """Serve the life's numbers for Prometheus until the block ends and they were scraped."""
+    exporter = Exporter(run, life, trial, host=experiment.telemetry.host, port=experiment.telemetry.port)
+    try:
+        exporter.write_target(experiment.telemetry.targets)
+        yield exporter
+    finally:
+        exporter.drain(LAST_SCRAPE)
+        exporter.close()
+
+
 class _Life:
     """One start of a run's driver; each step's method brings it to its end, wherever it stood."""
 
-    def __init__(self, experiment: Experiment, pinned: Pinned, state: State, exporter: Exporter, display: Display):
+    exporter: Exporter
+
+    def __init__(self, experiment: Experiment, pinned: Pinned, state: State, lease: Lease, display: Display):
         self.experiment, self.store, self.clips = experiment, pinned.store, pinned.manifest
-        self.state, self.exporter, self.display = state, exporter, display
+        self.state, self.lease, self.display = state, lease, display
         self.run = pinned.saved(experiment)
         self.scores: dict[str, Scores] = {}
 
@@ -140,7 +164,12 @@ class _Life:
         self.scores = evaluate(self.experiment, self.store, self.run.latents(), self.run.diffusion(), progress)
 
     def update(self, **changes: str) -> None:
-        """Write the run's changed state."""
+        """Write the run's changed state.
+
+        Raises:
+            Superseded: if another driver has taken the run over.
+        """
+        self.lease.assert_held()
         self.state = update_state(self.store, self.state, **changes)
 
     def finished_latents(self) -> LatentDataset:
@@ -169,7 +198,8 @@ class _Life:
             pass
         job = Job(self.experiment, stage, self.store, self.state.life, dataset, manifest.hash, self.validation_clips(stage))
         self.display.stage(stage, end)
-        trained = launch(job, StageMonitor(stage, self.exporter, self.display), f"{self.store.url}/ray")
+        trained = launch(job, StageMonitor(stage, self.exporter, self.display), f"{self.store.url}/ray", self.lease.assert_held)
+        self.lease.assert_held()
         export = write_export(self.store, self.experiment, stage, Source(manifest.stream_specs, manifest.frames), end)
         for name in (stage, validation_name(stage)):
             write_tensorboard(self.store, name)

@@ -1,11 +1,11 @@
 """Build the latents of a run's autoencoder: one task a shard, the manifest last."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cluster.config.schema import Workers
 from cluster.data.manifest import CURRENT, File, Manifest, ShardTable, Split, StreamEntry, publish
 from cluster.data.shards import decode_npy, encode_npy, members
-from cluster.runs.latents import CORRUPT, RANGE, EncodedShard, LatentDataset, empty_range, encode_shard, range_file, range_union
+from cluster.runs.latents import CORRUPT, RANGE, EncodedShard, LatentDataset, empty_range, encode_shard, range_union
 from cluster.runtime.tasks import map_tasks
 from cluster.storage import AlreadyExists, content_hash
 from reactdiff.stage import LATENT
@@ -35,10 +35,7 @@ def build_latents(latents: LatentDataset, workers: Workers, progress: Callable[[
             latents.assert_whole(split, encoded.corrupt)  # kept from a run that asked for zeros
             corrupt.setdefault(split, {}).update(encoded.corrupt)
         progress(len(shards), len(calls))
-    splits = {
-        split: Split(shards=ShardTable().plus({number: shards[split, i].info for i, number in enumerate(part.shards.number)}))
-        for split, part in latents.clips.splits.items()
-    }
+    made = {split: [shards[split, position] for position in range(len(part.shards))] for split, part in latents.clips.splits.items()}
     lacking = {CORRUPT: {split: sorted(corrupt[split].items()) for split in sorted(corrupt)}} if corrupt else {}
     manifest = Manifest(
         kind="latents",
@@ -46,11 +43,11 @@ def build_latents(latents: LatentDataset, workers: Workers, progress: Callable[[
         streams=[StreamEntry(name=LATENT, kind="latent", width=latents.width)],
         targets={},
         members=list(members([LATENT])),
-        splits=splits,
+        splits={split: Split(shards=ShardTable().plus({one.number: one.info for one in every})) for split, every in made.items()},
         provenance={
             "autoencoder": latents.export.hash,
             "source": latents.source_hash,
-            RANGE: _range(latents).model_dump(),
+            RANGE: _range(latents, made[latents.split]).model_dump(),
             **lacking,
         },
     )
@@ -61,11 +58,11 @@ def build_latents(latents: LatentDataset, workers: Workers, progress: Callable[[
     return latents.manifest()
 
 
-def _range(latents: LatentDataset) -> File:
+def _range(latents: LatentDataset, shards: Sequence[EncodedShard]) -> File:
     """Write the range of the training split's latents, from those of its shards."""
     store, bounds = latents.store, empty_range(latents)
-    for position in range(len(latents.clips.split(latents.split).shards)):
-        bounds = range_union(bounds, decode_npy(store.read(range_file(latents.clips.shard(latents.split, position)))))
+    for shard in shards:
+        bounds = range_union(bounds, decode_npy(store.read(shard.range)))
     if (bounds[0] > bounds[1]).any():
         raise ValueError(
             f"split {latents.split} of {latents.dataset.url} has no clips to take the latents' range from; set data.split to one that has"

@@ -1,8 +1,9 @@
 """World-size-free checkpoints, written whole or not at all, and exports made from them.
 
 Below `checkpoints/<stage>/`: content-hashed safetensors parts first, one a rank, each holding that rank's fragments of the
-fp32 weights, Adam's moments and the averaged weights; then `<progress>-<life>.json`, created last. Without that manifest
-there is no checkpoint. Any number of ranks at any ZeRO stage writes and reads the same format.
+fp32 weights, Adam's moments and the averaged weights; then `<progress>-<life>.<attempt>.json`, created last. Without that
+manifest there is no checkpoint. Any number of ranks at any ZeRO stage writes and reads the same format. Parts have the attempt that
+wrote them in their names too, so an attempt that was given up and wakes can neither write nor delete what its successor needs.
 """
 
 import json
@@ -17,10 +18,15 @@ import torch
 from safetensors.torch import load, save
 
 from cluster.data.quarantine import BadItem
-from cluster.storage import AlreadyExists, NotFound, Store, content_hash
+from cluster.runs.lineage import counting, is_manifest, newest_first, written_by
+from cluster.runs.state import Attempt, Superseded
+from cluster.storage import AlreadyExists, NotFound, StorageError, Store, content_hash
 from cluster.storage.hashing import HashMismatch, read_verified
 
-VERSION = 1
+VERSION = 2
+READ = (1, 2)
+"""Versions that this program reads. In version 1 no attempt was named."""
+
 BUFFER = "buffer/"
 log = logging.getLogger(__name__)
 
@@ -33,18 +39,27 @@ class DamagedCheckpoint(RuntimeError):
     """A part of a checkpoint is missing or is not what its manifest says."""
 
 
+class GoneCheckpoint(DamagedCheckpoint):
+    """A manifest was deleted since it was listed: by an attempt that took it back, or had too many."""
+
+
+class OtherVersion(ValueError):
+    """A checkpoint that another version of this program wrote; it is whole for all this one knows."""
+
+
 @dataclass(frozen=True)
 class CheckpointPart:
-    """One rank's file: its content hash, size and the stretches of parameters in it."""
+    """One rank's file: its content hash, size, the stretches of parameters in it, and the attempt that wrote it ("" in version 1)."""
 
     hash: str
     bytes: int
     extents: list[Extent]
+    attempt: str = ""
 
     @property
     def file(self) -> str:
         """Its place below `checkpoints/<stage>/`."""
-        return f"parts/{self.hash}.safetensors"
+        return f"parts/{self.attempt}{'-' if self.attempt else ''}{self.hash}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -60,37 +75,47 @@ class Checkpoint:
     shapes: dict[str, list[int]]
     parts: list[CheckpointPart]
     quarantine: list[BadItem] = field(default_factory=list)
+    attempt: int = 0
     version: int = VERSION
+
+    @property
+    def by(self) -> Attempt:
+        """Who wrote it."""
+        return Attempt(self.life, self.attempt)
 
     @property
     def file(self) -> str:
         """The manifest's place below `checkpoints/<stage>/`."""
-        return f"{self.progress:015d}-{self.life:06d}.json"
+        return f"{self.progress:015d}-{self.life:06d}.json" if self.version == 1 else f"{self.progress:015d}-{self.by}.json"
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "Checkpoint":
         """Read a manifest.
 
         Raises:
-            DamagedCheckpoint: if it is no manifest of a version this program knows.
+            DamagedCheckpoint: if it is no manifest.
+            OtherVersion: if it is one of a version that this program does not know.
         """
         try:
             values = json.loads(data)
-            if values["version"] != VERSION:
-                raise DamagedCheckpoint(f"{where} has version {values['version']}, this program reads version {VERSION}")
-            parts = [
-                CheckpointPart(part["hash"], part["bytes"], [tuple(extent) for extent in part["extents"]]) for part in values.pop("parts")
-            ]
+            if values["version"] not in READ:
+                raise OtherVersion(
+                    f"{where} has version {values['version']}, this program reads {' and '.join(map(str, READ))}: go on with the newer "
+                    "program that wrote it, or give this one a run of another name (run.name)"
+                )
+            parts = [CheckpointPart(**{**part, "extents": [tuple(extent) for extent in part["extents"]]}) for part in values.pop("parts")]
             quarantine = [BadItem(*entry) for entry in values.pop("quarantine")]
             return cls(parts=parts, quarantine=quarantine, **values)
+        except OtherVersion:
+            raise
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedCheckpoint(f"{where} is no checkpoint manifest: {error}") from None
 
 
 def list_checkpoints(store: Store, stage: str) -> list[str]:
-    """The manifests of a stage, newest first (by progress, then life)."""
-    names = [entry.key for entry in store.list(f"checkpoints/{stage}/") if entry.key.endswith(".json")]
-    return sorted(names, reverse=True)
+    """The manifests of a stage that count (`cluster/runs/lineage.py`), by progress, then by who wrote them, newest first."""
+    found = filter(counting(store), (entry.key for entry in store.list(f"checkpoints/{stage}/") if is_manifest(entry.key)))
+    return sorted(found, key=lambda key: (key.rpartition("/")[2].partition("-")[0], written_by(key)), reverse=True)
 
 
 def newest_progress(store: Store, stage: str) -> int:
@@ -103,12 +128,14 @@ def read_manifest(store: Store, key: str) -> Checkpoint:
     """The checkpoint described by one key of `list_checkpoints`.
 
     Raises:
-        DamagedCheckpoint: as `Checkpoint.from_json`, or if it is gone: a life that is over deletes old ones until it notices.
+        GoneCheckpoint: if it is not there any more: a life that is over deletes old ones until it notices.
+        DamagedCheckpoint: as `Checkpoint.from_json`.
+        OtherVersion: as `Checkpoint.from_json`.
     """
     try:
         return Checkpoint.from_json(store.read(key), f"{store.url}/{key}")
     except NotFound:
-        raise DamagedCheckpoint(f"{store.url}/{key} is gone since the checkpoints were listed") from None
+        raise GoneCheckpoint(f"{store.url}/{key} is gone since the checkpoints were listed") from None
 
 
 def read_part(store: Store, stage: str, part: CheckpointPart) -> dict[str, torch.Tensor]:
@@ -176,8 +203,8 @@ class CheckpointWriter:
         store: the run's folder.
         gather: collects one object of every rank on all of them.
         rank: this rank; rank 0 writes the manifest.
-        keep: checkpoints kept of each stage.
-        superseded: raises if a newer life owns the run; asked before each manifest.
+        keep: whole checkpoints kept of each stage.
+        superseded: raises `Superseded` if a newer life or attempt has begun; asked before and after each manifest is created.
     """
 
     def __init__(self, store: Store, gather: Callable[[Any], list[Any]], rank: int, keep: int, superseded: Callable[[], None]):
@@ -218,10 +245,16 @@ class CheckpointWriter:
             for kind, view in fragment.tensors.items():
                 tensors[_tensor(fragment.name, fragment.start, kind)] = view.detach().to("cpu", torch.float32, copy=True)
         self._facts = {**facts, "shapes": shapes}
-        self._upload = self._pool.submit(self._write, str(facts["stage"]), tensors, extents)
+        by = str(Attempt(facts["life"], facts.get("attempt", 0)))
+        self._upload = self._pool.submit(self._write, str(facts["stage"]), by, tensors, extents)
 
     def commit(self) -> Checkpoint:
-        """Wait for every rank's part, then let rank 0 create the manifest; the checkpoint, which exists when rank 0 returns."""
+        """Wait for every rank's part, then let rank 0 create the manifest; the checkpoint, which exists when rank 0 returns.
+
+        Raises:
+            Superseded: on rank 0, if a newer life or attempt has begun. Then there is no such checkpoint.
+            StorageError: if another group with the same numbers has created this manifest, of other parts.
+        """
         assert self._upload is not None
         ranks = self._gather((self._upload.result(), self._facts["shapes"]))
         self._upload = None
@@ -229,56 +262,104 @@ class CheckpointWriter:
         checkpoint = Checkpoint(**{**self._facts, "shapes": shapes, "parts": [part for part, _ in ranks]})
         if self._rank == 0:
             self._superseded()
-            try:
-                self._store.create(f"checkpoints/{checkpoint.stage}/{checkpoint.file}", json.dumps(asdict(checkpoint)).encode())
-            except AlreadyExists:
-                log.warning("checkpoint %s of this life exists already", checkpoint.file)
-            _prune(self._store, checkpoint.stage, self._keep)
+            self._create(checkpoint)
+            _prune(self._store, checkpoint, self._keep, self._superseded)
         return checkpoint
+
+    def _create(self, checkpoint: Checkpoint) -> None:
+        """Create the manifest, and take it back if a newer life or attempt began meanwhile: this process may have stood still."""
+        key = f"checkpoints/{checkpoint.stage}/{checkpoint.file}"
+        try:
+            self._store.create(key, json.dumps(asdict(checkpoint)).encode())
+        except AlreadyExists:
+            if read_manifest(self._store, key).parts != checkpoint.parts:
+                raise StorageError(
+                    f"{self._store.url}/{key} was created with other parts by another group with the same numbers; "
+                    "the next attempt has numbers of its own"
+                ) from None
+        try:
+            self._superseded()
+        except Superseded:
+            self._store.delete(key)
+            raise
 
     def close(self) -> None:
         """Let go of the upload thread; a checkpoint that was not committed does not exist."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _write(self, stage: str, tensors: dict[str, torch.Tensor], extents: list[Extent]) -> CheckpointPart:
+    def _write(self, stage: str, by: str, tensors: dict[str, torch.Tensor], extents: list[Extent]) -> CheckpointPart:
         data = save(tensors)
-        part = CheckpointPart(content_hash(data), len(data), extents)
+        part = CheckpointPart(content_hash(data), len(data), extents, by)
         self._store.put(f"checkpoints/{stage}/{part.file}", data)
         return part
 
 
-def remove_orphans(store: Store, stage: str) -> None:
-    """Delete the parts that no manifest names: what lives that died left behind. Only for the newest life, before it writes its own.
+def remove_orphans(store: Store, stage: str, by: Attempt) -> None:
+    """Delete what attempts before this one left behind: manifests that do not count, then parts that no manifest names.
 
-    Nothing is deleted while a manifest cannot be read: who knows what it names.
+    No part is deleted while a manifest cannot be read: who knows what it names.
     """
-    try:
-        name_fields = _named(store, stage, list_checkpoints(store, stage))
-    except DamagedCheckpoint:
-        return
-    for entry in list(store.list(f"checkpoints/{stage}/parts/")):
-        if entry.key not in name_fields:
-            store.delete(entry.key)
+    entries = [entry.key for entry in store.list(f"checkpoints/{stage}/")]
+    counts, unreadable = counting(store, by), False
+    named: set[str] = set()
+    for key in filter(is_manifest, entries):
+        try:
+            parts = _parts(read_manifest(store, key))
+        except GoneCheckpoint:
+            continue
+        except (DamagedCheckpoint, OtherVersion):
+            unreadable = True
+            continue
+        if counts(key) or written_by(key) >= by:
+            named |= parts
+        else:
+            store.delete(key)
+    if not unreadable:
+        for key in entries:
+            if not is_manifest(key) and written_by(key) < by and key not in named:
+                store.delete(key)
 
 
-def _prune(store: Store, stage: str, keep: int) -> None:
-    """Delete all but the newest manifests, then the parts that only they named.
+def _prune(store: Store, committed: Checkpoint, keep: int, superseded: Callable[[], None]) -> None:
+    """Delete what comes after the newest `keep` whole checkpoints, of which this one is the first, and parts that only that named.
 
-    Other parts that no manifest names stay: they may be of the next checkpoint, which other ranks upload already.
+    Newest is what was written last: after falling back below damaged checkpoints, new ones have less progress than those. What a
+    newer attempt wrote is none of our business. Other parts that no manifest names stay: they may be of the next checkpoint, which
+    other ranks upload already.
     """
-    names = list_checkpoints(store, stage)
-    try:
-        parts = sorted(_named(store, stage, names[keep:]) - _named(store, stage, names[:keep]))
-    except DamagedCheckpoint as error:
-        log.error("CHECKPOINT DAMAGED, so no parts of old ones are deleted: %s", error)
-        parts = []
-    for key in [*names[keep:], *parts]:
+    stage, mine = committed.stage, f"checkpoints/{committed.stage}/{committed.file}"
+    sizes = {entry.key: entry.size for entry in store.list(f"checkpoints/{stage}/")}
+    counts, whole = counting(store, committed.by), 1
+    kept, unreadable = _parts(committed), False
+    old: set[str] = set()
+    delete: list[str] = []
+    for key in newest_first(key for key in sizes if is_manifest(key) and key != mine and written_by(key) <= committed.by):
+        try:
+            found = read_manifest(store, key)
+        except GoneCheckpoint:
+            continue
+        except OtherVersion:
+            unreadable = True
+            continue
+        except DamagedCheckpoint as error:
+            log.error("CHECKPOINT DAMAGED, it counts for none of those that are kept: %s", error)
+            unreadable |= whole < keep
+            delete += [key] if whole >= keep else []
+            continue
+        if counts(key) and whole < keep:
+            kept |= _parts(found)
+            whole += all(sizes.get(f"checkpoints/{stage}/{part.file}") == part.bytes for part in found.parts)
+        else:
+            delete.append(key)
+            old |= _parts(found)
+    superseded()
+    for key in [*delete, *([] if unreadable else sorted(old - kept))]:
         store.delete(key)
 
 
-def _named(store: Store, stage: str, names: Iterable[str]) -> set[str]:
-    """The parts that these manifests name."""
-    return {f"checkpoints/{stage}/{part.file}" for name in names for part in read_manifest(store, name).parts}
+def _parts(checkpoint: Checkpoint) -> set[str]:
+    """The keys of its parts."""
+    return {f"checkpoints/{checkpoint.stage}/{part.file}" for part in checkpoint.parts}
 
 
 def _tensor(name: str, start: int, kind: str) -> str:

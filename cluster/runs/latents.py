@@ -1,8 +1,9 @@
 """Latents: what the finished autoencoder makes of every person, as a dataset of its own that runs and trials share.
 
 It lies at `<store>/latents/<hash of encoder, source state, encoding>`; its shards mirror the source's one by one, each a function of
-its source shard alone, so it is built in parallel, resumed, and built once. The manifest comes last. Raw latents are stored;
-their range over the training split lies beside them.
+its source shard alone, so it is built in parallel, resumed, and built once. Two devices may encode to other last bits: names carry
+the hash of what is in them, so nothing is overwritten, and whoever creates a shard's `done` record first decides. The manifest comes
+last. Raw latents are stored; their range over the training split lies beside them.
 """
 
 import json
@@ -17,9 +18,9 @@ import torch
 from cluster.config.identity import digest
 from cluster.data.manifest import File, Manifest, load_manifest, read_file
 from cluster.data.reader import Reader
-from cluster.data.shards import CorruptData, ShardInfo, decode_npy, encode_npy, upload_shard
+from cluster.data.shards import CorruptData, ShardInfo, decode_npy, encode_npy, hashed_name, upload_shard
 from cluster.runs.export import Export, load_codec
-from cluster.storage import NotFound, Store
+from cluster.storage import AlreadyExists, NotFound, Store, content_hash
 from reactdiff.clip import PERSONS
 from reactdiff.data.sample import Clip
 from reactdiff.determinism import make_deterministic
@@ -132,28 +133,44 @@ def encode_clip(codec: Codec, reader: Reader, clip: int) -> dict[str, np.ndarray
 
 @dataclass(frozen=True)
 class EncodedShard:
-    """A shard of latents.
+    """A shard of latents: what its `done` record says.
 
     Attributes:
         info: what the manifest keeps of it.
         corrupt: clip of the split -> why it could not be encoded: its latents are zeros.
+        number: what the manifest names it by within its split.
+        range: file with the range of its latents, (2, frames, latent) of minimum and maximum.
     """
 
     info: ShardInfo
     corrupt: dict[int, str]
+    number: int | str
+    range: str
+
+    def encode(self) -> bytes:
+        """The record as JSON."""
+        values = asdict(self.info) | {"number": self.number, RANGE: self.range}
+        return json.dumps(values | ({CORRUPT: list(self.corrupt.items())} if self.corrupt else {})).encode()
+
+    @classmethod
+    def decode(cls, data: bytes, source: str, number: int | str) -> "EncodedShard":
+        """The record that `encode` wrote; one of a time when names carried no hash has none, and means those of the source's shard."""
+        values = json.loads(data)
+        corrupt, number = dict(values.pop(CORRUPT, [])), values.pop("number", number)
+        bounds = values.pop(RANGE, f"{source}.range.npy")
+        return cls(ShardInfo(**values), corrupt, number, bounds)
 
 
 def encode_shard(latents: LatentDataset, split: str, position: int) -> EncodedShard:
-    """Encode one shard, unless that is done.
+    """Encode one shard, unless that is done; of all that encode it at the same time the first to say so decides what it is.
 
     Raises:
         CorruptData: if bytes of a clip are damaged and `latents.on_corrupt` is "stop", or the shard's index is.
     """
     target, name = latents.store, latents.clips.shard(split, position)
+    number, record = latents.clips.split(split).shards.number[position], f"{name}.done.json"
     try:
-        done = json.loads(target.read(_done(name)))
-        corrupt = dict(done.pop(CORRUPT, []))
-        return EncodedShard(ShardInfo(**done), corrupt)
+        return EncodedShard.decode(target.read(record), name, number)
     except NotFound:
         pass
     make_deterministic(THREADS)
@@ -173,10 +190,14 @@ def encode_shard(latents: LatentDataset, split: str, position: int) -> EncodedSh
             encoded = dict.fromkeys(PERSONS, np.zeros((latents.clips.frames, latents.width), np.float16))
             corrupt[clip] = str(error)
         clips.append(Clip(key, {person: {LATENT: latent} for person, latent in encoded.items()}))
-    info = upload_shard(target, name, clips, [LATENT])
-    target.put(range_file(name), encode_npy(bounds))
-    target.put(_done(name), json.dumps(asdict(info) | ({CORRUPT: list(corrupt.items())} if corrupt else {})).encode())
-    return EncodedShard(info, corrupt)
+    info, limits = upload_shard(target, name, clips, [LATENT], hashed=True), encode_npy(bounds)
+    shard = EncodedShard(info, corrupt, hashed_name(name, info).removeprefix(f"{split}/"), f"{name}-{content_hash(limits)}.range.npy")
+    target.put(shard.range, limits)
+    try:
+        target.create(record, shard.encode())
+        return shard
+    except AlreadyExists:
+        return EncodedShard.decode(target.read(record), name, number)
 
 
 def empty_range(latents: LatentDataset) -> np.ndarray:
@@ -187,12 +208,3 @@ def empty_range(latents: LatentDataset) -> np.ndarray:
 def range_union(bounds: np.ndarray, other: np.ndarray) -> np.ndarray:
     """The smallest range that holds both, each (2, frames, latent) of minimum and maximum."""
     return np.stack((np.minimum(bounds[0], other[0]), np.maximum(bounds[1], other[1])))
-
-
-def range_file(name: str) -> str:
-    """Where the range of one shard's latents lies, (2, frames, latent)."""
-    return f"{name}.range.npy"
-
-
-def _done(name: str) -> str:
-    return f"{name}.done.json"

@@ -1,22 +1,45 @@
-"""The record of a run in its folder: its lives, and `state.json`.
+"""The record of a run in its folder: its lives and their attempts, and `state.json`.
 
-Each start of a run's driver is a *life* and takes the next number by create, so two drivers never share one. Everything a
-life writes carries its number, and a life that sees a newer one stops writing.
+Each start of a run's driver is a *life*, each start of a worker group within it an *attempt*; both take their numbers by create, so no
+two ever share one. Everything they write carries the numbers, and one that sees newer ones stops writing.
 """
 
 import json
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.storage import AlreadyExists, NotFound, Stale, Store
 
 STATUSES = ("PENDING", "RUNNING", "STOPPED", "DONE", "FAILED")
 
+NONE_YET = -1
+"""The attempt of a life that has started no worker group."""
+
 
 class Superseded(RuntimeError):
-    """A newer life of this run exists; this one must not write any more."""
+    """A newer life or attempt of this run exists; this one must not write any more."""
 
     failure = "superseded"
+
+
+class Attempt(NamedTuple):
+    """A worker group: the attempt-th of its life, counted from 0 over all stages. The newer one is the greater."""
+
+    life: int
+    attempt: int
+
+    def __str__(self) -> str:
+        return f"{self.life:06d}.{self.attempt}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Attempt":
+        """Read `<life>.<attempt>`, or `<life>` alone: its attempt is `NONE_YET`.
+
+        Raises:
+            ValueError: if it is neither.
+        """
+        life, _, attempt = text.partition(".")
+        return cls(int(life), int(attempt) if attempt else NONE_YET)
 
 
 @dataclass(frozen=True)
@@ -45,7 +68,7 @@ def open_life(store: Store, facts: dict[str, Any]) -> int:
     life = newest_life(store) + 1
     while True:
         try:
-            store.create(_key(life), json.dumps(facts, indent=1).encode())
+            store.create(f"lives/{life:06d}.json", json.dumps(facts, indent=1).encode())
             return life
         except AlreadyExists:
             life += 1
@@ -53,17 +76,26 @@ def open_life(store: Store, facts: dict[str, Any]) -> int:
 
 def newest_life(store: Store) -> int:
     """The newest life's number, 0 before the first."""
-    return max((int(entry.key.removeprefix("lives/").split("/")[0].removesuffix(".json")) for entry in store.list("lives/")), default=0)
+    return newest_attempt(store).life
 
 
-def assert_newest_life(store: Store, life: int) -> None:
-    """Check that this life may still write.
+def newest_attempt(store: Store) -> Attempt:
+    """The newest attempt of the newest life."""
+    names = (entry.key.removeprefix("lives/").removesuffix(".json") for entry in store.list("lives/"))
+    return max(map(Attempt.parse, names), default=Attempt(0, NONE_YET))
+
+
+def assert_newest_life(store: Store, life: int, attempt: int | None = None) -> None:
+    """Check that this life, or this attempt of it, may still write.
 
     Raises:
         Superseded: if a newer one has begun.
     """
-    if (other := newest_life(store)) > life:
-        raise Superseded(f"life {other} of {store.url} has begun; life {life} stops without writing any more")
+    newest = newest_attempt(store)
+    if newest.life > life:
+        raise Superseded(f"life {newest.life} of {store.url} has begun; life {life} stops without writing any more")
+    if attempt is not None and newest > (life, attempt):
+        raise Superseded(f"attempt {newest} of {store.url} has begun; {Attempt(life, attempt)} stops without writing any more")
 
 
 def read_state(store: Store) -> State | None:
@@ -75,7 +107,7 @@ def read_state(store: Store) -> State | None:
 
 
 def write_state(store: Store, state: State) -> None:
-    """Make this the run's state, unless a newer life has written one.
+    """Make this the run's state, unless a newer life has begun.
 
     Raises:
         Superseded: if one has.
@@ -84,18 +116,19 @@ def write_state(store: Store, state: State) -> None:
     while True:
         try:
             now, etag = store.get("state.json")
+            written = int(json.loads(now)["life"])
         except NotFound:
-            try:
-                store.create("state.json", data)
-                return
-            except AlreadyExists:
-                continue
-        if (other := json.loads(now)["life"]) > state.life:
-            raise Superseded(f"life {other} of {store.url} owns state.json; life {state.life} stops without writing any more")
+            etag, written = "", 0
+        if written > state.life:
+            raise Superseded(f"life {written} of {store.url} owns state.json; life {state.life} stops without writing any more")
+        assert_newest_life(store, state.life)
         try:
-            store.replace("state.json", data, etag)
+            if etag:
+                store.replace("state.json", data, etag)
+            else:
+                store.create("state.json", data)
             return
-        except Stale:
+        except (AlreadyExists, Stale):
             continue
 
 
@@ -104,7 +137,3 @@ def update_state(store: Store, state: State, **changes: Any) -> State:
     changed = replace(state, **changes)
     write_state(store, changed)
     return changed
-
-
-def _key(life: int) -> str:
-    return f"lives/{life:06d}.json"

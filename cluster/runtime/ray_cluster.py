@@ -3,7 +3,9 @@
 import logging
 import os
 import secrets
+import signal
 import socket
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,10 +50,11 @@ def connect(cpus: int = 0) -> Resources:
     """
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS") or _started_here()
-        if address in (None, "local"):
-            _start_local(cpus)
-        else:
-            _join(address)
+        with _own_sigterm():
+            if address in (None, "local"):
+                _start_local(cpus)
+            else:
+                _join(address)
         _quiet()
     return resources()
 
@@ -143,6 +146,15 @@ def _start_local(cpus: int) -> None:
             logging_level=logging.ERROR,  # or each start warns about the token
         )
     logging.getLogger("ray").setLevel(logging.WARNING)
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's own handler of SIGTERM, which Ray replaces by one that ends it with exit code 15."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread() and callable(handler):
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _quiet() -> None:

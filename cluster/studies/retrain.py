@@ -23,8 +23,10 @@ from cluster.evaluation.gate import Metrics, Rule, frozen_clips, judge
 from cluster.evaluation.rows import MODEL
 from cluster.runs import registry
 from cluster.runs.build_latents import build_latents
+from cluster.runs.environment import command
 from cluster.runs.export import read_export
 from cluster.runs.latents import LatentDataset
+from cluster.runs.lease import Lease
 from cluster.runs.registry import Decision, Version
 from cluster.storage import AlreadyExists, Permanent, Store, open_store
 from cluster.telemetry.display import Display
@@ -50,6 +52,7 @@ def tick(retraining: Retraining, overrides: Sequence[str], display: Display) -> 
 
     Raises:
         ConfigError, ValueError, StorageError: before anything starts.
+        Held: if another tick is at it.
         StageFailed, Superseded, KeyboardInterrupt: as `cluster.driver.run.execute`; nothing is decided then.
     """
     experiment = anchored(retraining.load(overrides))
@@ -57,19 +60,21 @@ def tick(retraining: Retraining, overrides: Sequence[str], display: Display) -> 
         raise ConfigError("run.autoencoder has no place in retraining: a candidate is trained whole on the grown dataset; leave it out")
     home, dataset = open_store(experiment.run.store), open_store(experiment.data.url)
     store = registry_folder(retraining, home)
-    registry.show_champion(store)
-    manifest = load_manifest(dataset)
-    if before := registry.decision_on(store, manifest.hash):
-        state = f"the dataset's current state {manifest.hash}"
-        display.say(f"nothing new: decision {before.number} on {state} stands ({before.outcome}: {before.why})")
-        return None
-    clips = frozen_clips(dataset, manifest, _state(dataset, registry.newest_decision(store)), experiment.data.split)
-    name = f"{retraining.name}-{manifest.hash[:8]}"
-    candidate = anchored(retraining.load(overrides, assignments({"data.manifest": manifest.hash, "run.name": name})))
-    candidate = candidate.model_copy(update={"evaluation": _asked(candidate, clips)})
     store.assert_conditional_writes()
-    execute(candidate, pin(candidate, name), STEPS, display)
-    return _Gate(candidate, home, dataset, display).decide(retraining.rule, store, manifest)
+    with Lease(store, command(), wait=False) as lease:
+        registry.show_champion(store)
+        manifest = load_manifest(dataset)
+        if before := registry.decision_on(store, manifest.hash):
+            state = f"the dataset's current state {manifest.hash}"
+            display.say(f"nothing new: decision {before.number} on {state} stands ({before.outcome}: {before.why})")
+            return None
+        clips = frozen_clips(dataset, manifest, _state(dataset, registry.newest_decision(store)), experiment.data.split)
+        name = f"{retraining.name}-{manifest.hash[:8]}"
+        candidate = anchored(retraining.load(overrides, assignments({"data.manifest": manifest.hash, "run.name": name})))
+        candidate = candidate.model_copy(update={"evaluation": _asked(candidate, clips)})
+        execute(candidate, pin(candidate, name), STEPS, display)
+        lease.assert_held()
+        return _Gate(candidate, home, dataset, display).decide(retraining.rule, store, manifest)
 
 
 def now() -> str:

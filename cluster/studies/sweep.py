@@ -23,6 +23,8 @@ from cluster.data.manifest import load_manifest
 from cluster.driver.pin import pin
 from cluster.driver.run import STEPS, execute
 from cluster.evaluation.rows import MODEL
+from cluster.runs.environment import command
+from cluster.runs.lease import Lease
 from cluster.runs.state import read_state
 from cluster.runtime.ray_cluster import connect
 from cluster.storage import AlreadyExists, NotFound, Store, open_store
@@ -135,24 +137,30 @@ def search(sweep: Sweep, overrides: Sequence[str], display: Display) -> list[Out
 
     Raises:
         ConfigError, ValueError: before anything starts, as `trials`.
+        Held: if another process is at this sweep.
+        Superseded: if one has taken it over.
     """
-    every, home = trials(sweep, overrides), open_home(sweep, overrides)
+    trials(sweep, overrides)  # what cannot be run is refused before anything is written
+    home = open_home(sweep, overrides)
     store = sweep_folder(sweep, home)
-    waiting = [trial for trial in every if not store.exists(trial.record)]
-    done = len(every) - len(waiting)
-    display.say(f"sweep {sweep.name}: {len(every)} trials, {done} of them done, {sweep.concurrent} at a time, in {store.url}")
-    manifest = every[0].experiment.data.manifest
     store.assert_conditional_writes()
-    try:
-        store.create("sweep.json", json.dumps({"manifest": manifest}).encode())
-    except AlreadyExists:
-        pass  # the first start pinned the dataset
-    errors = _tune(sweep, waiting, store) if waiting else {}
-    outcomes = [_failed(outcome(sweep, trial, home), errors.get(trial.run)) for trial in every]
-    store.put("trials.json", json.dumps([_row(one) for one in outcomes], indent=1).encode())
-    if (winner := best(sweep, outcomes)) is not None:
-        store.put("best.yaml", to_yaml(_experiment(sweep, overrides, winner.trial.parameters, manifest)).encode())
-    return outcomes
+    with Lease(store, command(), wait=False) as lease:
+        every = trials(sweep, overrides)  # whoever held the lease may have pinned the dataset
+        waiting = [trial for trial in every if not store.exists(trial.record)]
+        done = len(every) - len(waiting)
+        display.say(f"sweep {sweep.name}: {len(every)} trials, {done} of them done, {sweep.concurrent} at a time, in {store.url}")
+        manifest = every[0].experiment.data.manifest
+        try:
+            store.create("sweep.json", json.dumps({"manifest": manifest}).encode())
+        except AlreadyExists:
+            pass  # the first start pinned the dataset
+        errors = _tune(sweep, waiting, store) if waiting else {}
+        outcomes = [_failed(outcome(sweep, trial, home), errors.get(trial.run)) for trial in every]
+        lease.assert_held()
+        store.put("trials.json", json.dumps([_row(one) for one in outcomes], indent=1).encode())
+        if (winner := best(sweep, outcomes)) is not None:
+            store.put("best.yaml", to_yaml(_experiment(sweep, overrides, winner.trial.parameters, manifest)).encode())
+        return outcomes
 
 
 def outcome(sweep: Sweep, trial: Trial, home: Store) -> Outcome:

@@ -4,8 +4,10 @@ Labels are run, life, trial and stage, and the rank on the gauges that are a ran
 ranks, so a thousand ranks cost a scrape no more of them than one does. `docs/telemetry.md` lists the metrics.
 """
 
+import hashlib
 import json
 import os
+import re
 import threading
 import time
 from collections import Counter
@@ -21,6 +23,9 @@ from cluster.telemetry.meter import BUCKETS, COUNTERS, GAUGES, Snapshot, Tally, 
 
 POLL = 0.1
 """Seconds between two looks of `drain`."""
+
+LONGEST = 180
+"""Characters of a target file's name before it is cut: a file system takes 255 bytes, a temporary name and a hash among them."""
 
 Sample = tuple[dict[str, str], float]
 
@@ -81,8 +86,7 @@ class Exporter:
 
         A run (or trial) has one file, so a life replaces the file of one that died without closing.
         """
-        name = "+".join(filter(None, (self._labels["run"], self._labels["trial"])))
-        path = Path(folder) / f"{name}.json"
+        path = Path(folder) / f"{_file_name('+'.join(filter(None, (self._labels['run'], self._labels['trial']))))}.json"
         text = json.dumps([{"targets": [self._address], "labels": self._labels}])
         path.parent.mkdir(parents=True, exist_ok=True)
         half = path.with_name(f"{path.name}.{self._labels['life']}")  # a name that *.json does not match
@@ -163,6 +167,12 @@ class Exporter:
             return _Body(app(environ, start_response), sent)
 
         return answer
+
+
+def _file_name(text: str) -> str:
+    """A text as the name of a file: as it is where it can be, else as much of it as can be, and a hash of all."""
+    name = re.sub(r"[^\w.,+=:@%()\[\]{} '\"-]", "_", text, flags=re.ASCII)
+    return name if name == text and len(name) <= LONGEST else f"{name[:LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 class _Body(list[bytes]):

@@ -1,10 +1,11 @@
 """A run's metrics: rows keyed by (stage, progress), written as immutable segments of each life."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
 
-from cluster.storage import Store
+from cluster.storage import AlreadyExists, Store
 
 
 def validation_name(stage: str) -> str:
@@ -25,24 +26,37 @@ class MetricsLog:
         self._rows.append({"stage": self._stage, "progress": progress, "life": self._life, **values})
 
     def flush(self) -> None:
-        """Write the rows since the last flush as one segment, never to be changed."""
-        if self._rows:
-            text = "".join(json.dumps(row) + "\n" for row in self._rows)
-            self._store.create(f"{self._folder}/{self._stage}-{self._rows[0]['progress']:015d}.jsonl", text.encode())
-            self._rows = []
+        """Write the rows since the last flush as one segment, never to be changed.
+
+        Where there is one of its name, another group of ranks had the same numbers and was given up; both stay.
+        """
+        if not self._rows:
+            return
+        text = "".join(json.dumps(row) + "\n" for row in self._rows).encode()
+        name = f"{self._folder}/{self._stage}-{self._rows[0]['progress']:015d}"
+        for twin in itertools.count():
+            try:
+                self._store.create(f"{name}.{twin}.jsonl" if twin else f"{name}.jsonl", text)
+                break
+            except AlreadyExists:
+                continue
+        self._rows = []
 
 
 def read_rows(store: Store, stage: str) -> list[dict[str, Any]]:
-    """All rows of a stage in order of progress; where lives overlap, the newest one's."""
-    found: dict[int, dict[str, Any]] = {}
-    for row in _all(store, stage):
-        if row["progress"] not in found or row["life"] >= found[row["progress"]]["life"]:
-            found[row["progress"]] = row
-    return [found[progress] for progress in sorted(found)]
+    """All rows of a stage in order of progress; where lives or their attempts overlap, the newest one's."""
+    found: dict[int, tuple[tuple[int, int], dict[str, Any]]] = {}
+    for attempt, row in _all(store, stage):
+        if row["progress"] not in found or attempt >= found[row["progress"]][0]:
+            found[row["progress"]] = attempt, row
+    return [found[progress][1] for progress in sorted(found)]
 
 
-def _all(store: Store, stage: str) -> Iterator[dict[str, Any]]:
+def _all(store: Store, stage: str) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+    """Every row, and the numbers of the life and the attempt that wrote it."""
     for entry in store.list("metrics/"):
-        if entry.key.split("/")[-1].startswith(f"{stage}-"):
+        _, folder, name = entry.key.split("/")
+        if name.startswith(f"{stage}-"):
+            life, _, attempt = folder.partition(".")
             for line in store.read(entry.key).decode().splitlines():
-                yield json.loads(line)
+                yield (int(life), int(attempt)), json.loads(line)

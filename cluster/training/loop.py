@@ -26,7 +26,7 @@ from cluster.evaluation.validation import ValidationClips, Validator
 from cluster.runs import checkpoint
 from cluster.runs.checkpoint import Checkpoint, CheckpointWriter
 from cluster.runs.latents import corrupt_clips, read_range
-from cluster.runs.state import assert_newest_life
+from cluster.runs.state import Attempt, assert_newest_life
 from cluster.runtime.device import peak_flops, peak_memory
 from cluster.storage import StorageError, Store
 from cluster.telemetry.meter import Meter, Snapshot
@@ -60,7 +60,7 @@ class Job:
         dataset: what the stage reads: clips or latents.
         manifest: hash of the dataset's state.
         validation: clips that are scored at each checkpoint.
-        attempt: how often the worker group of this life was started before.
+        attempt: how often a worker group of this life was started before, for this stage or an earlier one.
     """
 
     experiment: Experiment
@@ -136,7 +136,7 @@ def train(job: Job, place: Place, report: Callable[[Snapshot], Request | None]) 
         progress, steps, loss of the last step, how many items are quarantined, and whether the ranks left before the end.
 
     Raises:
-        NonFinite, CorruptData, StorageError, Superseded: the run must not go on.
+        NonFinite, CorruptData, NoUsableCheckpoint, StorageError, Superseded: the run must not go on.
     """
     meter = Meter(place.rank, place.ranks, job.stage)
     make_deterministic(job.experiment.workers.threads)
@@ -184,7 +184,7 @@ class _Training:
         if isinstance(module, LatentDiffusion):
             module.set_range(*read_range(job.dataset, manifest))
         self.engine = Engine(module, engine_settings(experiment, job.stage, place.ranks), place.device)
-        self.writer = CheckpointWriter(job.run, _gather, place.rank, experiment.run.keep, lambda: assert_newest_life(job.run, job.life))
+        self.writer = CheckpointWriter(job.run, _gather, place.rank, experiment.run.keep, self.superseded)
         self.log = MetricsLog(job.run, job.life, job.attempt, job.stage) if place.rank == 0 else None
         self.validator: Validator | None = None
         if job.validation:
@@ -220,18 +220,21 @@ class _Training:
         job = self.job
         box: list[Any] = [None]
         if self.place.rank == 0:
-            assert_newest_life(job.run, job.life)
-            checkpoint.remove_orphans(job.run, job.stage)
-            quarantines = job.experiment.data.on_corrupt == "quarantine"
-            box = [candidates(job.run, job.stage, self.share, job.dataset, job.manifest, quarantines)]
+            self.superseded()
+            checkpoint.remove_orphans(job.run, job.stage, Attempt(job.life, job.attempt))
+            box = [candidates(job.run, job.stage, self.share, job.dataset, job.manifest, job.experiment)]
         dist.broadcast_object_list(box)
-        found = restore(self.engine, self.quarantine, job.run, box[0], _gather)
+        found = restore(self.engine, self.quarantine, job.run, job.stage, box[0], _gather)
         if found is None:
             return 0
         if self.validator and found.progress < self.share.total and self.looks_at(found) and not self.validated(found):
             self.validate(self.validator, found)  # the life that wrote it died before
         self.meter.gauges["progress_items"] = found.progress
         return found.steps
+
+    def superseded(self) -> None:
+        """Stop if a newer life or attempt has begun."""
+        assert_newest_life(self.job.run, self.job.life, self.job.attempt)
 
     def fetch(self, batches: Iterator[Batch]) -> Batch | None:
         with self.meter.phase("data_wait"):
@@ -408,6 +411,7 @@ class _Training:
             progress=progress,
             steps=steps,
             life=self.job.life,
+            attempt=self.job.attempt,
             dataset=self.job.manifest,
             config=identity(self.job.experiment),
             quarantine=self.quarantine.entries,

@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+from cluster.config.identity import differing
+from cluster.config.schema import Experiment
 from cluster.data.quarantine import Quarantine
 from cluster.data.stream import Share
 from cluster.runs import checkpoint
-from cluster.runs.checkpoint import Checkpoint, DamagedCheckpoint
+from cluster.runs.checkpoint import Checkpoint, DamagedCheckpoint, GoneCheckpoint
 from cluster.storage import Store
 from cluster.training.engine import Engine
 
@@ -17,7 +19,20 @@ Gather = Callable[[Any], list[Any]]
 """Collects one object of every rank on all of them."""
 
 
-def candidates(store: Store, stage: str, share: Share, dataset: Store, manifest: str, quarantines: bool) -> list[Checkpoint]:
+class NoUsableCheckpoint(RuntimeError):
+    """A stage has checkpoints, and none that its run could go on from."""
+
+    failure = "data"
+
+
+class Candidates(NamedTuple):
+    """The checkpoints of a stage: those that its run may go on from, newest first, and of each other one what is wrong with it."""
+
+    usable: list[Checkpoint]
+    problems: list[str]
+
+
+def candidates(store: Store, stage: str, share: Share, dataset: Store, manifest: str, experiment: Experiment) -> Candidates:
     """The checkpoints that a run may go on from, newest first.
 
     One after a last step that was not a whole batch belongs to a shorter run: the one before it is the one to go on from.
@@ -28,46 +43,67 @@ def candidates(store: Store, stage: str, share: Share, dataset: Store, manifest:
         share: the batch and the end of the run.
         dataset: what the stage reads.
         manifest: hash of its state.
-        quarantines: whether the run may go on without damaged items.
+        experiment: the run's configuration.
 
     Raises:
-        ValueError: if a checkpoint is of other data, or goes on without items that this run would train on.
+        ValueError: if a checkpoint is of other data, of another identity or of another version of this program, or goes on without
+            items that this run would train on.
     """
-    found = []
+    usable, problems = [], []
     for key in checkpoint.list_checkpoints(store, stage):
         try:
             one = checkpoint.read_manifest(store, key)
+        except GoneCheckpoint:
+            continue
         except DamagedCheckpoint as error:
             log.error("CHECKPOINT DAMAGED, falling back to the one before: %s", error)
+            problems.append(str(error))
             continue
+        where = f"{store.url}/{key}"
         if one.dataset != manifest:
             raise ValueError(
-                f"{store.url}/{key} was trained on data {one.dataset}, but the run now reads {manifest} ({dataset.url}): "
+                f"{where} was trained on data {one.dataset}, but the run now reads {manifest} ({dataset.url}): "
                 "give other data a run of another name (run.name)"
             )
-        if one.quarantine and not quarantines:
+        if fields := differing(one.config, experiment):
             raise ValueError(
-                f"{store.url}/{key} has {len(one.quarantine)} items in quarantine, but data.on_corrupt=stop trains on all: "
+                f"{where} was trained with another identity; differing: {', '.join(fields)}. "
+                "Set these back, or choose a run of another name (run.name)"
+            )
+        if one.quarantine and experiment.data.on_corrupt != "quarantine":
+            raise ValueError(
+                f"{where} has {len(one.quarantine)} items in quarantine, but data.on_corrupt=stop trains on all: "
                 "go on with data.on_corrupt=quarantine, or train on the mended data in a run of another name (run.name)"
             )
-        whole_batches = one.progress < share.total and one.progress % share.batch == 0
-        if whole_batches or one.progress == share.total:
-            found.append(one)
-    return found
+        if one.progress == share.total or (one.progress < share.total and one.progress % share.batch == 0):
+            usable.append(one)
+        else:
+            problems.append(f"{where} ends with a step of less than {share.batch} items, the last one of a shorter run")
+    return Candidates(usable, problems)
 
 
-def restore(engine: Engine, quarantine: Quarantine, store: Store, found: list[Checkpoint], gather: Gather) -> Checkpoint | None:
-    """Set every rank's state from the first of these checkpoints that is whole on all ranks, None if none is; collective."""
-    extents = engine.extents()
-    for one in found:
+def restore(engine: Engine, quarantine: Quarantine, store: Store, stage: str, found: Candidates, gather: Gather) -> Checkpoint | None:
+    """Set every rank's state from the first of these checkpoints that is whole on all ranks; None where there are none; collective.
+
+    Raises:
+        NoUsableCheckpoint: on all ranks, if there are some and none is usable. To begin again would throw away what was trained.
+    """
+    extents, problems = engine.extents(), list(found.problems)
+    for one in found.usable:
         try:
             read, problem = checkpoint.reader(store, one, extents), ""
         except DamagedCheckpoint as error:
             problem = str(error)
-        if problems := [text for text in gather(problem) if text]:
-            log.error("CHECKPOINT DAMAGED, falling back to the one before: %s", problems[0])
+        if said := [text for text in gather(problem) if text]:
+            log.error("CHECKPOINT DAMAGED, falling back to the one before: %s", said[0])
+            problems.append(said[0])
             continue
         engine.restore(read, one.steps)
         quarantine.add(one.quarantine)
         return one
+    if problems:
+        raise NoUsableCheckpoint(
+            f"stage {stage} of {store.url} has {len(problems)} checkpoints and none can be used: {'; '.join(problems)}. Restore one "
+            f"from a copy and give the same command again; to train the stage anew, delete {store.url}/checkpoints/{stage} before"
+        )
     return None

@@ -17,6 +17,8 @@ from cluster.config.loading import to_yaml
 from cluster.data.reader import Reader
 from cluster.driver.pin import pin
 from cluster.evaluation.picture import clip_picture, read_faces
+from cluster.runs import lease
+from cluster.runs.lease import Lease
 from cluster.runs.saved import open_run
 from cluster.runs.state import State, write_state
 from cluster.storage import open_store
@@ -45,6 +47,19 @@ def test_a_finished_run_says_so_and_ends(finished: Path, shards: Path, tmp_path:
     done = call("train", "--config", DEMO, "run.name=tiny", *settings(shards, store))
     assert "stage autoencoder is done" in done.stdout and "from random listener (0 %) to oracle (100 %): model" in done.stdout
     assert str(picture) in done.stdout and picture.stat().st_mtime_ns == drawn and len(commands(done.stdout)) >= 4
+
+
+def test_a_run_that_another_driver_is_at_is_left_alone_with_no_wait(
+    finished: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "BEAT", 0.02)
+    monkeypatch.setattr(lease, "LOOK", 0.05)
+    store = shutil.copytree(finished.parent.parent, tmp_path / "store")
+    before = sorted(path.name for path in (store / "runs/tiny/lives").iterdir())
+    with Lease(open_store(str(store / "runs/tiny")), "python jobs/train.py"):
+        said = call("train", "--config", DEMO, "--no-wait", "run.name=tiny", *settings(shards, store), check=False)
+    assert said.returncode != 0 and f"error: {store}/runs/tiny is held by host " in said.stderr
+    assert sorted(path.name for path in (store / "runs/tiny/lives").iterdir()) == before
 
 
 def commands(said: str) -> list[list[str]]:

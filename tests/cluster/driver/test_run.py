@@ -1,12 +1,24 @@
-"""What a run refuses before it writes anything."""
+"""What a run refuses before it writes anything, and that one driver at a time is at it."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Thread
+from typing import Any
 
 import pytest
 
+from cluster.config.loading import ConfigError
+from cluster.data.manifest import Manifest, publish
+from cluster.driver import run
 from cluster.driver.pin import pin
-from cluster.driver.run import STEPS, check_run
-from cluster.storage import open_store
+from cluster.driver.run import STEPS, check_run, execute
+from cluster.runs import lease
+from cluster.runs.lease import LEASE, Held
+from cluster.runs.state import Superseded, open_life
+from cluster.runtime.ray_cluster import Resources
+from cluster.storage import Store, open_store
+from cluster.telemetry.display import Display
 from tests.tiny import tiny
 
 
@@ -38,3 +50,168 @@ def test_what_no_worker_could_build_is_refused_and_nothing_is_written(overrides:
 def test_what_is_not_evaluated_needs_no_matrix(shards: Path, tmp_path: Path) -> None:
     experiment = tiny(shards, tmp_path / "store", "evaluation.split=train")
     check_run(experiment, pin(experiment, "tiny"), ["autoencoder"])
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    """A dataset without clips: enough to begin on."""
+    publish(open_store(str(tmp_path / "clips")), Manifest(kind="clips", frames=100, streams=[], targets={}, members=[], splits={}))
+    return tmp_path / "clips"
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[Any], None]]:
+    """What each step does: nothing, until a test says what. No Ray is asked for anything, and nothing is refused."""
+    does: dict[str, Callable[[Any], None]] = {step: lambda life: None for step in STEPS}
+    monkeypatch.setattr(run, "_DO", does)
+    monkeypatch.setattr(run, "check_run", lambda *_: [])
+    monkeypatch.setattr(run, "connect", lambda cpus: Resources(8, 0, 1))
+    monkeypatch.setattr(run, "assert_visible", lambda *_: None)
+    monkeypatch.setattr(lease, "LOOK", 0.02)
+    return does
+
+
+def start(clips: Path, store: Path, *overrides: str, wait: bool = True, display: Display | None = None) -> None:
+    experiment = tiny(clips, store, "run.name=one", *overrides)
+    execute(experiment, pin(experiment, "one"), STEPS, display or Display(), wait=wait)
+
+
+def folder(store: Path) -> Store:
+    return open_store(str(store / "runs" / "one"))
+
+
+def state(store: Path) -> dict[str, Any]:
+    return json.loads(folder(store).read("state.json"))
+
+
+def lives(store: Path) -> int:
+    return len(list(folder(store).list("lives/")))
+
+
+class Background(Thread):
+    """A driver in a thread, which stands in its first step until it may go on."""
+
+    def __init__(self, steps: dict[str, Callable[[Any], None]], *start: Any):
+        super().__init__(daemon=True)
+        self.there, self.on, self._start, self.error = Event(), Event(), start, None
+        steps["autoencoder"] = self._stand
+        self.start()
+        assert self.there.wait(60)
+
+    def run(self) -> None:
+        try:
+            start(*self._start)
+        except BaseException as error:
+            self.error = error
+
+    def _stand(self, life: Any) -> None:
+        self.there.set()
+        assert self.on.wait(60)
+
+
+class Said(Display):
+    """What a driver says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.mark.starts
+def test_a_second_driver_says_who_is_at_the_run_and_since_when_waits_and_goes_on_when_that_has_ended(
+    clips: Path, tmp_path: Path, steps: dict[str, Callable[[Any], None]]
+) -> None:
+    first, said = Background(steps, clips, tmp_path), Said()
+    steps["autoencoder"] = lambda life: None
+    second = Thread(target=lambda: start(clips, tmp_path, display=said), daemon=True)
+    second.start()
+    while not said.lines:
+        assert second.is_alive()
+    holder = json.loads(folder(tmp_path).read(LEASE))
+    assert (
+        f"{tmp_path}/runs/one is held by host {holder['process']['host']}, process {holder['process']['pid']}, since {holder['since']}"
+        in said.lines[0]
+    )
+    assert lives(tmp_path) == 1, "it writes nothing before it has the lease"
+    first.on.set()
+    first.join()
+    second.join()
+    assert first.error is None and (state(tmp_path)["status"], state(tmp_path)["life"]) == ("DONE", 2)
+
+
+@pytest.mark.starts
+def test_a_second_driver_that_does_not_wait_is_refused_and_leaves_the_first_alone(
+    clips: Path, tmp_path: Path, steps: dict[str, Callable[[Any], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "BEAT", 0.05)
+    first = Background(steps, clips, tmp_path)
+    with pytest.raises(Held, match="is at work there: nothing was begun"):
+        start(clips, tmp_path, wait=False)
+    assert lives(tmp_path) == 1 and state(tmp_path)["status"] == "RUNNING"
+    first.on.set()
+    first.join()
+    assert first.error is None and state(tmp_path)["status"] == "DONE"
+
+
+@pytest.mark.starts
+def test_of_two_first_starts_with_other_identities_under_one_name_one_wins_and_the_other_is_told_what_differs(
+    clips: Path, tmp_path: Path, steps: dict[str, Callable[[Any], None]]
+) -> None:
+    second = tiny(clips, tmp_path, "run.name=one", "seed=2")
+    pinned = pin(second, "one")
+    assert pinned.fresh
+    first = Background(steps, clips, tmp_path, "seed=1")
+    first.on.set()
+    with pytest.raises(ConfigError, match=r"run one exists with another identity; differing: seed \(was 1, now 2\)"):
+        execute(second, pinned, STEPS, Display())
+    first.join()
+    assert first.error is None and lives(tmp_path) == 1 and state(tmp_path)["status"] == "DONE"
+    assert json.loads(folder(tmp_path).read(LEASE))["released"]
+
+
+@pytest.mark.starts
+@pytest.mark.parametrize("broken", ["Exporter", "target"])
+def test_what_fails_after_a_life_has_begun_is_the_run_s_state_and_the_lease_is_free(
+    broken: str, clips: Path, tmp_path: Path, steps: dict[str, Callable[[Any], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("cannot listen")
+
+    monkeypatch.setattr(run, "Exporter", fail) if broken == "Exporter" else monkeypatch.setattr(run.Exporter, "write_target", fail)
+    with pytest.raises(ValueError, match="cannot listen"):
+        start(clips, tmp_path)
+    assert (state(tmp_path)["status"], state(tmp_path)["why"]) == ("FAILED", "cannot listen")
+    monkeypatch.undo()
+    assert json.loads(folder(tmp_path).read(LEASE))["released"]
+
+
+@pytest.mark.starts
+def test_a_driver_that_was_taken_over_stops_and_writes_no_state(
+    clips: Path, tmp_path: Path, steps: dict[str, Callable[[Any], None]]
+) -> None:
+    def taken_over(life: Any) -> None:
+        open_life(life.store, {})
+
+    steps["latents"] = taken_over
+    with pytest.raises(Superseded, match=r"life 2 of .* has begun"):
+        start(clips, tmp_path)
+    assert state(tmp_path)["status"] == "RUNNING" and state(tmp_path)["stage"] == "latents"
+
+
+@pytest.mark.starts
+def test_a_driver_whose_lease_was_taken_stops_before_its_next_step(
+    clips: Path, tmp_path: Path, steps: dict[str, Callable[[Any], None]]
+) -> None:
+    done: list[str] = []
+
+    def lose(life: Any) -> None:
+        life.store.put(LEASE, b"{}")
+        life.lease.beat()
+
+    steps |= {"autoencoder": lose, "latents": lambda life: done.append("latents")}
+    with pytest.raises(Superseded, match=r"lease\.json was taken by another process"):
+        start(clips, tmp_path)
+    assert not done and folder(tmp_path).read(LEASE) == b"{}"

@@ -1,11 +1,16 @@
-"""Checkpoints: what is kept, what is deleted."""
+"""Checkpoints: what is kept, what is deleted, and what a writer does that finds itself superseded."""
+
+import json
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from cluster.runs import checkpoint
-from cluster.runs.checkpoint import CheckpointWriter, DamagedCheckpoint
-from cluster.storage import Store
+from cluster.runs.checkpoint import CheckpointWriter, DamagedCheckpoint, OtherVersion
+from cluster.runs.lineage import open_attempt
+from cluster.runs.state import Attempt, Superseded, open_life
+from cluster.storage import StorageError, Store
 from cluster.training.engine import Fragment
 
 
@@ -20,10 +25,19 @@ def test_an_unreadable_manifest_does_not_stop_the_next_checkpoint(store: Store) 
     assert checkpoint.assemble(store, newest, "master")["w"].tolist() == [1, 1]
 
 
-def commit(writer: CheckpointWriter, progress: int) -> None:
-    facts = {"stage": "autoencoder", "progress": progress, "steps": progress, "life": 1, "dataset": "", "config": {}}
-    writer.begin([Fragment("w", (2,), 0, {"master": torch.full((2,), float(progress))})], {}, **facts)
+def writer_of(store: Store, keep: int = 3, superseded: Callable[[], None] = lambda: None) -> CheckpointWriter:
+    return CheckpointWriter(store, lambda value: [value], rank=0, keep=keep, superseded=superseded)
+
+
+def commit(writer: CheckpointWriter, progress: int, life: int = 1, attempt: int = 0, weight: float | None = None) -> None:
+    facts = {"stage": "autoencoder", "progress": progress, "steps": progress, "dataset": "", "config": {}}
+    weights = torch.full((2,), float(progress) if weight is None else weight)
+    writer.begin([Fragment("w", (2,), 0, {"master": weights})], {}, **facts, life=life, attempt=attempt)
     writer.commit()
+
+
+def progresses(store: Store) -> list[int]:
+    return [checkpoint.read_manifest(store, key).progress for key in checkpoint.list_checkpoints(store, "autoencoder")]
 
 
 def parts(store: Store) -> set[str]:
@@ -51,7 +65,7 @@ def test_what_a_life_that_died_left_behind_goes_when_the_next_begins(store: Stor
         commit(writer, progress)
     named = parts(store)
     store.put(orphan, b"of a rank that was killed")
-    checkpoint.remove_orphans(store, "autoencoder")
+    checkpoint.remove_orphans(store, "autoencoder", Attempt(2, 0))
     assert parts(store) == named and len(named) == 2
 
 
@@ -69,5 +83,134 @@ def test_nothing_is_swept_while_a_manifest_cannot_be_read(store: Store) -> None:
     store.put("checkpoints/autoencoder/000000000000009-000001.json", b'{"version": 99}')
     store.put("checkpoints/autoencoder/parts/of-a-later-version.safetensors", b"whose manifest this program cannot read")
     before = parts(store)
-    checkpoint.remove_orphans(store, "autoencoder")
+    checkpoint.remove_orphans(store, "autoencoder", Attempt(2, 0))
     assert parts(store) == before
+
+
+@pytest.mark.parametrize("looks", [1, 2])
+def test_a_writer_that_is_superseded_before_or_after_the_create_leaves_no_manifest_and_deletes_nothing(store: Store, looks: int) -> None:
+    commit(writer_of(store), 1)
+    before, asked = {entry.key for entry in store.list()}, []
+
+    def superseded() -> None:
+        asked.append(1)
+        if len(asked) == looks:
+            raise Superseded("another life has begun")
+
+    with pytest.raises(Superseded):
+        commit(writer_of(store, 1, superseded), 2)
+    assert progresses(store) == [1] and {entry.key for entry in store.list() if "/parts/" not in entry.key} <= before
+    assert before <= {entry.key for entry in store.list()}
+
+
+def test_a_commit_of_what_is_committed_already_is_done_and_one_of_other_parts_is_an_error(store: Store) -> None:
+    commit(writer_of(store), 6)
+    commit(writer_of(store), 6)  # the answer to the first one was lost, or its group started again with the same numbers
+    assert progresses(store) == [6]
+    with pytest.raises(StorageError, match="was created with other parts by another group with the same numbers"):
+        commit(writer_of(store), 6, weight=0.5)
+    assert progresses(store) == [6]
+
+
+def test_attempts_that_come_to_the_same_progress_have_manifests_and_parts_of_their_own(store: Store) -> None:
+    commit(writer_of(store), 6)
+    commit(writer_of(store), 6, attempt=1)
+    keys = checkpoint.list_checkpoints(store, "autoencoder")
+    assert [key.rpartition("-")[2] for key in keys] == ["000001.1.json", "000001.0.json"]
+    assert [checkpoint.read_manifest(store, key).by for key in keys] == [Attempt(1, 1), Attempt(1, 0)]
+    assert len(parts(store)) == 2
+
+
+def lose_part(store: Store, progress: int) -> None:
+    """Take away what a checkpoint is made of."""
+    found = next(one for one in map(lambda key: checkpoint.read_manifest(store, key), keys(store)) if one.progress == progress)
+    store.delete(f"checkpoints/autoencoder/{found.parts[0].file}")
+
+
+def keys(store: Store) -> list[str]:
+    return checkpoint.list_checkpoints(store, "autoencoder")
+
+
+def test_only_whole_checkpoints_count_for_what_is_kept(store: Store) -> None:
+    for progress in (1, 2, 3):
+        commit(writer_of(store), progress)
+    lose_part(store, 2)
+    commit(writer_of(store), 4)
+    assert progresses(store) == [4, 3, 2, 1], "2 is damaged, so that three are left"
+    commit(writer_of(store), 5)
+    assert progresses(store) == [5, 4, 3], "and it is not kept for ever"
+
+
+def test_after_falling_back_below_damaged_checkpoints_the_new_ones_are_kept(store: Store) -> None:
+    for progress in (4, 5, 6):
+        commit(writer_of(store, keep=9), progress)
+    for entry in list(store.list("checkpoints/autoencoder/parts/")):  # of the same size, as bytes that rot are
+        store.put(entry.key, bytes(entry.size))
+    for progress in (2, 3, 4):
+        commit(writer_of(store), progress, life=2)
+        assert progresses(store)[-1] == 2
+    assert progresses(store) == [4, 3, 2] and len(parts(store)) == 3
+
+
+def test_a_manifest_that_cannot_be_read_goes_when_enough_newer_ones_are_whole(store: Store) -> None:
+    store.put("checkpoints/autoencoder/000000000000005-000001.json", b"{half")
+    commit(writer_of(store, keep=2), 6)
+    assert progresses_or_damage(store) == [6, "damaged"]
+    commit(writer_of(store, keep=2), 7)
+    assert progresses_or_damage(store) == [7, 6]
+
+
+def progresses_or_damage(store: Store) -> list[int | str]:
+    found: list[int | str] = []
+    for key in keys(store):
+        try:
+            found.append(checkpoint.read_manifest(store, key).progress)
+        except DamagedCheckpoint:
+            found.append("damaged")
+    return found
+
+
+def test_what_does_not_count_is_deleted_and_a_newer_attempt_s_is_left_alone(store: Store) -> None:
+    life = open_life(store, {})
+    open_attempt(store, life)
+    commit(writer_of(store), 6)
+    assert open_attempt(store, life) == 1
+    commit(writer_of(store, keep=9), 12)  # by the first attempt, which woke and found itself superseded by nobody
+    commit(writer_of(store, keep=9), 9, attempt=1)
+    assert progresses(store) == [9, 6]
+    assert [entry.key for entry in store.list("checkpoints/autoencoder/0") if "012-" in entry.key] == []
+    before = parts(store)
+    checkpoint.remove_orphans(store, "autoencoder", Attempt(1, 0))
+    commit(writer_of(store, keep=1), 15)
+    assert progresses(store)[0] == 9 and before - parts(store) == {key for key in before if "/000001.0-" in key}
+
+
+def test_another_version_s_checkpoint_is_refused_by_name_and_outlives_every_commit(store: Store) -> None:
+    key = "checkpoints/autoencoder/000000000000005-000001.0.json"
+    store.put(key, b'{"version": 7}')
+    for progress in (6, 7, 8):
+        commit(writer_of(store, keep=1), progress)
+    checkpoint.remove_orphans(store, "autoencoder", Attempt(9, 0))
+    with pytest.raises(OtherVersion, match=rf"{store.url}/{key} has version 7, this program reads 1 and 2: go on with the newer program"):
+        checkpoint.read_manifest(store, key)
+
+
+def test_a_checkpoint_of_the_version_before_is_read_gone_on_from_and_deleted_in_its_turn(store: Store) -> None:
+    commit(writer_of(store), 6)
+    (key,) = keys(store)
+    values = json.loads(store.read(key))
+    (part,) = values["parts"]
+    store.put(
+        f"checkpoints/autoencoder/parts/{part['hash']}.safetensors",
+        store.read(f"checkpoints/autoencoder/parts/000001.0-{part['hash']}.safetensors"),
+    )
+    for entry in list(store.list()):
+        if "000001.0" in entry.key:
+            store.delete(entry.key)
+    del values["attempt"], part["attempt"]
+    store.put("checkpoints/autoencoder/000000000000006-000001.json", json.dumps(values | {"version": 1}).encode())
+    (old,) = keys(store)
+    found = checkpoint.read_manifest(store, old)
+    assert old.endswith(found.file) and checkpoint.assemble(store, found, "master")["w"].tolist() == [6, 6]
+    commit(writer_of(store, keep=1), 12, life=2)
+    assert progresses(store) == [12] and len(parts(store)) == 1

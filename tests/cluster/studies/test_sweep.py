@@ -7,8 +7,11 @@ import pytest
 
 from cluster.config.loading import ConfigError
 from cluster.data.manifest import File, Manifest, Split, publish
+from cluster.runs import lease
+from cluster.runs.lease import LEASE, Lease
 from cluster.storage import open_store
 from cluster.studies.sweep import Outcome, Sweep, best, open_home, sweep_folder, trials
+from tests.tiny import call
 
 GRID = {"diffusion.schedule": ["cosine", "linear"], "model.inter_depth": [1, 2]}
 
@@ -79,6 +82,19 @@ def test_a_grid_that_cannot_be_run_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         trials(sweep(**keys), [*places, *overrides])
     assert not (tmp_path / "store").exists()
+
+
+def test_a_sweep_that_another_process_is_at_says_so_and_ends_well(
+    places: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "BEAT", 0.02)
+    monkeypatch.setattr(lease, "LOOK", 0.05)
+    (tmp_path / "sweep.yaml").write_text("name: tried\ngrid: {diffusion.schedule: [cosine, linear]}")
+    store = sweep_folder(sweep(), open_home(sweep(), places))
+    with Lease(store, "the first one"):
+        second = call("tune", "--config", tmp_path / "sweep.yaml", *places)
+        assert f"{store.url} is held by host " in second.stdout and "(the first one), which is at work there" in second.stdout
+        assert [entry.key for entry in store.list()] == [LEASE]
 
 
 def test_a_dataset_without_a_val_split_is_refused(tmp_path: Path) -> None:

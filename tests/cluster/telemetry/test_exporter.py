@@ -168,6 +168,17 @@ def test_a_target_file_appears_whole_and_goes_with_the_exporter(tmp_path):
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("trial", [",".join(f"optim.lr.diffusion={i}" for i in range(20)), "data.split=a/b", "x\0y", "é" * 200, "."])
+def test_any_trial_has_a_target_file_of_its_own_that_prometheus_watches(tmp_path, trial):
+    with closing(Exporter("demo", 123456, trial)) as exporter, closing(Exporter("demo", 123456, f"{trial}2")) as other:
+        exporter.write_target(tmp_path)
+        other.write_target(tmp_path)
+        files = list(tmp_path.glob("*.json"))
+        assert sorted(json.loads(file.read_text())[0]["labels"]["trial"] for file in files) == sorted([trial, f"{trial}2"])
+        assert all(len(file.name.encode()) < 240 for file in files)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_life_replaces_the_target_of_the_one_before_and_keeps_its_own(tmp_path):
     first, second = Exporter("demo", life=1), Exporter("demo", life=2)
     with closing(second):

@@ -1,0 +1,144 @@
+"""Latents that two build at the same time, and those of a time when names carried no hashes, on both kinds of store."""
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, BrokenBarrierError
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.config.schema import Workers
+from cluster.data.manifest import CURRENT, Manifest, load_manifest
+from cluster.data.verify import check_shard
+from cluster.runs import build_latents as building
+from cluster.runs.build_latents import build_latents
+from cluster.runs.latents import LatentDataset, encode_shard, read_range
+from cluster.storage import Store
+from tests.cluster.support.streaming import FRAMES, make_clips
+
+WIDTH = 4
+
+
+class Dataset(LatentDataset):
+    """Latents of an autoencoder that needs no training."""
+
+    width = WIDTH
+
+
+class Codec:
+    """Means of what it reads, on a device whose last bits are its own.
+
+    Args:
+        error: of this device.
+        meet: called at each clip.
+    """
+
+    inputs, device = ("mfcc",), "cpu"
+
+    def __init__(self, error: float = 0.0, meet: Callable[[], Any] = lambda: None):
+        self._error, self._meet = error, meet
+
+    def encode(self, streams: dict[str, torch.Tensor]) -> torch.Tensor:
+        self._meet()
+        return streams["mfcc"][..., :WIDTH].float() + self._error
+
+
+def latents_of(store: Store, codec: Any, split: str = "train") -> LatentDataset:
+    clips, export = store.at("shards"), SimpleNamespace(hash="e" * 32)
+    source = make_clips(clips, [3, 2, 1]) if not clips.exists(CURRENT) else load_manifest(clips)
+    made: Any = Dataset(export, store, clips, source.hash, store.at("home"), split, "stop")  # type: ignore[arg-type]
+    made.__dict__["codec"] = codec
+    return made
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks run in this process."""
+
+    def map_tasks(function: Callable[..., Any], calls: list[tuple[Any, ...]], _: Workers, shared: Any) -> Iterator[tuple[int, Any]]:
+        for number, call in enumerate(calls):
+            yield number, function(shared, *call)
+
+    monkeypatch.setattr(building, "map_tasks", map_tasks)
+
+
+def build(latents: LatentDataset) -> Manifest:
+    return build_latents(latents, Workers(), lambda done, total: None)
+
+
+def damage(latents: LatentDataset, manifest: Manifest) -> list[Any]:
+    """What of the things that the manifest names is not what it says."""
+    read_range(latents.store, manifest)  # verified
+    return [one for position in range(3) for one in check_shard((latents.store, manifest), "train", position)]
+
+
+class Watched:
+    """A store that notes which names are written more than once, unless with what was there before."""
+
+    def __init__(self, store: Store, overwritten: list[str]):
+        self._store, self._overwritten = store, overwritten
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("put", "put_file"):
+            return lambda key, data: self._put(name, key, data)
+        return getattr(self._store, name)
+
+    def _put(self, name: str, key: str, data: Any) -> None:
+        before = self._store.read(key) if self._store.exists(key) else None
+        getattr(self._store, name)(key, data)
+        if before is not None and before != self._store.read(key):
+            self._overwritten.append(key)
+
+
+def test_of_two_builders_whose_devices_give_other_last_bits_one_decides_each_shard_and_nothing_is_overwritten(store: Store) -> None:
+    latents_of(store, Codec())
+    barrier, overwritten = Barrier(2), list[str]()
+
+    def meet() -> None:
+        try:
+            barrier.wait(5)
+        except BrokenBarrierError:
+            pass
+
+    builders = [latents_of(store, Codec(error, meet)) for error in (0.0, 1e-3)]
+    for one in builders:
+        one.__dict__["store"] = Watched(one.store, overwritten)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(build, builders)
+    tars = {entry.key for entry in builders[0].store.list("train/") if entry.key.endswith(".tar")}
+    assert len(tars) > 3 and not barrier.broken, "both encoded the same shards at the same time, and differed"
+    assert first.hash == second.hash and overwritten == []
+    assert damage(builders[0], first) == []
+
+
+def test_the_one_that_comes_later_takes_what_is_there(store: Store) -> None:
+    first, second = (latents_of(store, Codec(error)) for error in (0.0, 1e-3))
+    done = encode_shard(first, "train", 0)
+    assert encode_shard(second, "train", 0) == done
+    assert done.number == f"000000-{done.info.tar}" and first.store.exists(f"train/{done.number}.tar") and done.range.endswith(".range.npy")
+
+
+def test_latents_that_the_version_before_began_are_gone_on_with_and_stay_as_they_are(store: Store) -> None:
+    """It named shards and ranges by their number alone, and its records did not name them."""
+    latents, whole = latents_of(store, Codec()), latents_of(store.at("whole"), Codec())
+    old = encode_shard(latents, "train", 0)
+    target = latents.store
+    for suffix in ("tar", "index.npy"):
+        target.put(f"train/000000.{suffix}", target.read(f"train/{old.number}.{suffix}"))
+        target.delete(f"train/{old.number}.{suffix}")
+    target.put("train/000000.range.npy", target.read(old.range))
+    target.delete(old.range)
+    record = {name: value for name, value in json.loads(target.read("train/000000.done.json")).items() if name not in ("number", "range")}
+    target.put("train/000000.done.json", json.dumps(record).encode())
+    before = {entry.key: target.read(entry.key) for entry in target.list()}
+    manifest = build(latents)
+    assert manifest.split("train").shards.number[0] == 0 and damage(latents, manifest) == []
+    assert {key: target.read(key) for key in before} == before
+    everything = build(whole)
+    assert manifest.split("train").shards.tar == everything.split("train").shards.tar
+    assert all(map(np.array_equal, read_range(target, manifest), read_range(whole.store, everything)))
+    assert read_range(target, manifest)[0].shape == (FRAMES, WIDTH)
