@@ -15,10 +15,11 @@ from math import prod
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from cluster.data.quarantine import BadItem
 from cluster.runs.lineage import counting, is_manifest, newest_first, written_by
+from cluster.runs.snapshot import Snapshot
 from cluster.runs.state import Attempt, Superseded
 from cluster.storage import AlreadyExists, NotFound, StorageError, Store, content_hash
 from cluster.storage.hashing import HashMismatch, read_verified
@@ -199,6 +200,9 @@ def assemble(store: Store, checkpoint: Checkpoint, kind: str) -> dict[str, torch
 class CheckpointWriter:
     """Writes this rank's parts while training goes on; all ranks call every method at the same step.
 
+    A checkpoint is begun (a copy in memory, whose upload starts), published when all ranks have uploaded (rank 0 starts to write the
+    manifest), and finished when the manifest is there. Between these three, each at a step of its own, nobody waits for the store.
+
     Args:
         store: the run's folder.
         gather: collects one object of every rank on all of them.
@@ -210,21 +214,28 @@ class CheckpointWriter:
     def __init__(self, store: Store, gather: Callable[[Any], list[Any]], rank: int, keep: int, superseded: Callable[[], None]):
         self._store, self._gather, self._rank, self._keep, self._superseded = store, gather, rank, keep, superseded
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._cleaner = ThreadPoolExecutor(1, thread_name_prefix="prune")
+        self._snapshot = Snapshot()
         self._upload: Future[CheckpointPart] | None = None
+        self._manifest: Future[None] | None = None
+        self._cleaning: Future[None] | None = None
+        self._published: Checkpoint | None = None
         self._facts: dict[str, Any] = {}
 
     @property
     def busy(self) -> bool:
-        """Whether a checkpoint was begun and not yet committed."""
-        return self._upload is not None
+        """Whether a checkpoint was begun and not yet finished."""
+        return self._upload is not None or self._published is not None
 
     @property
     def uploaded(self) -> bool:
-        """Whether this rank's part is uploaded. Raises what the upload raised."""
-        if self._upload is not None and self._upload.done():
-            self._upload.result()
-            return True
-        return False
+        """Whether this rank's part is uploaded and waits to be published. Raises what the upload raised."""
+        return _done(self._upload)
+
+    @property
+    def written(self) -> bool:
+        """Whether the manifest is there; only rank 0 knows. Raises what `finish` would."""
+        return _done(self._manifest)
 
     def begin(self, fragments: Iterable[Any], buffers: dict[str, torch.Tensor], **facts: Any) -> None:
         """Copy this rank's fragments and start to upload them.
@@ -237,37 +248,55 @@ class CheckpointWriter:
         if self.busy:
             self.commit()
         extents, shapes = [], {}
-        tensors = {BUFFER + name: buffer.detach().to("cpu", copy=True) for name, buffer in buffers.items()} if self._rank == 0 else {}
+        tensors = {BUFFER + name: buffer for name, buffer in buffers.items()} if self._rank == 0 else {}
         for fragment in fragments:
             count = fragment.tensors["master"].numel()
             extents.append((fragment.name, fragment.start, count))
             shapes[fragment.name] = list(fragment.shape)
             for kind, view in fragment.tensors.items():
-                tensors[_tensor(fragment.name, fragment.start, kind)] = view.detach().to("cpu", torch.float32, copy=True)
+                tensors[_tensor(fragment.name, fragment.start, kind)] = view
         self._facts = {**facts, "shapes": shapes}
         by = str(Attempt(facts["life"], facts.get("attempt", 0)))
-        self._upload = self._pool.submit(self._write, str(facts["stage"]), by, tensors, extents)
+        self._upload = self._pool.submit(self._write, str(facts["stage"]), by, self._snapshot.take(tensors), extents)
 
-    def commit(self) -> Checkpoint:
-        """Wait for every rank's part, then let rank 0 create the manifest; the checkpoint, which exists when rank 0 returns.
+    def publish(self) -> None:
+        """Wait for every rank's part, then let rank 0 begin to write the manifest."""
+        assert self._upload is not None
+        ranks = self._gather((self._upload.result(), self._facts["shapes"]))
+        self._upload = None
+        shapes = {name: shape for _, shapes in ranks for name, shape in shapes.items()}
+        self._published = Checkpoint(**{**self._facts, "shapes": shapes, "parts": [part for part, _ in ranks]})
+        if self._rank == 0:
+            self._manifest = self._pool.submit(self._create, self._published)
+
+    def finish(self) -> Checkpoint:
+        """The checkpoint that was published; on rank 0 it exists when this returns.
 
         Raises:
             Superseded: on rank 0, if a newer life or attempt has begun. Then there is no such checkpoint.
             StorageError: if another group with the same numbers has created this manifest, of other parts.
         """
-        assert self._upload is not None
-        ranks = self._gather((self._upload.result(), self._facts["shapes"]))
-        self._upload = None
-        shapes = {name: shape for _, shapes in ranks for name, shape in shapes.items()}
-        checkpoint = Checkpoint(**{**self._facts, "shapes": shapes, "parts": [part for part, _ in ranks]})
-        if self._rank == 0:
-            self._superseded()
-            self._create(checkpoint)
-            _prune(self._store, checkpoint, self._keep, self._superseded)
+        assert self._published is not None
+        if self._manifest:
+            self._manifest.result()
+            if _done(self._cleaning) or self._cleaning is None:  # else the next checkpoint's does the work of both
+                self._cleaning = self._cleaner.submit(_prune, self._store, self._published, self._keep, self._superseded)
+        checkpoint, self._published, self._manifest = self._published, None, None
         return checkpoint
+
+    def commit(self) -> Checkpoint:
+        """Wait until what was begun is published and finished.
+
+        Raises:
+            Superseded, StorageError: as `finish`.
+        """
+        if self._published is None:
+            self.publish()
+        return self.finish()
 
     def _create(self, checkpoint: Checkpoint) -> None:
         """Create the manifest, and take it back if a newer life or attempt began meanwhile: this process may have stood still."""
+        self._superseded()
         key = f"checkpoints/{checkpoint.stage}/{checkpoint.file}"
         try:
             self._store.create(key, json.dumps(asdict(checkpoint)).encode())
@@ -284,14 +313,23 @@ class CheckpointWriter:
             raise
 
     def close(self) -> None:
-        """Let go of the upload thread; a checkpoint that was not committed does not exist."""
+        """Wait for deletions, and let go of the threads; a checkpoint that was not finished does not exist."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._cleaner.shutdown(wait=True)
+        _done(self._cleaning)
 
-    def _write(self, stage: str, by: str, tensors: dict[str, torch.Tensor], extents: list[Extent]) -> CheckpointPart:
-        data = save(tensors)
+    def _write(self, stage: str, by: str, data: memoryview, extents: list[Extent]) -> CheckpointPart:
         part = CheckpointPart(content_hash(data), len(data), extents, by)
         self._store.put(f"checkpoints/{stage}/{part.file}", data)
         return part
+
+
+def _done(future: "Future[Any] | None") -> bool:
+    """Whether it has ended; raises what it raised."""
+    if future is None or not future.done():
+        return False
+    future.result()
+    return True
 
 
 def remove_orphans(store: Store, stage: str, by: Attempt) -> None:

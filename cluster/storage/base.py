@@ -122,7 +122,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | memoryview) -> None:
         """Write an object, whatever was there before."""
 
     @abstractmethod

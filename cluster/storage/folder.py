@@ -82,7 +82,7 @@ class FolderStore(Store):
                 raise IsADirectoryError(f"{path} is a folder")
             return path.stat().st_size
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | memoryview) -> None:
         """Write an object, whatever was there before."""
         with self._errors(key, writing=True), self._temporary_file(key, data) as staged:
             os.replace(staged, self._path(key))
@@ -127,7 +127,7 @@ class FolderStore(Store):
         return self._root / checked_key(key)
 
     @contextlib.contextmanager
-    def _temporary_file(self, key: str, source: bytes | Path) -> Iterator[str]:
+    def _temporary_file(self, key: str, source: bytes | memoryview | Path) -> Iterator[str]:
         """A temporary file beside the key, with the content synced to disk; it is removed at the end unless it was renamed."""
         folder = self._path(key).parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,11 +138,11 @@ class FolderStore(Store):
                     _last_cleanup[folder] = now
                     _remove_orphans(folder, now)
                 os.fchmod(descriptor, 0o644)
-                if isinstance(source, bytes):
-                    file.write(source)
-                else:
+                if isinstance(source, Path):
                     with open(source, "rb") as original:
                         shutil.copyfileobj(original, file, 1 << 20)
+                else:
+                    file.write(source)
                 file.flush()
                 os.fsync(descriptor)
             yield staged

@@ -208,9 +208,9 @@ class S3Store(Store):
         """An object's size in bytes."""
         return self._call("head_object", key)["ContentLength"]
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | memoryview) -> None:
         """Write an object, whatever was there before."""
-        self._upload(key, len(data), lambda start, end: data[start:end])
+        self._upload(key, len(data), lambda start, end: bytes(data[start:end]))
 
     def put_file(self, key: str, path: Path) -> None:
         """Write a large object from a local file, whatever was there before."""

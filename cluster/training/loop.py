@@ -91,6 +91,7 @@ class Verdict(NamedTuple):
         ledger: sum of the CRC32C of the bytes the step was made of; exact below 2^53.
         next_valid: items of the next step that count.
         uploaded: whether the part of the checkpoint is uploaded; how many ranks' have.
+        written: whether the manifest of the checkpoint is there, which rank 0 knows.
         next_corrupt: items of the next step that were found damaged.
         checkpoint: whether it is time for a checkpoint.
         leave: whether the driver asks the ranks to leave now, with a checkpoint.
@@ -102,6 +103,7 @@ class Verdict(NamedTuple):
     ledger: float
     next_valid: float
     uploaded: float
+    written: float
     next_corrupt: float
     checkpoint: float
     leave: float
@@ -264,6 +266,7 @@ class _Training:
             ledger=ledger,
             next_valid=valid,
             uploaded=self.writer.uploaded,
+            written=self.writer.written,
             next_corrupt=len(corrupt),
             checkpoint=self.checkpoint_overdue(),
             leave=asked == Request.LEAVE,
@@ -360,17 +363,26 @@ class _Training:
             self.log.add(progress=after, step=batch.step, **numbers, ledger=int(verdict.ledger))
         all_uploaded = verdict.uploaded == self.place.ranks
         due = self.checkpoint_due(before, after) or bool(verdict.checkpoint or verdict.leave)
-        if all_uploaded or due:
+        if all_uploaded or verdict.written or due:
             with self.meter.phase("checkpoint"):
-                committed = self.writer.commit() if self.writer.busy else None
-                if due:
-                    self.checkpoint(batch.step + 1, after)
+                committed = self.go_on_with_checkpoint(batch.step + 1, after, bool(verdict.written), due)
             if committed and self.validator and self.looks_at(committed):
                 self.validate(self.validator, committed)
         self.meter.gauges["peak_memory_bytes"] = peak_memory(self.place.device)
         items = len(batch.positions)
         self.meter.step_done(items=items, bytes=batch.bytes, flops=items * self.flops)
         return after < self.share.total and bool(verdict.leave or (due and verdict.leave_at_checkpoint))
+
+    def go_on_with_checkpoint(self, steps: int, progress: int, written: bool, due: bool) -> Checkpoint | None:
+        """Publish, finish or begin a checkpoint; returns one that was finished."""
+        finished = None
+        if written or (due and self.writer.busy):  # where the next one is due already, it is waited for
+            finished = self.writer.commit()
+        elif self.writer.busy:
+            self.writer.publish()
+        if due:
+            self.checkpoint(steps, progress)
+        return finished
 
     def looks_at(self, found: Checkpoint) -> bool:
         """Whether clips of validation are scored with a checkpoint: those that a clock or a fault asked for are not looked at."""

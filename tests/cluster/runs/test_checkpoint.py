@@ -1,6 +1,8 @@
 """Checkpoints: what is kept, what is deleted, and what a writer does that finds itself superseded."""
 
 import json
+import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -34,6 +36,7 @@ def commit(writer: CheckpointWriter, progress: int, life: int = 1, attempt: int 
     weights = torch.full((2,), float(progress) if weight is None else weight)
     writer.begin([Fragment("w", (2,), 0, {"master": weights})], {}, **facts, life=life, attempt=attempt)
     writer.commit()
+    writer._cleaning.result()  # old ones are deleted behind training
 
 
 def progresses(store: Store) -> list[int]:
@@ -214,3 +217,36 @@ def test_a_checkpoint_of_the_version_before_is_read_gone_on_from_and_deleted_in_
     assert old.endswith(found.file) and checkpoint.assemble(store, found, "master")["w"].tolist() == [6, 6]
     commit(writer_of(store, keep=1), 12, life=2)
     assert progresses(store) == [12] and len(parts(store)) == 1
+
+
+def test_neither_deleting_nor_listing_nor_the_manifest_is_waited_for_by_a_step(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that does not answer until the test lets it: begin and publish return all the same."""
+    answers, asked = threading.Event(), []
+    for name in ("put", "create", "list", "delete"):
+        original = getattr(type(store), name)
+
+        def slow(self, *given, original=original, name=name):
+            if threading.current_thread() is not threading.main_thread():
+                asked.append(name)
+                assert answers.wait(60)
+            return original(self, *given)
+
+        monkeypatch.setattr(type(store), name, slow)
+    one = writer_of(store)
+    facts = {"stage": "autoencoder", "progress": 1, "steps": 1, "dataset": "", "config": {}, "life": 1, "attempt": 0}
+    one.begin([Fragment("w", (2,), 0, {"master": torch.ones(2)})], {}, **facts)
+    assert one.busy and not one.uploaded
+    answers.set()
+    while not one.uploaded:
+        time.sleep(0.01)
+    answers.clear()
+    one.publish()
+    assert one.busy and not one.written
+    answers.set()
+    while not one.written:
+        time.sleep(0.01)
+    answers.clear()
+    assert one.finish().progress == 1 and not one.busy
+    answers.set()
+    one.close()
+    assert {"put", "create", "list"} <= set(asked) and progresses(store) == [1]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -41,12 +42,18 @@ class Machines:
             free.bind(("", 0))
             self.address = f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
         self._head = self._start("--head", f"--port={self.address.rpartition(':')[2]}", "--num-cpus=0", "--include-dashboard=false")
+        while not _listens(self.address):
+            assert self._head.poll() is None, "the head did not start"
+            time.sleep(0.1)
         self._nodes = [self._add() for _ in range(count)]
 
     def _start(self, *options: str) -> subprocess.Popen[bytes]:
+        """`ray start`, again until it comes up: on a busy machine the ports of two that start at once may collide."""
         common = ("--object-store-memory=80000000", "--dashboard-agent-listen-port=0", "--disable-usage-stats", "--block")
+        command = shlex.join([str(RAY), "start", *options, *common])
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        return subprocess.Popen([RAY, "start", *options, *common], env=self._environment, start_new_session=True, **silent)
+        loop = ["sh", "-c", f"until {command}; do sleep 1; done"]
+        return subprocess.Popen(loop, env=self._environment, start_new_session=True, **silent)
 
     def _add(self) -> subprocess.Popen[bytes]:
         return self._start(f"--address={self.address}", "--num-cpus=1")
@@ -67,6 +74,12 @@ class Machines:
     def close(self) -> None:
         for process in (*self._nodes, self._head):
             _kill(process)
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with socket.socket() as there:
+        return there.connect_ex((host, int(port))) == 0
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -1,0 +1,36 @@
+"""What is copied is the safetensors file that their own library reads, and the memory serves again."""
+
+import torch
+from safetensors.torch import load
+
+from cluster.runs.snapshot import TYPES, Snapshot
+
+
+def some(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    every = {f"of {kind}": (torch.rand(3, 5, generator=generator) * 9).to(kind) for kind in TYPES}
+    return {**every, "part@7/master": torch.rand(1001, generator=generator), "none": torch.zeros(0), "number": torch.tensor(4.0)}
+
+
+def test_the_copy_is_the_file_that_safetensors_reads() -> None:
+    tensors, snapshot = some(0), Snapshot()
+    read = load(bytes(snapshot.take(tensors)))
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors)
+
+
+def test_equal_tensors_are_equal_bytes_in_whatever_order_they_come_and_the_memory_is_used_again() -> None:
+    snapshot, other = Snapshot(), Snapshot()
+    snapshot.take(some(1))
+    first = id(snapshot._memory)
+    taken = snapshot.take(some(2))
+    assert id(snapshot._memory) == first
+    assert bytes(taken) == bytes(other.take(dict(reversed(some(2).items()))))
+
+
+def test_what_changes_afterwards_does_not_change_the_copy() -> None:
+    tensors = some(3)
+    taken = Snapshot().take(tensors)
+    before = bytes(taken)
+    tensors["part@7/master"].zero_()
+    assert bytes(taken) == before
