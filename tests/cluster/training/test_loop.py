@@ -284,9 +284,9 @@ def not_finite_once(rank: int, ranks: int, experiment: Experiment, item: int, fo
             shutil.copytree(f"{folder}/whole", f"{folder}/{name}")
             for later in names_of(f"{folder}/{name}")[:-steps]:
                 os.remove(f"{folder}/{name}/{later}")
-        train_here(rank, ranks, experiment, f"{folder}/after", 2, "autoencoder")
         doses[item] = DOSES[0]
         train_here(rank, ranks, experiment, f"{folder}/before", 2, "autoencoder")
+        train_here(rank, ranks, experiment, f"{folder}/after", 2, "autoencoder")
 
 
 def test_a_run_killed_before_or_after_a_bad_item_was_found_ends_identical(shards: Path, tmp_path: Path) -> None:
