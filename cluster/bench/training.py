@@ -97,6 +97,7 @@ def _engine_step(engine: Engine, batch: dict[str, torch.Tensor], items: int, par
         for part in range(parts):
             size = slice(part * items // parts, (part + 1) * items // parts)
             engine.backward(engine.forward({key: tensor[size] for key, tensor in weighted.items()}, items))
+        engine.gradient_square()
         engine.step(1e-4)
 
     return step

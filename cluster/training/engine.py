@@ -164,6 +164,8 @@ class Engine:
         if self.settings.zero == 0:  # every rank holds everything
             gradients = [p.grad for p in self.stage.parameters() if p.requires_grad][self._rank :: self._ranks]
             return squared_norm([gradient for gradient in gradients if gradient is not None])
+        if self.settings.zero == 3:  # all of it in one buffer, whose padding is 0
+            return squared_norm(self._engine.optimizer.grad_partitions_flat_buffer.split(ALIGNED * ALIGNED))
         return squared_norm([gradient for group in self._engine.optimizer.averaged_gradients.values() for gradient in group])
 
     def discard(self) -> None:

@@ -37,7 +37,10 @@ class Dose(NamedTuple):
 
 @contextmanager
 def poisoned_items(experiment: Experiment, doses: Mapping[int, Dose]) -> Iterator[None]:
-    """In this process, stage 1 computes no numbers of these items; they are told by the bytes of `mfcc` that it reads of them."""
+    """In this process, stage 1 computes no numbers of these items; as long as they are in `doses`.
+
+    They are told by the bytes of `mfcc` that it reads of them.
+    """
     store = open_store(experiment.data.url)
     reader, forward = Reader(store, load_manifest(store), experiment.data.split), Autoencoder.forward
     marks = {
@@ -49,8 +52,8 @@ def poisoned_items(experiment: Experiment, doses: Mapping[int, Dose]) -> Iterato
         if losses.is_meta:  # its operations are counted
             return losses
         factors = torch.ones(2, len(losses))
-        for item, mark in marks.items():
-            factors[:, (batch["mfcc"] == mark).flatten(1).all(1)] = torch.tensor(doses[item])[:, None]
+        for item, dose in doses.items():
+            factors[:, (batch["mfcc"] == marks[item]).flatten(1).all(1)] = torch.tensor(dose)[:, None]
         return Poison.apply(torch.where(factors[0] == 1, losses, losses * factors[0]), factors[1])
 
     with pytest.MonkeyPatch.context() as patch:

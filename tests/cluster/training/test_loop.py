@@ -269,26 +269,31 @@ def names_of(folder: Path | str) -> list[str]:
     return checkpoint.list_checkpoints(open_store(str(folder)), "autoencoder")
 
 
-def twice_in_a_row(rank: int, ranks: int, experiment: Experiment, item: int, folder: str) -> None:
-    """`whole`: an item is not finite whenever it comes; `before` and `after` go on from there, killed before and after it was found.
+def not_finite_once(rank: int, ranks: int, experiment: Experiment, item: int, folder: str) -> None:
+    """In `whole` an item is not finite until that is found; `before` and `after` go on from a kill before and after that."""
+    isolate, doses = loop._Training.isolate, {item: DOSES[0]}
 
-    From after, the item was mended meanwhile.
-    """
-    with poisoned_items(experiment, {item: DOSES[0]}):
+    def mended(self, found):
+        isolate(self, found)
+        doses.clear()
+
+    loop._Training.isolate = mended
+    with poisoned_items(experiment, doses):
         train_here(rank, ranks, experiment, f"{folder}/whole", 1, "autoencoder")
         for name, steps in {"before": 1, "after": 2}.items():
             shutil.copytree(f"{folder}/whole", f"{folder}/{name}")
             for later in names_of(f"{folder}/{name}")[:-steps]:
                 os.remove(f"{folder}/{name}/{later}")
+        doses[item] = DOSES[0]
         train_here(rank, ranks, experiment, f"{folder}/before", 2, "autoencoder")
-    train_here(rank, ranks, experiment, f"{folder}/after", 2, "autoencoder")
+        train_here(rank, ranks, experiment, f"{folder}/after", 2, "autoencoder")
 
 
 def test_a_run_killed_before_or_after_a_bad_item_was_found_ends_identical(shards: Path, tmp_path: Path) -> None:
     """Steps of 15 of 40 items: the item is in step 1, and in step 2 once more, whose batch is there when it is found."""
     experiment = case_of(shards, tmp_path, 2, "fp32", 0, "optim.batch=15", "optim.epochs=2", "run.checkpoint_every=15")
     item = min(set(items_at(experiment, range(15, 30))) & set(items_at(experiment, range(40, 45))))
-    on_ranks(1, twice_in_a_row, experiment, item, str(tmp_path))
+    on_ranks(1, not_finite_once, experiment, item, str(tmp_path))
     assert parts(tmp_path / "whole") == parts(tmp_path / "before") == parts(tmp_path / "after")
     ledger = [row["ledger"] for row in rows_of(tmp_path / "whole")]
     for name, found in {"before": 1, "after": 0}.items():
