@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from cluster.runs.lineage import open_attempt
 from cluster.runs.state import Attempt, State, Superseded, assert_newest_life, open_life, read_state, write_state
 from cluster.storage import AlreadyExists, Entry, NotFound, Stale, Store
 from cluster.storage.base import ByteCounter, OnBytes, ignore_bytes
-from cluster.training.engine import Fragment
 
 STAGE = "autoencoder"
 STEP = 6
@@ -400,7 +399,8 @@ def train(process: Stepped) -> None:
         world.sleep(1.0)
         progress += STEP
         facts = {"stage": STAGE, "progress": progress, "steps": progress // STEP, "dataset": "", "config": {}}
-        weights = Fragment("w", (2,), 0, {"master": torch.full((2,), float(progress))})  # the same for whoever comes so far
+        tensors = {"master": torch.full((2,), float(progress))}  # the same for whoever comes so far
+        weights = SimpleNamespace(name="w", shape=(2,), start=0, tensors=tensors)
         writer.begin([weights], {}, **facts, life=by.life, attempt=by.attempt)
         writer.commit()
         world.committed(progress)

@@ -11,6 +11,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from cluster.runs.lease import Lease
 from cluster.runs.lineage import open_attempt
 from cluster.runs.state import Attempt, State, Superseded, assert_newest_life, open_life, write_state
 from cluster.storage.folder import FolderStore
-from cluster.training.engine import Fragment
 
 STAGE = "autoencoder"
 STEP = 6
@@ -62,7 +62,7 @@ def main(folder: str, log: str, end: int) -> None:
         progress = max((one.progress for one in found), default=0)
         while progress < end:
             progress += STEP
-            weights = Fragment("w", (2,), 0, {"master": torch.full((2,), float(progress))})
+            weights = SimpleNamespace(name="w", shape=(2,), start=0, tensors={"master": torch.full((2,), float(progress))})
             facts = {"stage": STAGE, "progress": progress, "steps": progress // STEP, "dataset": "", "config": {}}
             writer.begin([weights], {}, **facts, life=by.life, attempt=by.attempt)
             writer.commit()
