@@ -158,12 +158,13 @@ class Watch:
         self._endpoint = None
         return None
 
-    def until(self, condition: Callable[[Sight], bool], what: str, seconds: float = PATIENCE) -> Sight:
-        """Look until a condition holds.
+    def until(self, condition: Callable[[Sight], bool], what: str, seconds: float | None = None) -> Sight:
+        """Look until a condition holds, at most `seconds` (PATIENCE).
 
         Raises:
-            HostFault: after `seconds`, with the last that was seen.
+            HostFault: if it does not, with the last that was seen.
         """
+        seconds = PATIENCE if seconds is None else seconds
         end = self._clock() + seconds
         while self._clock() < end:
             sight = self.look()
@@ -184,10 +185,13 @@ class Watch:
         before, over = done.before, done.lifted if done.lifted < math.inf else done.time
         started = [sight for sight in self.history if (sight.life, sight.restarts) > (before.life, before.restarts)]
         stood = started[0] if started else [sight for sight in self.history if sight.time <= over][-1]
-        later = [sight for sight in self.history if sight.time > stood.time and _further(sight, stood)]
+        later = [sight for sight in self.history if sight.time > stood.time and _items_since(stood, sight) > 0]
         noticed = started[0].time - done.time if started else math.inf
         going = later[0].time - done.time if later else math.inf
-        lost = max(0, before.step - min(sight.step for sight in (stood, *later[:1]))) if started else 0
+        lost = 0
+        if started and later:
+            resumed = later[0].step - _items_since(stood, later[0]) // self._batch
+            lost = max(0, before.step - resumed)
         return Recovery(noticed, going, lost)
 
     def process(self, rank: int) -> tuple[Machine, int]:
@@ -289,10 +293,10 @@ def _read(text: str, now: float, batch: int) -> Sight | None:
     return Sight(now, life, number("restarts_total"), stage, step, number("items_processed_total"), ranks)
 
 
-def _further(sight: Sight, than: Sight) -> bool:
-    """Whether items were trained on in between."""
-    here, there = (sight.life, sight.stage), (than.life, than.stage)
-    return sight.items > (than.items if here == there else 0)
+def _items_since(then: Sight, now: Sight) -> int:
+    """Items trained on between two looks; a new life and a new stage count from 0."""
+    same = (then.life, then.stage) == (now.life, now.stage)
+    return now.items - (then.items if same else 0)
 
 
 def _kill(injector: Injector, fault: Fault) -> Story:

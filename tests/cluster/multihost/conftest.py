@@ -1,4 +1,4 @@
-"""Hosts of namespaces, and the small runs that are trained on them."""
+"""Hosts of namespaces, and the small dataset that is trained on there."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.runtime.hosts import Hosts
-from tests.cluster.data.test_stream_faults import copy
-from tests.cluster.support.multihost import leftovers, requires_namespaces
+from tests.cluster.support.multihost import cluster
 from tests.tiny import job
 
 
@@ -22,12 +21,6 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hosts(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    """A head and three workers with one CPU each, and the shards in their S3 server; nothing of them is left behind."""
-    requires_namespaces()
-    with Hosts(tmp_path_factory.mktemp("hosts"), workers=3) as hosts, pytest.MonkeyPatch.context() as patch:
-        for name, value in hosts.store_environment().items():
-            patch.setenv(name, value)
-        copy(tiny_shards, f"{hosts.url}/shards")
-        hosts.wait(nodes=4)
+    """A head and three workers that the tests of a module share."""
+    with cluster(tmp_path_factory.mktemp("hosts"), tiny_shards, workers=3) as hosts:
         yield hosts
-    assert leftovers(hosts) == []

@@ -5,14 +5,16 @@ import os
 import shlex
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from cluster.runtime.faults import Fault, Injected, Injector, Watch
-from cluster.runtime.hosts import PROJECT, Hosts, HostsImpossible, assert_possible
+from cluster.runtime.hosts import PATH, PROJECT, Hosts, HostsImpossible, assert_possible
 from cluster.storage import open_store
+from tests.cluster.data.test_stream_faults import copy
 from tests.tiny import OVERRIDES, job
 
 SKIP = "REACTDIFF_SKIP_NAMESPACES"
@@ -98,6 +100,24 @@ class Run:
         return sorted((int(life), int(attempt)) for life, _, attempt in (folder.partition(".") for folder in folders))
 
 
+    def lives(self) -> int:
+        """How often a driver of it was started."""
+        return len(list(self._folder.list("lives/")))
+
+
+@contextmanager
+def cluster(folder: Path, shards: Path, workers: int) -> Iterator[Hosts]:
+    """Hosts with one CPU each and these shards in their S3 server, where this process finds them too; nothing of them is left behind."""
+    requires_namespaces()
+    with Hosts(folder, workers) as hosts, pytest.MonkeyPatch.context() as patch:
+        for name, value in hosts.store_environment().items():
+            patch.setenv(name, value)
+        copy(shards, f"{hosts.url}/shards")
+        hosts.wait(nodes=workers + 1)
+        yield hosts
+    assert leftovers(hosts) == []
+
+
 @cache
 def one_host_weights(shards: Path, ranks: int) -> dict[str, str]:
     """The weights of the same run with all ranks on this machine, in a store of files, without disturbance."""
@@ -123,3 +143,10 @@ def _processes(hosts: Hosts) -> Iterator[str]:
             continue
         if f"REACTDIFF_HOSTS={hosts.folder}".encode() in environment.split(b"\0") or str(hosts.folder).encode() in command:
             yield shlex.join(command.decode(errors="replace").split("\0"))
+
+
+def machines(folder: Path, workers: int = 2) -> Hosts:
+    """Hosts without Ray, which are up in a second."""
+    requires_namespaces()
+    without = PROJECT / "tests/cluster/support/without_ray"
+    return Hosts(folder, workers, environment={"PATH": f"{without}:{PATH}"}, disk="64m")
