@@ -26,7 +26,7 @@ RAY = {"runtime/ray_cluster", "runtime/tasks", "driver/launch", "studies/sweep"}
 MODULES = {
     "config": "identity loading paths schema spec",
     "storage": "base deadline folder hashing multipart parallel retry s3",
-    "runtime": "device failures faults hosts ray_cluster scratch tasks",
+    "runtime": "device failures faults hosts machines ray_cluster scratch tasks",
     "telemetry": "display exporter meter metrics_log monitor tensorboard",
     "data": (
         "build_shard cache cache_file cache_space checksums demo index_tars manifest prepare quarantine ranges reader "

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cluster.runtime.hosts import GCS, RAYLET, Host, HostFault, Hosts, Machine, VirtualMachine
+from cluster.runtime.hosts import GCS, RAYLET, Host, Hosts
+from cluster.runtime.machines import Machine, MachineError, VirtualMachine
 
 Story = Iterator[tuple[str, str]]
 
@@ -162,7 +163,7 @@ class Watch:
         """Look until a condition holds, at most `seconds` (PATIENCE).
 
         Raises:
-            HostFault: if it does not, with the last that was seen.
+            MachineError: if it does not, with the last that was seen.
         """
         seconds = PATIENCE if seconds is None else seconds
         end = self._clock() + seconds
@@ -171,7 +172,7 @@ class Watch:
             if sight and condition(sight):
                 return sight
             time.sleep(POLL)
-        raise HostFault(f"in {seconds:g} s the run did not come to {what}; last seen: {self.history[-1] if self.history else 'nothing'}")
+        raise MachineError(f"in {seconds:g} s the run did not come to {what}; last seen: {self.history[-1] if self.history else 'nothing'}")
 
     def spend(self, seconds: float, ended: Callable[[], bool] = lambda: False) -> None:
         """Let time pass, looking, until something has ended."""
@@ -198,11 +199,11 @@ class Watch:
         """Machine and process of a rank.
 
         Raises:
-            HostFault: if the run does not tell.
+            MachineError: if the run does not tell.
         """
         sight = self.look()
         if not sight or rank not in sight.ranks:
-            raise HostFault(f"the run does not tell where rank {rank} is")
+            raise MachineError(f"the run does not tell where rank {rank} is")
         host, pid = sight.ranks[rank]
         return next(machine for machine in self._machines if machine.name == host), pid
 
@@ -210,11 +211,11 @@ class Watch:
         """Machine and process of the driver, which is who serves the endpoint.
 
         Raises:
-            HostFault: if none answers.
+            MachineError: if none answers.
         """
         self.look()
         if not self._endpoint:
-            raise HostFault("no driver answers")
+            raise MachineError("no driver answers")
         machine, address = self._endpoint
         listening = machine.run("ss", "-ltnpH", f"sport = :{address.rpartition(':')[2]}").stdout
         return machine, int(re.findall(r"pid=(\d+)", listening)[0])
@@ -245,10 +246,10 @@ class Injector:
         """The hosts of the run.
 
         Raises:
-            HostFault: if it has none of its own.
+            MachineError: if it has none of its own.
         """
         if self._hosts is None:
-            raise HostFault("this fault needs hosts of namespaces, and the run is on this machine itself")
+            raise MachineError("this fault needs hosts of namespaces, and the run is on this machine itself")
         return self._hosts
 
     def host(self, rank: int) -> Host:
@@ -259,7 +260,7 @@ class Injector:
         """Wait for the fault's step, do it, and end it after its seconds, if it is one that ends.
 
         Raises:
-            HostFault: if it did not happen, or its step never came.
+            MachineError: if it did not happen, or its step never came.
         """
 
         def due(sight: Sight) -> bool:
@@ -409,7 +410,7 @@ def _killed(machine: Machine, pid: int, who: str) -> str:
         if machine.state(pid)[:1] in ("", "Z"):
             return f"process {pid} of {who} is gone"
         time.sleep(0.1)
-    raise HostFault(f"process {pid} of {who} on {machine.name} survives SIGKILL")
+    raise MachineError(f"process {pid} of {who} on {machine.name} survives SIGKILL")
 
 
 def _unreachable(hosts: Hosts, machine: VirtualMachine) -> str:
@@ -420,4 +421,4 @@ def _unreachable(hosts: Hosts, machine: VirtualMachine) -> str:
 
 def _assert(true: bool, what: str) -> None:
     if not true:
-        raise HostFault(f"it did not happen that {what}")
+        raise MachineError(f"it did not happen that {what}")

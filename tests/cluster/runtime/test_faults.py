@@ -12,10 +12,11 @@ import pytest
 
 from cluster.runtime import faults
 from cluster.runtime.faults import Fault, Injected, Injector, Sight, Watch, at
-from cluster.runtime.hosts import RAYLET, HostFault, Hosts, Machine
+from cluster.runtime.hosts import GCS, RAYLET, Hosts
+from cluster.runtime.machines import Machine, MachineError
 from cluster.telemetry.exporter import Exporter
 from cluster.telemetry.meter import Meter
-from tests.cluster.support.multihost import leftovers, machines
+from tests.cluster.support.multihost import hosts_without_ray, leftovers, soon
 
 pytestmark = [pytest.mark.starts, pytest.mark.timeout(120)]
 
@@ -85,7 +86,7 @@ def test_a_fault_waits_for_its_step_and_stage(victim: subprocess.Popen[bytes], m
     done = Injector(watch).inject(at(step=7).kill())
     assert victim.wait() == -9
     assert (done.before.step, done.host, done.detail) == (7, HERE.name, f"process {victim.pid} of rank 0 is gone")
-    with pytest.raises(HostFault, match="did not come to step 9 of stage diffusion; last seen: Sight"):
+    with pytest.raises(MachineError, match="did not come to step 9 of stage diffusion; last seen: Sight"):
         monkeypatch.setattr(faults, "PATIENCE", 0.01)
         Injector(watch).inject(at(step=9, stage="diffusion").kill())
 
@@ -108,11 +109,11 @@ def test_what_did_not_happen_is_an_error() -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     watch = Told([HERE], sight()._replace(ranks={0: (HERE.name, gone.pid)}))
-    with pytest.raises(HostFault, match="No such process"):
+    with pytest.raises(MachineError, match="No such process"):
         Injector(watch).inject(at(step=1).kill())
-    with pytest.raises(HostFault, match="does not tell where rank 5 is"):
+    with pytest.raises(MachineError, match="does not tell where rank 5 is"):
         watch.process(5)
-    with pytest.raises(HostFault, match="needs hosts of namespaces"):
+    with pytest.raises(MachineError, match="needs hosts of namespaces"):
         Injector(watch).inject(at(step=1).cut())
 
 
@@ -135,7 +136,7 @@ def test_recovery_is_read_from_what_the_run_told() -> None:
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    with machines(tmp_path_factory.mktemp("machines")) as hosts:
+    with hosts_without_ray(tmp_path_factory.mktemp("machines")) as hosts:
         yield hosts
     assert leftovers(hosts) == []
 
@@ -143,9 +144,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 @pytest.fixture
 def injector(hosts: Hosts) -> Injector:
     """Of a run whose ranks are process 1 of h1 and h2, which nothing can kill from inside."""
-    for host in hosts.all:
-        while not host.processes(f"{RAYLET}|gcs/gcs_server"):
-            faults.time.sleep(0.05)
+    assert soon(lambda: all(host.processes(f"{RAYLET}|{GCS}") for host in hosts.all))
     return Injector(Told(list(hosts.all), sight()), hosts)
 
 
@@ -157,11 +156,9 @@ def test_the_raylet_of_a_rank_is_killed(hosts: Hosts, injector: Injector) -> Non
 
 
 def test_the_head_is_restarted(hosts: Hosts, injector: Injector) -> None:
-    (before,) = hosts.head.processes("gcs/gcs_server")
+    (before,) = hosts.head.processes(GCS)
     assert injector.inject(at(step=1).restart_head()).host == "head"
-    while not (after := hosts.head.processes("gcs/gcs_server")):
-        faults.time.sleep(0.05)
-    assert after[0].pid != before.pid
+    assert soon(lambda: bool(hosts.head.processes(GCS))) and hosts.head.processes(GCS) != [before]
 
 
 def test_a_host_without_power_boots_after_its_seconds(hosts: Hosts, injector: Injector) -> None:
@@ -174,15 +171,14 @@ def test_a_host_or_the_store_is_cut_off_for_its_seconds(hosts: Hosts, injector: 
     for fault, host in ((at(step=1).cut(rank=1, seconds=0.5), "h2"), (at(step=1).cut_store(seconds=0.5), "store")):
         done = injector.inject(fault)
         assert (done.host, done.detail) == (host, f"the cable of {host} is pulled")
-        while hosts.workers[1].fetch(health) is None:
-            pass
+        assert soon(lambda: hosts.workers[1].fetch(health) is not None)
 
 
 def test_packets_among_ranks_are_dropped_and_only_that_counts_as_the_fault(
     hosts: Hosts, injector: Injector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(faults, "PATIENCE", 1.0)
-    with pytest.raises(HostFault, match="packets that are dropped among its ranks"):
+    with pytest.raises(MachineError, match="packets that are dropped among its ranks"):
         injector.inject(at(step=1).part(rank=0))
     hosts.join()
     monkeypatch.setattr(faults, "PATIENCE", 30.0)
@@ -191,7 +187,7 @@ def test_packets_among_ranks_are_dropped_and_only_that_counts_as_the_fault(
     done = injector.inject(at(step=1).part(rank=0, seconds=0.5))
     talking.kill()
     assert "packets to and from h2 were dropped" in done.detail
-    with pytest.raises(HostFault, match="parted"):
+    with pytest.raises(MachineError, match="parted"):
         hosts.dropped()
 
 
@@ -207,8 +203,8 @@ def test_a_full_disk_is_empty_again_after_its_seconds(hosts: Hosts, injector: In
 def test_a_rank_gets_no_more_memory(hosts: Hosts, injector: Injector) -> None:
     grow = "import time\nwhile True: time.sleep(0.2); kept = bytearray(1 << 28)"
     hungry = hosts.workers[0].popen(sys.executable, "-c", grow)
-    while not (found := hosts.workers[0].processes(f"^{sys.executable} -c {grow[:11]}")):
-        pass
+    assert soon(lambda: bool(hosts.workers[0].processes(f"^{sys.executable} -c {grow[:11]}")))
+    found = hosts.workers[0].processes(f"^{sys.executable} -c {grow[:11]}")
     injector.watch.coming = [sight(h1=found[0].pid)]  # type: ignore[attr-defined]
     done = injector.inject(at(step=1).limit_memory())
     assert hungry.wait() == 1 and "gets no more memory" in done.detail

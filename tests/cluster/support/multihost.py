@@ -4,7 +4,8 @@ import json
 import os
 import shlex
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from cluster.runtime.faults import Fault, Injected, Injector, Watch
-from cluster.runtime.hosts import PATH, PROJECT, Hosts, HostsImpossible, assert_possible
+from cluster.runtime.hosts import Hosts
+from cluster.runtime.machines import PATH, PROJECT, NamespacesForbidden, Network, assert_possible
 from cluster.storage import open_store
 from tests.cluster.data.test_stream_faults import copy
 from tests.tiny import OVERRIDES, job
@@ -30,22 +32,32 @@ LONG = (
 )
 
 
+def soon(condition: Callable[[], bool]) -> bool:
+    """Whether something comes to be; how soon is nobody's promise."""
+    for _ in range(600):
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
 @cache
-def _reason() -> str:
+def why_not() -> str:
+    """Why this machine cannot make others of namespaces; empty where it can."""
     try:
         assert_possible()
-    except HostsImpossible as error:
+    except NamespacesForbidden as error:
         return str(error)
     return ""
 
 
 def requires_namespaces() -> None:
     """Fail where this machine cannot make hosts, or skip where that was asked for."""
-    if not _reason():
+    if not why_not():
         return
     if os.environ.get(SKIP) == "1":
-        pytest.skip(f"NOTHING OF SEVERAL HOSTS IS TESTED ({SKIP}=1): {_reason()}")
-    pytest.fail(f"{_reason()}; {SKIP}=1 skips what needs them", pytrace=False)
+        pytest.skip(f"NOTHING OF SEVERAL HOSTS IS TESTED ({SKIP}=1): {why_not()}")
+    pytest.fail(f"{why_not()}; {SKIP}=1 skips what needs them", pytrace=False)
 
 
 class Run:
@@ -128,24 +140,24 @@ def one_host_weights(shards: Path, ranks: int) -> dict[str, str]:
     return {export["stage"]: export["hash"] for export in (json.loads(path.read_text()) for path in exports)}
 
 
-def leftovers(hosts: Hosts) -> list[str]:
-    """What is still there of hosts that have ended: processes, mounts, network interfaces."""
-    mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if str(hosts.folder) in line]
+def leftovers(network: Network) -> list[str]:
+    """What is still there of machines that have ended: processes, mounts, network interfaces."""
+    mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if str(network.folder) in line]
     links = [line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith(("br0:", "v-"))]
-    return [*_processes(hosts), *mounts, *links]
+    return [*_processes(network), *mounts, *links]
 
 
-def _processes(hosts: Hosts) -> Iterator[str]:
+def _processes(network: Network) -> Iterator[str]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             environment, command = (folder / "environ").read_bytes(), (folder / "cmdline").read_bytes()
         except OSError:  # gone, or somebody else's
             continue
-        if f"REACTDIFF_HOSTS={hosts.folder}".encode() in environment.split(b"\0") or str(hosts.folder).encode() in command:
+        if f"REACTDIFF_MACHINES={network.folder}".encode() in environment.split(b"\0") or str(network.folder).encode() in command:
             yield shlex.join(command.decode(errors="replace").split("\0"))
 
 
-def machines(folder: Path, workers: int = 2) -> Hosts:
+def hosts_without_ray(folder: Path, workers: int = 2) -> Hosts:
     """Hosts without Ray, which are up in a second."""
     requires_namespaces()
     without = PROJECT / "tests/cluster/support/without_ray"
