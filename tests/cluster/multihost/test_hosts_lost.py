@@ -16,7 +16,7 @@ RAY_GIVES_UP = 60
 def test_a_host_is_lost_for_good_and_the_run_goes_on_when_a_spare_joins(tiny_shards: Path, tmp_path: Path) -> None:
     with cluster(tmp_path, tiny_shards, workers=3) as hosts:
         run = Run(hosts, "lost", 3).start()
-        done = run.suffer(at(step=150).power_off(rank=1))
+        done = run.suffer(at(step=100).power_off(rank=1))
         run.watch.spend(1.5 * RAY_GIVES_UP, lambda: run.process.poll() is not None)
         assert run.process.poll() is None, f"the driver waits:\n{run.said()[-3000:]}"
         hosts.add()

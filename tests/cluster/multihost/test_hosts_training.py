@@ -10,7 +10,7 @@ from tests.cluster.support.multihost import Run, one_host_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-HALFWAY = at(step=150)
+HALFWAY = at(step=100)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ CONFIG = ["--config", str(PROJECT / "jobs/configs/demo.yaml")]
 
 LONG = (
     *OVERRIDES,
-    "optim.epochs={autoencoder: 60, diffusion: 6}",  # 400 steps of stage 1, about 15 s on two cores
+    "optim.epochs={autoencoder: 40, diffusion: 4}",  # 267 steps of stage 1, about 10 s on two cores
     "run.checkpoint_every=240",
     "evaluation.baselines=false",
     "evaluation.clips=2",
@@ -79,7 +79,7 @@ class Run:
     def start(self, submit: bool = False) -> "Run":
         """Give its command on the head, itself or by `ray job submit`."""
         head = self.hosts.head
-        through = ("ray", "job", "submit", f"--address=http://{head.ip}:8265", "--") if submit else ()
+        through = ("ray", "job", "submit", f"--address=http://{head.ip}:8265", "--working-dir=.", "--") if submit else ()
         self.process: subprocess.Popen[str] = head.popen(*through, *self._command, log=self._log)
         return self
 
