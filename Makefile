@@ -1,7 +1,7 @@
 # make train          the demo: data, both stages, evaluation; typed again it resumes.   STORE=s3: the same through an S3 server
 # make check          for every save: lint, types, and the tests that need no process, Ray or server
 # make test           what a change must pass
-# make test-cluster   the slow suites: clusters, S3, many ranks.   make test-chaos: things are killed
+# make test-cluster   the slow suites: clusters, S3, many ranks, several hosts.   make test-chaos: things are killed
 # PYTHON=python3.13   makes .venv, where there is none yet, with that Python and not with the first one that is there
 # ARGS="..."          goes to the command: make train ARGS="optim.lr=1e-4", make test ARGS="-k order"
 
@@ -47,7 +47,10 @@ test-chaos: $(SETUP)
 
 setup: $(SETUP)
 
-# Prometheus is a Debian package: the tests of metrics and alert rules run the real one, and say so where it is missing.
+# Debian packages: the tests of metrics and alert rules run the real Prometheus, those of several hosts make them with the others'
+# programs; both say so where one is missing. /usr/sbin is not on everybody's PATH.
+DEBIAN := prometheus iproute2 util-linux procps nftables
+
 $(SETUP): pyproject.toml constraints.txt
 	@$(PY) -c 'import pip' 2> /dev/null || { for python in $(PYTHON); do \
 	    $$python -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null || continue; \
@@ -57,9 +60,9 @@ $(SETUP): pyproject.toml constraints.txt
 	    "(Ubuntu 22.04: python3.11-venv), or name another: make setup PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@$(PY) -c 'import matplotlib.font_manager'  # lists the fonts now, with processes that no test may start
-	@command -v promtool > /dev/null \
-	  || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -qy --no-install-recommends prometheus; } \
-	  || echo "prometheus is not installed; its tests will fail until you run: apt-get install prometheus" >&2
+	@PATH="$$PATH:/usr/sbin:/sbin"; (for program in promtool ip unshare pgrep nft; do command -v $$program > /dev/null || exit 1; done) \
+	  || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -qy --no-install-recommends $(DEBIAN); } \
+	  || echo "not all packages are installed; their tests will fail until you run: apt-get install $(DEBIAN)" >&2
 	touch $@
 
 clean:

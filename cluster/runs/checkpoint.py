@@ -19,7 +19,7 @@ from safetensors.torch import load
 
 from cluster.data.quarantine import BadItem
 from cluster.runs.lineage import counting, is_manifest, newest_first, written_by
-from cluster.runs.snapshot import Snapshot
+from cluster.runs.snapshot import TensorSnapshot
 from cluster.runs.state import Attempt, Superseded
 from cluster.storage import AlreadyExists, NotFound, StorageError, Store, content_hash
 from cluster.storage.hashing import HashMismatch, read_verified
@@ -215,7 +215,7 @@ class CheckpointWriter:
         self._store, self._gather, self._rank, self._keep, self._superseded = store, gather, rank, keep, superseded
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._cleaner = ThreadPoolExecutor(1, thread_name_prefix="prune")
-        self._snapshot = Snapshot()
+        self._snapshot = TensorSnapshot()
         self._upload: Future[CheckpointPart] | None = None
         self._manifest: Future[None] | None = None
         self._cleaning: Future[None] | None = None

@@ -47,7 +47,7 @@ class Held(StorageError):
 
 
 @dataclass(frozen=True)
-class Process:
+class Holder:
     """A process, told from every other one: also from one that has its number in another container, or after a reboot.
 
     Attributes:
@@ -63,7 +63,7 @@ class Process:
     started: str
 
     @classmethod
-    def this(cls) -> "Process":
+    def this(cls) -> "Holder":
         """The calling process."""
         return cls(platform.node(), _boot(), os.getpid(), _started(os.getpid()))
 
@@ -93,7 +93,7 @@ class Note:
         released: whether the holder has ended in order.
     """
 
-    process: Process
+    process: Holder
     what: str = "?"
     since: str = "?"
     taking: str = ""
@@ -105,9 +105,9 @@ class Note:
         """Read one; what this program does not know of it, it leaves out, for another version may hold the lease."""
         try:
             values = json.loads(data)
-            return cls(**{**_known(cls, values), "process": Process(**_known(Process, values["process"]))})
+            return cls(**{**_known(cls, values), "process": Holder(**_known(Holder, values["process"]))})
         except (ValueError, KeyError, TypeError, AttributeError):
-            return cls(Process("an unknown host", "", 0, ""))
+            return cls(Holder("an unknown host", "", 0, ""))
 
     def __str__(self) -> str:
         return f"host {self.process.host}, process {self.process.pid}, since {self.since} ({self.what})"
@@ -138,11 +138,11 @@ class Lease:
         on_wait: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
-        process: Process | None = None,
+        process: Holder | None = None,
         beating: bool = True,
     ):
         self._store, self._wait, self._on_wait, self._clock, self._sleep = store, wait, on_wait, clock, sleep
-        self._note = Note(process or Process.this(), what)
+        self._note = Note(process or Holder.this(), what)
         self._beating = Thread(target=self._keep_beating, name="lease", daemon=True) if beating else None
         self._etag, self._beaten = "", 0.0
         self._lock, self._ended = Lock(), Event()

@@ -13,7 +13,7 @@ TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", tor
 """Types of tensors by their names in the header."""
 
 
-class Snapshot:
+class TensorSnapshot:
     """Memory for one copy, used again for the next one of the same size: fresh pages would cost as much as the copy."""
 
     def __init__(self) -> None:

@@ -5,6 +5,7 @@ then on every second lies in exactly one goodput state.
 """
 
 import os
+import platform
 import threading
 import time
 import uuid
@@ -89,6 +90,7 @@ class Snapshot(TypedDict):
     ranks: int
     stage: str
     process: str
+    host: str
     pid: int
     elapsed: float
     phase: str
@@ -162,6 +164,7 @@ class Meter:
                 "ranks": self._ranks,
                 "stage": self._stage,
                 "process": self._process,
+                "host": platform.node(),
                 "pid": os.getpid(),
                 "elapsed": self._mark - self._began,
                 "phase": self._now,

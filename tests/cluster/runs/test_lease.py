@@ -12,12 +12,12 @@ from threading import Barrier
 import pytest
 
 from cluster.runs import lease
-from cluster.runs.lease import BEAT, LAPSE, LEASE, LOOK, SAY, Held, Lease, Note, Process
+from cluster.runs.lease import BEAT, LAPSE, LEASE, LOOK, SAY, Held, Holder, Lease, Note
 from cluster.runs.state import Superseded
 from cluster.storage import StorageError, Store
 
-HERE = Process.this()
-ELSEWHERE = Process("elsewhere", "another boot", 7, "1")
+HERE = Holder.this()
+ELSEWHERE = Holder("elsewhere", "another boot", 7, "1")
 
 
 class Time:
@@ -38,7 +38,7 @@ class Time:
             self._due.pop(second)()
 
 
-def lease_of(store: Store, time: Time, process: Process = ELSEWHERE, **given: object) -> Lease:
+def lease_of(store: Store, time: Time, process: Holder = ELSEWHERE, **given: object) -> Lease:
     return Lease(store, "train", clock=time.clock, sleep=time.sleep, process=process, beating=False, **given)  # type: ignore[arg-type]
 
 
@@ -151,7 +151,7 @@ def test_a_process_that_died_and_that_nobody_took_note_of_is_gone(store: Store) 
         (replace(HERE, pid=2**22 + 1, boot=""), False),
     ],
 )
-def test_only_a_process_of_this_boot_is_known_to_be_gone(process: Process, gone: bool) -> None:
+def test_only_a_process_of_this_boot_is_known_to_be_gone(process: Holder, gone: bool) -> None:
     assert HERE.boot and HERE.started, "this kernel tells"
     assert process.gone() == gone
 

@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import load
 
-from cluster.runs.snapshot import TYPES, Snapshot
+from cluster.runs.snapshot import TYPES, TensorSnapshot
 
 
 def some(seed: int) -> dict[str, torch.Tensor]:
@@ -13,14 +13,14 @@ def some(seed: int) -> dict[str, torch.Tensor]:
 
 
 def test_the_copy_is_the_file_that_safetensors_reads() -> None:
-    tensors, snapshot = some(0), Snapshot()
+    tensors, snapshot = some(0), TensorSnapshot()
     read = load(bytes(snapshot.take(tensors)))
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors)
 
 
 def test_equal_tensors_are_equal_bytes_in_whatever_order_they_come_and_the_memory_is_used_again() -> None:
-    snapshot, other = Snapshot(), Snapshot()
+    snapshot, other = TensorSnapshot(), TensorSnapshot()
     snapshot.take(some(1))
     first = id(snapshot._memory)
     taken = snapshot.take(some(2))
@@ -30,7 +30,7 @@ def test_equal_tensors_are_equal_bytes_in_whatever_order_they_come_and_the_memor
 
 def test_what_changes_afterwards_does_not_change_the_copy() -> None:
     tensors = some(3)
-    taken = Snapshot().take(tensors)
+    taken = TensorSnapshot().take(tensors)
     before = bytes(taken)
     tensors["part@7/master"].zero_()
     assert bytes(taken) == before

@@ -18,7 +18,7 @@ import torch
 
 from cluster.runs import checkpoint
 from cluster.runs.checkpoint import CheckpointWriter, DamagedCheckpoint
-from cluster.runs.lease import BEAT, Lease, Process
+from cluster.runs.lease import BEAT, Holder, Lease
 from cluster.runs.lineage import open_attempt
 from cluster.runs.state import Attempt, State, Superseded, assert_newest_life, open_life, read_state, write_state
 from cluster.storage import AlreadyExists, Entry, NotFound, Stale, Store
@@ -295,7 +295,7 @@ class World:
         """Give the command, after a while."""
         self._starts += 1
         process = Stepped(self, name, self.random.choice((0.0, 0.0, 3600.0, -3600.0)))
-        process.start(driver, process, Process(name, f"boot of {name}", self._starts, "1"), delay)
+        process.start(driver, process, Holder(name, f"boot of {name}", self._starts, "1"), delay)
 
     def _ready_at(self, task: Task) -> float:
         process = task.process
@@ -332,7 +332,7 @@ class World:
                 raise task.error
 
 
-def driver(process: Stepped, identity: Process, delay: float) -> None:
+def driver(process: Stepped, identity: Holder, delay: float) -> None:
     """The driver of the run: lease, life, state, worker groups one after the other until the stage is at its end."""
     world, store = process.world, process.store
     world.sleep(delay)
