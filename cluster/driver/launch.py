@@ -13,6 +13,7 @@ import ray.train.torch
 from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config.schema import Workers
 from cluster.runtime.failures import StageFailed, classify
@@ -63,7 +64,8 @@ def launch(job: Job, take: Callable[[Snapshot], None], on_restart: Callable[[str
     """
     for name, value in RAY_TRAIN.items():
         os.environ.setdefault(name, value)
-    board = Board.remote()  # type: ignore[attr-defined]
+    beside = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # else it may land on the head, or on spot
+    board = Board.options(scheduling_strategy=beside).remote()  # type: ignore[attr-defined]
     spent: dict[str, int] = {}
     with _Polling(board, take):
         while True:

@@ -23,7 +23,7 @@ from cluster.runs.export import read_export, write_export
 from cluster.runs.latents import LatentDataset
 from cluster.runs.state import State, Superseded, open_life, update_state, write_state
 from cluster.runtime.failures import StageFailed, classify
-from cluster.runtime.ray_cluster import Resources, assert_visible, connect
+from cluster.runtime.ray_cluster import Resources, assert_visible, connect, driver_risk
 from cluster.storage import NotFound, Store
 from cluster.telemetry.display import Display
 from cluster.telemetry.exporter import Exporter
@@ -59,6 +59,8 @@ def execute(experiment: Experiment, pinned: Pinned, steps: Sequence[str], displa
     for origin in check_run(experiment, pinned, steps):
         display.say(origin)
     _say_what_is_missing(experiment, connect(cpus=experiment.workers.count + 1), display)
+    if risk := driver_risk():
+        display.say(risk)
     pinned.home.assert_conditional_writes()
     assert_visible(pinned.home, "run.store")
     assert_visible(pinned.dataset, "data.url", CURRENT)

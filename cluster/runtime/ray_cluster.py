@@ -19,6 +19,11 @@ from cluster.storage import StorageError, Store
 
 OBJECT_STORE_BYTES = 200_000_000  # only small results pass through it; Ray's own default takes 30 % of the memory
 PROBE_SECONDS = 2.0
+HEAD = "node:__internal_head__"
+"""The resource by which Ray marks its head."""
+
+MARKET = ("market-type", "ray.io/market-type")
+"""Labels that say how a node is paid for: ray_config.yaml's, and Ray's own, which KubeRay sets."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,26 @@ def resources() -> Resources:
     return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0), sum(node["Alive"] for node in ray.nodes()))
 
 
+def driver_risk() -> str:
+    """What may take this driver's machine away without need, as a sentence for people; empty where nothing better is known.
+
+    A driver on the head ends with the head; a spot machine is taken back at any time. On a cluster of one machine that trains there is no
+    better place.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    here = next(node for node in nodes if node["NodeID"] == ray.get_runtime_context().get_node_id())
+    if len(nodes) == 1 and here["Resources"].get("CPU"):
+        return ""
+    again = "the run stops until the same command is given again; put drivers on a machine of their own (README, 'A cluster')"
+    if HEAD in here["Resources"]:
+        return f"this driver runs on the head of the cluster: when that machine restarts, {again}"
+    if "spot" in [here["Labels"].get(label) for label in MARKET]:
+        return f"this driver runs on a spot machine: when that is taken back, {again}"
+    return ""
+
+
 def assert_visible(store: Store, field: str, key: str = "") -> None:
-    """Make sure that what the driver sees or writes in a store is seen on every living node.
+    """Make sure that what the driver sees or writes in a store is seen on every living node that takes work: a head without CPUs need not.
 
     Args:
         store: a folder must be one that all nodes share; a bucket must be open to the credentials of each.
@@ -71,6 +94,7 @@ def assert_visible(store: Store, field: str, key: str = "") -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) == 1:
         return
+    nodes = [node for node in nodes if node["Resources"].get("CPU")]
     probe = key or f"visible-{uuid.uuid4().hex}"
     if not key:
         store.put(probe, b"")

@@ -118,7 +118,7 @@ def start(code: int) -> subprocess.Popen[str]:
 @pytest.mark.starts
 @pytest.mark.parametrize(
     ("code", "ends"),
-    [(143, 143), (0, 0), (1, 1), pytest.param(75, 143, id="it would have been repeated"), pytest.param(137, 143, id="so it would have here")],
+    [(143, 143), (0, 0), (1, 1), pytest.param(75, 143, id="75, which is repeated"), pytest.param(137, 143, id="137, which is repeated")],
 )
 def test_a_sigterm_to_the_program_ends_the_command_and_nothing_is_repeated(code: int, ends: int) -> None:
     process = start(code)
