@@ -29,7 +29,9 @@ PR_SET_PDEATHSIG = 1
 
 
 class ObjectStore:
-    """A SeaweedFS server on free loopback ports that dies with this process; its objects stay in `root`.
+    """A SeaweedFS server on free ports that dies with this process; its objects stay in `root`.
+
+    On loopback, unless another address of this machine is given: its administration has no password, so only one of a network of tests.
 
     Attributes:
         endpoint: URL of the S3 interface.
@@ -37,8 +39,8 @@ class ObjectStore:
         secret_key: its secret, new for every server.
     """
 
-    def __init__(self, root: str | Path):
-        self.root = Path(root).absolute()
+    def __init__(self, root: str | Path, address: str = "127.0.0.1"):
+        self.root, self.address = Path(root).absolute(), address
         self.endpoint, self.access_key, self.secret_key = "", "reactdiff", secrets.token_hex(16)
         self._server: subprocess.Popen[bytes] | None = None
         self._filer = ""
@@ -99,9 +101,10 @@ class ObjectStore:
         }
         config.touch(mode=0o600)
         config.write_text(json.dumps({"identities": [user]}))
-        ports = _free_ports([f"{part}.port{kind}" for part in ("s3", "master", "volume", "filer", "admin") for kind in ("", ".grpc")])
-        self.endpoint, self._filer = (f"http://127.0.0.1:{ports[f'{part}.port']}" for part in ("s3", "filer"))
-        command = [_weed(), *_arguments(data, config, ports)]
+        parts = ("s3", "master", "volume", "filer", "admin")
+        ports = _free_ports(self.address, [f"{part}.port{kind}" for part in parts for kind in ("", ".grpc")])
+        self.endpoint, self._filer = (f"http://{self.address}:{ports[f'{part}.port']}" for part in ("s3", "filer"))
+        command = [_weed(), *_arguments(data, config, self.address, ports)]
         # Without AWS_*: the server would take the keys it finds there for those of another user.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
         with open(log, "ab") as output:
@@ -129,14 +132,14 @@ def _weed() -> str:
     return program
 
 
-def _arguments(data: Path, config: Path, ports: dict[str, int]) -> list[str]:
-    """All parts in one process, on loopback only, and as strict as AWS about missing buckets and full ones."""
+def _arguments(data: Path, config: Path, address: str, ports: dict[str, int]) -> list[str]:
+    """All parts in one process, on one address only, and as strict as AWS about missing buckets and full ones."""
     return [
         "-logtostderr=true",
         "mini",
         f"-dir={data}",
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
+        f"-ip={address}",
+        f"-ip.bind={address}",
         f"-s3.config={config}",
         "-webdav=false",
         "-admin.ui=false",
@@ -148,9 +151,9 @@ def _arguments(data: Path, config: Path, ports: dict[str, int]) -> list[str]:
     ]
 
 
-def _free_ports(names: Sequence[str]) -> dict[str, int]:
+def _free_ports(address: str, names: Sequence[str]) -> dict[str, int]:
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in names]
+        sockets = [stack.enter_context(socket.create_server((address, 0))) for _ in names]
         return {name: taken.getsockname()[1] for name, taken in zip(names, sockets, strict=True)}
 
 
@@ -171,10 +174,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, metavar="ROOT", help="folder of the server's objects and log; they outlive the server")
     parser.add_argument("--bucket", required=True, metavar="NAME", help="bucket the command finds, at least 3 characters")
+    parser.add_argument("--address", default="127.0.0.1", help="address of this machine to listen on (default: loopback)")
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="what to run, after --")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with ObjectStore(arguments.root) as store:
+    with ObjectStore(arguments.root, arguments.address) as store:
         store.make_bucket(arguments.bucket)
         command = subprocess.Popen(arguments.command, env=os.environ | store.environment, preexec_fn=_die_with(os.getpid()))
         try:

@@ -26,7 +26,7 @@ RAY = {"runtime/ray_cluster", "runtime/tasks", "driver/launch", "studies/sweep"}
 MODULES = {
     "config": "identity loading paths schema spec",
     "storage": "base deadline folder hashing multipart parallel retry s3",
-    "runtime": "device failures ray_cluster scratch tasks",
+    "runtime": "device failures faults hosts ray_cluster scratch tasks",
     "telemetry": "display exporter meter metrics_log monitor tensorboard",
     "data": (
         "build_shard cache cache_file cache_space checksums demo index_tars manifest prepare quarantine ranges reader "
@@ -154,7 +154,7 @@ def test_a_package_of_the_machinery_is_imported_in_one_module_of_cluster(package
 
 def test_tests_of_cluster_lie_as_its_modules_do() -> None:
     folder = ROOT / "tests" / "cluster"
-    assert {path.name for path in folder.iterdir() if path.is_dir()} - {"__pycache__"} == {*ORDER, TOP[0], "chaos", "support"}
+    assert {path.name for path in folder.iterdir() if path.is_dir()} - {"__pycache__"} == {*ORDER, TOP[0], "chaos", "multihost", "support"}
     tests = [path for package in (*ORDER, TOP[0]) for path in (folder / package).glob("test_*.py")]
     homeless = [path for path in tests if not (ROOT / "cluster" / path.parent.name / path.name.removeprefix("test_")).exists()]
     assert {f"{path.parent.name}/{path.name}" for path in homeless} == ACROSS

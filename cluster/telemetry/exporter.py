@@ -1,6 +1,6 @@
 """What Prometheus sees of a run: one endpoint beside the driver, fed with the meters' snapshots.
 
-Labels are run, life, trial and stage, and the rank on the gauges that are a rank's own; counters and histograms are sums over
+Labels are run, life, trial and stage, and the rank on what is a rank's own; counters and histograms are sums over
 ranks, so a thousand ranks cost a scrape no more of them than one does. `docs/telemetry.md` lists the metrics.
 """
 
@@ -119,6 +119,8 @@ class Exporter:
             else:
                 values = [({"stage": stage}, latest[name]) for stage, latest in gauges.items() if name in latest]
             yield self._metric("gauge", name, gauge.help, values)
+        places = [({"stage": r["stage"], "rank": str(r["rank"]), "host": r["host"], "pid": str(r["pid"])}, 1.0) for r in ranks]
+        yield self._metric("gauge", "rank_info", "Where each rank of the present worker group is; 1.", places)
         states = [({"stage": stage, "state": state}, s) for stage, totals in stages.items() for state, s in totals["states"].items()]
         yield self._metric("counter", "goodput_seconds", "Allocated worker seconds, each in exactly one state.", states)
         yield self._metric("counter", "restarts", "Restarts of the worker group, by failure class.", restarts)

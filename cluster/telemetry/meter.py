@@ -4,6 +4,8 @@ Nothing but the standard library is imported, so that a rank builds its meter be
 then on every second lies in exactly one goodput state.
 """
 
+import os
+import platform
 import threading
 import time
 import uuid
@@ -83,6 +85,8 @@ class Snapshot(TypedDict):
     ranks: int
     stage: str
     process: str
+    host: str
+    pid: int
     elapsed: float
     totals: Totals
     gauges: dict[str, float]
@@ -146,6 +150,8 @@ class Meter:
                 "ranks": self._ranks,
                 "stage": self._stage,
                 "process": self._process,
+                "host": platform.node(),
+                "pid": os.getpid(),
                 "elapsed": self._mark - self._began,
                 "totals": _add(self._totals, _nothing()),
                 "gauges": dict(self.gauges),

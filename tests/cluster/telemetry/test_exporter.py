@@ -1,6 +1,8 @@
 """The exporter: what a scrape says, and how a Prometheus finds it."""
 
 import json
+import os
+import platform
 import threading
 import urllib.request
 from contextlib import closing
@@ -82,6 +84,7 @@ def test_a_scrape_shows_sums_over_ranks_and_gauges_per_rank(exporter, clock):
         'reactdiff_peak_memory_bytes{rank="0",stage="autoencoder"}': 100,
         'reactdiff_peak_memory_bytes{rank="1",stage="autoencoder"}': 101,
         'reactdiff_peak_flops{rank="1",stage="autoencoder"}': 1e12,
+        f'reactdiff_rank_info{{host="{platform.node()}",pid="{os.getpid()}",rank="1",stage="autoencoder"}}': 1,
         'reactdiff_restarts_total{class="preempted"}': 1,
         'reactdiff_goodput_seconds_total{stage="autoencoder",state="compute"}': 1.625,
         'reactdiff_goodput_seconds_total{stage="autoencoder",state="data_wait"}': 0.25,
@@ -104,7 +107,7 @@ def test_the_number_of_series_grows_with_the_ranks_only_by_their_gauges(exporter
             exporter.update(meter.snapshot())
         return len(scrape(exporter))
 
-    assert series(20) - series(10) == 10 * 2
+    assert series(20) - series(10) == 10 * 3
 
 
 def test_counters_do_not_fall_when_the_worker_group_restarts_within_a_life(exporter, clock):

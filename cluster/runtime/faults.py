@@ -1,0 +1,419 @@
+"""What can happen to a run: faults by name, asked for as data, done at a step of the run's own, each with proof that it happened.
+
+    watch = Watch(hosts.all, batch=6, targets="/tmp/targets")     # of a run with telemetry.targets=/tmp/targets
+    done = Injector(watch, hosts).inject(at(step=7).kill(rank=1))
+    watch.spend(60)
+    watch.recovery(done)                                          # noticed and going again, in seconds after it
+
+When a fault comes is read from the run's own endpoint for Prometheus, which tells about once a second: never a guess of the clock. A fault
+that did not happen is an error. Without hosts the faults of processes can be done to a run on this machine: `Watch([Machine()], ...)`.
+"""
+
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cluster.runtime.hosts import GCS, RAYLET, Host, HostFault, Hosts, Machine, VirtualMachine
+
+Story = Iterator[tuple[str, str]]
+
+POLL = 0.3
+"""Seconds between two looks at a run."""
+
+PATIENCE = 300.0
+"""Seconds a run is given to come to a step, or to go on, before a test is told that it does not."""
+
+_SAMPLE = re.compile(r"^reactdiff_(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What shall happen, and when.
+
+    Attributes:
+        kind: its name in `KINDS`.
+        step: it comes as soon as the run tells that it has done so many steps.
+        stage: of this stage.
+        rank: whose process, or whose host.
+        seconds: how long it lasts; infinite: for good. Kinds that are over at once do not look at it.
+    """
+
+    kind: str
+    step: int
+    stage: str = "autoencoder"
+    rank: int = 0
+    seconds: float = math.inf
+
+
+class Moment:
+    """A moment of a run; the kinds of faults are its methods, with `rank` and `seconds` as they are in `Fault`."""
+
+    def __init__(self, step: int, stage: str):
+        self._step, self._stage = step, stage
+
+    def __getattr__(self, kind: str) -> Callable[..., Fault]:
+        if kind not in KINDS:
+            raise AttributeError(f"{kind!r} is no kind of fault; they are {', '.join(KINDS)}")
+        return lambda rank=0, seconds=math.inf: Fault(kind, self._step, self._stage, rank, seconds)
+
+
+def at(step: int, stage: str = "autoencoder") -> Moment:
+    """The moment when so many steps of a stage are done: `at(step=7).kill(rank=1)`, `at(step=9).cut(rank=1, seconds=20)`."""
+    return Moment(step, stage)
+
+
+class Sight(NamedTuple):
+    """What a run told at one look.
+
+    Attributes:
+        time: of the look, in seconds of the watch's clock.
+        life: of the driver.
+        restarts: of the worker group in this life.
+        stage: that its ranks are in.
+        step: optimiser steps behind the state they are in.
+        items: trained on in this life and stage, by all ranks, replay included.
+        ranks: host and process of each.
+    """
+
+    time: float
+    life: int
+    restarts: int
+    stage: str
+    step: int
+    items: int
+    ranks: Mapping[int, tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Injected:
+    """A fault that happened.
+
+    Attributes:
+        fault: what was asked for.
+        host: where it happened.
+        detail: what shows that it did.
+        before: the last look before it, at `before.time`.
+        time: when it had happened.
+        lifted: when it was over, infinite where it is for good.
+    """
+
+    fault: Fault
+    host: str
+    detail: str
+    before: Sight
+    time: float
+    lifted: float
+
+
+class Recovery(NamedTuple):
+    """How a run got over a fault.
+
+    Attributes:
+        noticed: seconds from the fault until ranks or driver were started again, infinite where nothing was.
+        going: seconds from the fault until the run trained (again), infinite where it was not seen to.
+        steps_lost: steps that were done again, from the last that was told before the fault.
+    """
+
+    noticed: float
+    going: float
+    steps_lost: int
+
+
+class Watch:
+    """Looks at a run through its endpoint, on whichever machine its driver is.
+
+    Attributes:
+        history: all looks that were answered and told something new.
+    """
+
+    def __init__(self, machines: Sequence[Machine], batch: int, targets: str, clock: Callable[[], float] = time.monotonic):
+        """Look at nothing yet.
+
+        Args:
+            machines: where the driver may be.
+            batch: items of a step.
+            targets: folder with the run's Prometheus target, on the driver's machine (`telemetry.targets`).
+            clock: in seconds.
+        """
+        self.history: list[Sight] = []
+        self._machines, self._batch, self._targets, self._clock = machines, batch, targets, clock
+        self._endpoint: tuple[Machine, str] | None = None
+
+    def now(self) -> float:
+        """The watch's clock."""
+        return self._clock()
+
+    def look(self) -> Sight | None:
+        """One look; None while no driver answers or no rank has told anything."""
+        for machine, address in self._endpoints():
+            if text := machine.fetch(f"http://{address}/metrics"):
+                self._endpoint = machine, address
+                if (sight := _read(text, self._clock(), self._batch)) and (not self.history or sight[1:] != self.history[-1][1:]):
+                    self.history.append(sight)
+                return sight
+        self._endpoint = None
+        return None
+
+    def until(self, condition: Callable[[Sight], bool], what: str, seconds: float = PATIENCE) -> Sight:
+        """Look until a condition holds.
+
+        Raises:
+            HostFault: after `seconds`, with the last that was seen.
+        """
+        end = self._clock() + seconds
+        while self._clock() < end:
+            sight = self.look()
+            if sight and condition(sight):
+                return sight
+            time.sleep(POLL)
+        raise HostFault(f"in {seconds:g} s the run did not come to {what}; last seen: {self.history[-1] if self.history else 'nothing'}")
+
+    def spend(self, seconds: float, ended: Callable[[], bool] = lambda: False) -> None:
+        """Let time pass, looking, until something has ended."""
+        end = self._clock() + seconds
+        while self._clock() < end and not ended():
+            self.look()
+            time.sleep(POLL)
+
+    def recovery(self, done: Injected) -> Recovery:
+        """What the looks so far say of how a run got over a fault."""
+        before, over = done.before, done.lifted if done.lifted < math.inf else done.time
+        started = [sight for sight in self.history if (sight.life, sight.restarts) > (before.life, before.restarts)]
+        stood = started[0] if started else [sight for sight in self.history if sight.time <= over][-1]
+        later = [sight for sight in self.history if sight.time > stood.time and _further(sight, stood)]
+        noticed = started[0].time - done.time if started else math.inf
+        going = later[0].time - done.time if later else math.inf
+        lost = max(0, before.step - min(sight.step for sight in (stood, *later[:1]))) if started else 0
+        return Recovery(noticed, going, lost)
+
+    def process(self, rank: int) -> tuple[Machine, int]:
+        """Machine and process of a rank.
+
+        Raises:
+            HostFault: if the run does not tell.
+        """
+        sight = self.look()
+        if not sight or rank not in sight.ranks:
+            raise HostFault(f"the run does not tell where rank {rank} is")
+        host, pid = sight.ranks[rank]
+        return next(machine for machine in self._machines if machine.name == host), pid
+
+    def driver(self) -> tuple[Machine, int]:
+        """Machine and process of the driver, which is who serves the endpoint.
+
+        Raises:
+            HostFault: if none answers.
+        """
+        self.look()
+        if not self._endpoint:
+            raise HostFault("no driver answers")
+        machine, address = self._endpoint
+        listening = machine.run("ss", "-ltnpH", f"sport = :{address.rpartition(':')[2]}").stdout
+        return machine, int(re.findall(r"pid=(\d+)", listening)[0])
+
+    def _endpoints(self) -> Iterator[tuple[Machine, str]]:
+        """Where the driver answered last, then where it may be."""
+        if self._endpoint and self._endpoint[0].on:
+            yield self._endpoint
+        for machine in self._machines:
+            if machine.on:
+                files = machine.run("sh", "-c", 'cat "$0"/*.json', self._targets, check=False).stdout
+                yield from ((machine, address) for address in re.findall(r'"targets": \["([^"]+)"\]', files))
+
+
+class Injector:
+    """Does faults to a run.
+
+    Attributes:
+        watch: looks at the run.
+    """
+
+    def __init__(self, watch: Watch, hosts: Hosts | None = None):
+        self.watch, self._hosts = watch, hosts
+        self._lasting: list[Story] = []
+
+    @property
+    def hosts(self) -> Hosts:
+        """The hosts of the run.
+
+        Raises:
+            HostFault: if it has none of its own.
+        """
+        if self._hosts is None:
+            raise HostFault("this fault needs hosts of namespaces, and the run is on this machine itself")
+        return self._hosts
+
+    def host(self, rank: int) -> Host:
+        """The host of a rank."""
+        return self.hosts.named(self.watch.process(rank)[0].name)
+
+    def inject(self, fault: Fault) -> Injected:
+        """Wait for the fault's step, do it, and end it after its seconds, if it is one that ends.
+
+        Raises:
+            HostFault: if it did not happen, or its step never came.
+        """
+
+        def due(sight: Sight) -> bool:
+            return sight.stage == fault.stage and sight.step >= fault.step and fault.rank in sight.ranks
+
+        before = self.watch.until(due, f"step {fault.step} of stage {fault.stage}")
+        story = KINDS[fault.kind](self, fault)
+        host, detail = next(story)
+        happened, lifted = self.watch.now(), math.inf
+        if fault.seconds < math.inf:
+            self.watch.spend(fault.seconds)
+            next(story, None)
+            lifted = self.watch.now()
+        self._lasting.append(story)  # or what ends it would be taken away with it
+        return Injected(fault, host, detail, before, happened, lifted)
+
+
+def _read(text: str, now: float, batch: int) -> Sight | None:
+    """What a scrape says; None before any rank has told something."""
+    samples = [(name, dict(_LABEL.findall(labels)), float(value)) for name, labels, value in _SAMPLE.findall(text)]
+    places = [labels for name, labels, _ in samples if name == "rank_info"]
+    if not places:
+        return None
+    life, stage = int(places[0]["life"]), places[0]["stage"]
+
+    def number(name: str) -> int:
+        return int(sum(value for sample, labels, value in samples if sample == name and labels.get("stage", stage) == stage))
+
+    ranks = {int(place["rank"]): (place["host"], int(place["pid"])) for place in places}
+    step = -(-number("progress_items") // batch)
+    return Sight(now, life, number("restarts_total"), stage, step, number("items_processed_total"), ranks)
+
+
+def _further(sight: Sight, than: Sight) -> bool:
+    """Whether items were trained on in between."""
+    here, there = (sight.life, sight.stage), (than.life, than.stage)
+    return sight.items > (than.items if here == there else 0)
+
+
+def _kill(injector: Injector, fault: Fault) -> Story:
+    machine, pid = injector.watch.process(fault.rank)
+    yield machine.name, _killed(machine, pid, f"rank {fault.rank}")
+
+
+def _kill_driver(injector: Injector, fault: Fault) -> Story:
+    machine, pid = injector.watch.driver()
+    yield machine.name, _killed(machine, pid, "the driver")
+
+
+def _kill_raylet(injector: Injector, fault: Fault) -> Story:
+    host = injector.host(fault.rank)
+    node = host.node_id
+    host.kill(RAYLET)
+    yield host.name, f"the raylet of node {node} got SIGKILL"
+
+
+def _restart_head(injector: Injector, fault: Fault) -> Story:
+    head = injector.hosts.head
+    (gcs,) = head.kill(GCS)
+    yield head.name, f"the GCS, process {gcs.pid}, got SIGKILL; the supervisor starts the head again"
+
+
+def _power_off(injector: Injector, fault: Fault) -> Story:
+    host = injector.host(fault.rank)
+    host.power_off()
+    _assert(not host.on, f"{host.name} has no power")
+    yield host.name, f"{host.name} has no power"
+    host.power_on()
+
+
+def _cut(injector: Injector, fault: Fault) -> Story:
+    host = injector.host(fault.rank)
+    host.link(up=False)
+    yield host.name, _unreachable(injector.hosts, host)
+    host.link(up=True)
+
+
+def _cut_store(injector: Injector, fault: Fault) -> Story:
+    store = injector.hosts.store
+    store.link(up=False)
+    yield store.name, _unreachable(injector.hosts, store)
+    store.link(up=True)
+
+
+def _part(injector: Injector, fault: Fault) -> Story:
+    hosts, sight = injector.hosts, injector.watch.look()
+    mine = injector.host(fault.rank)
+    others = {host for host, _ in sight.ranks.values()} - {mine.name} if sight else set()
+    hosts.part([mine], [hosts.named(name) for name in sorted(others)])
+    injector.watch.until(lambda _: hosts.dropped() > 0, "packets that are dropped among its ranks")
+    yield mine.name, f"{hosts.dropped()} packets to and from {', '.join(sorted(others))} were dropped"
+    hosts.join()
+
+
+def _drain(injector: Injector, fault: Fault) -> Story:
+    """As a cloud does it: a notice, and so many seconds later the machine is taken away."""
+    host = injector.host(fault.rank)
+    injector.hosts.drain(host, fault.seconds)
+    yield host.name, f"Ray took the notice that {host.name} goes in {fault.seconds:g} s"
+    host.power_off()
+
+
+def _stop(injector: Injector, fault: Fault) -> Story:
+    machine, pid = injector.watch.process(fault.rank)
+    machine.signal("STOP", pid)
+    _assert(machine.state(pid).startswith("T"), f"process {pid} is stopped")
+    yield machine.name, f"process {pid} of rank {fault.rank} is stopped"
+    if machine.state(pid):  # or somebody has killed it meanwhile
+        machine.signal("CONT", pid)
+
+
+def _fill_disk(injector: Injector, fault: Fault) -> Story:
+    host = injector.host(fault.rank)
+    host.run("sh", "-c", 'fallocate -l "$(df -B1 --output=avail /tmp | tail -1)" /tmp/full')
+    _assert(host.run("sh", "-c", "echo more > /tmp/more", check=False).returncode != 0, "/tmp is full")
+    yield host.name, f"/tmp of {host.name} is full"
+    host.run("rm", "/tmp/full", "/tmp/more")
+
+
+def _limit_memory(injector: Injector, fault: Fault) -> Story:
+    machine, pid = injector.watch.process(fault.rank)
+    held = 1024 * int(machine.run("ps", "-o", "vsz=", "-p", str(pid)).stdout)
+    machine.run("prlimit", f"--pid={pid}", f"--as={held}")
+    yield machine.name, f"process {pid} of rank {fault.rank} gets no more memory than the {held} bytes of addresses it has"
+
+
+KINDS: Mapping[str, Callable[[Injector, Fault], Story]] = {
+    "kill": _kill,
+    "kill_raylet": _kill_raylet,
+    "kill_driver": _kill_driver,
+    "restart_head": _restart_head,
+    "power_off": _power_off,
+    "cut": _cut,
+    "cut_store": _cut_store,
+    "part": _part,
+    "drain": _drain,
+    "stop": _stop,
+    "fill_disk": _fill_disk,
+    "limit_memory": _limit_memory,
+}
+"""Name -> what does it: up to `yield (host, what shows that it happened)`, and after it what ends it again."""
+
+
+def _killed(machine: Machine, pid: int, who: str) -> str:
+    machine.signal("KILL", pid)
+    for _ in range(50):
+        if machine.state(pid)[:1] in ("", "Z"):
+            return f"process {pid} of {who} is gone"
+        time.sleep(0.1)
+    raise HostFault(f"process {pid} of {who} on {machine.name} survives SIGKILL")
+
+
+def _unreachable(hosts: Hosts, machine: VirtualMachine) -> str:
+    carrier = hosts.sandbox("ip", "-o", "link", "show", machine.cable).stdout
+    _assert("state DOWN" in carrier, f"the cable of {machine.name} is pulled")
+    return f"the cable of {machine.name} is pulled"
+
+
+def _assert(true: bool, what: str) -> None:
+    if not true:
+        raise HostFault(f"it did not happen that {what}")
