@@ -38,6 +38,7 @@ RETRAIN = "tests/jobs/test_retrain.py::test_a_grown_dataset_brings_a_candidate_t
 ROLLBACK = "tests/cluster/runs/test_registry.py::test_rolling_back_is_a_decision_that_goes_to_the_champion_before"
 S3 = "tests/cluster/test_whole.py::test_shards_latents_checkpoints_and_runs_in_s3_give_the_weights_of_the_folder"
 JOB = "tests/cluster/test_whole.py::test_seeded_ray_start_and_job_submit_bring_the_run_to_done"
+AGAIN = "tests/infra/test_supervise.py::test_a_command_is_given_again_on_75_and_on_a_kill_and_its_last_code_comes_through"
 PROMETHEUS = "tests/cluster/telemetry/test_prometheus.py::test_items_are_exact_over_a_restart_of_the_workers_and_of_the_driver"
 INSTALLS = "tests/test_docs.py::test_the_page_installs_what_make_and_the_pins_say"
 MAKE = "tests/test_docs.py::test_a_target_that_a_page_names_is_one_of_make"
@@ -55,6 +56,7 @@ ELSEWHERE = {
     "ray job submit --working-dir . -- python jobs/train.py --config jobs/configs/demo.yaml "
     "data.url=s3://BUCKET/shards run.store=s3://BUCKET/store workers.count=4": JOB,
     "ray stop": JOB,
+    f"python infra/supervise.py -- {DEMO}": AGAIN,
     "python jobs/tune.py": SWEEP,
     "python jobs/retrain.py": RETRAIN,
     "python jobs/retrain.py --rollback": ROLLBACK,
@@ -91,9 +93,10 @@ class Command:
 
     @property
     def job(self) -> list[str]:
-        """The words after `python jobs/`, the first one without `.py`; empty if it is no job."""
+        """The words after `python jobs/`, the first one without `.py`; empty if it is no job. What a launcher runs comes last."""
         words = self.words
-        if "python" not in words or not (rest := words[words.index("python") + 1 :]) or not rest[0].startswith("jobs/"):
+        last = max((at for at, word in enumerate(words) if word == "python"), default=len(words))
+        if not (rest := words[last + 1 :]) or not rest[0].startswith("jobs/"):
             return []
         return [rest[0].removeprefix("jobs/").removesuffix(".py"), *rest[1:]]
 

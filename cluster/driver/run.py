@@ -25,7 +25,7 @@ from cluster.runs.lease import Lease
 from cluster.runs.state import State, Superseded, open_life, update_state, write_state
 from cluster.runtime.failures import StageFailed, failure_of
 from cluster.runtime.placement import assert_possible
-from cluster.runtime.ray_cluster import assert_visible, connect
+from cluster.runtime.ray_cluster import assert_visible, connect, driver_risk
 from cluster.storage import NotFound, Store
 from cluster.telemetry.display import Display
 from cluster.telemetry.exporter import Exporter
@@ -73,6 +73,8 @@ def execute(
 def _execute(experiment: Experiment, pinned: Pinned, steps: Sequence[str], display: Display, trial: str, lease: Lease) -> dict[str, Scores]:
     """Bring the run to its end; this process holds its lease."""
     connect(cpus=experiment.workers.least + 1)
+    if risk := driver_risk():
+        display.say(risk)
     assert_possible(gang_of(experiment.workers))
     assert_visible(pinned.home, "run.store")
     assert_visible(pinned.dataset, "data.url", CURRENT)

@@ -16,12 +16,23 @@ import ray
 from ray._private import parameter, services, utils
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.runtime.nodes import draining_nodes
 from cluster.storage import Permanent, StorageError, Store
 
 OBJECT_STORE_BYTES = 200_000_000  # only small results pass through it; Ray's own default takes 30 % of the memory
 PROBE_SECONDS = 2.0
+
+VISIBLE_SECONDS = 60.0
+"""Seconds that nodes have to look into a store; who has vanished a moment ago never answers."""
+
+HEAD = "node:__internal_head__"
+"""The resource by which Ray marks its head."""
+
+MARKET = ("market-type", "ray.io/market-type")
+"""Labels that say how a node is paid for: ray_config.yaml's, and Ray's own, which KubeRay sets."""
 
 PRINTER = "ray_print_logs"
 """Ray's name for what prints the output of the nodes' processes on the driver's terminal."""
@@ -65,8 +76,26 @@ def resources() -> Resources:
     return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0), sum(node["Alive"] for node in ray.nodes()))
 
 
+def driver_risk() -> str:
+    """What may take this driver's machine away without need, as a sentence for people; empty where nothing better is known.
+
+    A driver on the head ends with the head; a spot machine is taken back at any time. On a cluster of one machine that trains there is no
+    better place.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    here = next(node for node in nodes if node["NodeID"] == ray.get_runtime_context().get_node_id())
+    if len(nodes) == 1 and here["Resources"].get("CPU"):
+        return ""
+    again = "the run stops until the same command is given again; put drivers on a machine of their own (README, 'A cluster')"
+    if HEAD in here["Resources"]:
+        return f"this driver runs on the head of the cluster: when that machine restarts, {again}"
+    if "spot" in [here["Labels"].get(label) for label in MARKET]:
+        return f"this driver runs on a spot machine: when that is taken back, {again}"
+    return ""
+
+
 def assert_visible(store: Store, field: str, key: str = "") -> None:
-    """Make sure that what the driver sees or writes in a store is seen on every living node.
+    """Make sure that what the driver sees or writes in a store is seen on every living node that takes work: a head without CPUs need not.
 
     Args:
         store: a folder must be one that all nodes share; a bucket must be open to the credentials of each.
@@ -79,23 +108,35 @@ def assert_visible(store: Store, field: str, key: str = "") -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) == 1:
         return
+    leaving = draining_nodes()
+    nodes = [node for node in nodes if node["Resources"].get("CPU") and node["NodeID"] not in leaving]
     probe = key or f"visible-{uuid.uuid4().hex}"
     if not key:
         store.put(probe, b"")
     try:
         on = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-        seen = ray.get([_has.options(scheduling_strategy=where).remote(store, probe) for where in on])
+        asked = [_has.options(scheduling_strategy=where).remote(store, probe) for where in on]
+        ray.wait(asked, num_returns=len(asked), timeout=VISIBLE_SECONDS)
+        lacking = [node["NodeManagerAddress"] for node, answer in zip(nodes, asked, strict=True) if not _sees(answer)]
     finally:
         if not key:
             store.delete(probe)
-    if lacking := [node["NodeManagerAddress"] for node, sees in zip(nodes, seen, strict=True) if not sees]:
+    if lacking:
         raise Permanent(
             f"{field} is {store.url}, but {len(lacking)} of {len(nodes)} nodes do not see what is written there "
             f"({', '.join(lacking[:5])}): use a folder that all nodes mount, or {field}=s3://bucket/prefix with credentials on every node"
         )
 
 
-@ray.remote(num_cpus=0)
+def _sees(answer: ray.ObjectRef) -> bool:
+    """What a node has answered; one that cannot is gone, or about to be, and no rank will be placed on it."""
+    try:
+        return ray.get(answer, timeout=0)
+    except RayError:
+        return True
+
+
+@ray.remote(num_cpus=0, max_retries=0)
 def _has(store: Store, key: str) -> bool:
     try:
         store.size(key)

@@ -1,6 +1,9 @@
 """What `ray up ray_config.yaml` would ask EC2 for: Ray's own checks, and a simulated EC2, without a network."""
 
 import copy
+import json
+import re
+import shlex
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,8 +73,42 @@ def test_ray_refuses_a_misspelt_key(config: Config) -> None:
 
 
 def test_everything_that_is_mounted_lies_here(config: Config) -> None:
-    assert [source for source in config["file_mounts"].values() if not (ROOT / source).exists()] == []
+    here = [source for source in config["file_mounts"].values() if not source.startswith("~/")]
+    assert [source for source in here if not (ROOT / source).exists()] == []
     assert {"constraints.txt", "pyproject.toml"} <= {path.name for path in (ROOT / config["file_mounts"]["~/reactdiff"]).iterdir()}
+
+
+def test_every_node_has_one_token_that_no_file_of_the_project_holds(config: Config) -> None:
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    for starts in ("head_start_ray_commands", "worker_start_ray_commands"):
+        *_, last = config[starts]
+        assert "export RAY_AUTH_MODE=token " in last and "RAY_AUTH_TOKEN" not in last
+
+
+def test_drivers_have_a_machine_of_their_own_that_is_neither_the_head_nor_spot_and_takes_no_ranks(config: Config) -> None:
+    kinds = config["available_node_types"]
+    (kind,) = [name for name, kind in kinds.items() if kind["labels"]["pool"] == "driver"]
+    assert kind != config["head_node_type"]
+    assert "InstanceMarketOptions" not in kinds[kind]["node_config"]
+    assert kinds[kind]["min_workers"] == 1, "it is there before a job asks for it, and not taken down between two"
+    assert kinds[kind]["resources"] == {"CPU": 0}, "a rank or task asks for a CPU at least"
+
+
+@pytest.mark.parametrize("page", ["README.md", "infra/aws/README.md"])
+def test_a_job_is_submitted_to_the_machine_of_drivers_and_started_again_there(page: str, config: Config) -> None:
+    text = re.sub(r"\\\n\s*", "", (ROOT / page).read_text())
+    (line,) = [line for line in text.splitlines() if line.startswith("RAY_AUTH_MODE=token ray job submit")]
+    words = shlex.split(line)
+    assert json.loads(words[words.index("--entrypoint-label-selector") + 1]) == config["available_node_types"]["driver"]["labels"]
+    after = words[words.index("--") + 1 :]
+    assert after[:5] == ["python", "infra/supervise.py", "--", "python", "jobs/train.py"]
+
+
+def test_a_head_that_comes_back_has_its_state_and_finds_the_others_waiting(config: Config) -> None:
+    head, worker = config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]
+    assert "RAY_gcs_storage=rocksdb RAY_gcs_storage_path=~/" in head
+    waits = [re.findall(r"RAY_gcs_rpc_server_reconnect_timeout_s=(\d+)", line) for line in (head, worker)]
+    assert waits == [["3600"], ["3600"]]
 
 
 def test_only_gpu_workers_train(config: Config) -> None:
@@ -84,7 +121,12 @@ def test_only_gpu_workers_train(config: Config) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "profile", "lifecycle"),
-    [("head", "reactdiff-head", None), ("gpu_spot", "reactdiff-worker", "spot"), ("gpu_on_demand", "reactdiff-worker", None)],
+    [
+        ("head", "reactdiff-head", None),
+        ("driver", "reactdiff-worker", None),
+        ("gpu_spot", "reactdiff-worker", "spot"),
+        ("gpu_on_demand", "reactdiff-worker", None),
+    ],
 )
 def test_ec2_starts_each_machine_with_its_role_its_market_and_our_tags(
     config: Config, ec2: Any, kind: str, profile: str, lifecycle: str | None

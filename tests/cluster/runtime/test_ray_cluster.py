@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import ray
 
 from cluster.runtime import ray_cluster as placement
+from cluster.storage import StorageError, open_store
 
 BIN = Path(sys.executable).parent
 JOB = """
@@ -26,6 +28,22 @@ def where():
     return reactdiff.clip.__file__
 
 print("JOB", ray.get_runtime_context().gcs_address, int(total.cpus), ray.get(where.remote()))
+"""
+
+PLACES = """
+import ray
+from ray.cluster_utils import Cluster
+from cluster.runtime.ray_cluster import driver_risk
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+cluster.add_node(num_cpus=1, labels={"pool": "gpu", "market-type": "spot"})
+cluster.add_node(num_cpus=1, labels={"pool": "driver"})
+ray.init(cluster.address, logging_level="ERROR")
+cluster.wait_for_nodes()
+elsewhere = ray.remote(num_cpus=1)(driver_risk)
+print("PLACE", driver_risk())
+for pool in ("gpu", "driver"):
+    print("PLACE", ray.get(elsewhere.options(label_selector={"pool": pool}).remote()))
 """
 
 
@@ -130,3 +148,54 @@ def test_ray_start_and_job_submit_work_after_and_beside_local_runs(shell: Shell,
     assert shell.job_address().startswith("127.0.0.1:"), "a dead cluster, still noted by `ray start`, was not passed over"
     assert shell.token_files() == []
     assert ray.is_initialized()
+
+
+def test_a_ray_of_one_machine_has_no_better_place_for_its_driver(local_ray: placement.Resources) -> None:
+    assert placement.HEAD in ray.nodes()[0]["Resources"]
+    assert placement.driver_risk() == ""
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        ([("head", {"CPU": 8}, {}), ("other", {"CPU": 8}, {})], "this driver runs on the head of the cluster"),
+        ([("head", {}, {})], "this driver runs on the head of the cluster"),
+        ([("head", {}, {}), ("here", {}, {"pool": "driver"})], ""),
+        ([("head", {}, {}), ("here", {"CPU": 8}, {"market-type": "spot"})], "this driver runs on a spot machine"),
+        ([("head", {}, {}), ("here", {"CPU": 8}, {"ray.io/market-type": "spot"})], "this driver runs on a spot machine"),
+        ([("head", {}, {}), ("here", {"CPU": 8}, {"market-type": "on-demand"})], ""),
+    ],
+)
+def test_a_driver_on_the_head_or_on_a_spot_machine_is_said(
+    nodes: list[tuple[str, dict[str, float], dict[str, str]]], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = [
+        {"NodeID": name, "Alive": True, "Resources": resources | ({placement.HEAD: 1.0} if name == "head" else {}), "Labels": labels}
+        for name, resources, labels in nodes
+    ]
+    driver = SimpleNamespace(get_node_id=lambda: "here" if nodes[-1][0] == "here" else "head")
+    monkeypatch.setattr(ray, "nodes", lambda: [*seen, {"NodeID": "gone", "Alive": False}])
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: driver)
+    sentence = placement.driver_risk()
+    assert sentence.startswith(said) and bool(sentence) == bool(said)
+    assert not sentence or sentence.endswith("(README, 'A cluster')")
+
+
+def test_only_nodes_that_take_work_must_see_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head without CPUs needs no credentials of the bucket."""
+    cpus = {"head": {}, "driver": {"CPU": 0.0}, "gpu": {"CPU": 8.0}}
+    seen = [{"NodeID": name, "Alive": True, "Resources": has, "NodeManagerAddress": name} for name, has in cpus.items()]
+    blind = SimpleNamespace(options=lambda scheduling_strategy: SimpleNamespace(remote=lambda store, key: False))
+    monkeypatch.setattr(ray, "nodes", lambda: seen)
+    monkeypatch.setattr(ray, "get", lambda found: found)
+    monkeypatch.setattr(placement, "NodeAffinitySchedulingStrategy", lambda node, soft: node)
+    monkeypatch.setattr(placement, "_has", blind)
+    with pytest.raises(StorageError, match=r"1 of 1 nodes do not see what is written there \(gpu\)"):
+        placement.assert_visible(open_store(str(tmp_path)), "run.store")
+
+
+@pytest.mark.slow
+def test_a_driver_on_the_head_or_on_a_spot_machine_of_a_real_cluster_is_said(shell: Shell) -> None:
+    said = [line.removeprefix("PLACE").strip() for line in shell.run("python", "-c", PLACES).splitlines() if line.startswith("PLACE")]
+    begins = ["this driver runs on the head of the cluster", "this driver runs on a spot machine", ""]
+    assert [line.partition(":")[0] for line in said] == begins

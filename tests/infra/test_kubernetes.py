@@ -1,0 +1,90 @@
+"""What the manifests say. No API server and no schema of KubeRay is asked: what is held here are the facts that decide what is lost."""
+
+import json
+import re
+import shlex
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from infra.supervise import repeated
+from tests.tiny import ROOT
+
+Manifest = dict[str, Any]
+FOLDER = ROOT / "infra/kubernetes"
+
+
+@pytest.fixture
+def cluster() -> Manifest:
+    return rayjob()["rayClusterSpec"]
+
+
+def rayjob() -> Manifest:
+    return yaml.safe_load((FOLDER / "rayjob.yaml").read_text())["spec"]
+
+
+def group(cluster: Manifest, name: str) -> Manifest:
+    (found,) = [one for one in cluster["workerGroupSpecs"] if one["groupName"] == name]
+    return found
+
+
+def test_the_command_is_given_again_by_supervise_and_by_nobody_else() -> None:
+    words = shlex.split(rayjob()["entrypoint"])
+    assert words[:9] == ["cd", "/reactdiff", "&&", "exec", "python", "infra/supervise.py", "--", "python", "jobs/train.py"]
+    assert (ROOT / words[words.index("--config") + 1]).is_file()
+    assert rayjob()["backoffLimit"] == 0
+
+
+def test_the_driver_lands_on_a_pod_of_its_own_that_is_neither_the_head_nor_spot(cluster: Manifest) -> None:
+    (asked,) = json.loads(rayjob()["entrypointResources"])
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    (one,) = [one for one in groups if asked in one.get("resources", {})]
+    assert one is group(cluster, "driver") and one["labels"] == {"pool": "driver"} and one["minReplicas"] == one["maxReplicas"] == 1
+    assert "spot" not in str(one)
+
+
+def test_no_rank_lands_on_the_head_or_beside_the_driver(cluster: Manifest) -> None:
+    assert cluster["headGroupSpec"]["resources"]["CPU"] == group(cluster, "driver")["resources"]["CPU"] == "0"
+    assert "resources" not in group(cluster, "gpu-spot"), "KubeRay takes what the pod has"
+
+
+def test_the_labels_are_those_of_the_cluster_on_aws(cluster: Manifest) -> None:
+    kinds = yaml.safe_load((ROOT / "ray_config.yaml").read_text())["available_node_types"]
+    names = {"driver": "driver", "gpu-spot": "gpu_spot"}
+    assert {ours: group(cluster, ours)["labels"] for ours in names} == {ours: kinds[theirs]["labels"] for ours, theirs in names.items()}
+    assert cluster["headGroupSpec"]["labels"] == kinds["head"]["labels"]
+
+
+def test_a_head_that_restarts_has_its_state_and_autoscaling_leaves_restarts_to_kuberay(cluster: Manifest) -> None:
+    assert cluster["gcsFaultToleranceOptions"]["backend"] == "rocksdb"
+    assert cluster["autoscalerOptions"]["version"] == "v2"
+    assert "restartPolicy" not in str(cluster), "with autoscaler v2 KubeRay refuses any but Never"
+    assert "RAY_gcs_storage" not in str(cluster), "KubeRay sets it and refuses ours"
+
+
+def test_the_cluster_has_a_token_and_the_ray_of_the_project(cluster: Manifest) -> None:
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["rayVersion"] == version("ray")
+
+
+def test_a_tick_starts_again_after_75_and_kills_and_after_nothing_else_and_never_beside_another() -> None:
+    cron = yaml.safe_load((FOLDER / "retrain.yaml").read_text())["spec"]
+    job = cron["jobTemplate"]["spec"]
+    assert cron["concurrencyPolicy"] == "Forbid" and job["template"]["spec"]["restartPolicy"] == "Never"
+    (container,) = job["template"]["spec"]["containers"]
+    disruption, codes = job["podFailurePolicy"]["rules"]
+    assert disruption == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    assert (codes["action"], codes["onExitCodes"]["operator"], codes["onExitCodes"]["containerName"]) == ("Ignore", "In", container["name"])
+    assert codes["onExitCodes"]["values"] == [code for code in range(144) if repeated(code)]
+    assert job["backoffLimit"] == 0, "no other failure is tried again"
+    assert (ROOT / container["command"][1]).is_file() and (ROOT / container["command"][3]).is_file()
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.name)
+def test_no_secret_stands_in_a_manifest(path: Path) -> None:
+    text = path.read_text()
+    assert not re.search(r"(?i)(AUTH_TOKEN|SECRET|PASSWORD|ACCESS_KEY)[\w\"':, {}]*value", text)
+    assert "kind: Secret" not in text
