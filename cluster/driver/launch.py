@@ -288,6 +288,10 @@ class _Fit(Thread):
     def run(self) -> None:
         try:
             self.value = self._trainer.fit().return_value  # type: ignore[attr-defined]
+        except (TrainingFailedError, RayError) as error:
+            # Its frames hold the handle of Ray Train's controller, which would live on, and hold the ranks' machines.
+            error.__context__ = None
+            self.error = error.with_traceback(None)
         except BaseException as error:
             self.error = error
 
