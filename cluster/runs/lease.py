@@ -178,19 +178,19 @@ class Lease:
                     return
                 continue
             other, now = Note.from_json(data), self._clock()
-            if etag != seen and seen and not other.released and not self._wait:
-                raise Held(
-                    f"{self._store.url} is held by {other}, which is at work there: nothing was begun. "
-                    "Give the same command again when it has ended, or end it first"
-                )
             # A look counts for little more than the pause before it: while the store was away, or this process stood still, the
             # holder could not beat, or beat unseen.
             still = still + min(now - looked, 2 * LOOK) if etag == seen else 0.0
-            seen, looked = etag, now
+            beats, seen, looked = bool(seen) and etag != seen, etag, now
             if other.released or other.process.gone() or still >= LAPSE:
                 if self._taken(etag):
                     return
                 continue
+            if beats and not self._wait:
+                raise Held(
+                    f"{self._store.url} is held by {other}, which is at work there: nothing was begun. "
+                    "Give the same command again when it has ended, or end it first"
+                )
             if self._wait and now - began - said >= SAY:
                 said = now - began
                 self._on_wait(f"{self._store.url} is held by {other}: waiting until it ends, or shows no life for {LAPSE:g} s")

@@ -5,7 +5,7 @@ has to look at what was decided. `champion.json` shows what the newest decision 
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from cluster.storage import AlreadyExists, NotFound, Permanent, Stale, Store
@@ -62,8 +62,16 @@ def newest_decision(store: Store) -> Decision | None:
 
 
 def read_decision(store: Store, number: int) -> Decision:
-    """The decision of this number."""
+    """The decision of this number.
+
+    Raises:
+        ValueError: if another version of this program took it.
+    """
     values = json.loads(store.read(_key(number)))
+    if unknown := sorted(values.keys() - {field.name for field in fields(Decision)}):
+        raise ValueError(
+            f"{store.url}/{_key(number)} has {', '.join(unknown)}, which this program does not know: go on with the newer one that wrote it"
+        )
     versions = {name: Version(**values[name]) if values[name] else None for name in ("champion", "candidate", "before")}
     return Decision(**{**values, **versions})
 

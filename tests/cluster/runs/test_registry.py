@@ -89,3 +89,12 @@ def test_an_empty_registry_has_no_champion_to_show_or_take_back(store: Store) ->
     assert registry.newest_decision(store) is None and not store.exists("champion.json")
     with pytest.raises(StorageError, match="no champion"):
         registry.roll_back(store, "")
+
+
+def test_a_decision_of_a_newer_version_is_refused_by_name(store: Store) -> None:
+    registry.append_decision(store, promoted("a"), None)
+    store.put("decisions/000001.json", json.dumps(json.loads(store.read("decisions/000001.json")) | {"canary": 1}).encode())
+    with pytest.raises(
+        ValueError, match=rf"{store.url}/decisions/000001.json has canary, which this program does not know: go on with the newer"
+    ):
+        registry.newest_decision(store)
