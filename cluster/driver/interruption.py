@@ -2,6 +2,8 @@
 
 import signal
 import threading
+import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -9,15 +11,23 @@ TERMINATED = 143
 """Exit code of a command that SIGTERM ended, as a shell has it."""
 
 
+SAME = 1.0
+"""Seconds in which a second signal is the first one again: `ray job stop` sends it to a whole tree of processes, and they hand it on."""
+
+
 class Interruption:
     """Takes SIGINT and SIGTERM inside a `with`, where that is possible: in the main thread.
+
+    Args:
+        clock: seconds that only grow.
 
     Attributes:
         signal: the number of the first signal, 0 before it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.signal = 0
+        self._clock, self._first = clock, 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -41,6 +51,7 @@ class Interruption:
         raise KeyboardInterrupt
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        again, self.signal = bool(self.signal), self.signal or number
-        if again:
+        if not self.signal:
+            self.signal, self._first = number, self._clock()
+        elif self._clock() - self._first > SAME:
             self.end()

@@ -11,11 +11,14 @@ from cluster.driver.interruption import Interruption
 
 @pytest.mark.parametrize(("number", "end"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_the_first_signal_is_noted_and_the_second_ends_at_once(number: signal.Signals, end: type[BaseException]) -> None:
-    before = signal.getsignal(number)
-    with Interruption() as interruption:
+    before, now = signal.getsignal(number), [0.0]
+    with Interruption(lambda: now[0]) as interruption:
         assert interruption.signal == 0
         os.kill(os.getpid(), number)
         assert interruption.signal == number
+        now[0] = 0.5
+        os.kill(os.getpid(), number)  # the same one, handed on by another process
+        now[0] = 2.0
         with pytest.raises(end):
             os.kill(os.getpid(), number)
         with pytest.raises(end) as raised:
