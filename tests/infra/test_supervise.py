@@ -132,8 +132,6 @@ def test_a_sigint_to_the_group_of_a_terminal_reaches_the_command_once() -> None:
     counter = "import signal, time; got = []; signal.signal(signal.SIGINT, lambda *_: got.append(1)); print('ready', flush=True)"
     counter += "; signal.pause(); time.sleep(1); print(len(got)); raise SystemExit(130)"
     line = [sys.executable, ROOT / "infra/supervise.py", "--", sys.executable, "-c", counter]
-    listen = "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); os.execv(sys.argv[1], sys.argv[1:])"
-    line = [sys.executable, "-c", listen, *line]  # tests in the background of a shell ignore SIGINT, and so would their children
     process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, process_group=0)
     assert process.stdout.readline() == "ready\n"
     os.killpg(process.pid, signal.SIGINT)
