@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -361,17 +361,16 @@ class Inventory:
         self.found = [one for one in read if one is not None]
 
     def _read(self, key: str) -> StoredCheckpoint | None:
-        about = {"key": key, "progress": _progress(key), "by": written_by(key), "counts": self._counts(key)}
+        about = StoredCheckpoint(key, _progress(key), written_by(key), self._counts(key))
         try:
             sizes = read_manifest(self._store, key).sizes
         except GoneCheckpoint:
             return None
         except (DamagedCheckpoint, OtherVersion) as error:
-            return StoredCheckpoint(**about, wrong=str(error), readable=False, foreign=isinstance(error, OtherVersion))
+            return replace(about, wrong=str(error), readable=False, foreign=isinstance(error, OtherVersion))
         lacking = [part for part, size in sizes.items() if self.sizes.get(part) != size]
         wrong = f"{len(lacking)} of {len(sizes)} parts are missing or cut short, the first is {lacking[0]}" if lacking else ""
-        score = self._scores.get(about["progress"])
-        return StoredCheckpoint(**about, parts=frozenset(sizes), bytes=sum(sizes.values()), wrong=wrong, score=score)
+        return replace(about, parts=frozenset(sizes), bytes=sum(sizes.values()), wrong=wrong, score=self._scores.get(about.progress))
 
     def orphans(self, by: Attempt) -> list[str]:
         """What attempts before this one left behind: manifests that do not count, and parts that no other one names.
@@ -404,11 +403,9 @@ class Inventory:
 
 def delete_objects(store: Store, keys: Iterable[str]) -> None:
     """Delete manifests, then parts: a checkpoint whose deletion is broken off is none any more, and its parts are orphans."""
-    manifests, parts = [], []
-    for key in keys:
-        (manifests if is_manifest(key) else parts).append(key)
-    for some in (manifests, parts):
-        for _ in parallel_map(store.delete, some):
+    given = list(keys)
+    for manifests in (True, False):
+        for _ in parallel_map(store.delete, [key for key in given if is_manifest(key) == manifests]):
             pass
 
 
