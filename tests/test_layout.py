@@ -37,7 +37,7 @@ MODULES = {
     "training": "engine examine loop requests resume stacks warm_start",
     "driver": "interruption launch pin plan pretrained run watchdog",
     "studies": "comparison retrain sweep",
-    "bench": "loading metrics noise_dataset tables training",
+    "bench": "checkpoint loading metrics noise_dataset tables training",
 }
 """Package -> its modules."""
 

@@ -5,6 +5,7 @@ from statistics import median
 
 from rich.table import Column, Table
 
+from cluster.bench.checkpoint import HeldUp, Seconds
 from cluster.bench.loading import Figures
 from cluster.bench.metrics import CLIPS, FRAMES, NEIGHBOURS, OFFICIAL_SECONDS, PREDICTIONS, FullSize, MetricCost
 from cluster.bench.training import StepSpeed
@@ -45,6 +46,20 @@ def loading_table(title: str, found: Mapping[str, Figures]) -> Table:
             ratios = [ours / theirs for ours, theirs in zip(figures.each(what), wire.each(what), strict=True)]
             cells += [f"{median(figures.each(what)):.{digits}f}", f"{median(ratios):.2f}"]
         table.add_row(what, *cells)
+    return table
+
+
+def checkpoint_table(title: str, found: HeldUp) -> Table:
+    """What holds up a step, beside a plain copy: the first checkpoint by itself, then medians of the others."""
+    table = _numbers(title, "", "ms", "CPU ms", "/ copy", "CPU / copy", "first, ms", "first, / copy")
+    parts = {"begin": found.begin, "publish": found.publish, "finish": found.finish}
+    together = [Seconds(sum(one.wall for one in each), sum(one.cpu for one in each)) for each in zip(*parts.values(), strict=True)]
+    rounds = {"copy": found.copy, **parts, "together": together}
+    for name, spent in rounds.items():
+        wall, cpu = median(one.wall for one in spent[1:]), median(one.cpu for one in spent[1:])
+        ratios = [median(ours[kind] / copy[kind] for ours, copy in zip(spent[1:], found.copy[1:], strict=True)) for kind in (0, 1)]
+        first = f"{1e3 * spent[0].wall:.1f}", f"{spent[0].wall / found.copy[0].wall:.2f}"
+        table.add_row(name, f"{1e3 * wall:.1f}", f"{1e3 * cpu:.1f}", *(f"{ratio:.2f}" for ratio in ratios), *first)
     return table
 
 

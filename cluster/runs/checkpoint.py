@@ -223,6 +223,7 @@ class CheckpointWriter:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._cleaner = ThreadPoolExecutor(1, thread_name_prefix="prune")
         self._snapshot = TensorSnapshot()
+        self._room: Future[None] | None = None
         self._upload: Future[CheckpointPart] | None = None
         self._manifest: Future[None] | None = None
         self._cleaning: Future[None] | None = None
@@ -244,6 +245,16 @@ class CheckpointWriter:
         """Whether the manifest is there; only rank 0 knows. Raises what `finish` would."""
         return _done(self._manifest)
 
+    def prepare(self, fragments: Iterable[Any], buffers: dict[str, torch.Tensor]) -> "Future[None]":
+        """Start to get the memory for the copies, so that the first checkpoint need not wait for it; returns what ends with that.
+
+        Args:
+            fragments: as `begin`.
+            buffers: as `begin`.
+        """
+        self._room = self._pool.submit(self._snapshot.prepare, self._tensors(fragments, buffers))
+        return self._room
+
     def begin(self, fragments: Iterable[Any], buffers: dict[str, torch.Tensor], **facts: Any) -> None:
         """Copy this rank's fragments and start to upload them.
 
@@ -254,17 +265,16 @@ class CheckpointWriter:
         """
         if self.busy:
             self.commit()
-        extents, shapes = [], {}
-        tensors = {BUFFER + name: buffer for name, buffer in buffers.items()} if self._rank == 0 else {}
-        for fragment in fragments:
-            count = fragment.tensors["master"].numel()
-            extents.append((fragment.name, fragment.start, count))
-            shapes[fragment.name] = list(fragment.shape)
-            for kind, view in fragment.tensors.items():
-                tensors[_tensor(fragment.name, fragment.start, kind)] = view
+        if self._room:
+            self._room.result()
+            self._room = None
+        fragments = list(fragments)
+        shapes = {fragment.name: list(fragment.shape) for fragment in fragments}
+        extents = [(fragment.name, fragment.start, fragment.tensors["master"].numel()) for fragment in fragments]
         self._facts = {**facts, "shapes": shapes}
         by = str(Attempt(facts["life"], facts.get("attempt", 0)))
-        self._upload = self._pool.submit(self._write, str(facts["stage"]), by, self._snapshot.take(tensors), extents)
+        data = self._snapshot.take(self._tensors(fragments, buffers))
+        self._upload = self._pool.submit(self._write, str(facts["stage"]), by, data, extents)
 
     def publish(self) -> None:
         """Wait for every rank's part, then let rank 0 begin to write the manifest."""
@@ -286,8 +296,9 @@ class CheckpointWriter:
         assert self._published is not None
         if self._manifest:
             self._manifest.result()
-            if _done(self._cleaning) or self._cleaning is None:  # else the next checkpoint's does the work of both
-                self._cleaning = self._cleaner.submit(_prune, self._store, self._published, self._keep, self._superseded)
+            if not _done(self._cleaning) and self._cleaning:
+                self._cleaning.cancel()  # one that has not begun yet would do nothing that the next one does not do
+            self._cleaning = self._cleaner.submit(_prune, self._store, self._published, self._keep, self._superseded)
         checkpoint, self._published, self._manifest = self._published, None, None
         return checkpoint
 
@@ -300,6 +311,13 @@ class CheckpointWriter:
         if self._published is None:
             self.publish()
         return self.finish()
+
+    def _tensors(self, fragments: Iterable[Any], buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What this rank's part holds, by name."""
+        tensors = {BUFFER + name: buffer for name, buffer in buffers.items()} if self._rank == 0 else {}
+        for fragment in fragments:
+            tensors |= {_tensor(fragment.name, fragment.start, kind): view for kind, view in fragment.tensors.items()}
+        return tensors
 
     def _create(self, checkpoint: Checkpoint) -> None:
         """Create the manifest, and take it back if a newer life or attempt began meanwhile: this process may have stood still."""

@@ -198,6 +198,7 @@ class _Training:
 
     def run(self) -> dict[str, Any]:
         step, progress, loss, left = self.resume(), 0, float("nan"), False
+        self.writer.prepare(self.engine.fragments(), dict(self.engine.stage.named_buffers()))
         batches = self.stream.batches(step)
         batch = self.fetch(batches)
         valid = int(self.agree(torch.zeros(()), None, batch).next_valid)

@@ -253,3 +253,53 @@ def test_neither_deleting_nor_listing_nor_the_manifest_is_waited_for_by_a_step(s
     answers.set()
     one.close()
     assert {"put", "create", "list"} <= set(asked) and progresses(store) == [1]
+
+
+def test_what_the_last_checkpoints_replaced_is_deleted_also_if_deleting_was_slower_than_they_came(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go, prune = threading.Event(), threading.Event(), checkpoint._prune
+
+    def slow(*given) -> None:
+        begun.set()
+        assert go.wait(60)
+        prune(*given)
+
+    monkeypatch.setattr(checkpoint, "_prune", slow)
+    writer = writer_of(store, keep=1)
+    for progress in (1, 2, 3, 4):
+        facts = {"stage": "autoencoder", "progress": progress, "steps": progress, "dataset": "", "config": {}, "life": 1, "attempt": 0}
+        writer.begin([Fragment("w", (2,), 0, {"master": torch.full((2,), float(progress))})], {}, **facts)
+        writer.commit()
+        assert begun.wait(60)
+    assert progresses(store) == [4, 3, 2, 1], "the first deletion has not begun"
+    go.set()
+    writer.close()
+    assert progresses(store) == [4] and len(parts(store)) == 1
+
+
+def test_deleting_makes_its_requests_in_parallel_manifests_before_parts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """512 parts one by one, at 30 ms each, would take 15 s."""
+    for progress in (1, 2, 3):
+        commit(writer_of(store, keep=9), progress)
+    delete, together, order = type(store).delete, threading.Barrier(2), []
+
+    def meet(self: Store, key: str) -> None:
+        together.wait(60)  # one by one, nobody would come
+        order.append("/parts/" in key)
+        delete(self, key)
+
+    monkeypatch.setattr(type(store), "delete", meet)
+    checkpoint.delete_objects(store, [*parts(store), *keys(store)][:2] + keys(store)[:2])
+    assert order == [False, False, True, True] and progresses(store) == [1]
+
+
+def test_memory_for_the_copies_is_there_before_the_first_checkpoint(store: Store) -> None:
+    writer = writer_of(store)
+    fragments = [Fragment("w", (2,), 0, {"master": torch.ones(2)})]
+    writer.prepare(fragments, {"low": torch.zeros(3)}).result()
+    memory = writer._snapshot._memory
+    facts = {"stage": "autoencoder", "progress": 1, "steps": 1, "dataset": "", "config": {}, "life": 1, "attempt": 0}
+    writer.begin(fragments, {"low": torch.zeros(3)}, **facts)
+    writer.commit()
+    assert writer._snapshot._memory is memory and progresses(store) == [1]
