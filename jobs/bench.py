@@ -152,7 +152,7 @@ def checkpoint(arguments: argparse.Namespace) -> int:
     with Display() as display:
         found = bench_checkpoint(arguments.size * 10**6, arguments.rounds, display.counter("checkpoints", "checkpoints"))
     title = (
-        f"a step held up by a checkpoint of {arguments.size} MB on one thread, medians of {arguments.rounds}, "
+        f"a step held up by a checkpoint of {arguments.size} MB on one thread, {arguments.rounds} rounds, "
         f"{1e3 * REQUEST_SECONDS:.0f} ms for each of {found.requests} requests"
     )
     Console().print(checkpoint_table(title, found))
