@@ -4,6 +4,7 @@ python jobs/bench.py train                                          the demo's w
 python jobs/bench.py train --config jobs/configs/react2024.yaml     the authors' widths
 python jobs/bench.py online                                         a listener that reacts while the speaker speaks
 python jobs/bench.py data                                           our loader over S3, against the wire and webdataset
+python jobs/bench.py checkpoint                                     how long one holds up a step, against a plain copy
 python jobs/bench.py metrics                                        a pair of reactions, against the challenges' code
 python jobs/bench.py metrics --full                                 and as many as the test set has, on all cores
 python jobs/bench.py science                                        the table of docs/science.md: hours on two cores, and it resumes
@@ -21,10 +22,11 @@ import torch
 from rich.console import Console
 
 from cluster import cli
+from cluster.bench.checkpoint import REQUEST_SECONDS, bench_checkpoint
 from cluster.bench.loading import Task, Undrawn, bench_data, server
 from cluster.bench.metrics import full_size, pair_costs
 from cluster.bench.noise_dataset import make_noise
-from cluster.bench.tables import full_size_table, loading_table, online_table, pairs_table, training_table
+from cluster.bench.tables import checkpoint_table, full_size_table, loading_table, online_table, pairs_table, training_table
 from cluster.bench.training import alone, bench_online, bench_training
 from cluster.config.loading import load
 from cluster.config.paths import anchored
@@ -67,6 +69,11 @@ def main() -> int:
         verbs, "science", science, CONFIGS / "science.yaml", "models, ablations and peers on equal data, against baselines and oracles"
     )
     verb.add_argument("--write", type=Path, metavar="FILE.md", help="also put the table between the <!-- table --> marks of this file")
+    what = "how long a checkpoint holds up a step, against a plain copy of the same tensors, with a store that is slow"
+    verb = verbs.add_parser("checkpoint", help=what, description=what)
+    verb.add_argument("--size", type=cli.positive, default=200, metavar="MB", help="of the rank's part of the state (default: 200)")
+    verb.add_argument("--rounds", type=cli.positive, default=7, help="checkpoints after the first (default: 7)")
+    verb.set_defaults(function=checkpoint)
     verb = verbs.add_parser("metrics", help="CPU time of the official metrics, against the challenges' code")
     verb.add_argument("--full", action="store_true", help="also score a set of the size of the test set on all cores: minutes")
     verb.set_defaults(function=metrics)
@@ -137,6 +144,18 @@ def data(arguments: argparse.Namespace) -> int:
             f"from {server(url)}, {task.readers} threads, {cores} cores, medians of {arguments.rounds} rounds"
         )
         Console().print(loading_table(title, found))
+    return 0
+
+
+def checkpoint(arguments: argparse.Namespace) -> int:
+    """What a step waits for."""
+    with Display() as display:
+        found = bench_checkpoint(arguments.size * 10**6, arguments.rounds, display.counter("checkpoints", "checkpoints"))
+    title = (
+        f"a step held up by a checkpoint of {arguments.size} MB on one thread, {arguments.rounds} rounds, "
+        f"{1e3 * REQUEST_SECONDS:.0f} ms for each of {found.requests} requests"
+    )
+    Console().print(checkpoint_table(title, found))
     return 0
 
 

@@ -32,12 +32,12 @@ MODULES = {
         "build_shard cache cache_file cache_space checksums demo index_tars manifest prepare quarantine ranges reader "
         "sequential shards stream tar_scan verify"
     ),
-    "runs": "build_latents checkpoint environment export latents lease lineage published registry saved snapshot state",
+    "runs": "build_latents checkpoint environment export latents lease lineage published registry retention saved snapshot state upkeep",
     "evaluation": "evaluate gate ground_truth picture plan rows validation",
     "training": "engine examine loop requests resume stacks warm_start",
     "driver": "interruption launch pin plan pretrained run watchdog",
     "studies": "comparison retrain sweep",
-    "bench": "loading metrics noise_dataset tables training",
+    "bench": "checkpoint loading metrics noise_dataset tables training",
 }
 """Package -> its modules."""
 

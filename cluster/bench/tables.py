@@ -5,6 +5,7 @@ from statistics import median
 
 from rich.table import Column, Table
 
+from cluster.bench.checkpoint import HeldUp, Seconds
 from cluster.bench.loading import Figures
 from cluster.bench.metrics import CLIPS, FRAMES, NEIGHBOURS, OFFICIAL_SECONDS, PREDICTIONS, FullSize, MetricCost
 from cluster.bench.training import StepSpeed
@@ -46,6 +47,32 @@ def loading_table(title: str, found: Mapping[str, Figures]) -> Table:
             cells += [f"{median(figures.each(what)):.{digits}f}", f"{median(ratios):.2f}"]
         table.add_row(what, *cells)
     return table
+
+
+def checkpoint_table(title: str, found: HeldUp) -> Table:
+    """What holds up a step, beside a plain copy: least wall time and median CPU time, and what the first checkpoint took."""
+    table = _numbers(title, "", "ms, least", "/ copy", "CPU ms, median", "/ copy", "first, ms", "/ copy")
+    parts = {"begin": found.begin, "publish": found.publish, "finish": found.finish}
+    together = [Seconds(sum(one.wall for one in each), sum(one.cpu for one in each)) for each in zip(*parts.values(), strict=True)]
+    for name, spent in {"copy": found.copy, **parts, "together": together}.items():
+        cells = []
+        for figure in (_least_wall, _median_cpu, _first_wall):
+            ours, copy = figure(spent), figure(found.copy)
+            cells += [f"{1e3 * ours:.1f}", f"{ours / copy:.2f}"]
+        table.add_row(name, *cells)
+    return table
+
+
+def _least_wall(rounds: Sequence[Seconds]) -> float:
+    return min(one.wall for one in rounds[1:])
+
+
+def _median_cpu(rounds: Sequence[Seconds]) -> float:
+    return median(one.cpu for one in rounds[1:])
+
+
+def _first_wall(rounds: Sequence[Seconds]) -> float:
+    return rounds[0].wall
 
 
 def pairs_table(costs: Sequence[MetricCost]) -> Table:

@@ -49,7 +49,16 @@ class Run(Branch):
     )
     checkpoint_every: PerStage[int] = field(per_stage(0, 0), "Progress between checkpoints; 0: an epoch.", kind="placement", unit="items")
     log_every: int = field(10, "Steps between logged rows.", kind="placement", unit="steps", ge=1)
-    keep: int = field(3, "Newest checkpoints kept of each stage; older ones are deleted.", kind="placement", ge=1)
+    keep: int = field(3, "Newest checkpoints kept of each stage; others are deleted, but for the next two.", kind="placement", ge=1)
+    keep_every: PerStage[int] = field(
+        per_stage(0, 0),
+        "The first checkpoint at or after each multiple of it is kept for good; 0: none.",
+        kind="placement",
+        unit="items",
+    )
+    keep_best: int = field(
+        0, "Checkpoints kept of those that `evaluation.watch` scored, the ones with the best FRCorr; 0: none.", kind="placement", ge=0
+    )
     checkpoint_minutes: float = field(
         10, "Longest time between checkpoints, beside `checkpoint_every`; 0: none.", kind="placement", unit="minutes", ge=0
     )
@@ -137,6 +146,10 @@ class Experiment(Branch):
     def _supported(self) -> "Experiment":
         if self.optim.precision == "bf16" and self.workers.zero == 0:
             raise ValueError("workers.zero is 0, but optim.precision=bf16 needs the fp32 masters of ZeRO-1 and above: set workers.zero=1")
+        if self.run.keep_best and not self.evaluation.watch:
+            raise ValueError(
+                f"run.keep_best is {self.run.keep_best}, but no checkpoint is scored: set evaluation.watch, or run.keep_best=0"
+            )
         if self.model.family == "trans-vae" and self.run.autoencoder:
             raise ValueError("run.autoencoder would take the only stage of model.family=trans-vae and leave nothing to train: leave it out")
         unused = [f"diffusion.{name}={value}" for name, value in Diffusion() if value != getattr(self.diffusion, name)]

@@ -8,9 +8,9 @@ wrote them in their names too, so an attempt that was given up and wakes can nei
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -18,11 +18,13 @@ import torch
 from safetensors.torch import load
 
 from cluster.data.quarantine import BadItem
-from cluster.runs.lineage import counting, is_manifest, newest_first, written_by
+from cluster.runs.lineage import counting, is_manifest, written_by
+from cluster.runs.retention import Retention, StoredCheckpoint, checkpoint_scores
 from cluster.runs.snapshot import TensorSnapshot
 from cluster.runs.state import Attempt, Superseded
 from cluster.storage import AlreadyExists, NotFound, StorageError, Store, content_hash
 from cluster.storage.hashing import HashMismatch, read_verified
+from cluster.storage.parallel import parallel_map
 
 VERSION = 2
 READ = (1, 2)
@@ -85,6 +87,11 @@ class Checkpoint:
         return Attempt(self.life, self.attempt)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The keys of its parts, and their bytes."""
+        return {f"checkpoints/{self.stage}/{part.file}": part.bytes for part in self.parts}
+
+    @property
     def file(self) -> str:
         """The manifest's place below `checkpoints/<stage>/`."""
         return f"{self.progress:015d}-{self.life:06d}.json" if self.version == 1 else f"{self.progress:015d}-{self.by}.json"
@@ -122,7 +129,7 @@ def list_checkpoints(store: Store, stage: str) -> list[str]:
 def newest_progress(store: Store, stage: str) -> int:
     """Progress of the newest checkpoint of a stage, whole or not; 0 where there is none."""
     names = list_checkpoints(store, stage)
-    return int(names[0].rpartition("/")[2].partition("-")[0]) if names else 0
+    return _progress(names[0]) if names else 0
 
 
 def read_manifest(store: Store, key: str) -> Checkpoint:
@@ -207,15 +214,16 @@ class CheckpointWriter:
         store: the run's folder.
         gather: collects one object of every rank on all of them.
         rank: this rank; rank 0 writes the manifest.
-        keep: whole checkpoints kept of each stage.
+        keep: which checkpoints stay.
         superseded: raises `Superseded` if a newer life or attempt has begun; asked before and after each manifest is created.
     """
 
-    def __init__(self, store: Store, gather: Callable[[Any], list[Any]], rank: int, keep: int, superseded: Callable[[], None]):
+    def __init__(self, store: Store, gather: Callable[[Any], list[Any]], rank: int, keep: Retention, superseded: Callable[[], None]):
         self._store, self._gather, self._rank, self._keep, self._superseded = store, gather, rank, keep, superseded
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._cleaner = ThreadPoolExecutor(1, thread_name_prefix="prune")
         self._snapshot = TensorSnapshot()
+        self._room: Future[None] | None = None
         self._upload: Future[CheckpointPart] | None = None
         self._manifest: Future[None] | None = None
         self._cleaning: Future[None] | None = None
@@ -237,6 +245,16 @@ class CheckpointWriter:
         """Whether the manifest is there; only rank 0 knows. Raises what `finish` would."""
         return _done(self._manifest)
 
+    def prepare(self, fragments: Iterable[Any], buffers: dict[str, torch.Tensor]) -> "Future[None]":
+        """Start to get the memory for the copies, so that the first checkpoint need not wait for it; returns what ends with that.
+
+        Args:
+            fragments: as `begin`.
+            buffers: as `begin`.
+        """
+        self._room = self._pool.submit(self._snapshot.prepare, self._tensors(fragments, buffers))
+        return self._room
+
     def begin(self, fragments: Iterable[Any], buffers: dict[str, torch.Tensor], **facts: Any) -> None:
         """Copy this rank's fragments and start to upload them.
 
@@ -247,17 +265,16 @@ class CheckpointWriter:
         """
         if self.busy:
             self.commit()
-        extents, shapes = [], {}
-        tensors = {BUFFER + name: buffer for name, buffer in buffers.items()} if self._rank == 0 else {}
-        for fragment in fragments:
-            count = fragment.tensors["master"].numel()
-            extents.append((fragment.name, fragment.start, count))
-            shapes[fragment.name] = list(fragment.shape)
-            for kind, view in fragment.tensors.items():
-                tensors[_tensor(fragment.name, fragment.start, kind)] = view
+        if self._room:
+            self._room.result()
+            self._room = None
+        fragments = list(fragments)
+        shapes = {fragment.name: list(fragment.shape) for fragment in fragments}
+        extents = [(fragment.name, fragment.start, fragment.tensors["master"].numel()) for fragment in fragments]
         self._facts = {**facts, "shapes": shapes}
         by = str(Attempt(facts["life"], facts.get("attempt", 0)))
-        self._upload = self._pool.submit(self._write, str(facts["stage"]), by, self._snapshot.take(tensors), extents)
+        data = self._snapshot.take(self._tensors(fragments, buffers))
+        self._upload = self._pool.submit(self._write, str(facts["stage"]), by, data, extents)
 
     def publish(self) -> None:
         """Wait for every rank's part, then let rank 0 begin to write the manifest."""
@@ -279,8 +296,9 @@ class CheckpointWriter:
         assert self._published is not None
         if self._manifest:
             self._manifest.result()
-            if _done(self._cleaning) or self._cleaning is None:  # else the next checkpoint's does the work of both
-                self._cleaning = self._cleaner.submit(_prune, self._store, self._published, self._keep, self._superseded)
+            if not _done(self._cleaning) and self._cleaning:
+                self._cleaning.cancel()  # one that has not begun yet would do nothing that the next one does not do
+            self._cleaning = self._cleaner.submit(_prune, self._store, self._published, self._keep, self._superseded)
         checkpoint, self._published, self._manifest = self._published, None, None
         return checkpoint
 
@@ -293,6 +311,13 @@ class CheckpointWriter:
         if self._published is None:
             self.publish()
         return self.finish()
+
+    def _tensors(self, fragments: Iterable[Any], buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What this rank's part holds, by name."""
+        tensors = {BUFFER + name: buffer for name, buffer in buffers.items()} if self._rank == 0 else {}
+        for fragment in fragments:
+            tensors |= {_tensor(fragment.name, fragment.start, kind): view for kind, view in fragment.tensors.items()}
+        return tensors
 
     def _create(self, checkpoint: Checkpoint) -> None:
         """Create the manifest, and take it back if a newer life or attempt began meanwhile: this process may have stood still."""
@@ -332,72 +357,97 @@ def _done(future: "Future[Any] | None") -> bool:
     return True
 
 
+class Inventory:
+    """What lies below `checkpoints/<stage>/`, as it is listed now.
+
+    Args:
+        store: the run's folder.
+        stage: whose checkpoints.
+        of: the attempt to which they count or not; the newest one if it is None.
+        scores: progress -> score.
+
+    Attributes:
+        sizes: of all objects, by key.
+        found: the checkpoints, in the order of their keys.
+    """
+
+    def __init__(self, store: Store, stage: str, of: Attempt | None = None, scores: Mapping[int, float] | None = None):
+        self._store, self._scores = store, scores or {}
+        self.sizes = {entry.key: entry.size for entry in store.list(f"checkpoints/{stage}/")}
+        self._counts = counting(store, of)
+        read = parallel_map(self._read, [key for key in self.sizes if is_manifest(key)])
+        self.found = [one for one in read if one is not None]
+
+    def _read(self, key: str) -> StoredCheckpoint | None:
+        about = StoredCheckpoint(key, _progress(key), written_by(key), self._counts(key))
+        try:
+            sizes = read_manifest(self._store, key).sizes
+        except GoneCheckpoint:
+            return None
+        except (DamagedCheckpoint, OtherVersion) as error:
+            return replace(about, wrong=str(error), readable=False, foreign=isinstance(error, OtherVersion))
+        lacking = [part for part, size in sizes.items() if self.sizes.get(part) != size]
+        wrong = f"{len(lacking)} of {len(sizes)} parts are missing or cut short, the first is {lacking[0]}" if lacking else ""
+        return replace(about, parts=frozenset(sizes), bytes=sum(sizes.values()), wrong=wrong, score=self._scores.get(about.progress))
+
+    def orphans(self, by: Attempt) -> list[str]:
+        """What attempts before this one left behind: manifests that do not count, and parts that no other one names.
+
+        No part is one while a manifest cannot be read: who knows what it names.
+        """
+        manifests = [one.key for one in self.found if one.readable and not one.counts and one.by < by]
+        if not all(one.readable for one in self.found):
+            return manifests
+        named = frozenset[str]().union(*(one.parts for one in self.found if one.key not in manifests))
+        return manifests + [key for key in self.sizes if not is_manifest(key) and written_by(key) < by and key not in named]
+
+    def excess(self, by: Attempt, keep: Retention, committed: str = "") -> list[str]:
+        """Checkpoints, of this attempt and those before it, that need not stay, and parts that only these name.
+
+        Other parts that no manifest names are no excess: they may be of the next checkpoint, which other ranks upload already.
+
+        Args:
+            by: what a newer attempt wrote is none of its business.
+            keep: which stay.
+            committed: key of the manifest that was just created.
+        """
+        mine = [one for one in self.found if one.by <= by]
+        why = keep.kept(mine, committed)
+        old = [one for one in mine if one.key not in why]
+        named = frozenset[str]().union(*(one.parts for one in mine if one.key in why))
+        sure = all(one.readable for one in mine if one.key in why)
+        return [one.key for one in old] + (sorted(frozenset[str]().union(*(one.parts for one in old)) - named) if sure else [])
+
+
+def delete_objects(store: Store, keys: Iterable[str]) -> None:
+    """Delete manifests, then parts: a checkpoint whose deletion is broken off is none any more, and its parts are orphans."""
+    given = list(keys)
+    for manifests in (True, False):
+        for _ in parallel_map(store.delete, [key for key in given if is_manifest(key) == manifests]):
+            pass
+
+
 def remove_orphans(store: Store, stage: str, by: Attempt) -> None:
-    """Delete what attempts before this one left behind: manifests that do not count, then parts that no manifest names.
-
-    No part is deleted while a manifest cannot be read: who knows what it names.
-    """
-    entries = [entry.key for entry in store.list(f"checkpoints/{stage}/")]
-    counts, unreadable = counting(store, by), False
-    named: set[str] = set()
-    for key in filter(is_manifest, entries):
-        try:
-            parts = _parts(read_manifest(store, key))
-        except GoneCheckpoint:
-            continue
-        except (DamagedCheckpoint, OtherVersion):
-            unreadable = True
-            continue
-        if counts(key) or written_by(key) >= by:
-            named |= parts
-        else:
-            store.delete(key)
-    if not unreadable:
-        for key in entries:
-            if not is_manifest(key) and written_by(key) < by and key not in named:
-                store.delete(key)
+    """Delete what attempts before this one left behind (`Inventory.orphans`)."""
+    delete_objects(store, Inventory(store, stage, by).orphans(by))
 
 
-def _prune(store: Store, committed: Checkpoint, keep: int, superseded: Callable[[], None]) -> None:
-    """Delete what comes after the newest `keep` whole checkpoints, of which this one is the first, and parts that only that named.
-
-    Newest is what was written last: after falling back below damaged checkpoints, new ones have less progress than those. What a
-    newer attempt wrote is none of our business. Other parts that no manifest names stay: they may be of the next checkpoint, which
-    other ranks upload already.
-    """
-    stage, mine = committed.stage, f"checkpoints/{committed.stage}/{committed.file}"
-    sizes = {entry.key: entry.size for entry in store.list(f"checkpoints/{stage}/")}
-    counts, whole = counting(store, committed.by), 1
-    kept, unreadable = _parts(committed), False
-    old: set[str] = set()
-    delete: list[str] = []
-    for key in newest_first(key for key in sizes if is_manifest(key) and key != mine and written_by(key) <= committed.by):
-        try:
-            found = read_manifest(store, key)
-        except GoneCheckpoint:
-            continue
-        except OtherVersion:
-            unreadable = True
-            continue
-        except DamagedCheckpoint as error:
-            log.error("CHECKPOINT DAMAGED, it counts for none of those that are kept: %s", error)
-            unreadable |= whole < keep
-            delete += [key] if whole >= keep else []
-            continue
-        if counts(key) and whole < keep:
-            kept |= _parts(found)
-            whole += all(sizes.get(f"checkpoints/{stage}/{part.file}") == part.bytes for part in found.parts)
-        else:
-            delete.append(key)
-            old |= _parts(found)
+def _prune(store: Store, committed: Checkpoint, keep: Retention, superseded: Callable[[], None]) -> None:
+    """Delete the checkpoints that need not stay, now that there is this one."""
+    scores = checkpoint_scores(store, committed.stage) if keep.best else None
+    there = Inventory(store, committed.stage, committed.by, scores)
+    for one in there.found:
+        if one.by <= committed.by and not (one.readable or one.foreign):
+            log.error("CHECKPOINT DAMAGED, it counts for none of those that are kept: %s", one.wrong)
+    excess = there.excess(committed.by, keep, f"checkpoints/{committed.stage}/{committed.file}")
     superseded()
-    for key in [*delete, *([] if unreadable else sorted(old - kept))]:
-        store.delete(key)
+    delete_objects(store, excess)
 
 
-def _parts(checkpoint: Checkpoint) -> set[str]:
-    """The keys of its parts."""
-    return {f"checkpoints/{checkpoint.stage}/{part.file}" for part in checkpoint.parts}
+def _progress(key: str) -> int:
+    """What the name of a manifest says; 0 where it says nothing."""
+    digits = key.rpartition("/")[2].partition("-")[0]
+    return int(digits) if digits.isdecimal() else 0
 
 
 def _tensor(name: str, start: int, kind: str) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 
 from cluster.config.schema import Experiment
 from cluster.runs import checkpoint
+from cluster.runs.checkpoint import Checkpoint
 from cluster.runtime.device import best_device
 from cluster.storage import AlreadyExists, NotFound, Permanent, StorageError, Store, content_hash
 from cluster.storage.hashing import HashMismatch, read_verified
@@ -72,10 +73,25 @@ def write_export(store: Store, experiment: Experiment, name: str, source: Source
         where = f"{store.url}/checkpoints/{name}"
         raise StorageError(f"{where} has no whole checkpoint at progress {progress}, the end of the stage; run the command again")
     data = save(checkpoint.assemble(store, found, "average"))
-    export = Export(
-        stage=name,
-        progress=progress,
-        hash=content_hash(data),
+    export = export_of(experiment, source, found, content_hash(data))
+    store.put(f"exports/{name}/{export.hash}.safetensors", data)
+    _describe(store, export)
+    return read_export(store, name, progress)
+
+
+def export_of(experiment: Experiment, source: Source, found: Checkpoint, digest: str) -> Export:
+    """The description of weights of this hash that were taken out of a checkpoint.
+
+    Args:
+        experiment: the run's configuration.
+        source: streams and frames the stage was trained on.
+        found: the checkpoint.
+        digest: hash of the weights as safetensors.
+    """
+    return Export(
+        stage=found.stage,
+        progress=found.progress,
+        hash=digest,
         dataset=found.dataset,
         seed=experiment.seed,
         frames=source.frames,
@@ -83,9 +99,6 @@ def write_export(store: Store, experiment: Experiment, name: str, source: Source
         model=experiment.model.model_dump(mode="json"),
         diffusion=experiment.diffusion.model_dump(mode="json"),
     )
-    store.put(f"exports/{name}/{export.hash}.safetensors", data)
-    _describe(store, export)
-    return read_export(store, name, progress)
 
 
 def copy_export(export: Export, source: Store, store: Store) -> None:
@@ -173,7 +186,7 @@ def load_weights(store: Store, export: Export) -> dict[str, torch.Tensor]:
         raise Permanent(f"{error}: it is damaged; delete exports/{export.stage}/ and run the command again") from None
 
 
-def _manifests(store: Store, name: str) -> list[checkpoint.Checkpoint]:
+def _manifests(store: Store, name: str) -> list[Checkpoint]:
     """Those that can be read, newest first."""
     found = []
     for key in checkpoint.list_checkpoints(store, name):

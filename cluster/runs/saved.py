@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -94,15 +94,23 @@ class SavedRun:
         return load_reactor(self.store, self.latents().export, self.diffusion())
 
 
-def open_run(run: str, store: str) -> SavedRun:
-    """Open a run that was started before.
+class RunFolder(NamedTuple):
+    """A run's configuration, the store it lies in, and its folder there."""
+
+    experiment: Experiment
+    home: Store
+    store: Store
+
+
+def open_folder(run: str, store: str) -> RunFolder:
+    """Open the folder of a run that was started before; its dataset need not be there.
 
     Args:
         run: its name, or its folder or URL, which ends in `runs/NAME` wherever the store is now.
         store: folder or URL of the store that a mere name is looked up in.
 
     Raises:
-        ValueError: if there is no such run, or its dataset is gone.
+        ValueError: if there is no such run.
     """
     url = absolute(run if "/" in run else f"{store}/runs/{run}").rstrip("/")
     above, runs, name = url.rpartition("/runs/")
@@ -118,8 +126,21 @@ def open_run(run: str, store: str) -> SavedRun:
             f"python jobs/train.py --config FILE run.name={name} run.store={above}"
         ) from None
     experiment = build(tree, f"{url}/config.yaml")
-    experiment = experiment.model_copy(update={"run": experiment.run.model_copy(update={"name": name, "store": above})})
+    return RunFolder(experiment.model_copy(update={"run": experiment.run.model_copy(update={"name": name, "store": above})}), home, folder)
+
+
+def open_run(run: str, store: str) -> SavedRun:
+    """Open a run that was started before, with its dataset.
+
+    Args:
+        run: as `open_folder`.
+        store: as `open_folder`.
+
+    Raises:
+        ValueError: if there is no such run, or its dataset is gone.
+    """
+    experiment, home, folder = open_folder(run, store)
     if (state := read_state(folder)) is None:
-        raise ValueError(f"run {url} ended before it began (no state.json): start it again with jobs/train.py")
+        raise ValueError(f"run {folder.url} ended before it began (no state.json): start it again with jobs/train.py")
     dataset = open_store(experiment.data.url)
     return SavedRun(experiment, home, folder, dataset, load_manifest(dataset, state.manifest))

@@ -26,6 +26,7 @@ from cluster.evaluation.validation import ValidationClips, Validator
 from cluster.runs import checkpoint
 from cluster.runs.checkpoint import Checkpoint, CheckpointWriter
 from cluster.runs.latents import corrupt_clips, read_range
+from cluster.runs.retention import Retention
 from cluster.runs.state import Attempt, assert_newest_life
 from cluster.runtime.device import peak_flops, peak_memory
 from cluster.storage import StorageError, Store
@@ -186,7 +187,7 @@ class _Training:
         if isinstance(module, LatentDiffusion):
             module.set_range(*read_range(job.dataset, manifest))
         self.engine = Engine(module, engine_settings(experiment, job.stage, place.ranks), place.device)
-        self.writer = CheckpointWriter(job.run, _gather, place.rank, experiment.run.keep, self.superseded)
+        self.writer = CheckpointWriter(job.run, _gather, place.rank, Retention.of(experiment.run, job.stage), self.superseded)
         self.log = MetricsLog(job.run, job.life, job.attempt, job.stage) if place.rank == 0 else None
         self.validator: Validator | None = None
         if job.validation:
@@ -197,6 +198,7 @@ class _Training:
 
     def run(self) -> dict[str, Any]:
         step, progress, loss, left = self.resume(), 0, float("nan"), False
+        self.writer.prepare(self.engine.fragments(), dict(self.engine.stage.named_buffers()))
         batches = self.stream.batches(step)
         batch = self.fetch(batches)
         valid = int(self.agree(torch.zeros(()), None, batch).next_valid)

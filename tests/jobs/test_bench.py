@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.tiny import job, settings
+from tests.tiny import call, job, settings
 
 ONLINE = {"model.online": True, "model.denoiser": "transformer", "model.width": 16, "model.layers": 1}
 PLAIN = {"diffusion.prediction": "epsilon", "diffusion.sampling_steps": 20}
@@ -19,6 +19,14 @@ def test_online_prints_how_much_faster_than_real_time_a_listener_is() -> None:
         "bench", "online", "--seconds", "4", "--count", "2", "model.hidden=16", "model.latent=8", "diffusion.sampling_steps=2", *small
     )
     assert "2 listeners online, 2 windows of 2 s" in done.stdout and "slowest window" in done.stdout
+
+
+def test_checkpoint_prints_what_a_step_waits_for_beside_a_plain_copy() -> None:
+    said = call("bench", "checkpoint", "--size", "2", "--rounds", "1").stdout
+    rows = [line.split("│")[1:-1] for line in said.splitlines() if line.startswith("│")]
+    assert [row[0].strip() for row in rows] == ["copy", "begin", "publish", "finish", "together"]
+    assert [float(cell) for cell in rows[0][2::2]] == [1, 1, 1] and all(float(row[1]) >= 0 for row in rows)
+    assert "30 ms for each of" in " ".join(said.split())
 
 
 @pytest.mark.slow

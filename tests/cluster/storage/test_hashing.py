@@ -11,6 +11,7 @@ from cluster.data.manifest import load_manifest
 from cluster.data.shards import read_index
 from cluster.runs import checkpoint
 from cluster.runs.checkpoint import CheckpointWriter
+from cluster.runs.retention import Retention
 from cluster.storage import Store, content_hash, open_store
 from cluster.storage.hashing import HashMismatch, read_verified
 from cluster.training.engine import Fragment
@@ -51,7 +52,7 @@ def test_bytes_that_changed_on_their_way_are_read_once_more(
 ) -> None:
     store = open_store(s3_url)
     make_latents(store, [3])
-    writer = CheckpointWriter(store, lambda value: [value], rank=0, keep=1, superseded=lambda: None)
+    writer = CheckpointWriter(store, lambda value: [value], rank=0, keep=Retention(1), superseded=lambda: None)
     facts = {"stage": "autoencoder", "progress": 1, "steps": 1, "life": 1, "dataset": "", "config": {}}
     writer.begin([Fragment("w", (2,), 0, {"master": torch.ones(2)})], {}, **facts)
     writer.commit()

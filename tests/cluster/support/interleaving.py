@@ -20,6 +20,7 @@ from cluster.runs import checkpoint
 from cluster.runs.checkpoint import CheckpointWriter, DamagedCheckpoint
 from cluster.runs.lease import BEAT, Holder, Lease
 from cluster.runs.lineage import open_attempt
+from cluster.runs.retention import Retention
 from cluster.runs.state import Attempt, State, Superseded, assert_newest_life, open_life, read_state, write_state
 from cluster.storage import AlreadyExists, Entry, NotFound, Stale, Store
 from cluster.storage.base import ByteCounter, OnBytes, ignore_bytes
@@ -390,8 +391,8 @@ def train(process: Stepped) -> None:
     """What rank 0 of a group does: go on from the newest checkpoint, commit one at every step."""
     world, store, by = process.world, process.store, process.by
     superseded = partial(assert_newest_life, store, *by)
-    writer = CheckpointWriter(store, lambda value: [value], 0, world.keep, superseded)
-    writer._pool = Inline()  # type: ignore[assignment]
+    writer = CheckpointWriter(store, lambda value: [value], 0, Retention(world.keep), superseded)
+    writer._pool = writer._cleaner = Inline()  # type: ignore[assignment]
     superseded()
     checkpoint.remove_orphans(store, STAGE, by)
     progress = resume(process)

@@ -20,6 +20,7 @@ from cluster.runs import checkpoint, lease
 from cluster.runs.checkpoint import CheckpointWriter
 from cluster.runs.lease import Lease
 from cluster.runs.lineage import open_attempt
+from cluster.runs.retention import Retention
 from cluster.runs.state import Attempt, State, Superseded, assert_newest_life, open_life, write_state
 from cluster.storage.folder import FolderStore
 
@@ -57,7 +58,7 @@ def main(folder: str, log: str, end: int) -> None:
         write_state(store, state)
         store.by = by = Attempt(life, open_attempt(store, life))
         checkpoint.remove_orphans(store, STAGE, by)
-        writer = CheckpointWriter(store, lambda value: [value], 0, 2, partial(assert_newest_life, store, *by))
+        writer = CheckpointWriter(store, lambda value: [value], 0, Retention(2), partial(assert_newest_life, store, *by))
         found = [checkpoint.read_manifest(store, key) for key in checkpoint.list_checkpoints(store, STAGE)]
         progress = max((one.progress for one in found), default=0)
         while progress < end:
