@@ -1,6 +1,7 @@
 """What every test shares: an environment that is nobody's, one thread a process, one local Ray, and marks that are told from fixtures."""
 
 import os
+import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ for name in [name for name in os.environ if name.startswith(("RAY_", "AWS_"))]:
 os.environ |= {"OMP_NUM_THREADS": "1", "RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0", "AWS_EC2_METADATA_DISABLED": "true"}
 os.environ["RAY_num_workers_soft_limit"] = "8"  # idle workers stay for the next test: each would import torch and compile the metrics
 os.environ |= {"AWS_SHARED_CREDENTIALS_FILE": os.devnull, "AWS_CONFIG_FILE": os.devnull, "NO_PROXY": "127.0.0.1,localhost"}
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; children would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("patient", deadline=None)  # the machine's pauses are no property of the code
 hypothesis.settings.load_profile("patient")

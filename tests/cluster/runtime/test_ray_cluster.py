@@ -187,7 +187,9 @@ def test_only_nodes_that_take_work_must_see_a_store(tmp_path: Path, monkeypatch:
     seen = [{"NodeID": name, "Alive": True, "Resources": has, "NodeManagerAddress": name} for name, has in cpus.items()]
     blind = SimpleNamespace(options=lambda scheduling_strategy: SimpleNamespace(remote=lambda store, key: False))
     monkeypatch.setattr(ray, "nodes", lambda: seen)
-    monkeypatch.setattr(ray, "get", lambda found: found)
+    monkeypatch.setattr(ray, "get", lambda found, timeout: found)
+    monkeypatch.setattr(ray, "wait", lambda asked, num_returns, timeout: None)
+    monkeypatch.setattr(placement, "draining_nodes", dict)
     monkeypatch.setattr(placement, "NodeAffinitySchedulingStrategy", lambda node, soft: node)
     monkeypatch.setattr(placement, "_has", blind)
     with pytest.raises(StorageError, match=r"1 of 1 nodes do not see what is written there \(gpu\)"):
