@@ -68,16 +68,16 @@ def test_training_begins_with_the_weights_and_resumes_from_its_own(finished: Pat
     theirs = load_weights(parent.store, parent.export("autoencoder"))
     settings = (f"model.init_from=[{finished}]", "optim.weight_decay=0")
 
-    def trained(rate: str, epochs: float, life: int) -> dict[str, torch.Tensor]:
-        train_on(1, tiny(shards, tmp_path, *settings, f"optim.lr={rate}", f"optim.epochs={epochs}"), tmp_path, life)
-        store = open_store(str(tmp_path))
+    def trained(run: str, rate: str, epochs: float, life: int = 1) -> dict[str, torch.Tensor]:
+        folder = tmp_path / run
+        train_on(1, tiny(shards, folder, *settings, f"optim.lr={rate}", f"optim.epochs={epochs}"), folder, life)
+        store = open_store(str(folder))
         newest = checkpoint.read_manifest(store, checkpoint.list_checkpoints(store, "autoencoder")[0])
         return checkpoint.assemble(store, newest, "master")
 
-    assert same(trained("1e-30", 0.3, life=1), theirs)  # a rate too small to move a weight
-    moved = trained("1e-2", 0.6, life=2)
-    assert not same(moved, theirs)
-    assert same(trained("1e-30", 0.9, life=3), moved)
+    assert same(trained("still", "1e-30", 0.3), theirs)  # a rate too small to move a weight
+    assert not same(trained("stopped", "1e-2", 0.6), theirs)
+    assert same(trained("stopped", "1e-2", 0.9, life=2), trained("whole", "1e-2", 0.9))
 
 
 @pytest.fixture(scope="module")
