@@ -13,6 +13,8 @@ import yaml
 
 from cluster.config.loading import load
 from cluster.driver.pin import pin
+from cluster.runs.state import newest_life
+from cluster.storage import open_store
 from tests.tiny import ROOT, call, job, settings
 
 SHIPPED = ROOT / "jobs/configs/sweep.yaml"
@@ -29,7 +31,7 @@ def states(store: Path) -> dict[str, str]:
 
 def lives(store: Path) -> dict[str, int]:
     """How often the driver of every run was started."""
-    return {path.name: len(list((path / "lives").iterdir())) for path in (store / "runs").iterdir()}
+    return {path.name: newest_life(open_store(str(path))) for path in (store / "runs").iterdir()}
 
 
 @pytest.mark.timeout(900)
