@@ -1,12 +1,12 @@
 """What can happen to a run: faults by name, asked for as data, done at a step of the run's own, each with proof that it happened.
 
-    watch = Watch(hosts.all, batch=6, targets="/tmp/targets")     # of a run with telemetry.targets=/tmp/targets
+    watch = Watch(lambda: hosts.all, {"autoencoder": 4}, "/tmp/targets")      # of a run with telemetry.targets=/tmp/targets
     done = Injector(watch, hosts).inject(at(step=7).kill(rank=1))
     watch.spend(60)
-    watch.recovery(done)                                          # noticed and going again, in seconds after it
+    watch.recovery(done)                                                      # noticed and going again, in seconds after it
 
 When a fault comes is read from the run's own endpoint for Prometheus, which tells about once a second: never a guess of the clock. A fault
-that did not happen is an error. Without hosts the faults of processes can be done to a run on this machine: `Watch([Machine()], ...)`.
+that did not happen is an error. To a run on this machine itself the faults of processes can be done: `Watch(lambda: [Machine()], ...)`.
 """
 
 import math
@@ -19,7 +19,8 @@ from typing import NamedTuple
 from cluster.runtime.hosts import GCS, RAYLET, Host, Hosts
 from cluster.runtime.machines import Machine, MachineError, VirtualMachine
 
-Story = Iterator[tuple[str, str]]
+_Story = Iterator[tuple[str, str]]
+_Clock = Callable[[], float]
 
 POLL = 0.3
 """Seconds between two looks at a run."""
@@ -131,12 +132,12 @@ class Watch:
         history: all looks that were answered and told something new.
     """
 
-    def __init__(self, machines: Sequence[Machine], batch: int, targets: str, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, machines: Callable[[], Sequence[Machine]], batch: Mapping[str, int], targets: str, clock: _Clock = time.monotonic):
         """Look at nothing yet.
 
         Args:
-            machines: where the driver may be.
-            batch: items of a step.
+            machines: where driver and ranks may be, at the time of each look.
+            batch: stage -> items of a step.
             targets: folder with the run's Prometheus target, on the driver's machine (`telemetry.targets`).
             clock: in seconds.
         """
@@ -191,7 +192,7 @@ class Watch:
         going = later[0].time - done.time if later else math.inf
         lost = 0
         if started and later:
-            resumed = later[0].step - _items_since(stood, later[0]) // self._batch
+            resumed = later[0].step - _items_since(stood, later[0]) // self._batch[before.stage]
             lost = max(0, before.step - resumed)
         return Recovery(noticed, going, lost)
 
@@ -205,7 +206,7 @@ class Watch:
         if not sight or rank not in sight.ranks:
             raise MachineError(f"the run does not tell where rank {rank} is")
         host, pid = sight.ranks[rank]
-        return next(machine for machine in self._machines if machine.name == host), pid
+        return next(machine for machine in self._machines() if machine.name == host), pid
 
     def driver(self) -> tuple[Machine, int]:
         """Machine and process of the driver, which is who serves the endpoint.
@@ -224,7 +225,7 @@ class Watch:
         """Where the driver answered last, then where it may be."""
         if self._endpoint and self._endpoint[0].on:
             yield self._endpoint
-        for machine in self._machines:
+        for machine in self._machines():
             if machine.on:
                 files = machine.run("sh", "-c", 'cat "$0"/*.json', self._targets, check=False).stdout
                 yield from ((machine, address) for address in re.findall(r'"targets": \["([^"]+)"\]', files))
@@ -239,7 +240,6 @@ class Injector:
 
     def __init__(self, watch: Watch, hosts: Hosts | None = None):
         self.watch, self._hosts = watch, hosts
-        self._lasting: list[Story] = []
 
     @property
     def hosts(self) -> Hosts:
@@ -274,11 +274,10 @@ class Injector:
             self.watch.spend(fault.seconds)
             next(story, None)
             lifted = self.watch.now()
-        self._lasting.append(story)  # or what ends it would be taken away with it
         return Injected(fault, host, detail, before, happened, lifted)
 
 
-def _read(text: str, now: float, batch: int) -> Sight | None:
+def _read(text: str, now: float, batch: Mapping[str, int]) -> Sight | None:
     """What a scrape says; None before any rank has told something."""
     samples = [(name, dict(_LABEL.findall(labels)), float(value)) for name, labels, value in _SAMPLE.findall(text)]
     places = [labels for name, labels, _ in samples if name == "rank_info"]
@@ -290,7 +289,7 @@ def _read(text: str, now: float, batch: int) -> Sight | None:
         return int(sum(value for sample, labels, value in samples if sample == name and labels.get("stage", stage) == stage))
 
     ranks = {int(place["rank"]): (place["host"], int(place["pid"])) for place in places}
-    step = -(-number("progress_items") // batch)
+    step = -(-number("progress_items") // batch[stage])
     return Sight(now, life, number("restarts_total"), stage, step, number("items_processed_total"), ranks)
 
 
@@ -300,30 +299,30 @@ def _items_since(then: Sight, now: Sight) -> int:
     return now.items - (then.items if same else 0)
 
 
-def _kill(injector: Injector, fault: Fault) -> Story:
+def _kill(injector: Injector, fault: Fault) -> _Story:
     machine, pid = injector.watch.process(fault.rank)
     yield machine.name, _killed(machine, pid, f"rank {fault.rank}")
 
 
-def _kill_driver(injector: Injector, fault: Fault) -> Story:
+def _kill_driver(injector: Injector, fault: Fault) -> _Story:
     machine, pid = injector.watch.driver()
     yield machine.name, _killed(machine, pid, "the driver")
 
 
-def _kill_raylet(injector: Injector, fault: Fault) -> Story:
+def _kill_raylet(injector: Injector, fault: Fault) -> _Story:
     host = injector.host(fault.rank)
     node = host.node_id
     host.kill(RAYLET)
     yield host.name, f"the raylet of node {node} got SIGKILL"
 
 
-def _restart_head(injector: Injector, fault: Fault) -> Story:
+def _restart_head(injector: Injector, fault: Fault) -> _Story:
     head = injector.hosts.head
     (gcs,) = head.kill(GCS)
     yield head.name, f"the GCS, process {gcs.pid}, got SIGKILL; the supervisor starts the head again"
 
 
-def _power_off(injector: Injector, fault: Fault) -> Story:
+def _power_off(injector: Injector, fault: Fault) -> _Story:
     host = injector.host(fault.rank)
     host.power_off()
     _assert(not host.on, f"{host.name} has no power")
@@ -331,21 +330,21 @@ def _power_off(injector: Injector, fault: Fault) -> Story:
     host.power_on()
 
 
-def _cut(injector: Injector, fault: Fault) -> Story:
+def _cut(injector: Injector, fault: Fault) -> _Story:
     host = injector.host(fault.rank)
     host.link(up=False)
     yield host.name, _unreachable(injector.hosts, host)
     host.link(up=True)
 
 
-def _cut_store(injector: Injector, fault: Fault) -> Story:
+def _cut_store(injector: Injector, fault: Fault) -> _Story:
     store = injector.hosts.store
     store.link(up=False)
     yield store.name, _unreachable(injector.hosts, store)
     store.link(up=True)
 
 
-def _part(injector: Injector, fault: Fault) -> Story:
+def _part(injector: Injector, fault: Fault) -> _Story:
     hosts, sight = injector.hosts, injector.watch.look()
     mine = injector.host(fault.rank)
     others = {host for host, _ in sight.ranks.values()} - {mine.name} if sight else set()
@@ -355,7 +354,7 @@ def _part(injector: Injector, fault: Fault) -> Story:
     hosts.join()
 
 
-def _drain(injector: Injector, fault: Fault) -> Story:
+def _drain(injector: Injector, fault: Fault) -> _Story:
     """As a cloud does it: a notice, and so many seconds later the machine is taken away."""
     host = injector.host(fault.rank)
     injector.hosts.drain(host, fault.seconds)
@@ -363,7 +362,7 @@ def _drain(injector: Injector, fault: Fault) -> Story:
     host.power_off()
 
 
-def _stop(injector: Injector, fault: Fault) -> Story:
+def _stop(injector: Injector, fault: Fault) -> _Story:
     machine, pid = injector.watch.process(fault.rank)
     machine.signal("STOP", pid)
     _assert(machine.state(pid).startswith("T"), f"process {pid} is stopped")
@@ -372,7 +371,7 @@ def _stop(injector: Injector, fault: Fault) -> Story:
         machine.signal("CONT", pid)
 
 
-def _fill_disk(injector: Injector, fault: Fault) -> Story:
+def _fill_disk(injector: Injector, fault: Fault) -> _Story:
     host = injector.host(fault.rank)
     host.run("sh", "-c", 'fallocate -l "$(df -B1 --output=avail /tmp | tail -1)" /tmp/full')
     _assert(host.run("sh", "-c", "echo more > /tmp/more", check=False).returncode != 0, "/tmp is full")
@@ -380,14 +379,14 @@ def _fill_disk(injector: Injector, fault: Fault) -> Story:
     host.run("rm", "/tmp/full", "/tmp/more")
 
 
-def _limit_memory(injector: Injector, fault: Fault) -> Story:
+def _limit_memory(injector: Injector, fault: Fault) -> _Story:
     machine, pid = injector.watch.process(fault.rank)
     held = 1024 * int(machine.run("ps", "-o", "vsz=", "-p", str(pid)).stdout)
     machine.run("prlimit", f"--pid={pid}", f"--as={held}")
     yield machine.name, f"process {pid} of rank {fault.rank} gets no more memory than the {held} bytes of addresses it has"
 
 
-KINDS: Mapping[str, Callable[[Injector, Fault], Story]] = {
+KINDS: Mapping[str, Callable[[Injector, Fault], _Story]] = {
     "kill": _kill,
     "kill_raylet": _kill_raylet,
     "kill_driver": _kill_driver,

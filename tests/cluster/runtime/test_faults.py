@@ -37,7 +37,7 @@ class Told(Watch):
     """A watch of a run that tells what the test says."""
 
     def __init__(self, machines: list[Machine], *sights: Sight):
-        super().__init__(machines, 6, "/nowhere")
+        super().__init__(lambda: machines, {"autoencoder": 6}, "/nowhere")
         self.coming = list(sights)
 
     def look(self) -> Sight:
@@ -61,7 +61,7 @@ def test_a_fault_is_plain_data() -> None:
 
 def test_a_watch_reads_steps_ranks_and_driver_from_the_endpoint_of_a_run(tmp_path: Path) -> None:
     with closing(Exporter("demo", life=3)) as exporter:
-        watch = Watch([HERE], batch=6, targets=str(tmp_path))
+        watch = Watch(lambda: [HERE], {"diffusion": 6}, str(tmp_path))
         assert watch.look() is None
         exporter.write_target(tmp_path)
         assert watch.look() is None, "no rank has told anything"

@@ -20,7 +20,8 @@ from tests.cluster.data.test_stream_faults import copy
 from tests.tiny import OVERRIDES, job
 
 SKIP = "REACTDIFF_SKIP_NAMESPACES"
-TARGETS, BATCH = "/tmp/targets", 6  # a folder of each host's own disk
+BATCH = {"autoencoder": 6, "diffusion": 6}
+TARGETS = "/tmp/targets"  # a folder of each host's own disk
 CONFIG = ["--config", str(PROJECT / "jobs/configs/demo.yaml")]
 
 LONG = (
@@ -70,7 +71,7 @@ class Run:
     """
 
     def __init__(self, hosts: Hosts, name: str, ranks: int, *overrides: str):
-        self.hosts, self.watch, self._injector = hosts, Watch(hosts.all, BATCH, TARGETS), None
+        self.hosts, self.watch = hosts, Watch(lambda: hosts.all, BATCH, TARGETS)
         self._log = hosts.folder / f"run-{name}.log"
         self._folder = open_store(f"{hosts.url}/store/runs/{name}")
         places = (f"data.url={hosts.url}/shards", f"run.store={hosts.url}/store", f"telemetry.targets={TARGETS}")
