@@ -77,7 +77,7 @@ class Undisturbed:
     @property
     def points(self) -> list[int]:
         """One point of each state there was: after a create that finds the object there already, say, there is no new one."""
-        files = [{(path, path.stat().st_ino) for path in self._tree(point)} for point in range(len(self.writes))]
+        files = [self._files(point) for point in range(len(self.writes))]
         return [point for point in range(len(files)) if not point or files[point] != files[point - 1]]
 
     def _keep(self, what: str) -> None:
@@ -87,9 +87,9 @@ class Undisturbed:
     def _before(self, point: int) -> Path:
         return self.folder / "before" / str(point)
 
-    def _tree(self, point: int) -> Iterator[Path]:
-        root = self._before(point)
-        return (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+    def _files(self, point: int) -> set[tuple[Path, int]]:
+        before = self._before(point)
+        return {(path.relative_to(before), path.stat().st_ino) for path in before.rglob("*") if path.is_file()}
 
 
 def _link(source: Path, target: Path) -> None:
