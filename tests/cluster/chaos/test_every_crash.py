@@ -25,7 +25,11 @@ from tests.cluster.support.one_process import one_process
 from tests.cluster.support.writes import watch_writes
 from tests.tiny import ROOT, call, job, make_shards, settings
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+    pytest.mark.filterwarnings("default"),  # DeepSpeed's: ranks have processes of their own elsewhere, where they are no errors
+]
 
 STAGES = ("autoencoder", "diffusion")
 
