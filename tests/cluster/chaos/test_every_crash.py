@@ -138,7 +138,14 @@ def _of_run(run: Store) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Undisturbed]]:
+def alone() -> Iterator[None]:
+    """This process is all there is."""
+    with one_process():
+        yield
+
+
+@pytest.fixture(scope="module")
+def programs(alone: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Undisturbed]:
     """The three programs by name, each run when it is first asked for."""
     made: dict[str, Undisturbed] = {}
 
@@ -147,8 +154,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
             made[name] = PROGRAMS[name](tmp_path_factory.mktemp(name))
         return made[name]
 
-    with one_process():
-        yield program
+    return program
 
 
 def run(folder: Path) -> Undisturbed:
@@ -209,9 +215,8 @@ def real(folder: Path, shards: Path, at: int) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.timeout(3 * 3600)
-def test_every_tenth_of_the_run_s_writes_kills_a_real_process(tmp_path: Path) -> None:
-    with one_process():
-        make_shards(tmp_path, "train=4", "val=2", "test=2", per_shard=2)
+def test_every_tenth_of_the_run_s_writes_kills_a_real_process(alone: None, tmp_path: Path) -> None:
+    make_shards(tmp_path, "train=4", "val=2", "test=2", per_shard=2)
     shards, folder = tmp_path / "shards", tmp_path / "run"
     folder.mkdir()
     assert real(folder, shards, at=-1).returncode == 0

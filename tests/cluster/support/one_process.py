@@ -3,7 +3,6 @@
 What they write, and in which order, is then the same each time.
 """
 
-import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,11 +33,7 @@ NEVER = 1e6
 @contextmanager
 def one_process() -> Iterator[None]:
     """Until the end of the block, this process is all there is, and each command it gives that of a new driver: the one before is dead."""
-    started = dist.is_initialized()
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists
-    if not started:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, _group_of_one():
         for module in (run, sweep, prepare_job):
             patch.setattr(module, "connect", lambda *_, **__: None)
         for name in ("assert_visible", "assert_possible", "driver_risk"):
@@ -53,7 +48,14 @@ def one_process() -> Iterator[None]:
         patch.setattr(lease, "LAPSE", NEVER)
         patch.setattr(lease, "_started", _started)
         yield
-    if not started:
+
+
+@contextmanager
+def _group_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
         dist.destroy_process_group()
 
 
@@ -67,7 +69,9 @@ def _started(pid: int) -> str:
 
 def _launch(job: Job, *_: Any) -> dict[str, Any]:
     job = replace(job, attempt=open_attempt(job.run, job.life))
-    return train(job, Place(0, 1, torch.device("cpu")), lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")  # DeepSpeed insists
+        return train(job, Place(0, 1, torch.device("cpu")), lambda _: None)
 
 
 def _map_tasks(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], _: Workers, shared: Any = None) -> Iterator[tuple[int, Any]]:
