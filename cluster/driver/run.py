@@ -202,9 +202,10 @@ class _Life:
         self.display.stage(stage, end)
         trained = launch(job, StageMonitor(stage, self.exporter, self.display), f"{self.store.url}/ray", self.lease.assert_held)
         self.lease.assert_held()
-        export = write_export(self.store, self.experiment, stage, Source(manifest.stream_specs, manifest.frames), end)
         for name in (stage, validation_name(stage)):
             write_tensorboard(self.store, name)
+        # The export comes last: where it is, the next life takes the stage for done.
+        export = write_export(self.store, self.experiment, stage, Source(manifest.stream_specs, manifest.frames), end)
         without = f"; {trained['quarantined']} items are quarantined" if trained["quarantined"] else ""
         self.display.end(f"stage {stage}: {end} items, weights {export.hash}{without}")
 
