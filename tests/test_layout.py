@@ -36,7 +36,7 @@ MODULES = {
     "evaluation": "evaluate gate ground_truth picture plan rows validation",
     "training": "engine examine loop requests resume stacks warm_start",
     "driver": "interruption launch pin plan pretrained run watchdog",
-    "studies": "comparison retrain sweep",
+    "studies": "comparison prove retrain script sweep verdict",
     "bench": "loading metrics noise_dataset tables training",
 }
 """Package -> its modules."""

@@ -13,13 +13,15 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 from cluster.runtime.hosts import GCS, RAYLET, Host, Hosts
 from cluster.runtime.machines import Machine, MachineError, VirtualMachine
 
 Story = Iterator[tuple[str, str]]
+FaultStory = Callable[["Injector", "Fault"], Story]
 
 POLL = 0.3
 """Seconds between two looks at a run."""
@@ -131,12 +133,14 @@ class Watch:
         history: all looks that were answered and told something new.
     """
 
-    def __init__(self, machines: Sequence[Machine], batch: int, targets: str, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, machines: Sequence[Machine], batch: int | Mapping[str, int], targets: str, clock: Callable[[], float] = time.monotonic
+    ):
         """Look at nothing yet.
 
         Args:
             machines: where the driver may be.
-            batch: items of a step.
+            batch: items of a step, in all stages or in each.
             targets: folder with the run's Prometheus target, on the driver's machine (`telemetry.targets`).
             clock: in seconds.
         """
@@ -191,7 +195,7 @@ class Watch:
         going = later[0].time - done.time if later else math.inf
         lost = 0
         if started and later:
-            resumed = later[0].step - _items_since(stood, later[0]) // self._batch
+            resumed = later[0].step - _items_since(stood, later[0]) // _of_stage(self._batch, later[0].stage)
             lost = max(0, before.step - resumed)
         return Recovery(noticed, going, lost)
 
@@ -237,9 +241,16 @@ class Injector:
         watch: looks at the run.
     """
 
-    def __init__(self, watch: Watch, hosts: Hosts | None = None):
-        self.watch, self._hosts = watch, hosts
-        self._lasting: list[Story] = []
+    def __init__(self, watch: Watch, hosts: Hosts | None = None, more: "Mapping[str, FaultStory]" = MappingProxyType({})):
+        """Do nothing yet.
+
+        Args:
+            watch: looks at the run.
+            hosts: that it is on, where it has hosts of its own.
+            more: kinds beside those of `KINDS`, of whoever knows more of the run than this module.
+        """
+        self.watch, self._hosts, self._more = watch, hosts, more
+        self._lasting: list[tuple[Fault, Story]] = []
 
     @property
     def hosts(self) -> Hosts:
@@ -266,19 +277,44 @@ class Injector:
         def due(sight: Sight) -> bool:
             return sight.stage == fault.stage and sight.step >= fault.step and fault.rank in sight.ranks
 
-        before = self.watch.until(due, f"step {fault.step} of stage {fault.stage}")
-        story = KINDS[fault.kind](self, fault)
+        return self.do(fault, self.watch.until(due, f"step {fault.step} of stage {fault.stage}"))
+
+    def do(self, fault: Fault, before: Sight) -> Injected:
+        """Do a fault at once, and end it after its seconds, if it is one that ends.
+
+        Args:
+            fault: what; its moment is not waited for.
+            before: the last look.
+
+        Raises:
+            MachineError: if it did not happen.
+        """
+        story = {**KINDS, **self._more}[fault.kind](self, fault)
         host, detail = next(story)
         happened, lifted = self.watch.now(), math.inf
         if fault.seconds < math.inf:
             self.watch.spend(fault.seconds)
             next(story, None)
             lifted = self.watch.now()
-        self._lasting.append(story)  # or what ends it would be taken away with it
+        self._lasting.append((fault, story))  # or what ends it would be taken away with it
         return Injected(fault, host, detail, before, happened, lifted)
 
+    def lift(self, done: Injected) -> Injected:
+        """End a fault that had no end of its own.
 
-def _read(text: str, now: float, batch: int) -> Sight | None:
+        Raises:
+            MachineError: if it cannot be ended.
+        """
+        for story in [story for fault, story in self._lasting if fault is done.fault]:
+            next(story, None)
+        return replace(done, lifted=self.watch.now())
+
+
+def _of_stage(batch: int | Mapping[str, int], stage: str) -> int:
+    return batch if isinstance(batch, int) else batch[stage]
+
+
+def _read(text: str, now: float, batch: int | Mapping[str, int]) -> Sight | None:
     """What a scrape says; None before any rank has told something."""
     samples = [(name, dict(_LABEL.findall(labels)), float(value)) for name, labels, value in _SAMPLE.findall(text)]
     places = [labels for name, labels, _ in samples if name == "rank_info"]
@@ -290,7 +326,7 @@ def _read(text: str, now: float, batch: int) -> Sight | None:
         return int(sum(value for sample, labels, value in samples if sample == name and labels.get("stage", stage) == stage))
 
     ranks = {int(place["rank"]): (place["host"], int(place["pid"])) for place in places}
-    step = -(-number("progress_items") // batch)
+    step = -(-number("progress_items") // _of_stage(batch, stage))
     return Sight(now, life, number("restarts_total"), stage, step, number("items_processed_total"), ranks)
 
 
@@ -387,7 +423,7 @@ def _limit_memory(injector: Injector, fault: Fault) -> Story:
     yield machine.name, f"process {pid} of rank {fault.rank} gets no more memory than the {held} bytes of addresses it has"
 
 
-KINDS: Mapping[str, Callable[[Injector, Fault], Story]] = {
+KINDS: Mapping[str, FaultStory] = {
     "kill": _kill,
     "kill_raylet": _kill_raylet,
     "kill_driver": _kill_driver,
