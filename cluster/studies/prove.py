@@ -6,6 +6,7 @@ Everything is done by commands on hosts, as a user would: nothing here is part o
 import math
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,9 @@ from cluster.driver.pin import stage_end
 from cluster.runtime.failures import AGAIN
 from cluster.runtime.faults import POLL, Fault, FaultStory, Injected, Injector, Sight, Story, Watch
 from cluster.runtime.hosts import Host, Hosts
-from cluster.runtime.machines import Machine, MachineError
+from cluster.runtime.machines import PROJECT, Machine, MachineError
+from cluster.runtime.ray_cluster import connect
+from cluster.runtime.remote_machine import cluster_machines
 from cluster.storage import Store, open_store
 from cluster.studies.script import STRIDE, kind_name, script, shrink, steps_of_script
 from cluster.studies.verdict import Endured, Sameness, Trace, compare_traces, faults_table, read_trace
@@ -83,6 +86,9 @@ class Ground(Protocol):
     targets: str
     logs: Path
 
+    def config(self, path: Path) -> str:
+        """A configuration's file as drivers find it."""
+
     def popen(self, *command: str, log: Path) -> "subprocess.Popen[str]":
         """Start a command where drivers are."""
 
@@ -111,6 +117,12 @@ class HostsGround:
         self.machines: list[Machine] = [hosts.driver, *hosts.all]
         self.data, self.store, self.targets = f"{hosts.url}/shards", f"{hosts.url}/store", "/tmp/targets"
 
+    def config(self, path: Path) -> str:
+        """A copy on the driver's machine, which has a /tmp of its own."""
+        write = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
+        self._made.driver.run(sys.executable, "-c", write, copy := f"/tmp/{path.name}", path.read_text())
+        return copy
+
     def popen(self, *command: str, log: Path) -> "subprocess.Popen[str]":
         """Start a command on the driver's machine."""
         return self._made.driver.popen(*command, log=log)
@@ -119,6 +131,34 @@ class HostsGround:
         """Boot one more worker."""
         self.machines.append(host := self._made.add())
         return host.name
+
+
+class ClusterGround:
+    """A ground on the cluster that RAY_ADDRESS names: the driver here, objects below a prefix of the user's store."""
+
+    hosts: Hosts | None = None
+
+    def __init__(self, folder: Path, data: str, store: str):
+        self.machines, self.logs, self.targets = cluster_machines(), folder, str(folder / "targets")
+        self.data, self.store = data, store
+
+    def config(self, path: Path) -> str:
+        """The file itself."""
+        return str(path)
+
+    def popen(self, *command: str, log: Path) -> "subprocess.Popen[str]":
+        """Start a command on this machine."""
+        with open(log, "a") as output:
+            words = [sys.executable if word == "python" else word for word in command]
+            return subprocess.Popen(words, cwd=PROJECT, text=True, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+
+    def spare(self) -> str:
+        """Never asked for: nothing is done here to a host.
+
+        Raises:
+            MachineError: always.
+        """
+        raise MachineError("a user's cluster gets no spare from this command")
 
 
 @contextmanager
@@ -167,8 +207,13 @@ class Case:
     manifest: Manifest
 
     @classmethod
-    def read(cls, config: Path, overrides: Sequence[str]) -> "Case":
+    def read(cls, config: Path, overrides: Sequence[str], copied: bool) -> "Case":
         """The case of a file.
+
+        Args:
+            config: the file.
+            overrides: of it.
+            copied: whether its data will be copied to hosts of namespaces.
 
         Raises:
             ConfigError, ValueError: if it cannot be run, or its data are too many to be copied.
@@ -177,7 +222,7 @@ class Case:
         experiment = anchored(load(config, overrides))
         dataset = open_store(experiment.data.url)
         manifest = load_manifest(dataset, experiment.data.manifest)
-        if (size := sum(entry.size for entry in dataset.list())) > LARGEST:
+        if copied and (size := sum(entry.size for entry in dataset.list())) > LARGEST:
             raise ValueError(
                 f"{dataset.url} holds {size / 1e9:.1f} GB, and the hosts' S3 server lies in memory: at most {LARGEST / 1e9:.1f} GB are "
                 "copied. Prove it on a part of the data, or on simulated data (python jobs/prepare.py simulate)"
@@ -210,8 +255,6 @@ class Case:
             "data.on_corrupt=stop",
             "data.read_ahead=1",
             "data.cache=",
-            "workers.per_host=1",
-            "workers.labels={}",
             "evaluation.clips=2",
             "evaluation.predictions=2",
             "evaluation.baselines=false",
@@ -221,8 +264,9 @@ class Case:
     def command(self, steps: Mapping[str, int], ground: Ground) -> list[str]:
         """What a driver is started with."""
         places = (f"data.url={ground.data}", f"run.store={ground.store}", f"telemetry.targets={ground.targets}", "telemetry.port=0")
-        command = ("python", "jobs/train.py", "--config", str(self.config))
-        return [*command, "run.name=proof", *self.overrides, *self.shortened(steps), *places]
+        placement = ("workers.per_host=1", "workers.labels={}") if ground.hosts else ()
+        command = ("python", "jobs/train.py", "--config", ground.config(self.config))
+        return [*command, *self.overrides, "run.name=proof", *self.shortened(steps), *placement, *places]
 
     def run_folder(self, ground: Ground) -> Store:
         """Where its run is."""
@@ -449,8 +493,16 @@ class Prover:
         whole: what the undisturbed run left, once there was one.
     """
 
-    def __init__(self, case: Case, folder: Path, display: Display):
-        self._case, self._folder, self._display = case, folder, display
+    def __init__(self, case: Case, folder: Path, display: Display, on_cluster: bool = False):
+        """Run nothing yet.
+
+        Args:
+            case: what is run.
+            folder: an empty one, for logs.
+            display: shows progress.
+            on_cluster: whether runs are on the cluster that RAY_ADDRESS names, and not on hosts of namespaces.
+        """
+        self._case, self._folder, self._display, self._on_cluster = case, folder, display, on_cluster
         self._runs = 0
         self._whole = Trace({}, {})
 
@@ -510,10 +562,22 @@ class Prover:
             return course.speed()
 
     @contextmanager
-    def _ground(self) -> Iterator[HostsGround]:
-        workers, self._runs = self._case.experiment.workers, self._runs + 1
-        with made_hosts(self._folder / str(self._runs), workers.most, math.ceil(workers.cpus), self._case.dataset) as ground:
+    def _ground(self) -> Iterator[Ground]:
+        self._runs += 1
+        folder, experiment = self._folder / str(self._runs), self._case.experiment
+        if self._on_cluster:
+            connect()
+            folder.mkdir()
+            yield ClusterGround(folder, experiment.data.url, f"{experiment.run.store}/{own_prefix(self._folder)}/{self._runs}")
+            return
+        workers = experiment.workers
+        with made_hosts(folder, workers.most, math.ceil(workers.cpus), self._case.dataset) as ground:
             yield ground
+
+
+def own_prefix(folder: Path) -> str:
+    """Where the objects of a proof on a user's cluster lie, below `run.store`; named as the folder of its logs."""
+    return f"proofs/{folder.name}"
 
 
 def describe(faults: Sequence[Fault]) -> str:
