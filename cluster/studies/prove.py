@@ -52,8 +52,11 @@ LARGEST = 4 << 30
 GRACE = 120.0
 """Seconds for a command that has to end by itself."""
 
-OWN = ("damage_shards", "second_driver", "freeze_driver")
+OWN = ("damage_shards", "nan_gradient", "second_driver", "freeze_driver")
 """Faults beside those of `cluster/runtime/faults.py`: they need the run's data or its command."""
+
+NAN = Path(__file__).parent / "nan_gradient"
+"""Folder of the module by which ranks get a gradient of NaN."""
 
 LAYOUT = {
     "RAY_gcs_storage": "rocksdb",
@@ -103,7 +106,7 @@ class DrivenHosts(Hosts):
 
     def fill(self) -> None:
         """Add store, head, workers and the driver's machine."""
-        self.environment |= LAYOUT
+        self.environment |= LAYOUT | {"PYTHONPATH": f"{NAN}:{PROJECT}"}
         super().fill()
         self.driver = self._host("driver", 200, f"--address={self.head.ip}:6379", "--num-cpus=0", "--labels=pool=driver")
 
@@ -289,7 +292,8 @@ class Course:
         self._case, self._steps, self._ground, self._display = case, steps, ground, display
         self._command, self._log = case.command(steps, ground), ground.logs / f"{name}.log"
         self._watch = Watch(ground.machines, case.batches, ground.targets)
-        own: dict[str, FaultStory] = dict(zip(OWN, (self._damage_shards, self._second_driver, self._freeze_driver), strict=True))
+        stories = (self._damage_shards, self._nan_gradient, self._second_driver, self._freeze_driver)
+        own: dict[str, FaultStory] = dict(zip(OWN, stories, strict=True))
         self._injector = Injector(self._watch, ground.hosts, own)
         self._open: Injected | None = None
         self._until_ended = False
@@ -388,7 +392,7 @@ class Course:
         """Wait for what a fault that has no end of its own must bring about, and lift it; a host that is lost for good gets a spare."""
         assert self._open
         fault, before = self._open.fault, self._open.before
-        if fault.kind == "damage_shards":
+        if fault.kind in ("damage_shards", "nan_gradient"):
             self._until_ended = True
             self._spend(lambda: not self._until_ended)
         elif fault.kind == "freeze_driver":
@@ -433,6 +437,15 @@ class Course:
         yield "store", f"all bytes of {len(whole)} shards are inverted"
         for store, key, data in whole:
             store.put(key, data)
+
+    def _nan_gradient(self, injector: Injector, fault: Fault) -> Story:
+        host, (asked, happened) = injector.host(fault.rank), ("/tmp/nan-gradient", "/tmp/nan-gradient-happened")
+        host.run("touch", asked)
+        self._watch.spend(GRACE, lambda: host.run("test", "-e", happened, check=False).returncode == 0)
+        if host.run("test", "-e", happened, check=False).returncode:
+            raise MachineError(f"it did not happen that a gradient of rank {fault.rank} on {host.name} was NaN")
+        yield host.name, f"the gradient of rank {fault.rank} is NaN"
+        host.run("rm", "-f", asked, happened)
 
     def _second_driver(self, injector: Injector, fault: Fault) -> Story:
         machine, _ = self._watch.driver()

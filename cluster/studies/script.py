@@ -19,7 +19,7 @@ class FaultKind(NamedTuple):
     """A kind of fault as `--kinds` names it.
 
     Attributes:
-        does: its name among those of `cluster/runtime/faults.py`, or of the four that `cluster/studies/prove.py` adds.
+        does: its name among those of `cluster/runtime/faults.py`, or of those that `cluster/studies/prove.py` adds.
         means: for people.
         seconds: how long it lasts; infinite: for good, or until the run has noticed.
         beside: seconds that the run may train on meanwhile.
@@ -47,6 +47,7 @@ FAULT_KINDS: Mapping[str, FaultKind] = {
     "stop": FaultKind("stop", "a rank gets SIGSTOP", rootless=True),
     "s3_30s": FaultKind("cut_store", "the S3 server cannot be reached for 30 s", 30, beside=30),
     "wrong_bytes": FaultKind("damage_shards", "every shard has wrong bytes until the run has stopped"),
+    "nan_gradient": FaultKind("nan_gradient", "the gradient of a rank is NaN until the run has stopped"),
     "disk_full": FaultKind("fill_disk", "the disk of a host is full for 20 s", 20, beside=20),
     "out_of_memory": FaultKind("limit_memory", "a rank gets no more memory than it has"),
     "second_driver": FaultKind("second_driver", "the same command is given a second time, with --no-wait", beside=30, rootless=True),

@@ -80,5 +80,5 @@ def test_a_configuration_is_shortened_to_so_many_steps(case: Case) -> None:
 
 def test_a_dataset_that_is_too_large_to_be_copied_is_refused(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.studies.prove.LARGEST", 1000)
-    with pytest.raises(ValueError, match="lies in memory: at most .* Prove it on a part of the data"):
+    with pytest.raises(ValueError, match=r"lies in memory: at most .* Prove it on a part of the data"):
         Case.read(ROOT / "jobs/configs/demo.yaml", [*OVERRIDES, f"data.url={shards}"], copied=True)
