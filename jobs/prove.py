@@ -54,7 +54,7 @@ def main() -> int:
     case = Case.read(arguments.config, arguments.overrides, copied=not address)
     folder = Path(tempfile.mkdtemp(prefix="proof-"))
     if address and not _agreed(arguments.yes, address, folder, case, arguments.seed, chosen):
-        return 0
+        return PERSON
     try:
         with Display() as display:
             display.say(f"logs of hosts and drivers: {folder}")
