@@ -5,6 +5,7 @@ Everything is done by commands on hosts, as a user would: nothing here is part o
 
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -396,6 +397,7 @@ class Course:
             self._until_ended = True
             self._spend(lambda: not self._until_ended)
         elif fault.kind == "freeze_driver":
+            self._how = "same command (while the first stood still)"
             self._spend(lambda: self._watch.history[-1].life > before.life)
             self._lift()
         elif fault.kind in ("power_off", "drain") or (fault.kind == "cut" and fault.seconds == math.inf):
@@ -462,6 +464,7 @@ class Course:
         self._start()
         yield machine.name, f"driver {pid} is stopped, and the same command was given again"
         machine.signal("CONT", pid)
+        frozen.send_signal(signal.SIGCONT)  # nsenter stops with its child, and does not go on with it
         self._assert_ends(frozen, "the driver that came back")
 
     def _assert_ends(self, process: "subprocess.Popen[str]", what: str) -> None:

@@ -2,7 +2,8 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,17 @@ import pytest
 from cluster.config.loading import changed
 from cluster.driver.pin import stage_end
 from cluster.runtime.faults import Fault
-from cluster.studies.prove import CHECKPOINT, Case, Proof, Prover
-from cluster.studies.script import kind_name
-from cluster.studies.verdict import Endured, Trace, compare_traces
+from cluster.runtime.machines import PATH
+from cluster.storage import content_hash, open_store
+from cluster.studies.prove import CHECKPOINT, Case, Course, DrivenHosts, Ground, HostsGround, NotInjected, Proof, Prover
+from cluster.studies.script import FAULT_KINDS, kind_name
+from cluster.studies.verdict import Endured, Trace, compare_traces, faults_table
 from cluster.telemetry.display import Display
+from tests.cluster.support import pretend
+from tests.cluster.support.multihost import leftovers, requires_namespaces
 from tests.tiny import OVERRIDES, ROOT
 
+WITHOUT = ROOT / "tests/cluster/support/without_ray"
 WHOLE = Trace({"autoencoder": "aa"}, {"autoencoder": {6: (1.0, 2.0)}})
 
 
@@ -82,3 +88,80 @@ def test_a_dataset_that_is_too_large_to_be_copied_is_refused(shards: Path, monke
     monkeypatch.setattr("cluster.studies.prove.LARGEST", 1000)
     with pytest.raises(ValueError, match=r"lies in memory: at most .* Prove it on a part of the data"):
         Case.read(ROOT / "jobs/configs/demo.yaml", [*OVERRIDES, f"data.url={shards}"], copied=True)
+
+
+@dataclass(frozen=True)
+class Pretended(Case):
+    """A case of drivers that train nothing, in one stage."""
+
+    stages = (pretend.STAGE,)
+    batches = {pretend.STAGE: pretend.BATCH}  # noqa: RUF012
+
+    def command(self, steps: Mapping[str, int], ground: Ground) -> list[str]:
+        return ["python", "-m", "tests.cluster.support.pretend", ground.store, ground.data, ground.targets, str(steps[pretend.STAGE])]
+
+
+@pytest.fixture
+def ground(tmp_path: Path) -> Iterator[HostsGround]:
+    """Hosts without Ray, and a shard."""
+    requires_namespaces()
+    hosts = DrivenHosts(tmp_path / "hosts", 1, environment={"PATH": f"{WITHOUT}:{PATH}"}, disk="64m")
+    with hosts, pytest.MonkeyPatch.context() as patch:
+        for name, value in hosts.store_environment().items():
+            patch.setenv(name, value)
+        ground = HostsGround(hosts, tmp_path)
+        data = open_store(ground.data)
+        data.put("shard.tar", b"shard")
+        data.put("hash", content_hash(b"shard").encode())
+        yield ground
+    assert leftovers(hosts) == []
+
+
+def course_of(case: Case, ground: Ground, steps: int) -> Course:
+    pretended = Pretended(case.config, case.overrides, case.experiment, case.dataset, case.manifest)
+    return Course(pretended, {pretend.STAGE: steps}, ground, "disturbed", Display(io.StringIO()))
+
+
+def script_of(*kinds: str) -> list[Fault]:
+    """Each kind, in this order, 60 steps apart."""
+    every = [(30 + 60 * number, FAULT_KINDS[kind]) for number, kind in enumerate(kinds)]
+    return [Fault(kind.does, step, pretend.STAGE, 0, kind.seconds) for step, kind in every]
+
+
+def ledgers(steps: int) -> dict[int, float]:
+    """Of a run that nothing happened to, by progress."""
+    return {step * pretend.BATCH: step for step in range(1, steps + 1)}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.slow
+def test_what_a_run_gets_over_by_itself_and_what_takes_the_same_command(ground: HostsGround, case: Case) -> None:
+    course = course_of(case, ground, steps=660)
+    trace = course.run(script_of("kill", "kill_driver", "wrong_bytes", "second_driver", "frozen_driver"))
+    print(faults_table(course.endured))
+    assert {progress: ledger for progress, (ledger, _) in trace.rows[pretend.STAGE].items()} == ledgers(660)
+    assert [(kind_name(one.fault), one.how) for one in course.endured] == [
+        ("kill", "by itself"),
+        ("kill_driver", "same command (killed)"),
+        ("wrong_bytes", "same command (exit code 1)"),
+        ("second_driver", "by itself"),
+        ("frozen_driver", "same command (while the first stood still)"),
+    ]
+    assert all(one.going < math.inf for one in course.endured)
+    assert all(one.noticed < math.inf for one in course.endured if one.fault.kind != "second_driver")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.starts
+def test_a_run_that_trains_on_other_items_after_a_fault_is_not_the_same(ground: HostsGround, case: Case) -> None:
+    whole = Trace({pretend.STAGE: pretend.HASH}, {pretend.STAGE: {at: (ledger, 1.0) for at, ledger in ledgers(160).items()}})
+    ground.machines[0].environment["WRONG_ROWS"] = "1"
+    same = compare_traces(whole, course_of(case, ground, steps=160).run(script_of("kill")), placement=True)
+    assert not same.proven and "autoencoder, positions" in same.sentences[2]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.starts
+def test_a_script_that_comes_too_late_says_nothing(ground: HostsGround, case: Case) -> None:
+    with pytest.raises(NotInjected, match="the run was at its end before kill came, due at step 10000"):
+        course_of(case, ground, steps=40).run([Fault("kill", 10_000, pretend.STAGE)])
