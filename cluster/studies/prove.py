@@ -59,12 +59,9 @@ OWN = ("damage_shards", "nan_gradient", "second_driver", "freeze_driver")
 NAN = Path(__file__).parent / "nan_gradient"
 """Folder of the module by which ranks get a gradient of NaN."""
 
-LAYOUT = {
-    "RAY_gcs_storage": "rocksdb",
-    "RAY_gcs_storage_path": "/tmp/ray-gcs",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",
-}
-"""Of ray_config.yaml: a head that comes back knows its cluster."""
+OF_ALL = {"RAY_gcs_rpc_server_reconnect_timeout_s": "3600"}
+OF_HEAD = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": "/tmp/home/ray-gcs"}
+"""Of ray_config.yaml: a head that comes back knows its cluster, and the others wait for it."""
 
 
 class NotInjected(RuntimeError):
@@ -107,9 +104,17 @@ class DrivenHosts(Hosts):
 
     def fill(self) -> None:
         """Add store, head, workers and the driver's machine."""
-        self.environment |= LAYOUT | {"PYTHONPATH": f"{NAN}:{PROJECT}"}
+        self.environment |= OF_ALL | {"PYTHONPATH": f"{NAN}:{PROJECT}"}
         super().fill()
         self.driver = self._host("driver", 200, f"--address={self.head.ip}:6379", "--num-cpus=0", "--labels=pool=driver")
+
+    def _host(self, name: str, last: int, *ray: str) -> Host:
+        of_all = self.environment
+        self.environment = of_all | (OF_HEAD if name == "head" else {})
+        try:
+            return super()._host(name, last, *ray)
+        finally:
+            self.environment = of_all
 
 
 class HostsGround:
@@ -297,6 +302,8 @@ class Course:
         own: dict[str, FaultStory] = dict(zip(OWN, stories, strict=True))
         self._injector = Injector(self._watch, ground.hosts, own)
         self._open: Injected | None = None
+        self._sight: Sight | None = None
+        self._processes: list[subprocess.Popen[str]] = []
         self._until_ended = False
         self._how, self._repeats, self._spare_at = "", 0, math.inf
         self._tick_counter = display.counter(name, "steps")
@@ -324,8 +331,9 @@ class Course:
                 time.sleep(POLL)
             self._close()
         finally:
-            if self._process.poll() is None:
-                self._process.kill()
+            for process in self._processes:
+                if process.poll() is None:  # one that is stopped, too
+                    process.kill()
         return read_trace(self._case.run_folder(self._ground), self._case.stages)
 
     def speed(self) -> float:
@@ -343,6 +351,7 @@ class Course:
 
     def _start(self) -> None:
         self._process = self._ground.popen(*self._command, log=self._log)
+        self._processes.append(self._process)
         self._started = self._watch.now()
 
     def _place(self, stage: str, step: int) -> int:
@@ -354,7 +363,7 @@ class Course:
         """Wait until the fault's moment, and until the run has got over the fault before."""
         due = self._place(fault.stage, fault.step)
         while not self._look():
-            sight = self._watch.look()
+            sight = self._sight
             over = self._open is None or self._watch.recovery(self._open).going < math.inf
             if sight and over and self._place(sight.stage, sight.step) >= due:
                 return sight
@@ -363,8 +372,8 @@ class Course:
 
     def _look(self) -> bool:
         """Look at the run and at its driver, and do what is due; whether the run is at its end."""
-        sight, now = self._watch.look(), self._watch.now()
-        if sight:
+        self._sight, now = self._watch.look(), self._watch.now()
+        if sight := self._sight:
             self._tick_counter(self._place(sight.stage, sight.step), sum(self._steps.values()))
         if now >= self._spare_at:
             self._spare_at = math.inf

@@ -80,8 +80,9 @@ def compare_traces(whole: Trace, disturbed: Trace, placement: bool) -> Sameness:
         disturbed: the other.
         placement: whether both were placed in the same way, so that the weights have to be identical.
     """
-    differing = _ledger_differences(whole, disturbed)
-    steps = sum(map(len, whole.rows.values()))
+    stages = _on_the_same_data(whole, disturbed)
+    differing = _ledger_differences(whole, disturbed, stages)
+    steps = sum(len(whole.rows[stage]) for stage in stages)
     identical = whole.weights == disturbed.weights
     if identical:
         said = [f"weights: identical ({', '.join(f'{stage} {digest}' for stage, digest in whole.weights.items())})"]
@@ -90,13 +91,15 @@ def compare_traces(whole: Trace, disturbed: Trace, placement: bool) -> Sameness:
         both = [f"{stage} {other} and not {digest}" for stage, digest, other in pairs if other != digest]
         said = [f"weights: NOT identical ({', '.join(both)})"]
     else:
-        largest = _largest_difference(whole, disturbed)
+        largest = _largest_difference(whole, disturbed, stages)
         said = [f"weights: of another placement; the largest difference of a step's loss is {largest:.2g} of it"]
     if differing:
         more = [f"and {len(differing) - NAMED} more"] if len(differing) > NAMED else []
         said += [f"ledger: differs in {len(differing)} of {steps} steps:", *(f"  {line}" for line in [*differing[:NAMED], *more])]
     else:
         said.append(f"ledger: equal in all {steps} steps; every item was used exactly as often as without faults")
+    for stage in [stage for stage in whole.rows if stage not in stages]:
+        said.append(f"stage {stage} was trained on latents of other last bits: its ledger says nothing")
     return Sameness(steps > 0 and not differing and (identical or not placement), said)
 
 
@@ -112,10 +115,21 @@ def _line(one: Endured) -> tuple[str, ...]:
     return (kind_name(one.fault), one.host, f"{one.fault.stage} {one.step}", *seconds, f"{one.items} items", one.how)
 
 
-def _ledger_differences(whole: Trace, disturbed: Trace) -> list[str]:
+def _on_the_same_data(whole: Trace, disturbed: Trace) -> list[str]:
+    """The stages up to the first whose weights differ: what comes after it is trained on what that has made."""
+    stages = []
+    for stage in whole.rows:
+        stages.append(stage)
+        if whole.weights.get(stage) != disturbed.weights.get(stage):
+            break
+    return stages
+
+
+def _ledger_differences(whole: Trace, disturbed: Trace, stages: Sequence[str]) -> list[str]:
     """The steps whose ledgers differ, by the positions in them."""
     found = []
-    for stage, rows in whole.rows.items():
+    for stage in stages:
+        rows = whole.rows[stage]
         others, before = disturbed.rows.get(stage, {}), 0
         for progress in sorted({*rows, *others}):
             one, other = (_ledger(side, progress) for side in (rows, others))
@@ -129,12 +143,12 @@ def _ledger(rows: Mapping[int, tuple[float, float]], progress: int) -> str:
     return f"{rows[progress][0]:.0f}" if progress in rows else "no step"
 
 
-def _largest_difference(whole: Trace, disturbed: Trace) -> float:
+def _largest_difference(whole: Trace, disturbed: Trace, stages: Sequence[str]) -> float:
     """Of the losses of a step, relative to the undisturbed one."""
     pairs = [
         (loss, disturbed.rows[stage][progress][1])
-        for stage, rows in whole.rows.items()
-        for progress, (_, loss) in rows.items()
+        for stage in stages
+        for progress, (_, loss) in whole.rows[stage].items()
         if progress in disturbed.rows.get(stage, {})
     ]
     return max((abs(other - one) / abs(one) for one, other in pairs if one), default=math.inf)

@@ -24,11 +24,12 @@ def test_other_weights_are_not_proven_where_the_placement_was_the_same() -> None
 
 
 def test_another_placement_is_proven_by_its_ledger_and_told_with_the_largest_difference() -> None:
-    rows = {"autoencoder": {6: (11.0, 2.0), 12: (22.0, 1.01)}, "diffusion": {6: (33.0, 4.0)}}
+    rows = {"autoencoder": {6: (11.0, 2.0), 12: (22.0, 1.01)}, "diffusion": {6: (34.0, 9.0)}}
     other = Trace({"autoencoder": "cc", "diffusion": "xx"}, rows)
     same = compare_traces(WHOLE, other, placement=False)
     assert same.proven
     assert same.sentences[0] == "weights: of another placement; the largest difference of a step's loss is 0.01 of it"
+    assert same.sentences[-1] == "stage diffusion was trained on latents of other last bits: its ledger says nothing"
 
 
 def test_a_ledger_that_differs_is_named_by_its_positions_and_so_is_a_step_that_is_missing() -> None:
