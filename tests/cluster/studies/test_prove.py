@@ -117,6 +117,16 @@ def ground(tmp_path: Path) -> Iterator[HostsGround]:
     assert leftovers(hosts) == []
 
 
+@pytest.mark.starts
+def test_hosts_are_laid_out_as_the_shipped_cluster(ground: HostsGround) -> None:
+    shipped = (ROOT / "ray_config.yaml").read_text()
+    assert ground.hosts and {"RAY_gcs_storage=rocksdb", "RAY_gcs_rpc_server_reconnect_timeout_s=3600;"} <= set(shipped.split())
+    head, worker, driver = ground.hosts.head.environment, ground.hosts.workers[0].environment, ground.machines[0]
+    assert head["RAY_gcs_storage"] == "rocksdb" and "RAY_gcs_storage" not in worker
+    assert {one["RAY_gcs_rpc_server_reconnect_timeout_s"] for one in (head, worker, driver.environment)} == {"3600"}
+    assert driver.name == "driver" and driver not in ground.hosts.all, "no rank lands there"
+
+
 def course_of(case: Case, ground: Ground, steps: int) -> Course:
     pretended = Pretended(case.config, case.overrides, case.experiment, case.dataset, case.manifest)
     return Course(pretended, {pretend.STAGE: steps}, ground, "disturbed", Display(io.StringIO()))
