@@ -40,6 +40,7 @@ S3 = "tests/cluster/test_whole.py::test_shards_latents_checkpoints_and_runs_in_s
 JOB = "tests/cluster/test_whole.py::test_seeded_ray_start_and_job_submit_bring_the_run_to_done"
 AGAIN = "tests/infra/test_supervise.py::test_a_command_is_given_again_on_75_and_on_a_kill_and_its_last_code_comes_through"
 PROMETHEUS = "tests/cluster/telemetry/test_prometheus.py::test_items_are_exact_over_a_restart_of_the_workers_and_of_the_driver"
+PROVE = "tests/cluster/chaos/test_prove.py::test_five_kinds_of_faults_change_nothing"
 INSTALLS = "tests/test_docs.py::test_the_page_installs_what_make_and_the_pins_say"
 MAKE = "tests/test_docs.py::test_a_target_that_a_page_names_is_one_of_make"
 CI = ".ci/run"
@@ -57,6 +58,7 @@ ELSEWHERE = {
     "data.url=s3://BUCKET/shards run.store=s3://BUCKET/store workers.count=4": JOB,
     "ray stop": JOB,
     f"python infra/supervise.py -- {DEMO}": AGAIN,
+    "python jobs/prove.py --config jobs/configs/demo.yaml data.url=work/shards --seed 0": PROVE,
     "python jobs/tune.py": SWEEP,
     "python jobs/retrain.py": RETRAIN,
     "python jobs/retrain.py --rollback": ROLLBACK,

@@ -20,13 +20,16 @@ TOP = ("bench", "cli")
 PLAIN = {"storage", "runtime", "telemetry"}
 """Packages that would serve any training: they import nothing of `reactdiff`."""
 
-RAY = {"runtime/nodes", "runtime/placement", "runtime/postmortem", "runtime/ray_cluster", "runtime/tasks", "driver/launch", "studies/sweep"}
+RAY = {
+    *("runtime/nodes", "runtime/placement", "runtime/postmortem", "runtime/ray_cluster", "runtime/remote_machine", "runtime/tasks"),
+    *("driver/launch", "studies/sweep"),
+}
 """The modules of cluster/ that place work, and so may import Ray."""
 
 MODULES = {
     "config": "identity loading paths schema spec",
     "storage": "base deadline folder hashing multipart parallel retry s3",
-    "runtime": "device failures faults hosts machines nodes placement postmortem ray_cluster scratch tasks",
+    "runtime": "device failures faults hosts machines nodes placement postmortem ray_cluster remote_machine scratch tasks",
     "telemetry": "display exporter meter metrics_log monitor tensorboard",
     "data": (
         "build_shard cache cache_file cache_space checksums demo index_tars manifest prepare quarantine ranges reader "
@@ -36,7 +39,7 @@ MODULES = {
     "evaluation": "evaluate gate ground_truth picture plan rows validation",
     "training": "engine examine loop requests resume stacks warm_start",
     "driver": "interruption launch pin plan pretrained run watchdog",
-    "studies": "comparison retrain sweep",
+    "studies": "comparison prove retrain script sweep verdict",
     "bench": "checkpoint loading metrics noise_dataset tables training",
 }
 """Package -> its modules."""

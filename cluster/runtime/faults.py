@@ -13,13 +13,15 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 from cluster.runtime.hosts import GCS, RAYLET, Host, Hosts
 from cluster.runtime.machines import Machine, MachineError, VirtualMachine
 
-_Story = Iterator[tuple[str, str]]
+Story = Iterator[tuple[str, str]]
+FaultStory = Callable[["Injector", "Fault"], Story]
 _Clock = Callable[[], float]
 
 POLL = 0.3
@@ -238,8 +240,16 @@ class Injector:
         watch: looks at the run.
     """
 
-    def __init__(self, watch: Watch, hosts: Hosts | None = None):
-        self.watch, self._hosts = watch, hosts
+    def __init__(self, watch: Watch, hosts: Hosts | None = None, more: "Mapping[str, FaultStory]" = MappingProxyType({})):
+        """Do nothing yet.
+
+        Args:
+            watch: looks at the run.
+            hosts: that it is on, where it has hosts of its own.
+            more: kinds beside those of `KINDS`, of whoever knows more of the run than this module.
+        """
+        self.watch, self._hosts, self._more = watch, hosts, more
+        self._lasting: list[tuple[Fault, Story]] = []
 
     @property
     def hosts(self) -> Hosts:
@@ -266,15 +276,37 @@ class Injector:
         def due(sight: Sight) -> bool:
             return sight.stage == fault.stage and sight.step >= fault.step and fault.rank in sight.ranks
 
-        before = self.watch.until(due, f"step {fault.step} of stage {fault.stage}")
-        story = KINDS[fault.kind](self, fault)
+        return self.do(fault, self.watch.until(due, f"step {fault.step} of stage {fault.stage}"))
+
+    def do(self, fault: Fault, before: Sight) -> Injected:
+        """Do a fault at once, and end it after its seconds, if it is one that ends.
+
+        Args:
+            fault: what; its moment is not waited for.
+            before: the last look.
+
+        Raises:
+            MachineError: if it did not happen.
+        """
+        story = {**KINDS, **self._more}[fault.kind](self, fault)
         host, detail = next(story)
         happened, lifted = self.watch.now(), math.inf
         if fault.seconds < math.inf:
             self.watch.spend(fault.seconds)
             next(story, None)
             lifted = self.watch.now()
+        self._lasting.append((fault, story))  # or what ends it would be taken away with it
         return Injected(fault, host, detail, before, happened, lifted)
+
+    def lift(self, done: Injected) -> Injected:
+        """End a fault that had no end of its own.
+
+        Raises:
+            MachineError: if it cannot be ended.
+        """
+        for story in [story for fault, story in self._lasting if fault is done.fault]:
+            next(story, None)
+        return replace(done, lifted=self.watch.now())
 
 
 def _read(text: str, now: float, batch: Mapping[str, int]) -> Sight | None:
@@ -299,30 +331,30 @@ def _items_since(then: Sight, now: Sight) -> int:
     return now.items - (then.items if same else 0)
 
 
-def _kill(injector: Injector, fault: Fault) -> _Story:
+def _kill(injector: Injector, fault: Fault) -> Story:
     machine, pid = injector.watch.process(fault.rank)
     yield machine.name, _killed(machine, pid, f"rank {fault.rank}")
 
 
-def _kill_driver(injector: Injector, fault: Fault) -> _Story:
+def _kill_driver(injector: Injector, fault: Fault) -> Story:
     machine, pid = injector.watch.driver()
     yield machine.name, _killed(machine, pid, "the driver")
 
 
-def _kill_raylet(injector: Injector, fault: Fault) -> _Story:
+def _kill_raylet(injector: Injector, fault: Fault) -> Story:
     host = injector.host(fault.rank)
     node = host.node_id
     host.kill(RAYLET)
     yield host.name, f"the raylet of node {node} got SIGKILL"
 
 
-def _restart_head(injector: Injector, fault: Fault) -> _Story:
+def _restart_head(injector: Injector, fault: Fault) -> Story:
     head = injector.hosts.head
     (gcs,) = head.kill(GCS)
     yield head.name, f"the GCS, process {gcs.pid}, got SIGKILL; the supervisor starts the head again"
 
 
-def _power_off(injector: Injector, fault: Fault) -> _Story:
+def _power_off(injector: Injector, fault: Fault) -> Story:
     host = injector.host(fault.rank)
     host.power_off()
     _assert(not host.on, f"{host.name} has no power")
@@ -330,21 +362,21 @@ def _power_off(injector: Injector, fault: Fault) -> _Story:
     host.power_on()
 
 
-def _cut(injector: Injector, fault: Fault) -> _Story:
+def _cut(injector: Injector, fault: Fault) -> Story:
     host = injector.host(fault.rank)
     host.link(up=False)
     yield host.name, _unreachable(injector.hosts, host)
     host.link(up=True)
 
 
-def _cut_store(injector: Injector, fault: Fault) -> _Story:
+def _cut_store(injector: Injector, fault: Fault) -> Story:
     store = injector.hosts.store
     store.link(up=False)
     yield store.name, _unreachable(injector.hosts, store)
     store.link(up=True)
 
 
-def _part(injector: Injector, fault: Fault) -> _Story:
+def _part(injector: Injector, fault: Fault) -> Story:
     hosts, sight = injector.hosts, injector.watch.look()
     mine = injector.host(fault.rank)
     others = {host for host, _ in sight.ranks.values()} - {mine.name} if sight else set()
@@ -354,7 +386,7 @@ def _part(injector: Injector, fault: Fault) -> _Story:
     hosts.join()
 
 
-def _drain(injector: Injector, fault: Fault) -> _Story:
+def _drain(injector: Injector, fault: Fault) -> Story:
     """As a cloud does it: a notice, and so many seconds later the machine is taken away."""
     host = injector.host(fault.rank)
     injector.hosts.drain(host, fault.seconds)
@@ -362,7 +394,7 @@ def _drain(injector: Injector, fault: Fault) -> _Story:
     host.power_off()
 
 
-def _stop(injector: Injector, fault: Fault) -> _Story:
+def _stop(injector: Injector, fault: Fault) -> Story:
     machine, pid = injector.watch.process(fault.rank)
     machine.signal("STOP", pid)
     _assert(machine.state(pid).startswith("T"), f"process {pid} is stopped")
@@ -371,7 +403,7 @@ def _stop(injector: Injector, fault: Fault) -> _Story:
         machine.signal("CONT", pid)
 
 
-def _fill_disk(injector: Injector, fault: Fault) -> _Story:
+def _fill_disk(injector: Injector, fault: Fault) -> Story:
     host = injector.host(fault.rank)
     host.run("sh", "-c", 'fallocate -l "$(df -B1 --output=avail /tmp | tail -1)" /tmp/full')
     _assert(host.run("sh", "-c", "echo more > /tmp/more", check=False).returncode != 0, "/tmp is full")
@@ -379,14 +411,14 @@ def _fill_disk(injector: Injector, fault: Fault) -> _Story:
     host.run("rm", "/tmp/full", "/tmp/more")
 
 
-def _limit_memory(injector: Injector, fault: Fault) -> _Story:
+def _limit_memory(injector: Injector, fault: Fault) -> Story:
     machine, pid = injector.watch.process(fault.rank)
     held = 1024 * int(machine.run("ps", "-o", "vsz=", "-p", str(pid)).stdout)
     machine.run("prlimit", f"--pid={pid}", f"--as={held}")
     yield machine.name, f"process {pid} of rank {fault.rank} gets no more memory than the {held} bytes of addresses it has"
 
 
-KINDS: Mapping[str, Callable[[Injector, Fault], _Story]] = {
+KINDS: Mapping[str, FaultStory] = {
     "kill": _kill,
     "kill_raylet": _kill_raylet,
     "kill_driver": _kill_driver,

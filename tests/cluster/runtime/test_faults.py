@@ -105,6 +105,21 @@ def test_a_stopped_rank_goes_on_after_its_seconds(victim: subprocess.Popen[bytes
     assert HERE.state(victim.pid)[:1] in "SR" and done.time < done.lifted < math.inf
 
 
+def test_a_fault_for_good_lasts_until_it_is_lifted(victim: subprocess.Popen[bytes]) -> None:
+    injector = Injector(Told([HERE], sight()._replace(ranks={0: (HERE.name, victim.pid)})))
+    done = injector.inject(at(step=1).stop())
+    assert HERE.state(victim.pid)[:1] == "T" and done.lifted == math.inf
+    assert injector.lift(done).lifted < math.inf and HERE.state(victim.pid)[:1] in "SR"
+
+
+def test_a_kind_can_be_added_by_who_knows_more_of_the_run() -> None:
+    def shout(injector: Injector, fault: Fault) -> Iterator[tuple[str, str]]:
+        yield "here", f"shouted at rank {fault.rank}"
+
+    done = Injector(Told([HERE], sight()), more={"shout": shout}).inject(Fault("shout", 1, rank=1))
+    assert (done.host, done.detail) == ("here", "shouted at rank 1")
+
+
 def test_what_did_not_happen_is_an_error() -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -132,6 +147,13 @@ def test_recovery_is_read_from_what_the_run_told() -> None:
     # Nothing was started again: the run stood still until what it waited for came back.
     assert recovery(sight(11, 11, 66), sight(45, 12, 72), lifted=40.0) == (math.inf, 35, 0)
     assert recovery() == (math.inf, math.inf, 0)
+
+
+def test_a_step_may_have_other_items_in_each_stage() -> None:
+    watch = Watch(lambda: [HERE], {"autoencoder": 6, "diffusion": 3}, "/nowhere")
+    before = sight(time=9, step=10, items=30)._replace(stage="diffusion")
+    watch.history = [before, before._replace(time=15, step=9, items=33, restarts=1), before._replace(time=16, step=9, items=36, restarts=1)]
+    assert watch.recovery(Injected(at(step=10).kill(), "h1", "", before, 10.0, math.inf)).steps_lost == 2
 
 
 @pytest.fixture(scope="module")

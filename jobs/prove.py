@@ -1,0 +1,81 @@
+"""Prove that a run survives: run it undisturbed, then under a seeded script of faults, and compare what both leave.
+
+python jobs/prove.py --config jobs/configs/demo.yaml --seed 3
+python jobs/prove.py --config jobs/configs/demo.yaml --kinds kill,s3_30s
+python jobs/prove.py --config jobs/configs/demo.yaml --kinds all
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from cluster import cli
+from cluster.runtime.failures import PERSON
+from cluster.runtime.machines import MachineError, NamespacesForbidden
+from cluster.studies.prove import Case, NotInjected, Prover, own_prefix
+from cluster.studies.script import FAULT_KINDS, choose_kinds, kind_name, script, steps_of_script
+from cluster.telemetry.display import Display
+
+EPILOG = """what it does
+  It makes hosts of its own on this machine, of Linux namespaces: a head, a machine for the driver, one for each rank, and an S3
+  server with a copy of the dataset. It needs root or user namespaces, and nothing outside of them is touched. The configuration is
+  shortened to the script, which is said. Each fault comes at a step of the run's own and is shown to have happened. Where the run
+  stops, the fault is lifted and the same command given again, as a supervisor would.
+
+what it says
+  For each fault: when the ranks or the driver were started again, when training went on, the items that were trained on again, and
+  whether that was by itself or by the same command. Then whether the weights are identical (workers.count=[1,3]: of another
+  placement, with the largest difference of a loss) and the ledger equal, or at which positions it differs. A script that fails
+  is shortened to one that fails without none of its faults. Exit code 0: proven. 1: not.
+
+on a cluster
+  With RAY_ADDRESS set it runs on that cluster, with the data.url and run.store of the configuration, and does only what needs no
+  root. It lists what it will do and asks. It touches processes of its own runs, and objects below <run.store>/proofs/, which stay.
+
+kinds of faults
+"""
+
+
+def main() -> int:
+    """Parse the command line and prove."""
+    kinds = "\n".join(f"  {name:<15}{kind.means}" for name, kind in FAULT_KINDS.items())
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG + kinds, formatter_class=formatter)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the experiment; its dataset must be there")
+    parser.add_argument("--seed", type=int, default=0, help="of the script: which kinds, when, on which hosts (default: 0)")
+    parser.add_argument("--kinds", default="", help="kinds with commas, or all; default: five that the seed chooses")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change one key of the experiment")
+    parser.add_argument("--yes", action="store_true", help="on a cluster: do not ask")
+    arguments = parser.parse_intermixed_args()
+    address = os.environ.get("RAY_ADDRESS", "")
+    chosen = choose_kinds(arguments.kinds, arguments.seed, hosts=not address)
+    case = Case.read(arguments.config, arguments.overrides, copied=not address)
+    folder = Path(tempfile.mkdtemp(prefix="proof-"))
+    if address and not _agreed(arguments.yes, address, folder, case, arguments.seed, chosen):
+        return PERSON
+    try:
+        with Display() as display:
+            display.say(f"logs of hosts and drivers: {folder}")
+            return Prover(case, folder, display, on_cluster=bool(address)).prove(arguments.seed, chosen)
+    except (MachineError, NotInjected, NamespacesForbidden) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return PERSON
+
+
+def _agreed(yes: bool, address: str, folder: Path, case: Case, seed: int, kinds: list[str]) -> bool:
+    """Say what will be done to a cluster, and ask."""
+    experiment, steps = case.experiment, steps_of_script(kinds, case.stages)
+    faults = script(seed, kinds, steps, experiment.workers.most)
+    print(f"on the cluster {address}, to runs of this command and to nothing else:")
+    print(f"  train {steps} steps undisturbed, with drivers on this machine and objects in {experiment.run.store}/{own_prefix(folder)}")
+    print("  the same again, in which (later, if its steps are fast):")
+    for fault in faults:
+        print(f"    {fault.stage} {fault.step}: {FAULT_KINDS[kind_name(fault)].means} (rank {fault.rank})")
+    print("  if it fails: the same with parts of these faults")
+    return yes or input("go on? [y/N] ").strip().lower() in ("y", "yes")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
