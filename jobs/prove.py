@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change one key of the experiment")
     parser.add_argument("--yes", action="store_true", help="on a cluster: do not ask")
     arguments = parser.parse_intermixed_args()
-    address = os.environ.get("RAY_ADDRESS", "")
+    address = os.environ.get("RAY_ADDRESS", "").removeprefix("local")  # `local` means no cluster, as everywhere
     chosen = choose_kinds(arguments.kinds, arguments.seed, hosts=not address)
     case = Case.read(arguments.config, arguments.overrides, copied=not address)
     folder = Path(tempfile.mkdtemp(prefix="proof-"))
@@ -74,7 +74,11 @@ def _agreed(yes: bool, address: str, folder: Path, case: Case, seed: int, kinds:
     for fault in faults:
         print(f"    {fault.stage} {fault.step}: {FAULT_KINDS[kind_name(fault)].means} (rank {fault.rank})")
     print("  if it fails: the same with parts of these faults")
-    return yes or input("go on? [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return yes or input("go on? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:  # nobody is there to ask
+        print("nobody answered; --yes goes on without asking")
+        return False
 
 
 if __name__ == "__main__":
