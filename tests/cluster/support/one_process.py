@@ -44,6 +44,7 @@ def one_process() -> Iterator[None]:
         patch.setattr(sweep, "_tune", _tune)
         patch.setattr(sweep.tune, "report", lambda _: None)
         patch.setattr(checkpoint, "ThreadPoolExecutor", lambda *_, **__: Inline())
+        patch.setattr(checkpoint, "parallel_map", map)
         patch.setattr(lease, "BEAT", NEVER)
         patch.setattr(lease, "LAPSE", NEVER)
         patch.setattr(lease, "_started", _started)
