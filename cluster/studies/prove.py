@@ -552,7 +552,7 @@ class Prover:
         faults = script(seed, kinds, self._steps, case.experiment.workers.most)
         say(f"script of seed {seed}: " + describe(faults))
         proof = self.attempt(faults)
-        say(proof.text())
+        self._display.end(proof.text())
         if proof.proven or len(faults) == 1:
             return int(not proof.proven)
         say("looking for the shortest script that fails; each try is a run")
