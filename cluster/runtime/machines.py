@@ -190,6 +190,9 @@ class VirtualMachine(Machine):
         """Pull the plug: every process is gone at once, without a word to anybody; the disk stays."""
         if self.on:
             os.kill(self._first, signal.SIGKILL)
+            # The kernel takes its network away when it has time, and answers for it until then.
+            with contextlib.suppress(MachineError):  # it had time
+                self._network.sandbox("ip", "link", "delete", self.cable)
         self._process.wait()
 
     def power_on(self) -> None:
