@@ -64,7 +64,7 @@ class CorruptData(ValueError):
     @property
     def advice(self) -> str:
         """What lets a run go on; nothing does where an index is damaged."""
-        said = "Then the same command goes on; data.on_corrupt=quarantine trains without damaged clips, and scores none"
+        said = "mend it, then the same command; data.on_corrupt=quarantine trains without damaged clips, and scores none"
         return said if self.clip else ""
 
 

@@ -231,7 +231,8 @@ def test_seeded_a_run_says_how_to_go_on_goes_on_without_the_clip_and_never_score
         assert said.returncode == 1 and state["status"] == "FAILED" and state["why"] in said.stderr
         return state["why"]
 
-    assert f"stage autoencoder failed (data): CorruptData: shard train/000000, clip {key}, member a." in (why := failed())
+    assert f": CorruptData: shard train/000000, clip {key}, member a." in (why := failed())
+    assert why.startswith("stage autoencoder failed (data), rank ")
     assert "restore it from a copy" in why and why.endswith("data.on_corrupt=quarantine trains without damaged clips, and scores none")
     why = failed(QUARANTINE)
     assert f"clip {scored}, member a.mfcc.npy" in why
