@@ -64,8 +64,8 @@ class CorruptData(ValueError):
     @property
     def advice(self) -> str:
         """What lets a run go on; nothing does where an index is damaged."""
-        said = "mend it, then the same command; data.on_corrupt=quarantine trains without damaged clips, and scores none"
-        return said if self.clip else ""
+        without = "; data.on_corrupt=quarantine trains without damaged clips, and scores none" if self.clip else ""
+        return f"mend it, then the same command{without}"
 
 
 @dataclass(frozen=True)
