@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.runs.state import newest_life
 from cluster.runtime.faults import Fault, Injected, Injector, Watch
 from cluster.runtime.hosts import Hosts
 from cluster.runtime.machines import PATH, PROJECT, NamespacesForbidden, Network, assert_namespaces
@@ -112,10 +113,9 @@ class Run:
         folders = {entry.key.split("/")[1] for entry in self._folder.list("metrics/") if f"/{stage}-" in entry.key}
         return sorted((int(life), int(attempt)) for life, _, attempt in (folder.partition(".") for folder in folders))
 
-
     def lives(self) -> int:
         """How often a driver of it was started."""
-        return len(list(self._folder.list("lives/")))
+        return newest_life(self._folder)
 
 
 @contextmanager
