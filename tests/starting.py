@@ -21,6 +21,9 @@ ROOT = Path(__file__).parents[1]
 STARTING = {"object_store", "local_ray", "shards", "finished", "every_split"}
 """The fixtures that start something, also where a test asks for them through others."""
 
+HOSTS = ("tests/cluster/multihost/", "tests/cluster/driver/test_launch.py", "tests/cluster/chaos/test_prove.py")
+"""Where the tests are that start a Ray of several nodes."""
+
 EVENTS = {
     "subprocess.Popen": "process",
     "os.fork": "process",
@@ -57,10 +60,12 @@ def scope(nodeid: str, slow: bool) -> str:
     """What a test is kept together with: its file, and all files that ask for the run that `finished` trains.
 
     That takes longer than anything else and is shared by many; a Ray and a server each process has its own of. The slow tests start
-    what they need themselves.
+    what they need themselves, and those of several hosts come one after the other: two clusters at once make each other ten times slower.
     """
     file = nodeid.partition("::")[0]
-    return "finished" if not slow and file in _asking() else file
+    if slow:
+        return "hosts" if file.startswith(HOSTS) else file
+    return "finished" if file in _asking() else file
 
 
 @cache

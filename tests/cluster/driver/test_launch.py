@@ -31,7 +31,7 @@ def two() -> Iterator[Machines]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_seeded_a_machine_lost_without_a_spare_is_waited_for_and_the_weights_are_identical(
     undisturbed: Running, two: Machines, shards: Path, tmp_path: Path
 ) -> None:
@@ -53,7 +53,7 @@ def test_seeded_a_machine_lost_without_a_spare_is_waited_for_and_the_weights_are
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_run_waits_for_a_cluster_that_grows(undisturbed: Running, shards: Path, tmp_path: Path) -> None:
     with machines(1) as there:
         run = Running(shards, tmp_path, "grow", "workers.count=2", address=there.address)
@@ -64,7 +64,7 @@ def test_a_run_waits_for_a_cluster_that_grows(undisturbed: Running, shards: Path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_wait_that_was_limited_ends_with_75(shards: Path, tmp_path: Path) -> None:
     with machines(1) as there:
         run = Running(shards, tmp_path, "late", "workers.count=2", "run.wait_minutes=0.2", address=there.address)
@@ -73,7 +73,7 @@ def test_a_wait_that_was_limited_ends_with_75(shards: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(1800)
 def test_the_number_of_ranks_follows_the_machines_and_every_step_has_its_items(shards: Path, undisturbed: Running, tmp_path: Path) -> None:
     """4 -> 1 -> 3 -> 2 ranks by itself."""
     with machines(4) as there:
@@ -100,7 +100,7 @@ def test_the_number_of_ranks_follows_the_machines_and_every_step_has_its_items(s
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_notice_costs_no_step_on_whichever_node_it_comes(undisturbed: Running, shards: Path, tmp_path: Path) -> None:
     with machines(3) as there:
         never = ("run.checkpoint_every=100000", "run.checkpoint_minutes=0")
@@ -115,7 +115,7 @@ def test_a_notice_costs_no_step_on_whichever_node_it_comes(undisturbed: Running,
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_told_to_end_a_run_leaves_a_checkpoint_of_the_step_it_was_in(
     number: signal.Signals, code: int, undisturbed: Running, shards: Path, tmp_path: Path
@@ -134,7 +134,7 @@ def test_told_to_end_a_run_leaves_a_checkpoint_of_the_step_it_was_in(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_stopped_rank_is_named_its_stacks_are_kept_and_the_weights_are_identical(
     undisturbed: Running, shards: Path, tmp_path: Path
 ) -> None:

@@ -27,7 +27,7 @@ STAGE = "autoencoder"
 QUICK = {"initial_delay_ms": "1000", "period_ms": "1000", "timeout_ms": "1000", "failure_threshold": "3"}
 """Health checks by which a node that is gone is noticed in seconds."""
 
-LIMIT = 300.0
+LIMIT = 800.0
 """Seconds after which a test gives up waiting; nothing is asserted of how long anything takes."""
 
 
