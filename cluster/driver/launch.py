@@ -4,7 +4,7 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from threading import Thread
@@ -118,9 +118,9 @@ def launch(job: Job, monitor: StageMonitor, notes: str, assert_ours: Callable[[]
                     raise failed from cause
                 monitor.restarted(failure.name, f"{failed.what}; starting the ranks again ({budget})")
             else:
-                if not result["left"]:
+                if not result["left"] and not interruption.signal:
                     return result
-                if interruption.signal:
+                if interruption.signal:  # also where the stage came to its end meanwhile: told to end is told to end
                     monitor.say(f"checkpoint at {result['progress']} items; the same command goes on from there")
                     interruption.end()
                 monitor.restarted(group.reason, f"{group.why}: checkpoint at {result['progress']} items, starting the ranks again")
@@ -239,15 +239,19 @@ class _Group:
         with suppress(RayError):
             ray.get(self._board.take.remote(Request.STACKS))
         time.sleep(2 * REPORT)  # each rank reports once a second, and hears it then
-        for rank in sorted(self._heard):
-            self._examine(rank, f"{folder}/{self._job.stage}-stacks-{rank}.txt", kill=rank in stuck.ranks)
+        self._examine(folder, sorted(self._heard), kill=False)
+        self._examine(folder, [rank for rank in stuck.ranks if rank in self._heard], kill=True)
 
-    def _examine(self, rank: int, key: str, kill: bool) -> None:
-        """Look at a rank from outside, where it could not say itself where it is; kill it or not."""
-        there = NodeAffinitySchedulingStrategy(self._place[rank], soft=False)
-        with suppress(RayError):  # its machine may be out of reach: then Ray will say that it is lost
+    def _examine(self, folder: str, ranks: Sequence[int], kill: bool) -> None:
+        """Look at ranks from outside, where they could not say themselves where they are; kill them or not."""
+        asked = []
+        for rank in ranks:
+            there = NodeAffinitySchedulingStrategy(self._place[rank], soft=False)
             task = postmortem.options(num_cpus=0, max_retries=0, scheduling_strategy=there)
-            ray.get(task.remote(self._job.run, key, self._heard[rank]["pid"], kill), timeout=15)
+            key = f"{folder}/{self._job.stage}-stacks-{rank}.txt"
+            asked.append(task.remote(self._job.run, key, self._heard[rank]["pid"], kill))
+        if asked:  # a machine may be out of reach: then Ray will say that it is lost
+            ray.wait(asked, num_returns=len(asked), timeout=20)
 
     def _rank_name(self, rank: int) -> str:
         return f"rank {rank} on {self._names.get(self._place[rank], self._place[rank])}"

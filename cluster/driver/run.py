@@ -200,7 +200,7 @@ class _Life:
             pass
         job = Job(self.experiment, stage, self.store, self.state.life, dataset, manifest.hash, self.validation_clips(stage))
         self.display.stage(stage, end)
-        trained = launch(job, StageMonitor(stage, self.exporter, self.display), f"{self.store.url}/ray", self.lease.assert_held)
+        trained = launch(job, StageMonitor(stage, self.exporter, self.display), f"{self.store.url}/ray", self.lease.assert_not_taken)
         self.lease.assert_held()
         for name in (stage, validation_name(stage)):
             write_tensorboard(self.store, name)

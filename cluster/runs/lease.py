@@ -215,6 +215,14 @@ class Lease:
         """
         if self._clock() - self._beaten >= LAPSE:
             self.beat()
+        self.assert_not_taken()
+
+    def assert_not_taken(self) -> None:
+        """Check the same by what the heartbeat has seen, without a look into the store, which may not answer just now.
+
+        Raises:
+            Superseded: if another process has taken the lease.
+        """
         if self.lost.is_set():
             raise Superseded(
                 f"{self._store.url}/{LEASE} was taken by another process, which goes on; this one stops without writing any more"
