@@ -14,7 +14,9 @@ from pathlib import Path
 from cluster import cli
 from cluster.runtime.failures import PERSON
 from cluster.runtime.machines import MachineError, NamespacesForbidden
-from cluster.studies.prove import Case, NotInjected, Prover, own_prefix
+from cluster.studies.case import Case
+from cluster.studies.course import NotInjected
+from cluster.studies.prove import Prover, own_prefix
 from cluster.studies.script import FAULT_KINDS, choose_kinds, kind_name, script, steps_of_script
 from cluster.telemetry.display import Display
 

@@ -22,7 +22,7 @@ PLAIN = {"storage", "runtime", "telemetry"}
 
 RAY = {
     *("runtime/nodes", "runtime/placement", "runtime/postmortem", "runtime/ray_cluster", "runtime/remote_machine", "runtime/tasks"),
-    *("driver/launch", "studies/sweep"),
+    *("driver/launch", "studies/sweep", "bench/recovery"),
 }
 """The modules of cluster/ that place work, and so may import Ray."""
 
@@ -39,12 +39,12 @@ MODULES = {
     "evaluation": "evaluate gate ground_truth picture plan rows validation",
     "training": "engine examine loop requests resume stacks warm_start",
     "driver": "interruption launch pin plan pretrained run watchdog",
-    "studies": "comparison prove retrain script sweep verdict",
-    "bench": "checkpoint loading metrics noise_dataset tables training",
+    "studies": "case comparison course grounds prove retrain script sweep verdict",
+    "bench": "checkpoint loading metrics noise_dataset recovery tables training",
 }
 """Package -> its modules."""
 
-ACROSS = {"data/test_stream_faults.py", "storage/test_storage.py", "telemetry/test_prometheus.py"}
+ACROSS = {"driver/test_hangs.py", "data/test_stream_faults.py", "storage/test_storage.py", "telemetry/test_prometheus.py"}
 """Tests of a package that are about more than one of its modules."""
 
 MACHINERY = {"ray", "deepspeed", "boto3", "botocore", "prometheus_client", "webdataset"}

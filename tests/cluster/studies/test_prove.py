@@ -13,7 +13,10 @@ from cluster.driver.pin import stage_end
 from cluster.runtime.faults import Fault
 from cluster.runtime.machines import PATH
 from cluster.storage import content_hash, open_store
-from cluster.studies.prove import CHECKPOINT, Case, Course, DrivenHosts, Ground, HostsGround, NotInjected, Proof, Prover
+from cluster.studies.case import CHECKPOINT, Case
+from cluster.studies.course import Course, NotInjected
+from cluster.studies.grounds import DrivenHosts, Ground, HostsGround
+from cluster.studies.prove import Proof, Prover
 from cluster.studies.script import FAULT_KINDS, kind_name
 from cluster.studies.verdict import Endured, Trace, compare_traces, faults_table
 from cluster.telemetry.display import Display
@@ -85,7 +88,7 @@ def test_a_configuration_is_shortened_to_so_many_steps(case: Case) -> None:
 
 
 def test_a_dataset_that_is_too_large_to_be_copied_is_refused(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.studies.prove.LARGEST", 1000)
+    monkeypatch.setattr("cluster.studies.case.LARGEST", 1000)
     with pytest.raises(ValueError, match=r"lies in memory: at most .* Prove it on a part of the data"):
         Case.read(ROOT / "jobs/configs/demo.yaml", [*OVERRIDES, f"data.url={shards}"], copied=True)
 

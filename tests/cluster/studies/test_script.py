@@ -6,7 +6,7 @@ import math
 import pytest
 
 from cluster.runtime.faults import KINDS, Fault
-from cluster.studies.prove import OWN
+from cluster.studies.course import OWN
 from cluster.studies.script import FAULT_KINDS, STRIDE, USUAL, choose_kinds, kind_name, script, shrink, steps_of_script
 
 STAGES = ("autoencoder", "diffusion")

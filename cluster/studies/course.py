@@ -1,0 +1,240 @@
+"""A run from its first command to its end, under a script of faults, and how it got over each of them."""
+
+import math
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from cluster.runtime.failures import AGAIN
+from cluster.runtime.faults import POLL, Fault, FaultStory, Injected, Injector, Sight, Story, Watch
+from cluster.runtime.machines import MachineError
+from cluster.storage import open_store
+from cluster.studies.case import Case
+from cluster.studies.grounds import Ground
+from cluster.studies.script import kind_name
+from cluster.studies.verdict import Endured, Trace, read_trace
+from cluster.telemetry.display import Display
+
+SPARE = 60.0
+"""Seconds after which a host that is lost for good gets a spare."""
+
+STALLED = 420.0
+"""Seconds without anything new after which a run is taken for lost."""
+
+NOTICED = 180.0
+"""Seconds that a run is given to notice what it has to notice by itself, before the fault is lifted."""
+
+REPEATS = 3
+"""Times that the command is given again after one fault."""
+
+GRACE = 120.0
+"""Seconds for a command that has to end by itself."""
+
+OWN = ("damage_shards", "nan_gradient", "second_driver", "freeze_driver")
+"""Faults beside those of `cluster/runtime/faults.py`: they need the run's data or its command."""
+
+
+class NotInjected(RuntimeError):
+    """A fault of a script never came, so the script says nothing of the run."""
+
+
+class Course:
+    """One run, from its first command to its end, under a script of faults.
+
+    Attributes:
+        endured: what it got over so far.
+    """
+
+    def __init__(self, case: Case, steps: Mapping[str, int], ground: Ground, name: str, display: Display):
+        self.endured: list[Endured] = []
+        self._case, self._steps, self._ground, self._display = case, steps, ground, display
+        self._command, self._log = case.command(steps, ground), ground.logs / f"{name}.log"
+        self._watch = Watch(lambda: ground.machines, case.batches, ground.targets)
+        stories = (self._damage_shards, self._nan_gradient, self._second_driver, self._freeze_driver)
+        own: dict[str, FaultStory] = dict(zip(OWN, stories, strict=True))
+        self._injector = Injector(self._watch, ground.hosts, own)
+        self._open: Injected | None = None
+        self._sight: Sight | None = None
+        self._processes: list[subprocess.Popen[str]] = []
+        self._until_ended = False
+        self._how, self._repeats, self._spare_at = "", 0, math.inf
+        self._tick_counter = display.counter(name, "steps")
+        self._start()
+
+    def run(self, faults: Sequence[Fault]) -> Trace:
+        """Let the faults happen one after the other, and bring the run to its end; the command is given again where that is needed.
+
+        Returns:
+            What the run left.
+
+        Raises:
+            MachineError: if it does not come to its end.
+            NotInjected: if it came there before a fault did.
+        """
+        try:
+            for fault in faults:
+                before = self._wait_for(fault)
+                self._close()
+                done = self._injector.do(replace(fault, rank=fault.rank % len(before.ranks)), before)
+                self._display.say(f"{kind_name(fault)} after step {before.step} of stage {before.stage}: {done.detail}")
+                self._open, self._how, self._repeats = done, "by itself", 0
+                self._see_through()
+            while not self._look():
+                time.sleep(POLL)
+            self._close()
+        finally:
+            for process in self._processes:
+                if process.poll() is None:  # one that is stopped, too
+                    process.kill()
+        return read_trace(self._case.run_folder(self._ground), self._case.stages)
+
+    def speed(self) -> float:
+        """Steps a second of the fastest stage, as far as was seen."""
+        speeds = [0.0]
+        for stage in self._case.stages:
+            sights = [sight for sight in self._watch.history if sight.stage == stage]
+            if len(sights) > 1 and sights[-1].time > sights[0].time:
+                speeds.append((sights[-1].step - sights[0].step) / (sights[-1].time - sights[0].time))
+        return max(speeds)
+
+    def said(self) -> str:
+        """The last lines of the drivers' terminals."""
+        return "\n".join(self._log.read_text().splitlines()[-15:])
+
+    def _start(self) -> None:
+        self._process = self._ground.popen(*self._command, log=self._log)
+        self._processes.append(self._process)
+        self._started = self._watch.now()
+
+    def _place(self, stage: str, step: int) -> int:
+        """A step, counted over all stages."""
+        stages = list(self._steps)
+        return sum(self._steps[one] for one in stages[: stages.index(stage)]) + step
+
+    def _wait_for(self, fault: Fault) -> Sight:
+        """Wait until the fault's moment, and until the run has got over the fault before."""
+        due = self._place(fault.stage, fault.step)
+        while not self._look():
+            sight = self._sight
+            over = self._open is None or self._watch.recovery(self._open).going < math.inf
+            if sight and over and self._place(sight.stage, sight.step) >= due:
+                return sight
+            time.sleep(POLL)
+        raise NotInjected(f"the run was at its end before {kind_name(fault)} came, due at step {fault.step} of stage {fault.stage}")
+
+    def _look(self) -> bool:
+        """Look at the run and at its driver, and do what is due; whether the run is at its end."""
+        self._sight, now = self._watch.look(), self._watch.now()
+        if sight := self._sight:
+            self._tick_counter(self._place(sight.stage, sight.step), sum(self._steps.values()))
+        if now >= self._spare_at:
+            self._spare_at = math.inf
+            self._display.say(f"{self._ground.spare()} joins as a spare")
+        if (code := self._process.poll()) is not None:
+            return code == 0 or self._again(code)
+        known = [self._started, *(one.time for one in self._watch.history[-1:]), *([self._open.time] if self._open else [])]
+        if now - max(known) > STALLED:
+            raise MachineError(f"nothing was heard of the run for {STALLED:g} s; its driver runs and said last:\n{self.said()}")
+        return False
+
+    def _again(self, code: int) -> bool:
+        """Give the same command again, after what had stopped it was lifted."""
+        if self._open is None or self._repeats == REPEATS:
+            times = f", {REPEATS} times" if self._repeats else ", and nothing had been done to it"
+            raise MachineError(f"the driver ended with exit code {code}{times}:\n{self.said()}")
+        if self._until_ended:
+            self._lift()
+        self._repeats += 1
+        self._how = f"same command ({'killed' if code < 0 or code == 137 else f'exit code {code}'})"
+        self._display.say(f"the driver ended with exit code {code}: the same command again")
+        self._start()
+        return False
+
+    def _see_through(self) -> None:
+        """Wait for what a fault that has no end of its own must bring about, and lift it; a host that is lost for good gets a spare."""
+        assert self._open
+        fault, before = self._open.fault, self._open.before
+        if fault.kind in ("damage_shards", "nan_gradient"):
+            self._until_ended = True
+            self._spend(lambda: not self._until_ended)
+        elif fault.kind == "freeze_driver":
+            self._how = "same command (while the first stood still)"
+            self._spend(lambda: self._watch.history[-1].life > before.life)
+            self._lift()
+        elif fault.kind in ("power_off", "drain") or (fault.kind == "cut" and fault.seconds == math.inf):
+            assert self._ground.hosts
+            if (lost := self._ground.hosts.named(self._open.host)).on:
+                lost.give_up()
+            self._spare_at = self._watch.now() + SPARE
+        if self._until_ended:
+            self._lift()
+
+    def _spend(self, ended: Callable[[], bool]) -> None:
+        end = self._watch.now() + NOTICED
+        while not ended() and self._watch.now() < end and not self._look():
+            time.sleep(POLL)
+
+    def _lift(self) -> None:
+        assert self._open
+        self._until_ended = False
+        self._open = self._injector.lift(self._open)
+
+    def _close(self) -> None:
+        """Keep how the run got over the last fault."""
+        if done := self._open:
+            over = self._watch.recovery(done)
+            items = over.steps_lost * self._case.batches[done.before.stage]
+            numbers = (over.noticed, over.going, items)
+            self.endured.append(Endured(done.fault, done.host, done.before.step, done.detail, *numbers, self._how))
+            self._open = None
+
+    def _damage_shards(self, injector: Injector, fault: Fault) -> Story:
+        """All bytes of all shards, of the dataset and of the latents, are others."""
+        stores = [open_store(self._ground.data), open_store(self._ground.store)]
+        whole = [(store, entry.key, store.read(entry.key)) for store in stores for entry in store.list() if entry.key.endswith(".tar")]
+        for store, key, data in whole:
+            store.put(key, data.translate(_INVERTED))
+        store, key, data = whole[0]
+        if store.read(key) == data:
+            raise MachineError(f"it did not happen that {store.url}/{key} was damaged")
+        yield "store", f"all bytes of {len(whole)} shards are inverted"
+        for store, key, data in whole:
+            store.put(key, data)
+
+    def _nan_gradient(self, injector: Injector, fault: Fault) -> Story:
+        host, (asked, happened) = injector.host(fault.rank), ("/tmp/nan-gradient", "/tmp/nan-gradient-happened")
+        host.run("touch", asked)
+        self._watch.spend(GRACE, lambda: host.run("test", "-e", happened, check=False).returncode == 0)
+        if host.run("test", "-e", happened, check=False).returncode:
+            raise MachineError(f"it did not happen that a gradient of rank {fault.rank} on {host.name} was NaN")
+        yield host.name, f"the gradient of rank {fault.rank} is NaN"
+        host.run("rm", "-f", asked, happened)
+
+    def _second_driver(self, injector: Injector, fault: Fault) -> Story:
+        machine, _ = self._watch.driver()
+        second = self._ground.popen(*self._command, "--no-wait", log=self._log.with_suffix(".second.log"))
+        self._assert_ends(second, "the second driver, with --no-wait,")
+        yield machine.name, f"the same command with --no-wait ended with exit code {AGAIN}"
+
+    def _freeze_driver(self, injector: Injector, fault: Fault) -> Story:
+        machine, pid = self._watch.driver()
+        frozen = self._process
+        machine.signal("STOP", pid)
+        if not machine.state(pid).startswith("T"):
+            raise MachineError(f"it did not happen that driver {pid} was stopped")
+        self._start()
+        yield machine.name, f"driver {pid} is stopped, and the same command was given again"
+        machine.signal("CONT", pid)
+        frozen.send_signal(signal.SIGCONT)  # nsenter stops with its child, and does not go on with it
+        self._assert_ends(frozen, "the driver that came back")
+
+    def _assert_ends(self, process: "subprocess.Popen[str]", what: str) -> None:
+        self._watch.spend(GRACE, lambda: process.poll() is not None)
+        if (code := process.poll()) != AGAIN:
+            process.kill()
+            raise MachineError(f"{what} had to end with exit code {AGAIN}, but {'runs on' if code is None else f'ended with {code}'}")
+
+
+_INVERTED = bytes(255 - value for value in range(256))
