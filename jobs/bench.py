@@ -5,6 +5,7 @@ python jobs/bench.py train --config jobs/configs/react2024.yaml     the authors'
 python jobs/bench.py online                                         a listener that reacts while the speaker speaks
 python jobs/bench.py data                                           our loader over S3, against the wire and webdataset
 python jobs/bench.py checkpoint                                     how long one holds up a step, against a plain copy
+python jobs/bench.py recovery                                       from the kill of a rank to the next step, against stock Ray Train
 python jobs/bench.py metrics                                        a pair of reactions, against the challenges' code
 python jobs/bench.py metrics --full                                 and as many as the test set has, on all cores
 python jobs/bench.py science                                        the table of docs/science.md: hours on two cores, and it resumes
@@ -16,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,7 +28,16 @@ from cluster.bench.checkpoint import REQUEST_SECONDS, bench_checkpoint
 from cluster.bench.loading import Task, Undrawn, bench_data, server
 from cluster.bench.metrics import full_size, pair_costs
 from cluster.bench.noise_dataset import make_noise
-from cluster.bench.tables import checkpoint_table, full_size_table, loading_table, online_table, pairs_table, training_table
+from cluster.bench.recovery import our_recoveries, stock_recoveries
+from cluster.bench.tables import (
+    checkpoint_table,
+    full_size_table,
+    loading_table,
+    online_table,
+    pairs_table,
+    recovery_table,
+    training_table,
+)
 from cluster.bench.training import alone, bench_online, bench_training
 from cluster.config.loading import load
 from cluster.config.paths import anchored
@@ -74,6 +85,9 @@ def main() -> int:
     verb.add_argument("--size", type=cli.positive, default=200, metavar="MB", help="of the rank's part of the state (default: 200)")
     verb.add_argument("--rounds", type=cli.positive, default=7, help="checkpoints after the first (default: 7)")
     verb.set_defaults(function=checkpoint)
+    what = "from the kill of a rank to the end of the next step, against an empty loop under stock Ray Train"
+    verb = _verb(verbs, "recovery", recovery, CONFIGS / "demo.yaml", what)
+    verb.add_argument("--kills", type=cli.positive, default=10, help="of each (default: 10)")
     verb = verbs.add_parser("metrics", help="CPU time of the official metrics, against the challenges' code")
     verb.add_argument("--full", action="store_true", help="also score a set of the size of the test set on all cores: minutes")
     verb.set_defaults(function=metrics)
@@ -156,6 +170,23 @@ def checkpoint(arguments: argparse.Namespace) -> int:
         f"{1e3 * REQUEST_SECONDS:.0f} ms for each of {found.requests} requests"
     )
     Console().print(checkpoint_table(title, found))
+    return 0
+
+
+def recovery(arguments: argparse.Namespace) -> int:
+    """Time without training after a rank was killed."""
+    os.environ["RAY_ADDRESS"] = "local"  # what is killed here is nobody else's
+    first, later = arguments.kills // 2, arguments.kills - arguments.kills // 2
+    with TemporaryDirectory() as folder, Display() as display:
+        settings = ("run.name=recovery", f"run.store={folder}", f"run.checkpoint_every={20 * 4}", "run.log_every=1", "optim.epochs=1000")
+        experiment = anchored(load(arguments.config, [*settings, *arguments.overrides]))
+        make_demo(experiment.data.url, display)
+        before = stock_recoveries(experiment, first, Path(folder) / "before") if first else []
+        found = our_recoveries(experiment, arguments.kills, display)
+        rival = before + stock_recoveries(experiment, later, Path(folder) / "after")  # on both sides: machines grow busier
+    ranks = experiment.workers.least
+    title = f"from the SIGKILL of one of {ranks} ranks to the end of the next step, {arguments.kills} kills of each"
+    Console().print(recovery_table(title, {"a run": found, "an empty loop, stock Ray Train": rival}))
     return 0
 
 

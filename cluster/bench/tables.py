@@ -63,6 +63,16 @@ def checkpoint_table(title: str, found: HeldUp) -> Table:
     return table
 
 
+def recovery_table(title: str, found: Mapping[str, Sequence[float]]) -> Table:
+    """Seconds without training of each, over all kills; the last one is the rival."""
+    table = _numbers(title, "", "median, s", "least", "most", "ratio of medians")
+    *_, rival = found.values()
+    for name, seconds in found.items():
+        figures = (median(seconds), min(seconds), max(seconds))
+        table.add_row(name, *(f"{figure:.1f}" for figure in figures), f"{median(seconds) / median(rival):.2f}")
+    return table
+
+
 def _least_wall(rounds: Sequence[Seconds]) -> float:
     return min(one.wall for one in rounds[1:])
 

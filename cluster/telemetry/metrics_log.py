@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,8 +23,8 @@ class MetricsLog:
         self._rows: list[dict[str, Any]] = []
 
     def add(self, *, progress: int, **values: float) -> None:
-        """Keep a row until the next flush."""
-        self._rows.append({"stage": self._stage, "progress": progress, "life": self._life, **values})
+        """Keep a row until the next flush, with the time of now in seconds of Unix time."""
+        self._rows.append({"stage": self._stage, "progress": progress, "life": self._life, "time": round(time.time(), 3), **values})
 
     def flush(self) -> None:
         """Write the rows since the last flush as one segment, never to be changed.
@@ -44,16 +45,20 @@ class MetricsLog:
 
 
 def read_rows(store: Store, stage: str) -> list[dict[str, Any]]:
-    """All rows of a stage in order of progress; where lives or their attempts overlap, the newest one's."""
+    """All rows of a stage in order of progress; where lives or their attempts overlap, the newest one's.
+
+    They are without their times, so equal runs have equal rows.
+    """
     found: dict[int, tuple[tuple[int, int], dict[str, Any]]] = {}
-    for attempt, row in _all(store, stage):
+    for attempt, row in every_row(store, stage):
+        row.pop("time", None)
         if row["progress"] not in found or attempt >= found[row["progress"]][0]:
             found[row["progress"]] = attempt, row
     return [found[progress][1] for progress in sorted(found)]
 
 
-def _all(store: Store, stage: str) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
-    """Every row, and the numbers of the life and the attempt that wrote it."""
+def every_row(store: Store, stage: str) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+    """Every row of a stage, also of what was done again, and the numbers of the life and the attempt that wrote it."""
     for entry in store.list("metrics/"):
         _, folder, name = entry.key.split("/")
         if name.startswith(f"{stage}-"):

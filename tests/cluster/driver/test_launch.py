@@ -131,21 +131,3 @@ def test_told_to_end_a_run_leaves_a_checkpoint_of_the_step_it_was_in(
     rows = [json.loads(line) for entry in run.store.list("metrics/") for line in run.store.read(entry.key).decode().splitlines()]
     assert len(rows) == len({row["progress"] for row in rows}) == 400, "no step was done twice"
     assert again.weights == undisturbed.weights
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_a_stopped_rank_is_named_its_stacks_are_kept_and_the_weights_are_identical(
-    undisturbed: Running, shards: Path, tmp_path: Path
-) -> None:
-    run = Running(shards, tmp_path, "stopped", "workers.count=2")
-    run.until(lambda: run.progress >= 240)
-    victim = run.ranks()[0]
-    victim.suspend()
-    run.until_said("no sign of life for more than")
-    assert run.end() == 0, run.said
-    assert not victim.is_running() and "failed (hang)" in run.said
-    kept = sorted(path.name for path in run.folder.glob("logs/*/*stacks*"))
-    assert kept == [f"{STAGE}-stacks-0.txt", f"{STAGE}-stacks-1.txt"]
-    assert any("stopped" in path.read_text() for path in run.folder.glob("logs/*/*stacks*")), "one was seen to be stopped"
-    assert run.weights == undisturbed.weights

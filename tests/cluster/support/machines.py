@@ -18,6 +18,8 @@ import psutil
 import ray
 
 from cluster.runs.checkpoint import newest_progress
+from cluster.runtime.faults import Watch
+from cluster.runtime.machines import Machine
 from cluster.storage import open_store
 from cluster.telemetry.metrics_log import read_rows
 from tests.tiny import ROOT, settings
@@ -107,7 +109,8 @@ class Running:
         self.lines: list[str] = []
         command = [sys.executable, str(ROOT / "jobs/train.py"), "--config", str(ROOT / "jobs/configs/demo.yaml"), "--stage", STAGE]
         # Every second step is a checkpoint's, and epochs are many: a fault finds the run in the middle.
-        every = ("optim.epochs=60", "run.checkpoint_every=240", f"run.name={name}")
+        every = ("optim.epochs=60", "run.checkpoint_every=240", f"run.name={name}", f"telemetry.targets={store}/targets-{name}")
+        self._watch = Watch(lambda: [Machine()], {STAGE: 6}, f"{store}/targets-{name}")
         self.process = subprocess.Popen(
             [*command, *settings(shards, store), *every, *more],
             env={name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}  # that of the tests' own Ray
@@ -151,13 +154,13 @@ class Running:
     def until_said(self, text: str, times: int = 1) -> None:
         self.until(lambda: sum(text in line for line in self.lines) >= times)
 
-    def ranks(self) -> list[psutil.Process]:
-        """The processes of the ranks, those of other runs of this test included."""
-        return [one for one in psutil.Process().children(recursive=True) if "RayTrainWorker" in one.name()]
+    def rank(self, rank: int) -> psutil.Process:
+        """The process of a rank, which its driver tells."""
+        return psutil.Process(self._watch.process(rank)[1])
 
     def node_of(self, rank: int) -> str:
         """Ray's id of the node that holds a rank: the parent of the rank's process knows it."""
-        raylet = self.ranks()[rank].parent()
+        raylet = self.rank(rank).parent()
         assert raylet is not None
         return next(word for word in raylet.cmdline() if word.startswith("--node_id=")).partition("=")[2]
 
