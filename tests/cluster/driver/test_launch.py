@@ -1,6 +1,7 @@
 """Machines come and go under a run: it waits, goes on with what is there, grows, and ends as if nothing had been."""
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,9 @@ import pytest
 
 from tests.cluster.support.machines import STAGE, Machines, Running, machines
 from tests.tiny import Trained
+
+SIZE = re.compile(r"ranks: |\d+ of at most ")
+"""What is said when ranks were placed."""
 
 
 def test_no_stage_begins_with_an_error_of_ray_s_core(trained: Trained) -> None:
@@ -77,24 +81,24 @@ def test_a_wait_that_was_limited_ends_with_75(shards: Path, tmp_path: Path) -> N
 def test_the_number_of_ranks_follows_the_machines_and_every_step_has_its_items(shards: Path, undisturbed: Running, tmp_path: Path) -> None:
     """4 -> 1 -> 3 -> 2 ranks by itself."""
     with machines(4) as there:
+        there.wait(4)
         run = Running(shards, tmp_path, "elastic", "workers.count=[1,4]", "optim.epochs=200", address=there.address)
 
-        def goes_on() -> None:
-            """The present ranks have written checkpoints of their own."""
+        def trained_by(ranks: int) -> None:
+            """So many ranks were started last, and have written a checkpoint of their own."""
+            said = re.compile(rf"ranks: .* {ranks - 1}" if ranks > 1 else "1 of at most 4 ranks; .*")
+            run.until(lambda: said.fullmatch(next((line for line in reversed(run.lines) if SIZE.match(line)), "")))
             reached = run.progress
             run.until(lambda: run.progress > reached)
 
-        run.until(lambda: run.progress >= 240)
+        trained_by(4)
         for _ in range(3):
             there.kill()
-        run.until_said("starting the ranks again", 1)
-        goes_on()
+        trained_by(1)
         there.add(2)
-        run.until_said("room for", 1)
-        run.until(lambda: "ranks: " in run.lines[-1] or sum("ranks: " in line for line in run.lines) >= 2)
-        goes_on()
+        trained_by(3)
         there.kill()
-        run.until(lambda: sum("starting the ranks again" in line for line in run.lines) >= 3)
+        trained_by(2)
         assert run.end() == 0, run.said
     assert len(run.ledger) == 1334 and run.ledger[: len(undisturbed.ledger) - 1] == undisturbed.ledger[:-1]
 

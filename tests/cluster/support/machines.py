@@ -16,6 +16,8 @@ from tempfile import TemporaryDirectory
 
 import psutil
 import ray
+from ray._raylet import GcsClient
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
 from cluster.runs.checkpoint import newest_progress
 from cluster.runtime.faults import Watch
@@ -26,6 +28,7 @@ from tests.tiny import ROOT, settings
 
 RAY = Path(sys.executable).with_name("ray")
 STAGE = "autoencoder"
+ALIVE = GcsNodeInfo.GcsNodeState.ALIVE
 QUICK = {"initial_delay_ms": "1000", "period_ms": "1000", "timeout_ms": "1000", "failure_threshold": "3"}
 """Health checks by which a node that is gone is noticed in seconds."""
 
@@ -62,6 +65,12 @@ class Machines:
 
     def add(self, count: int = 1) -> None:
         self._nodes += [self._add() for _ in range(count)]
+
+    def wait(self, count: int) -> None:
+        """Until so many have joined."""
+        while (joined := sum(node.state == ALIVE for node in GcsClient(self.address).get_all_node_info().values()) - 1) != count:
+            assert all(node.poll() is None for node in self._nodes), f"{joined} of {count} nodes are there, and one does not come"
+            time.sleep(0.2)
 
     def kill(self) -> None:
         """One goes away without a word, and does not come back."""
