@@ -9,5 +9,5 @@ def make_deterministic(threads: int) -> None:
     On CUDA the environment must hold CUBLAS_WORKSPACE_CONFIG=:4096:8 before torch starts.
     """
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # as use_deterministic_algorithms, which also loads the compiler: a second of each start
     torch.backends.cudnn.benchmark = False

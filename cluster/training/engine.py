@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.runtime import compiler
 
 ALIGNED = 1024  # DeepSpeed wants buckets that divide evenly
 BUCKET = 50 * 1024 * ALIGNED
@@ -116,6 +117,7 @@ class Engine:
     def __init__(self, stage: nn.Module, settings: EngineSettings, device: torch.device):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would compile for a minute
         deepspeed.utils.logger.setLevel(logging.WARNING)
+        _import_muon()
         self.settings, self.device = settings, device
         self._ranks, self._rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         initial = {name: parameter.detach().float().cpu().clone() for name, parameter in stage.named_parameters()}
@@ -290,6 +292,16 @@ def _deepspeed_config(settings: EngineSettings, parameters: int) -> dict[str, An
 
 def _inner(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, which it compares every optimiser with, without torch's compiler: seconds of each start of a rank."""
+    compiler_of_deepspeed = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compiler_of_deepspeed
 
 
 def _make_adam_state(engine: deepspeed.DeepSpeedEngine) -> None:
