@@ -21,8 +21,8 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.config.schema import Experiment
-from cluster.driver.launch import RAY_TRAIN, gang_of, worker_environment
 from cluster.driver.pin import pin
+from cluster.driver.ray_train import gang_of, set_defaults, worker_environment
 from cluster.driver.run import execute
 from cluster.runtime.ray_cluster import connect
 from cluster.storage import Store
@@ -104,8 +104,7 @@ def _first_steps(run: Store) -> list[float]:
 def stock_recoveries(experiment: Experiment, kills: int, folder: Path) -> list[float]:
     """The same of a loop that does nothing, which Ray Train itself starts again."""
     connect(cpus=experiment.workers.least + 1)
-    for name, value in RAY_TRAIN.items():
-        os.environ.setdefault(name, value)
+    set_defaults()
     workers, folder = experiment.workers, folder / "stock"
     folder.mkdir(parents=True)
     trainer = TorchTrainer(

@@ -10,9 +10,10 @@ from contextlib import ExitStack, contextmanager
 from cluster.config.loading import ConfigError
 from cluster.config.schema import Experiment
 from cluster.data.manifest import CURRENT, Manifest
-from cluster.driver.launch import gang_of, launch
+from cluster.driver.launch import launch
 from cluster.driver.pin import Pinned, pin, stage_end, write_config
 from cluster.driver.pretrained import check_pretrained, take_pretrained
+from cluster.driver.ray_train import gang_of
 from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.plan import assert_scorable
 from cluster.evaluation.validation import SPLIT as VALIDATION

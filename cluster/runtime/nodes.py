@@ -1,5 +1,6 @@
 """The machines of the Ray cluster as they are now: what each has, what of it is free, and which are about to go."""
 
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ class Node:
         total: resources by name.
         free: those that nobody has reserved; a second or so old.
         draining: whether it will be taken away, and takes no new work.
+        port: of its raylet.
     """
 
     id: str
@@ -33,6 +35,7 @@ class Node:
     total: Mapping[str, float]
     free: Mapping[str, float]
     draining: bool = False
+    port: int = 0
 
 
 def nodes() -> list[Node]:
@@ -51,10 +54,20 @@ def nodes() -> list[Node]:
             one["Resources"],
             free.get(one["NodeID"], {}),
             one["NodeID"] in leaving,
+            one["NodeManagerPort"],
         )
         for one in sorted(ray.nodes(), key=lambda one: one["NodeID"])
         if one["Alive"]
     ]
+
+
+def listens(host: str, port: int, seconds: float = 3) -> bool:
+    """Whether somebody takes connections there: of a raylet that is gone Ray itself may know only many seconds later."""
+    try:
+        socket.create_connection((host, port), seconds).close()
+    except OSError:
+        return False
+    return True
 
 
 def draining_nodes() -> dict[str, int]:

@@ -4,7 +4,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.runtime.nodes import draining_nodes
+from cluster.runtime.nodes import draining_nodes, listens
 from cluster.storage import Permanent, StorageError, Store
 
 OBJECT_STORE_BYTES = 200_000_000  # only small results pass through it; Ray's own default takes 30 % of the memory
@@ -153,11 +152,7 @@ def _started_here() -> str | None:
 
 def _listens(address: str) -> bool:
     host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), PROBE_SECONDS).close()
-    except (OSError, ValueError):
-        return False
-    return True
+    return port.isdigit() and listens(host, int(port), PROBE_SECONDS)
 
 
 def _join(address: str) -> None:

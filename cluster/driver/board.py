@@ -1,0 +1,57 @@
+"""The actor through which a stage's driver and its ranks speak: numbers come from the ranks, requests and decisions from the driver."""
+
+import ray
+
+from cluster.telemetry.meter import Snapshot
+from cluster.training.requests import Request
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Where ranks leave their latest numbers and find what is asked of them, and Ray Train what to do about a failure.
+
+    One lives beside the driver for as long as a stage. Ranks of an attempt that is over are not heard any more.
+    """
+
+    def __init__(self) -> None:
+        self._attempt, self._request = -1, Request.NOTHING
+        self._latest: dict[int, Snapshot] = {}
+        self._error: Exception | None = None
+        self._decided: bool | None = None
+
+    def begin(self, attempt: int) -> None:
+        """The driver starts the ranks, for the so-manieth time."""
+        self._attempt, self._request, self._latest = attempt, Request.NOTHING, {}
+
+    def attempt(self) -> int:
+        """Which start of the ranks the present one is."""
+        return self._attempt
+
+    def post(self, attempt: int, snapshot: Snapshot) -> Request:
+        """Leave a rank's numbers; its later ones replace them. Returns what is asked of it."""
+        if attempt != self._attempt:
+            return Request.NOTHING
+        self._latest[snapshot["rank"]] = snapshot
+        return self._request
+
+    def take(self, request: Request) -> tuple[list[Snapshot], Exception | None]:
+        """Take what was left since the last call, and ask this from now on; with it, the failure that waits for a decision."""
+        taken, self._latest, self._request = list(self._latest.values()), {}, request
+        error, self._error = self._error, None
+        return taken, error
+
+    def ask(self, request: Request) -> None:
+        """Ask this from now on, and take nothing."""
+        self._request = request
+
+    def failed(self, error: Exception) -> None:
+        """Ray Train has seen the ranks fail, and waits for a decision."""
+        self._error, self._decided = error, None
+
+    def decide(self, again: bool) -> None:
+        """Whether the ranks are started again where they were."""
+        self._decided = again
+
+    def decided(self) -> bool | None:
+        """The decision, None while there is none."""
+        return self._decided

@@ -1,0 +1,218 @@
+"""A worker group on its machines: started, watched, asked to leave, and started again where it was."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train import WorkerGroupError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.driver.board import Board
+from cluster.driver.interruption import Interruption
+from cluster.driver.ray_train import Fit, gang_of
+from cluster.driver.watchdog import Hang, Watchdog
+from cluster.runs.lineage import open_attempt
+from cluster.runtime.failures import StageFailed
+from cluster.runtime.nodes import draining_nodes, listens, nodes
+from cluster.runtime.placement import Demand, fit
+from cluster.runtime.postmortem import postmortem
+from cluster.telemetry.meter import Snapshot
+from cluster.telemetry.monitor import StageMonitor
+from cluster.training.loop import Job
+from cluster.training.requests import Request
+
+POLL = 0.2
+"""Seconds between two looks at a group that trains."""
+
+REPORT = 1.0
+"""Seconds between two reports of a rank."""
+
+CLUSTER_POLL = 2.0
+"""Seconds between two looks at the machines."""
+
+ENDING = 20.0
+"""Seconds that Ray Train is given to end the ranks of a stage that has failed."""
+
+
+class Group:
+    """Ranks on these machines, started as often as it takes.
+
+    Attributes:
+        reason: the class of failure for which they were asked to leave.
+        why: the same, in words.
+        hang: why ranks were killed, if they were.
+    """
+
+    def __init__(
+        self, job: Job, place: list[str], monitor: StageMonitor, interruption: Interruption, assert_ours: Callable[[], None]
+    ):
+        """Start nothing yet.
+
+        Args:
+            job: what every rank does; its attempt is opened here, at each start.
+            place: the machine of each rank.
+            monitor: takes the ranks' numbers and what is said.
+            interruption: whether the run was told to end.
+            assert_ours: raises once another driver has the run.
+        """
+        self._job, self._place, self._monitor, self._interruption, self._assert_ours = job, place, monitor, interruption, assert_ours
+        self._gang = gang = gang_of(job.experiment.workers)
+        self._names = {node.id: f"{node.name} ({node.address})" for node in nodes()}
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        self._growth: Demand | None = None
+        self._looked = 0.0
+        self._begin()
+        if len(hosts := dict.fromkeys(place)) > 1:
+            ranks = {host: [rank for rank, node in enumerate(place) if node == host] for host in hosts}
+            monitor.say("ranks: " + ", ".join(f"{self._names.get(host, host)} {_span(of)}" for host, of in ranks.items()))
+        elif len(place) < gang.most:
+            monitor.say(f"{len(place)} of at most {gang.most} ranks; more start at a checkpoint when there is room for them")
+
+    def train(self, notes: str, judge: Callable[[Exception, "Group"], None]) -> dict[str, Any]:
+        """Bring the ranks to their end, or to the checkpoint at which they leave.
+
+        Where their machines are all still there after a failure, they are started again on the same ones at once.
+
+        Args:
+            notes: URL Ray Train keeps its own notes under.
+            judge: told of such a failure; raises if the ranks are not to be started again.
+
+        Raises:
+            TrainingFailedError, RayError: a failure after which places have to be found anew; `judge` was not told.
+        """
+        fit_thread = Fit(self._job, self._place, self._board, notes)
+        fit_thread.start()
+        try:
+            while fit_thread.is_alive():
+                fit_thread.join(POLL)
+                if error := self._look():
+                    self._decide(error, judge)
+        except StageFailed:
+            fit_thread.join(ENDING)
+            raise
+        finally:
+            self._withdraw_growth()
+        if fit_thread.error:
+            raise fit_thread.error
+        return fit_thread.value
+
+    def _begin(self) -> None:
+        """What is known of the ranks belongs to one attempt."""
+        self.reason, self.why = "", ""
+        self.hang: Hang | None = None
+        self._progress, self._heard = 0.0, dict[int, Snapshot]()
+        self._watchdog = Watchdog(len(self._place), self._rank_name)
+        self._job = replace(self._job, attempt=open_attempt(self._job.run, self._job.life))
+        ray.get(self._board.begin.remote(self._job.attempt))
+
+    def _decide(self, error: Exception, judge: Callable[[Exception, "Group"], None]) -> None:
+        """Answer Ray Train, which waits: the same ranks again, or the end of this group."""
+        again = False
+        self._withdraw_growth()  # or it would take the places of the ranks
+        try:
+            if isinstance(error, WorkerGroupError) and not self.reason and not self._interruption.signal and self._machines_answer():
+                judge(error, self)
+                self._begin()
+                again = True
+        finally:
+            ray.get(self._board.decide.remote(again))
+
+    def _machines_answer(self) -> bool:
+        there = {node.id: node for node in nodes() if not node.draining}
+        return all(host in there and listens(there[host].address, there[host].port) for host in dict.fromkeys(self._place))
+
+    def _withdraw_growth(self) -> None:
+        if self._growth:
+            self._growth.remove()
+            self._growth = None
+
+    def where(self, error: BaseException, cause: BaseException) -> str:
+        """Host, rank and progress of a failure, as far as they are known."""
+        failures = getattr(error, "worker_failures", {})
+        rank = next((rank for rank, one in failures.items() if one is cause), next(iter(failures), None))
+        known = [f"at {self._progress:.0f} items"] if self._progress else []
+        if rank is not None and rank < len(self._place):
+            known = [f"rank {rank}", f"host {self._names.get(self._place[rank], self._place[rank])}", *known]
+        return ", ".join(known)
+
+    def _look(self) -> Exception | None:
+        """Take the ranks' numbers, look at the machines, and ask what is to be asked; returns a failure that waits for a decision."""
+        self._assert_ours()
+        if self._interruption.signal and self.reason != "interrupted":
+            self.reason = "interrupted"
+            self._monitor.say("told to end: a checkpoint at the next step, then the end; the second Ctrl-C ends at once")
+        try:
+            if not self.reason and time.monotonic() - self._looked >= CLUSTER_POLL:
+                self._looked = time.monotonic()
+                self._look_at_machines()
+            snapshots, error = ray.get(self._board.take.remote(self._request()))
+        except RayError:
+            return None  # Ray is ending; the ranks' own error says more
+        for snapshot in snapshots:
+            self._monitor.take(snapshot)
+            self._watchdog.hear(snapshot)
+            self._heard[snapshot["rank"]] = snapshot
+            self._progress = max(self._progress, snapshot["gauges"].get("progress_items", 0))
+        if self.hang is None and error is None:
+            self._look_for_hang()
+        return error
+
+    def _look_for_hang(self) -> None:
+        if said := self._watchdog.slow():
+            self._monitor.say(said)
+        if (stuck := self._watchdog.look()) is None:
+            return
+        folder = f"logs/{self._job.life:06d}.{self._job.attempt}"
+        self.hang = Hang(f"{stuck.text}; stacks of all ranks are in {self._job.run.url}/{folder}/")
+        self._monitor.say(f"{stuck.text}: writing the stacks of all ranks, then killing what hangs")
+        with suppress(RayError):
+            ray.get(self._board.ask.remote(Request.STACKS))
+        time.sleep(2 * REPORT)  # each rank reports once a second, and hears it then
+        self._examine(folder, sorted(self._heard), kill=False)
+        self._examine(folder, [rank for rank in stuck.ranks if rank in self._heard], kill=True)
+
+    def _examine(self, folder: str, ranks: Sequence[int], kill: bool) -> None:
+        """Look at ranks from outside, where they could not say themselves where they are; kill them or not."""
+        asked = []
+        for rank in ranks:
+            there = NodeAffinitySchedulingStrategy(self._place[rank], soft=False)
+            task = postmortem.options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+            key = f"{folder}/{self._job.stage}-stacks-{rank}.txt"
+            asked.append(task.remote(self._job.run, key, self._heard[rank]["pid"], kill))
+        if asked:  # a machine may be out of reach: then Ray will say that it is lost
+            ray.wait(asked, num_returns=len(asked), timeout=20)
+
+    def _rank_name(self, rank: int) -> str:
+        return f"rank {rank} on {self._names.get(self._place[rank], self._place[rank])}"
+
+    def _request(self) -> Request:
+        if self.hang:
+            return Request.STACKS
+        if not self.reason:
+            return Request.NOTHING
+        return Request.LEAVE_AT_CHECKPOINT if self.reason == "resized" else Request.LEAVE
+
+    def _look_at_machines(self) -> None:
+        leaving = draining_nodes()
+        if gone := [node for node in dict.fromkeys(self._place) if node in leaving]:
+            self.reason, self.why = "preempted", f"{', '.join(self._names.get(node, node) for node in gone)} will be taken away"
+            self._monitor.say(f"{self.why}: a checkpoint at the next step")
+            return
+        lacking = self._gang.most - len(self._place)
+        if lacking <= 0 or len(self._heard) < len(self._place):  # until all ranks are placed, what is free is theirs
+            return
+        wanted = replace(self._gang, least=1, most=lacking)
+        if self._growth is None:
+            self._growth = Demand(wanted, lacking)  # what an autoscaler sees
+        more = lacking if self._growth.place() else len(fit(wanted, nodes()))
+        if more:
+            self.reason, self.why = "resized", f"there is room for {more} more ranks"
+
+
+def _span(ranks: list[int]) -> str:
+    return f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"

@@ -1,0 +1,171 @@
+"""One stage's worker group as Ray Train runs it: ranks pinned to their machines, and every decision about a failure left to the driver.
+
+Three names of Ray 2.56 are private: the trainer's two methods through which its failure policy and its callbacks can be chosen, and the
+callback that is left out.
+"""
+
+import dataclasses
+import logging
+import os
+import time
+import traceback
+from contextlib import suppress
+from threading import Thread
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.exceptions import RayError
+from ray.train.torch import TorchConfig
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+from cluster.config.schema import Workers
+from cluster.runtime.nodes import NODE_ID
+from cluster.runtime.placement import Gang
+from cluster.storage import StorageError
+from cluster.telemetry.meter import Snapshot
+from cluster.training.loop import Job, Place, train
+from cluster.training.requests import Request
+
+SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # The place was free a moment ago: who does not get it waits again, and says so.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+    # Notices of machines that go are watched by the driver; and whenever this actor starts, Ray's core prints an error about its arguments.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+"""Settings that Ray Train takes from the driver's environment to its controller; who has set one keeps it."""
+
+ASKED_EVERY = 0.1
+"""Seconds between two looks whether the driver has decided."""
+
+
+class Fit(Thread):
+    """Ray Train's `fit` in a thread of its own: there it leaves SIGINT to us.
+
+    Attributes:
+        value: what rank 0's `train` returned.
+        error: what ended it, if anything did.
+    """
+
+    def __init__(self, job: Job, place: list[str], board: Any, notes: str):
+        """Start nothing yet.
+
+        Args:
+            job: what every rank does.
+            place: the machine of each.
+            board: a `Board` that knows the attempt.
+            notes: URL Ray Train keeps its own notes under, visible to every node.
+        """
+        super().__init__(name="fit", daemon=True)
+        self._trainer = _trainer(job, place, board, notes)
+        self.value: dict[str, Any] = {}
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Train."""
+        try:
+            self.value = self._trainer.fit().return_value  # type: ignore[attr-defined]
+        except (TrainingFailedError, RayError) as error:
+            # Its frames hold the handle of Ray Train's controller, which would live on, and hold the ranks' machines.
+            error.__context__ = None
+            self.error = error.with_traceback(None)
+        except BaseException as error:
+            self.error = error
+
+
+class _AskDriver(FailurePolicy):
+    """In Ray Train's controller: the driver decides."""
+
+    def __init__(self, board: Any):
+        super().__init__(FailureConfig())
+        self._board = board
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        try:
+            ray.get(self._board.failed.remote(training_failed_error))
+            while (again := ray.get(self._board.decided.remote())) is None:
+                time.sleep(ASKED_EVERY)
+        except RayError:  # the driver is gone, and the board with it
+            again = False
+        return FailureDecision.RETRY if again else FailureDecision.RAISE
+
+
+class _Trainer(TorchTrainer):
+    def __init__(self, board: Any, **given: Any):
+        super().__init__(_rank, **given)
+        self._policy = _AskDriver(board)
+
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        return super()._initialize_and_run_controller(**given | {"failure_policy": self._policy})
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Without the actor of Ray's datasets: nobody reads one, and it takes a second to start beside the ranks."""
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)]
+
+
+def _trainer(job: Job, place: list[str], board: Any, notes: str) -> TorchTrainer:
+    workers = job.experiment.workers
+    return _Trainer(
+        board,
+        train_loop_config={"job": job, "board": board},
+        torch_config=TorchConfig(backend="nccl" if workers.gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=len(place),
+            use_gpu=workers.gpu,
+            resources_per_worker=dict(gang_of(workers).resources),
+            label_selector=[{NODE_ID: node} for node in place],
+        ),
+        run_config=RunConfig(
+            name=f"{job.stage}-{job.life}-{job.attempt}",
+            storage_path=notes,
+            logging_config=LoggingConfig(log_level="ERROR"),
+            worker_runtime_env={"env_vars": worker_environment(workers)},
+        ),
+    )
+
+
+def gang_of(workers: Workers) -> Gang:
+    """The ranks that a run asks Ray for."""
+    resources = {"CPU": workers.cpus, **({"GPU": 1.0} if workers.gpu else {})}
+    return Gang(workers.least, workers.most, resources, workers.per_host, workers.labels)
+
+
+def worker_environment(workers: Workers) -> dict[str, str]:
+    """What a rank's process needs before torch is imported."""
+    return {
+        "OMP_NUM_THREADS": str(workers.threads),
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger",  # DeepSpeed's, at every collective
+    }
+
+
+def set_defaults() -> None:
+    """Give Ray Train SETTINGS, before it is used."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+def _rank(config: dict[str, Any]) -> dict[str, Any]:
+    context, board = ray.train.get_context(), config["board"]
+    place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    job = dataclasses.replace(config["job"], attempt=ray.get(board.attempt.remote()))
+
+    def report(snapshot: Snapshot) -> Request:
+        try:
+            return ray.get(board.post.remote(job.attempt, snapshot), timeout=10)
+        except RayError:
+            return Request.NOTHING  # the driver is gone, or slow: it asks again
+
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # it prints the traceback of every rank, of which one says what happened
+    try:
+        return train(job, place, report)
+    except BaseException:
+        with suppress(StorageError):
+            job.run.put(f"logs/{job.life:06d}.{job.attempt}/{job.stage}-rank-{place.rank}.txt", traceback.format_exc().encode())
+        raise
