@@ -19,6 +19,7 @@ from reactdiff.data.sample import StreamSpec
 from reactdiff.diffusion.noise import training_hearing, training_noise
 from reactdiff.model.autoencoder import Autoencoder
 from reactdiff.model.codec import Codec
+from reactdiff.model.flops import training_flops
 from reactdiff.model.init import initialise
 from reactdiff.model.latent_diffusion import LatentDiffusion
 from reactdiff.model.perfrdiff import AttributeAutoencoder
@@ -175,3 +176,9 @@ def empty_batch(stage: Stage, items: int, device: str) -> dict[str, torch.Tensor
     """A batch of zeros of the right shapes and types, for counting and measuring."""
     batch = {name: torch.zeros(items, *shape, device=device) for name, shape in shapes(stage).items()}
     return {name: tensor.long() if name == "times" else tensor for name, tensor in batch.items()}
+
+
+def flops_per_item(stage: Stage) -> int:
+    """Floating point operations of training on one item, as `training_flops` counts them."""
+    with torch.device("meta"):
+        return training_flops(stage.module(), empty_batch(stage, 1, "meta"))

@@ -16,10 +16,9 @@ from reactdiff.data.keyed import normal
 from reactdiff.determinism import make_deterministic
 from reactdiff.generate import Reactor
 from reactdiff.model.codec import Codec
-from reactdiff.model.flops import training_flops
 from reactdiff.model.latent_diffusion import LatentDiffusion
 from reactdiff.online import Listener
-from reactdiff.stage import Source, build, empty_batch, stages_over
+from reactdiff.stage import Source, build, empty_batch, flops_per_item, stages_over
 
 WARM_UP = 3
 
@@ -56,8 +55,7 @@ def bench_training(experiment: Experiment, name: str, source: Source, steps: int
     kind = stages_over(source, experiment.model, experiment.diffusion)[name]
     empty = empty_batch(kind, batch_items, "cpu")
     batch = {key: _random(tensor).to(device) for key, tensor in empty.items()}
-    with torch.device("meta"):
-        flops = training_flops(kind.module(), empty_batch(kind, 1, "meta"))
+    flops = flops_per_item(kind)
     parts = settings.micro_batches
     ours = _timed(_engine_step(Engine(build(kind, experiment.seed), settings, device), batch, batch_items, parts), steps, device)
     memory = peak_memory(device)

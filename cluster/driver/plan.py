@@ -11,9 +11,8 @@ from cluster.data.manifest import Manifest
 from cluster.driver.pin import Pinned, stage_end
 from cluster.training.engine import micro_batches
 from reactdiff.clip import windows_of
-from reactdiff.model.flops import training_flops
 from reactdiff.model.shapes import parameters_by_module
-from reactdiff.stage import Source, Stage, empty_batch, shapes, stages_over
+from reactdiff.stage import Source, Stage, flops_per_item, shapes, stages_over
 
 
 def memory_per_rank(parameters: int, zero: int, ranks: int, precision: str) -> dict[str, int]:
@@ -89,8 +88,7 @@ def _stage(experiment: Experiment, manifest: Manifest | None, name: str, kind: S
     for part, count in parameters_by_module(module):
         table.add_row(f"parameters of {part}", f"{count:,}")
     table.add_row("parameters", f"{parameters:,}")
-    flops = training_flops(module, empty_batch(kind, 1, "meta"))
-    table.add_row("operations / item", f"{flops / 1e9:,.1f} GFLOP, forward and backward")
+    table.add_row("operations / item", f"{flops_per_item(kind) / 1e9:,.1f} GFLOP, forward and backward")
     steps = f"{optim.epochs[name]:g} epochs x the dataset's items / {batch}"
     if manifest:
         items, end = 2 * int(manifest.counts(experiment.data.split).sum()), stage_end(experiment, name, manifest)

@@ -41,7 +41,7 @@ SETTINGS = {
 }
 """Settings that Ray Train takes from the driver's environment to its controller; who has set one keeps it."""
 
-ASKED_EVERY = 0.1
+ASKED_EVERY = 0.05
 """Seconds between two looks whether the driver has decided."""
 
 

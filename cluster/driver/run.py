@@ -36,7 +36,8 @@ from cluster.telemetry.tensorboard import write_tensorboard
 from cluster.training.loop import Job
 from cluster.training.warm_start import check_warm_start
 from reactdiff.metrics.official import Scores
-from reactdiff.stage import Source, stages_of, stages_over
+from reactdiff.stage import Source, flops_per_item, stages_of, stages_over
+from reactdiff.stage import stage as stage_of
 
 LAST_SCRAPE = 15.0
 """Seconds a Prometheus that scrapes the run is given to take its last numbers."""
@@ -199,14 +200,24 @@ class _Life:
             return
         except NotFound:
             pass
-        job = Job(self.experiment, stage, self.store, self.state.life, dataset, manifest.hash, self.validation_clips(stage))
+        source = Source(manifest.stream_specs, manifest.frames)
+        job = Job(
+            experiment=self.experiment,
+            stage=stage,
+            run=self.store,
+            life=self.state.life,
+            dataset=dataset,
+            manifest=manifest.hash,
+            validation=self.validation_clips(stage),
+            flops=flops_per_item(stage_of(stage, self.experiment.model, self.experiment.diffusion, source)),
+        )
         self.display.stage(stage, end)
         trained = launch(job, StageMonitor(stage, self.exporter, self.display), f"{self.store.url}/ray", self.lease.assert_not_taken)
         self.lease.assert_held()
         for name in (stage, validation_name(stage)):
             write_tensorboard(self.store, name)
         # The export comes last: where it is, the next life takes the stage for done.
-        export = write_export(self.store, self.experiment, stage, Source(manifest.stream_specs, manifest.frames), end)
+        export = write_export(self.store, self.experiment, stage, source, end)
         without = f"; {trained['quarantined']} items are quarantined" if trained["quarantined"] else ""
         self.display.end(f"stage {stage}: {end} items, weights {export.hash}{without}")
 

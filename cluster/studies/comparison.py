@@ -27,8 +27,7 @@ from reactdiff.config import ENCODING
 from reactdiff.metrics.official import merge
 from reactdiff.metrics.partial import PartialScores
 from reactdiff.metrics.report import gap_closed
-from reactdiff.model.flops import training_flops
-from reactdiff.stage import empty_batch, stages_of
+from reactdiff.stage import flops_per_item, stages_of
 
 ORACLES = (ORACLE, ONLINE_ORACLE)
 METRICS = ("FRCorr", "FRDist", "FRDiv", "FRVar", "FRSyn_varying")
@@ -125,7 +124,7 @@ def size(saved: SavedRun) -> tuple[int, float]:
         kind = saved.export(stage).kind
         with torch.device("meta"):
             module = kind.module()
-            flops = training_flops(module, empty_batch(kind, 1, "meta")) / 1e9
+        flops = flops_per_item(kind) / 1e9
         parameters += sum(parameter.numel() for parameter in module.parameters())
     return parameters, flops
 

@@ -295,13 +295,13 @@ def _inner(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
 
 
 def _import_muon() -> None:
-    """Import DeepSpeed's Muon, which it compares every optimiser with, without torch's compiler: seconds of each start of a rank."""
-    compiler_of_deepspeed = compiler.compile
+    """Import DeepSpeed's Muon, which it compares every optimiser with, without compiling it: two seconds of each start of a rank."""
+    compile_of_torch = compiler.compile
     compiler.compile = lambda: compiler.dummy_decorator
     try:
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     finally:
-        compiler.compile = compiler_of_deepspeed
+        compiler.compile = compile_of_torch
 
 
 def _make_adam_state(engine: deepspeed.DeepSpeedEngine) -> None:

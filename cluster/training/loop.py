@@ -32,6 +32,7 @@ from cluster.runtime.device import peak_flops, peak_memory
 from cluster.storage import StorageError, Store
 from cluster.telemetry.meter import Meter, Snapshot
 from cluster.telemetry.metrics_log import MetricsLog, read_rows, validation_name
+from cluster.training.compiler import load_compiler_late
 from cluster.training.engine import LARGEST_NORM, Engine, NonFinite, engine_settings
 from cluster.training.examine import examine
 from cluster.training.requests import Request
@@ -42,7 +43,6 @@ from reactdiff.data.keyed import seed_of
 from reactdiff.data.order import Order
 from reactdiff.determinism import make_deterministic
 from reactdiff.learning_rate import learning_rate
-from reactdiff.model.flops import training_flops
 from reactdiff.model.latent_diffusion import LatentDiffusion
 from reactdiff.stage import Source, build, empty_batch, stage
 
@@ -62,6 +62,7 @@ class Job:
         manifest: hash of the dataset's state.
         validation: clips that are scored at each checkpoint.
         attempt: how often a worker group of this life was started before, for this stage or an earlier one.
+        flops: floating point operations of forward and backward for one item, for telemetry; counted once, by the driver.
     """
 
     experiment: Experiment
@@ -72,6 +73,7 @@ class Job:
     manifest: str
     validation: ValidationClips | None = None
     attempt: int = 0
+    flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ def train(job: Job, place: Place, report: Callable[[Snapshot], Request | None]) 
     """
     meter = Meter(place.rank, place.ranks, job.stage)
     make_deterministic(job.experiment.workers.threads)
+    load_compiler_late()
     with _reporting(meter, report, lambda: _write_stacks(job, place)) as asked:
         training = _Training(job, place, meter, asked)
         try:
@@ -165,8 +168,6 @@ class _Training:
         self.share = Share(batch, total, place.ranks, place.rank)
         source = Source(manifest.stream_specs, manifest.frames)
         self.kind = kind = stage(job.stage, experiment.model, experiment.diffusion, source)
-        with torch.device("meta"):
-            self.flops = training_flops(kind.module(), empty_batch(kind, 1, "meta"))
         meter.gauges["peak_flops"] = peak_flops(place.device, optim.precision)
         self.quarantine = Quarantine(
             BadItem(2 * clip + side, 0, why) for clip, why in corrupt_clips(manifest, data.split).items() for side in (0, 1)
@@ -372,7 +373,7 @@ class _Training:
                 self.validate(self.validator, committed)
         self.meter.gauges["peak_memory_bytes"] = peak_memory(self.place.device)
         items = len(batch.positions)
-        self.meter.step_done(items=items, bytes=batch.bytes, flops=items * self.flops)
+        self.meter.step_done(items=items, bytes=batch.bytes, flops=items * self.job.flops)
         return after < self.share.total and bool(verdict.leave or (due and verdict.leave_at_checkpoint))
 
     def go_on_with_checkpoint(self, steps: int, progress: int, written: bool, due: bool) -> Checkpoint | None:
