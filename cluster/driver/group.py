@@ -16,7 +16,7 @@ from cluster.driver.interruption import Interruption
 from cluster.driver.ray_train import Fit, gang_of
 from cluster.driver.watchdog import Hang, Watchdog
 from cluster.runs.lineage import open_attempt
-from cluster.runtime.failures import StageFailed
+from cluster.runtime.failures import StageFailed, inner
 from cluster.runtime.nodes import draining_nodes, listens, nodes
 from cluster.runtime.placement import Demand, fit
 from cluster.runtime.postmortem import postmortem
@@ -134,10 +134,11 @@ class Group:
     def where(self, error: BaseException, cause: BaseException) -> str:
         """Host, rank and progress of a failure, as far as they are known."""
         failures = getattr(error, "worker_failures", {})
-        rank = next((rank for rank, one in failures.items() if one is cause), next(iter(failures), None))
+        rank = next((rank for rank, one in failures.items() if inner(one) is cause), next(iter(failures), None))
         known = [f"at {self._progress:.0f} items"] if self._progress else []
         if rank is not None and rank < len(self._place):
-            known = [f"rank {rank}", f"host {self._names.get(self._place[rank], self._place[rank])}", *known]
+            peer = "a peer of " * (isinstance(cause, RuntimeError) and " peer" in str(cause))  # gloo: who is told, not who is gone
+            known = [f"{peer}rank {rank}", f"host {self._names.get(self._place[rank], self._place[rank])}", *known]
         return ", ".join(known)
 
     def _look(self) -> Exception | None:

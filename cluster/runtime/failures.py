@@ -60,9 +60,12 @@ TABLE = (
     Failure("hang", True, "look at the stacks in the run's folder; the same command goes on", (), AGAIN),
     Failure("preempted", True, "the same command goes on", ("PreemptionError",), AGAIN, free=True),
     Failure("no_place", True, "the same command goes on when there is room", ("WorkerGroupStartupTimeoutError",), AGAIN, free=True),
-    Failure("lost", True, "see to the machine; the same command goes on", ("RayError",), AGAIN),
+    Failure("lost", True, "see to the machine; the same command goes on", ("RayError", "WorkerHealthCheckFailedError"), AGAIN),
 )
 """In order of precedence: when one rank fails, its peers fail too, of a broken connection. A name stands for a class of Ray or torch."""
+
+GUESSES = (" Some common causes include", " This is typically caused by")
+"""Where what Ray and gloo know of an error ends, and what may have caused it begins."""
 
 LOST = TABLE[-1]
 """A worker, its machine or the cluster is gone: what remains when no rank names another reason."""
@@ -122,14 +125,14 @@ def classify(errors: Iterable[BaseException]) -> tuple[Failure, BaseException]:
     Args:
         errors: what the ranks raised, at least one.
     """
-    found = [_inner(error) for error in errors]
+    found = [inner(error) for error in errors]
     shown = [(failure, error) for failure in TABLE for error in found if _shows(error, failure)]
     return shown[0] if shown else (LOST, found[0])
 
 
 def failure_of(error: BaseException) -> Failure | None:
     """The class that an error shows by itself, None for one that nobody expects: a mistake in the program."""
-    return next((failure for failure in TABLE if _shows(_inner(error), failure)), None)
+    return next((failure for failure in TABLE if _shows(inner(error), failure)), None)
 
 
 def exit_code(error: BaseException) -> int:
@@ -137,7 +140,7 @@ def exit_code(error: BaseException) -> int:
     return error.failure.exit_code if isinstance(error, StageFailed) else classify([error])[0].exit_code
 
 
-def _inner(error: BaseException) -> BaseException:
+def inner(error: BaseException) -> BaseException:
     """What Ray Train's or Ray's error is about."""
     return getattr(error, "controller_failure", None) or getattr(error, "_base_exc", None) or error
 
@@ -150,5 +153,7 @@ def _shows(error: BaseException, failure: Failure) -> bool:
 
 
 def _sentence(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[-1].rstrip('.') if text else 'no message'}"
+    text = (str(error).strip() or "no message").splitlines()[-1]
+    for guess in GUESSES:
+        text = text.partition(guess)[0]
+    return f"{type(error).__name__}: {text.strip().rstrip('.')}"

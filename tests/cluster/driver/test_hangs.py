@@ -3,6 +3,8 @@
 import os
 import random
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -85,3 +87,17 @@ def test_ranks_that_wait_for_a_lock_or_leave_out_a_collective(
         return lambda: (tmp_path / f"{what}-{rank}.happened").exists()
 
     assert_told(run, undisturbed, hang(run, order), phase)
+
+
+def test_ten_runs_on_a_busy_machine_raise_no_alarm(shards: Path, tmp_path: Path) -> None:
+    """Two ranks beside so many processes that each core has five to serve."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(5 * len(os.sched_getaffinity(0)))]
+    try:
+        for number in range(10):
+            run = Running(shards, tmp_path, f"busy-{number}", "workers.count=2", "optim.epochs=15")
+            assert run.end() == 0, run.said
+            assert "writing the stacks" not in run.said and "starting the ranks again" not in run.said, run.said
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()

@@ -1,5 +1,6 @@
 """Runs over several hosts, with everything in S3: in the weights of one host, whatever happens to a host meanwhile."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,16 @@ def test_a_host_whose_raylet_is_killed_comes_back_and_the_run_goes_on(whole: Hos
 def test_a_host_that_is_cut_off_for_20_s_comes_back_and_the_run_goes_on(whole: Hosts, tiny_shards: Path, record_property) -> None:
     disturbed(whole, tiny_shards, HALFWAY.cut(rank=2, seconds=20), record_property)
     assert all(host.processes(RAYLET) for host in whole.workers)
+
+
+def test_packets_that_are_dropped_between_ranks_hang_no_run_five_times(whole: Hosts, tiny_shards: Path, record_property) -> None:
+    """No connection breaks, so no rank fails: all of them wait, and say so to a driver who hears them."""
+    run = Run(whole, "dropped", 3).start()
+    for number, step in enumerate((20, 70, 120, 170, 220)):
+        report(record_property, run, run.suffer(at(step=step).part(rank=number % 3, seconds=30)))
+    assert run.end() == "DONE"
+    said = [line for line in run.said().splitlines() if "writing the stacks of all ranks" in line]
+    assert len(said) >= 5, run.said()[-6000:]
+    for line in said:
+        assert re.search(r"rank \d on h\d \(\S+\) in phase \w+ of its step \d+ for \d+ s", line), line
+    assert run.weights() == one_host_weights(tiny_shards, 3)

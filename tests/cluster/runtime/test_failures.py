@@ -1,6 +1,7 @@
 """Which faults of a store start the workers again: what a real server says, as the table takes it."""
 
 import pytest
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from cluster.runtime import failures
 from cluster.runtime.failures import Budget, StageFailed, classify, exit_code, failure_of
@@ -96,3 +97,13 @@ def test_a_failure_is_one_paragraph_that_says_class_place_cause_what_was_done_an
 
 def row(name: str) -> failures.Failure:
     return next(one for one in failures.TABLE if one.name == name)
+
+
+def test_of_a_group_that_lost_a_rank_the_lost_one_is_named_and_guesses_of_libraries_are_left_out() -> None:
+    gone = WorkerHealthCheckFailedError("its process has died. End of file. Some common causes include: (1) many", failure=ValueError())
+    peer = RuntimeError("Connection closed by peer [127.0.0.1]:1. This is typically caused by a remote worker crashing.")
+    failure, cause = classify([peer, gone])
+    assert failure.name == "lost" and cause is gone
+    what = StageFailed("diffusion", failure, gone).what
+    assert what == "stage diffusion failed (lost): WorkerHealthCheckFailedError: its process has died. End of file"
+    assert "typically" not in StageFailed("diffusion", *classify([peer])).what
