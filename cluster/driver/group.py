@@ -13,12 +13,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.driver.board import Board
 from cluster.driver.interruption import Interruption
-from cluster.driver.ray_train import Fit, gang_of
+from cluster.driver.ray_train import Fit
 from cluster.driver.watchdog import Hang, Watchdog
 from cluster.runs.lineage import open_attempt
 from cluster.runtime.failures import StageFailed, inner
 from cluster.runtime.nodes import draining_nodes, listens, nodes
-from cluster.runtime.placement import Demand, fit
+from cluster.runtime.placement import Demand, Gang, fit
 from cluster.runtime.postmortem import postmortem
 from cluster.telemetry.meter import Snapshot
 from cluster.telemetry.monitor import StageMonitor
@@ -48,19 +48,26 @@ class Group:
     """
 
     def __init__(
-        self, job: Job, place: list[str], monitor: StageMonitor, interruption: Interruption, assert_ours: Callable[[], None]
+        self,
+        job: Job,
+        gang: Gang,
+        place: list[str],
+        monitor: StageMonitor,
+        interruption: Interruption,
+        assert_ours: Callable[[], None],
     ):
         """Start nothing yet.
 
         Args:
             job: what every rank does; its attempt is opened here, at each start.
+            gang: how many ranks there may be, and what each needs.
             place: the machine of each rank.
             monitor: takes the ranks' numbers and what is said.
             interruption: whether the run was told to end.
             assert_ours: raises once another driver has the run.
         """
-        self._job, self._place, self._monitor, self._interruption, self._assert_ours = job, place, monitor, interruption, assert_ours
-        self._gang = gang = gang_of(job.experiment.workers)
+        self._job, self._gang, self._place = job, gang, place
+        self._monitor, self._interruption, self._assert_ours = monitor, interruption, assert_ours
         self._names = {node.id: f"{node.name} ({node.address})" for node in nodes()}
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
@@ -207,7 +214,7 @@ class Group:
         lacking = self._gang.most - len(self._place)
         if lacking <= 0 or len(self._heard) < len(self._place):  # until all ranks are placed, what is free is theirs
             return
-        wanted = replace(self._gang, least=1, most=lacking)
+        wanted = replace(self._gang, least=1, most=lacking, memory=None)
         if self._growth is None:
             self._growth = Demand(wanted, lacking)  # what an autoscaler sees
         more = lacking if self._growth.place() else len(fit(wanted, nodes()))

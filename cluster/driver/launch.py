@@ -8,19 +8,20 @@ from ray.train import TrainingFailedError
 
 from cluster.driver.group import Group
 from cluster.driver.interruption import Interruption
-from cluster.driver.ray_train import gang_of, set_defaults
+from cluster.driver.ray_train import set_defaults
 from cluster.runs.checkpoint import newest_progress
 from cluster.runtime.failures import Budget, StageFailed, classify
-from cluster.runtime.placement import wait_for_place
+from cluster.runtime.placement import Gang, wait_for_place
 from cluster.telemetry.monitor import StageMonitor
 from cluster.training.loop import Job
 
 
-def launch(job: Job, monitor: StageMonitor, notes: str, assert_ours: Callable[[], None]) -> dict[str, Any]:
+def launch(job: Job, gang: Gang, monitor: StageMonitor, notes: str, assert_ours: Callable[[], None]) -> dict[str, Any]:
     """Train one stage on groups of Ray workers, one after the other, until it is at its end.
 
     Args:
         job: what every rank does.
+        gang: how many ranks, and what each needs.
         monitor: takes the ranks' numbers and what happens to the group.
         notes: URL Ray Train keeps its own notes under, visible to every node.
         assert_ours: raises once another driver has the run.
@@ -36,12 +37,13 @@ def launch(job: Job, monitor: StageMonitor, notes: str, assert_ours: Callable[[]
     """
     set_defaults()
     with Interruption() as interruption:
-        return _Stage(job, monitor, interruption, assert_ours).train(notes)
+        return _Stage(job, gang, monitor, interruption, assert_ours).train(notes)
 
 
 class _Stage:
-    def __init__(self, job: Job, monitor: StageMonitor, interruption: Interruption, assert_ours: Callable[[], None]):
-        self._job, self._monitor, self._interruption, self._assert_ours = job, monitor, interruption, assert_ours
+    def __init__(self, job: Job, gang: Gang, monitor: StageMonitor, interruption: Interruption, assert_ours: Callable[[], None]):
+        self._job, self._gang = job, gang
+        self._monitor, self._interruption, self._assert_ours = monitor, interruption, assert_ours
         self._budget = Budget(job.experiment.run.retries)
         self._furthest = newest_progress(job.run, job.stage)
 
@@ -51,7 +53,7 @@ class _Stage:
         while True:
             group = None
             try:
-                group = Group(self._job, self._place(), monitor, interruption, self._assert_ours)
+                group = Group(self._job, self._gang, self._place(), monitor, interruption, self._assert_ours)
                 result = group.train(notes, self._judge)
             except (TrainingFailedError, RayError) as error:
                 self._judge(error, group)
@@ -72,8 +74,7 @@ class _Stage:
                 self._interruption.end()
             self._monitor.waiting(waited, text)
 
-        experiment = self._job.experiment
-        place = wait_for_place(gang_of(experiment.workers), 60 * experiment.run.wait_minutes, report)
+        place = wait_for_place(self._gang, 60 * self._job.experiment.run.wait_minutes, report)
         self._monitor.placed()
         return place
 

@@ -1,5 +1,6 @@
 """What a run would do, worked out without starting anything: data, steps, parameters, memory, shapes, cluster."""
 
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -9,6 +10,8 @@ from rich.table import Table
 from cluster.config.schema import Experiment
 from cluster.data.manifest import Manifest
 from cluster.driver.pin import Pinned, stage_end
+from cluster.driver.ray_train import gang_of
+from cluster.runtime.placement import Gang
 from cluster.training.engine import micro_batches
 from reactdiff.clip import windows_of
 from reactdiff.model.shapes import parameters_by_module
@@ -33,6 +36,16 @@ def memory_per_rank(parameters: int, zero: int, ranks: int, precision: str) -> d
         "Adam moments": 8 * own,
         "averaged weights": 4 * own,
     }
+
+
+def gang_with_memory(experiment: Experiment, kind: Stage) -> Gang:
+    """The ranks of a stage, with the memory that each has to have on its machine; on GPUs it is another one, which nobody asks for here."""
+    gang, workers = gang_of(experiment.workers), experiment.workers
+    if workers.gpu:
+        return gang
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in kind.module().parameters())
+    return replace(gang, memory=lambda ranks: sum(memory_per_rank(parameters, workers.zero, ranks, experiment.optim.precision).values()))
 
 
 def plan(experiment: Experiment, pinned: Pinned) -> Group:

@@ -12,6 +12,7 @@ from cluster.config.schema import Experiment
 from cluster.data.manifest import CURRENT, Manifest
 from cluster.driver.launch import launch
 from cluster.driver.pin import Pinned, pin, stage_end, write_config
+from cluster.driver.plan import gang_with_memory
 from cluster.driver.pretrained import check_pretrained, take_pretrained
 from cluster.driver.ray_train import gang_of
 from cluster.evaluation.evaluate import evaluate
@@ -201,6 +202,7 @@ class _Life:
         except NotFound:
             pass
         source = Source(manifest.stream_specs, manifest.frames)
+        kind = stage_of(stage, self.experiment.model, self.experiment.diffusion, source)
         job = Job(
             experiment=self.experiment,
             stage=stage,
@@ -209,10 +211,11 @@ class _Life:
             dataset=dataset,
             manifest=manifest.hash,
             validation=self.validation_clips(stage),
-            flops=flops_per_item(stage_of(stage, self.experiment.model, self.experiment.diffusion, source)),
+            flops=flops_per_item(kind),
         )
         self.display.stage(stage, end)
-        trained = launch(job, StageMonitor(stage, self.exporter, self.display), f"{self.store.url}/ray", self.lease.assert_not_taken)
+        monitor, notes = StageMonitor(stage, self.exporter, self.display), f"{self.store.url}/ray"
+        trained = launch(job, gang_with_memory(self.experiment, kind), monitor, notes, self.lease.assert_not_taken)
         self.lease.assert_held()
         for name in (stage, validation_name(stage)):
             write_tensorboard(self.store, name)

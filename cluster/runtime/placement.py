@@ -5,7 +5,9 @@ It is given back the moment before the ranks are placed, on the machines that it
 """
 
 import datetime
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -36,6 +38,7 @@ class Gang:
         resources: of one rank, by Ray's names.
         per_host: most on one machine, 0: as many as it has room for.
         labels: that a machine must have.
+        memory: bytes that a rank needs where there are so many; None: nobody knows, or not of its machine's.
     """
 
     least: int
@@ -43,6 +46,7 @@ class Gang:
     resources: Mapping[str, float]
     per_host: int = 0
     labels: Mapping[str, str] | None = None
+    memory: Callable[[int], int] | None = None
 
     def __str__(self) -> str:
         count = f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
@@ -56,7 +60,22 @@ def fit(gang: Gang, there: Sequence[Node]) -> list[str]:
     """The machine of each rank, for as many ranks as there is room for now: machines with the most room first, ranks of one together."""
     rooms = [(_room(gang, node), node.id) for node in there if not node.draining and _labelled(gang, node)]
     found = [node for room, node in sorted(rooms, key=lambda pair: (-pair[0], pair[1])) for _ in range(room)]
-    return found[: gang.most]
+    found = found[: gang.most]
+    while lacking_memory(gang, found, there):
+        found.pop()
+    return found
+
+
+def lacking_memory(gang: Gang, place: Sequence[str], there: Sequence[Node]) -> str:
+    """Which machine has too little memory for the ranks that it has in a place, in words; empty if none has."""
+    if gang.memory is None or not place:
+        return ""
+    each, counts = gang.memory(len(place)), Counter(place)
+    for node in there:
+        if counts[node.id] * each > node.total.get("memory", math.inf):
+            need, has = (f"{amount / 1e9:.1f} GB" for amount in (counts[node.id] * each, node.total["memory"]))
+            return f"{counts[node.id]} of {len(place)} ranks on {node.name} need {need} of memory, and it has {has}"
+    return ""
 
 
 def _room(gang: Gang, node: Node) -> int:
@@ -77,8 +96,10 @@ def assert_possible(gang: Gang) -> None:
         ValueError: with the numbers.
     """
     if is_private():
-        there = nodes()
-        room = len(fit(gang, [replace(node, free=node.total, draining=False) for node in there]))
+        there = [replace(node, free=node.total, draining=False) for node in nodes()]
+        room = len(place := fit(replace(gang, memory=None), there))
+        if room >= gang.least > len(fit(gang, there)):
+            raise ValueError(f"{lacking_memory(gang, place, there)}: raise workers.zero, or join a cluster (RAY_ADDRESS)")
         if room < gang.least:
             has = ", ".join(f"{sum(node.total.get(name, 0.0) for node in there):g} {name}" for name in gang.resources)
             raise ValueError(
@@ -145,7 +166,7 @@ def wait_for_place(
     """
     assert_possible(gang)
     began, since = clock(), datetime.datetime.now().strftime("%H:%M:%S")
-    demand, ranks = None, 0
+    demand, ranks, short = None, 0, ""
     try:
         while True:
             there = nodes()
@@ -154,14 +175,15 @@ def wait_for_place(
             if wanted < gang.most and waited < SETTLE:
                 pause(POLL)
                 continue
-            if demand is None or (wanted != ranks and demand.place() is None):
+            if demand is None or (wanted != ranks and (short or demand.place() is None)):
                 if demand:
                     demand.remove()
                 demand, ranks = Demand(gang, wanted), wanted
                 pause(0.05)  # where there is room it is reserved in milliseconds
             if place := demand.place():
-                return place
-            text = f"waiting since {since} for room for {gang}: {_what_is_there(gang, there)}"
+                if not (short := lacking_memory(gang, place, there)):
+                    return place
+            text = f"waiting since {since} for room for {gang}: {_what_is_there(gang, there)}{short and f'; {short}'}"
             if limit and waited >= limit:
                 raise NoPlace(f"{text}; given up after {limit / 60:g} minutes (run.wait_minutes)")
             report(waited, text)
