@@ -10,9 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 import psutil
 import ray
@@ -22,12 +22,15 @@ from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from cluster.runs.checkpoint import newest_progress
 from cluster.runtime.faults import Watch
 from cluster.runtime.machines import Machine
+from cluster.runtime.scratch import PREFIX
 from cluster.storage import open_store
 from cluster.telemetry.metrics_log import read_rows
 from tests.tiny import ROOT, settings
 
 RAY = Path(sys.executable).with_name("ray")
 STAGE = "autoencoder"
+RUN = "REACTDIFF_TEST_RUN"
+"""Variable of the environment of a run's driver, and of whatever that starts."""
 ALIVE = GcsNodeInfo.GcsNodeState.ALIVE
 QUICK = {"initial_delay_ms": "1000", "period_ms": "1000", "timeout_ms": "1000", "failure_threshold": "3"}
 """Health checks by which a node that is gone is noticed in seconds."""
@@ -116,6 +119,7 @@ class Running:
         self.folder = store / "runs" / name
         self.store = open_store(str(self.folder))
         self.lines: list[str] = []
+        self._began = time.time()
         command = [sys.executable, str(ROOT / "jobs/train.py"), "--config", str(ROOT / "jobs/configs/demo.yaml"), "--stage", STAGE]
         # Every second step is a checkpoint's, and epochs are many: a fault finds the run in the middle.
         every = ("optim.epochs=60", "run.checkpoint_every=240", f"run.name={name}", f"telemetry.targets={store}/targets-{name}")
@@ -123,7 +127,7 @@ class Running:
         self.process = subprocess.Popen(
             [*command, *settings(shards, store), *every, *more],
             env={name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}  # that of the tests' own Ray
-            | {"RAY_ADDRESS": address, "PYTHONUNBUFFERED": "1"}
+            | {"RAY_ADDRESS": address, "PYTHONUNBUFFERED": "1", RUN: str(self.folder)}
             | ({} if address == "local" else {"RAY_AUTH_MODE": "disabled"}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -181,7 +185,22 @@ class Running:
             self.kill()
             raise AssertionError(f"the run did not end:\n{self.said}") from None
         self.kill()
-        return self.process.returncode
+        for _ in range(300):
+            if not (left := list(self._left_behind())):
+                return self.process.returncode
+            time.sleep(0.1)
+        raise AssertionError(f"the run left behind: {left}")
+
+    def _left_behind(self) -> Iterator[str]:
+        """What is still there of a run that has ended: processes, ranks of a cluster's, shared memory, scratch folders."""
+        for process in psutil.process_iter(["cmdline"]):
+            with suppress(psutil.Error):  # it is gone, or somebody else's
+                if process.environ().get(RUN) == str(self.folder):
+                    yield " ".join(process.info["cmdline"])
+        below = psutil.Process().children(recursive=True)
+        yield from (one.name() for one in below if one.is_running() and one.name().startswith(("ray::RayTrain", "ray::TrainController")))
+        yield from (path.name for path in Path("/dev/shm").iterdir() if path.stat().st_mtime > self._began)
+        yield from (path.name for path in Path(gettempdir()).glob(f"{PREFIX}*") if path.stat().st_mtime > self._began)
 
     def kill(self) -> None:
         """Nothing of it is left."""
