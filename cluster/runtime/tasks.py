@@ -9,6 +9,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from cluster.config.schema import Workers
 from cluster.runtime.failures import Budget, failure_of
+from cluster.runtime.nodes import nodes
 from cluster.runtime.ray_cluster import resources
 
 log = logging.getLogger(__name__)
@@ -19,6 +20,10 @@ RETRIES = 3
 
 RAY_RETRIES = 3
 """Times that Ray itself runs a call again whose process is gone, on another machine where there is one."""
+
+
+SAID_EVERY = 60.0
+"""Seconds without a result after which it is said what room there is, and said again."""
 
 
 class TaskLost(RuntimeError):
@@ -65,7 +70,10 @@ def map_tasks(
             while waiting and len(running) < at_once:
                 number, call = waiting.pop()
                 running[task.remote(function, box, call)] = number
-            done, _ = ray.wait(list(running), num_returns=1)
+            done, _ = ray.wait(list(running), num_returns=1, timeout=SAID_EVERY)
+            if not done:
+                log.warning("%s: no result for %g s; %s", function.__name__, SAID_EVERY, _room(workers))
+                continue
             number = running.pop(done[0])
             try:
                 result = ray.get(done[0])
@@ -82,6 +90,13 @@ def map_tasks(
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
+
+
+def _room(workers: Workers) -> str:
+    name, each = ("GPU", 1.0) if workers.gpu else ("CPU", workers.cpus)
+    there = nodes()
+    free, total = sum(one.free.get(name, 0.0) for one in there), sum(one.total.get(name, 0.0) for one in there)
+    return f"a call needs {each:g} {name}, and {free:g} of {total:g} are free"
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,8 +1,12 @@
 """What tasks share is made once in a process, whatever the number of calls."""
 
 import os
+import re
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from pathlib import Path
 
 import pytest
 
@@ -84,3 +88,23 @@ def test_a_store_that_does_not_answer_is_asked_again_by_tasks_too_and_given_up(t
     with pytest.raises(StorageError, match="nobody answers"):
         list(map_tasks(no_store, [(0,)], Workers(), str(tmp_path)))
     assert (tmp_path / "tries").read_text() == "x" * (1 + tasks.RETRIES)
+
+
+def sleep_until(path: str) -> None:
+    while not os.path.exists(path):
+        time.sleep(0.1)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_call_without_room_or_end_is_said_with_the_room_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tasks, "SAID_EVERY", 0.5)
+    results = map_tasks(sleep_until, [()], Workers(), str(tmp_path / "go"))
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(list, results)
+        while not (said := [record.getMessage() for record in caplog.records]):
+            time.sleep(0.1)
+        (tmp_path / "go").touch()
+        assert done.result() == [(0, None)]
+    assert re.fullmatch(r"sleep_until: no result for 0.5 s; a call needs 1 CPU, and \d+ of \d+ are free", said[0])
