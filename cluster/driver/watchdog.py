@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cluster.telemetry.meter import Snapshot
+from cluster.telemetry.reminder import Reminder
 
 LEAST = 10.0
 """Least limit of a step, in seconds; more where one of the last hundred steps took longer than a fifth of it."""
@@ -24,9 +25,6 @@ SILENT_AT_START = 120.0
 
 PHASE_LIMITS = {"data_wait": 300.0, "checkpoint": 1800.0, "evaluation": 3600.0}
 """Phases in which a rank waits for the store, under the store's own deadlines, or computes more than a step."""
-
-SAID_AFTER = 10.0
-"""Seconds after which it is said what the ranks wait for, and again after each minute."""
 
 ORDER = ("startup", "other", "forward", "backward", "data_wait", "agree", "optimizer", "checkpoint", "evaluation")
 """Phases in the order of a step."""
@@ -66,7 +64,7 @@ class Watchdog:
         self._heard: dict[int, _Heard] = {}
         self._began = self._looked = self._advanced = clock()
         self._steps = 0
-        self._said = 0.0
+        self._reminder = Reminder()
 
     def hear(self, snapshot: Snapshot) -> None:
         """A rank has told where it is."""
@@ -91,12 +89,8 @@ class Watchdog:
         """What is waited for, if it is time to say so, else nothing."""
         now = self._clock()
         waited = now - self._advanced
-        if waited < SAID_AFTER:
-            self._said = 0.0
+        if not self._reminder.due(waited):
             return ""
-        if waited < self._said + 60 * (self._said > 0):
-            return ""
-        self._said = waited
         if len(self._heard) < self._ranks or not self._trained():
             return f"the ranks are starting, {waited:.0f} s so far"
         first = self._behind()[0]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from cluster.telemetry.display import Display
 from cluster.telemetry.exporter import Exporter
 from cluster.telemetry.meter import Snapshot, Totals
+from cluster.telemetry.reminder import Reminder
 
 
 class Throughput:
@@ -27,12 +28,6 @@ class Throughput:
         return (more - items) / max(here - then, 1e-9), (longer - waited) / max(all_spent - spent, 1e-9)
 
 
-SAID_AFTER = 10.0
-"""Seconds after which a wait is said."""
-
-SAID_EVERY = 60.0
-"""Seconds after which it is said again."""
-
 
 class StageMonitor:
     """Takes the snapshots of one stage's ranks, and what happens to them, to the exporter and the display.
@@ -45,7 +40,7 @@ class StageMonitor:
         self.say = display.say
         self._stage, self._exporter, self._display = stage, exporter, display
         self._throughput, self._validated = Throughput(), 0.0
-        self._waited, self._said = 0.0, 0.0
+        self._waited, self._reminder = 0.0, Reminder()
 
     def restarted(self, reason: str, text: str) -> None:
         """The ranks are started again, for a class of failure or another reason, which a line tells."""
@@ -56,15 +51,14 @@ class StageMonitor:
         """Nothing trains, for so many seconds so far, since there is no room."""
         self._exporter.waited(max(0.0, waited - self._waited))
         self._waited = waited
-        if waited >= max(SAID_AFTER, self._said + SAID_EVERY * (self._said > 0)):
-            self._said = waited
+        if self._reminder.due(waited):
             self.say(text)
 
     def placed(self) -> None:
         """There is room."""
-        if self._said:
+        if self._reminder.told:
             self.say(f"there is room, after {self._waited:.0f} s")
-        self._waited, self._said = 0.0, 0.0
+        self._waited, self._reminder = 0.0, Reminder()
 
     def take(self, snapshot: Snapshot) -> None:
         """A rank has told its numbers."""
