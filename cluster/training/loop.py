@@ -2,14 +2,12 @@
 
 import itertools
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Thread
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,9 +33,11 @@ from cluster.telemetry.metrics_log import MetricsLog, read_rows, validation_name
 from cluster.training.compiler import load_compiler_late
 from cluster.training.engine import LARGEST_NORM, Engine, NonFinite, engine_settings
 from cluster.training.examine import examine
+from cluster.training.reporting import Inbox, reporting
 from cluster.training.requests import Request
 from cluster.training.resume import candidates, restore
 from cluster.training.stacks import stacks
+from cluster.training.verdict import Verdict
 from cluster.training.warm_start import warm_start
 from reactdiff.data.keyed import seed_of
 from reactdiff.data.order import Order
@@ -85,50 +85,6 @@ class Place:
     device: torch.device
 
 
-class Verdict(NamedTuple):
-    """What a rank brings to the one small all-reduce of a step, and summed over the ranks what all of them know after it.
-
-    Attributes:
-        loss: of this step, the part of the mean.
-        gradient_square: of this step, the squared norm of the part of the gradient that the rank owns.
-        ledger: sum of the CRC32C of the bytes the step was made of; exact below 2^53.
-        next_valid: items of the next step that count.
-        uploaded: whether the part of the checkpoint is uploaded; how many ranks' have.
-        written: whether the manifest of the checkpoint is there, which rank 0 knows.
-        next_corrupt: items of the next step that were found damaged.
-        checkpoint: whether it is time for a checkpoint.
-        leave: whether the driver asks the ranks to leave now, with a checkpoint.
-        leave_at_checkpoint: whether it asks them to leave at the next one.
-    """
-
-    loss: float
-    gradient_square: float
-    ledger: float
-    next_valid: float
-    uploaded: float
-    written: float
-    next_corrupt: float
-    checkpoint: float
-    leave: float
-    leave_at_checkpoint: float
-
-    def summed(self, device: torch.device) -> "Verdict":
-        """The sums over all ranks."""
-        sums = torch.tensor(self, dtype=torch.float64, device=device)
-        dist.all_reduce(sums)
-        return Verdict(*sums.tolist())
-
-    @property
-    def gradient_norm(self) -> float:
-        """Norm of the step's gradient over all ranks, before clipping."""
-        return math.sqrt(self.gradient_square)
-
-    @property
-    def finite(self) -> bool:
-        """Whether the step may be applied."""
-        return math.isfinite(self.loss) and self.gradient_norm <= LARGEST_NORM
-
-
 def train(job: Job, place: Place, report: Callable[[Snapshot], Request | None]) -> dict[str, Any]:
     """Train a stage from its newest whole checkpoint to its end; every rank of the group calls this.
 
@@ -146,8 +102,8 @@ def train(job: Job, place: Place, report: Callable[[Snapshot], Request | None]) 
     meter = Meter(place.rank, place.ranks, job.stage)
     make_deterministic(job.experiment.workers.threads)
     load_compiler_late()
-    with _reporting(meter, report, lambda: _write_stacks(job, place)) as asked:
-        training = _Training(job, place, meter, asked)
+    with reporting(meter, report, lambda: _write_stacks(job, place)) as inbox:
+        training = _Training(job, place, meter, inbox)
         try:
             return training.run()
         finally:
@@ -155,9 +111,9 @@ def train(job: Job, place: Place, report: Callable[[Snapshot], Request | None]) 
 
 
 class _Training:
-    def __init__(self, job: Job, place: Place, meter: Meter, asked: "_Asked"):
+    def __init__(self, job: Job, place: Place, meter: Meter, inbox: Inbox):
         experiment, optim = job.experiment, job.experiment.optim
-        self.job, self.place, self.meter, self.optim, self.asked = job, place, meter, optim, asked
+        self.job, self.place, self.meter, self.optim, self.inbox = job, place, meter, optim, inbox
         self.checkpointed = time.monotonic()
         manifest = load_manifest(job.dataset, job.manifest)
         data = experiment.data
@@ -262,7 +218,7 @@ class _Training:
         """The one small all-reduce: loss, gradient and ledger of this step, valid and corrupt items of the next, finished uploads."""
         square, ledger = (self.engine.gradient_square(), batch.ledger) if batch else (0, 0)
         valid, corrupt = (upcoming.valid, upcoming.corrupt) if upcoming else (0, ())
-        asked = self.asked.request
+        asked = self.inbox.request
         mine = Verdict(
             loss=float(loss),
             gradient_square=square,
@@ -441,34 +397,6 @@ def _gather(value: Any) -> list[Any]:
     return values
 
 
-@dataclass
-class _Asked:
-    """What the driver asks of this rank; another thread sets it."""
-
-    request: Request = Request.NOTHING
-
-
 def _write_stacks(job: Job, place: Place) -> None:
     with suppress(StorageError):  # who asks gives up waiting
         job.run.put(f"logs/{job.life:06d}.{job.attempt}/{job.stage}-stacks-{place.rank}.txt", stacks().encode())
-
-
-@contextmanager
-def _reporting(meter: Meter, report: Callable[[Snapshot], Request | None], write_stacks: Callable[[], None]) -> Iterator[_Asked]:
-    """Hand over a snapshot about once a second and at the end; what is asked for comes back."""
-    done, asked = Event(), _Asked()
-
-    def repeat() -> None:
-        while not done.wait(1.0):
-            before, asked.request = asked.request, report(meter.snapshot()) or Request.NOTHING
-            if asked.request == Request.STACKS != before:
-                write_stacks()
-
-    thread = Thread(target=repeat, name="report", daemon=True)
-    thread.start()
-    try:
-        yield asked
-    finally:
-        done.set()
-        thread.join()
-        report(meter.snapshot())

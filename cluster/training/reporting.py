@@ -1,0 +1,37 @@
+"""A rank tells where it is once a second, from a thread of its own, and hears what is asked of it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Event, Thread
+
+from cluster.telemetry.meter import Meter, Snapshot
+from cluster.training.requests import Request
+
+
+@dataclass
+class Inbox:
+    """The latest request of the driver to this rank; another thread puts it there."""
+
+    request: Request = Request.NOTHING
+
+
+@contextmanager
+def reporting(meter: Meter, report: Callable[[Snapshot], Request | None], write_stacks: Callable[[], None]) -> Iterator[Inbox]:
+    """Hand over a snapshot about once a second and at the end; what is asked for comes back."""
+    done, inbox = Event(), Inbox()
+
+    def repeat() -> None:
+        while not done.wait(1.0):
+            before, inbox.request = inbox.request, report(meter.snapshot()) or Request.NOTHING
+            if inbox.request == Request.STACKS != before:
+                write_stacks()
+
+    thread = Thread(target=repeat, name="report", daemon=True)
+    thread.start()
+    try:
+        yield inbox
+    finally:
+        done.set()
+        thread.join()
+        report(meter.snapshot())
