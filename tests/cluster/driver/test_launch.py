@@ -1,15 +1,26 @@
 """Machines come and go under a run: it waits, goes on with what is there, grows, and ends as if nothing had been."""
 
 import json
+import os
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import closing
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
+from cluster.driver import launch as launching
+from cluster.driver.launch import launch
+from cluster.runtime.placement import Gang
+from cluster.storage import open_store
+from cluster.telemetry.display import Display
+from cluster.telemetry.exporter import Exporter
+from cluster.telemetry.monitor import StageMonitor
+from cluster.training.loop import Job
 from tests.cluster.support.machines import STAGE, Machines, Running, machines
-from tests.tiny import Trained
+from tests.tiny import Trained, tiny
 
 SIZE = re.compile(r"ranks: |\d+ of at most ")
 """What is said when ranks were placed."""
@@ -18,6 +29,30 @@ SIZE = re.compile(r"ranks: |\d+ of at most ")
 def test_no_stage_begins_with_an_error_of_ray_s_core(trained: Trained) -> None:
     said = trained.stdout + trained.stderr
     assert "PreemptionWatcher" not in said and "core_worker" not in said
+
+
+class Ending:
+    """A group that comes to the end of its stage in the moment in which the run is told to end."""
+
+    hang = None
+
+    def __init__(self, *_: object):
+        """Start nothing."""
+
+    def train(self, *_: object) -> dict[str, object]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return {"progress": 12, "steps": 2, "left": False}
+
+
+@pytest.mark.starts
+def test_told_to_end_is_told_to_end_also_where_the_stage_ends_meanwhile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(launching, "Group", Ending)
+    monkeypatch.setattr(launching, "wait_for_place", lambda *_: ["node"])
+    exporter, said = Exporter("run", 1, port=0), StringIO()
+    job = Job(tiny(tmp_path, tmp_path), STAGE, open_store(str(tmp_path)), 1, open_store(str(tmp_path)), "")
+    with closing(exporter), Display(said) as display, pytest.raises(KeyboardInterrupt):
+        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None)
+    assert "checkpoint at 12 items; the same command goes on from there" in said.getvalue()
 
 
 @pytest.fixture(scope="module")
