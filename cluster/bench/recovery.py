@@ -9,7 +9,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -51,6 +51,12 @@ class Killer(Thread):
 
     def run(self) -> None:
         """Kill, wait for the first step after it, and so on."""
+        try:
+            self._kill()
+        finally:
+            self._at_the_end()
+
+    def _kill(self) -> None:
         draw = random.Random(0)
         for number in range(self._kills + 1):
             while len(self._starts()) <= number:
@@ -58,11 +64,17 @@ class Killer(Thread):
                     return
             if number < self._kills:
                 time.sleep(STEPS_BEFORE)
-                ranks = [child for child in psutil.Process().children(recursive=True) if "RayTrainWorker" in child.name()]
-                victim = draw.choice(sorted(ranks, key=lambda process: process.pid))
+                victim = draw.choice(sorted(_ranks()))
                 self.killed.append(time.time())
-                victim.kill()
-        self._at_the_end()
+                os.kill(victim, signal.SIGKILL)
+
+
+def _ranks() -> Iterator[int]:
+    """The processes of this process's ranks."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in child.name():
+                yield child.pid
 
 
 @contextmanager
@@ -74,6 +86,8 @@ def _killing(kills: int, starts: Callable[[], list[float]], at_the_end: Callable
     finally:
         killer.over.set()
         killer.join()
+        if len(killer.killed) < kills:
+            raise RuntimeError(f"only {len(killer.killed)} of {kills} ranks were killed: what went before says why")
 
 
 def our_recoveries(experiment: Experiment, kills: int, display: Display) -> list[float]:

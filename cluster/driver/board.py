@@ -16,8 +16,9 @@ class Board:
     def __init__(self) -> None:
         self._attempt, self._request = -1, Request.NOTHING
         self._latest: dict[int, Snapshot] = {}
-        self._error: Exception | None = None
+        self._error: bytes | None = None
         self._decided: bool | None = None
+        self._closed = False
 
     def begin(self, attempt: int) -> None:
         """The driver starts the ranks, for the so-manieth time."""
@@ -34,8 +35,8 @@ class Board:
         self._latest[snapshot["rank"]] = snapshot
         return self._request
 
-    def take(self, request: Request) -> tuple[list[Snapshot], Exception | None]:
-        """Take what was left since the last call, and ask this from now on; with it, the failure that waits for a decision."""
+    def take(self, request: Request) -> tuple[list[Snapshot], bytes | None]:
+        """Take what was left since the last call, and ask this from now on; with it, the error that waits for a decision."""
         taken, self._latest, self._request = list(self._latest.values()), {}, request
         error, self._error = self._error, None
         return taken, error
@@ -44,8 +45,8 @@ class Board:
         """Ask this from now on, and take nothing."""
         self._request = request
 
-    def failed(self, error: Exception) -> None:
-        """Ray Train has seen the ranks fail, and waits for a decision."""
+    def failed(self, error: bytes) -> None:
+        """Ray Train has seen the ranks fail, and waits for a decision; of the pickled error nothing is imported here."""
         self._error, self._decided = error, None
 
     def decide(self, again: bool) -> None:
@@ -54,4 +55,8 @@ class Board:
 
     def decided(self) -> bool | None:
         """The decision, None while there is none."""
-        return self._decided
+        return False if self._closed else self._decided
+
+    def close(self) -> None:
+        """The driver has left: nothing is started again."""
+        self._closed = True

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray import cloudpickle
 from ray.exceptions import RayError
 from ray.train import WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -92,7 +93,7 @@ class Group:
         Raises:
             TrainingFailedError, RayError: a failure after which places have to be found anew; `judge` was not told.
         """
-        fit_thread = Fit(self._job, self._place, self._board, notes)
+        fit_thread = Fit(self._job, self._gang, self._place, self._board, notes)
         fit_thread.start()
         try:
             while fit_thread.is_alive():
@@ -103,6 +104,7 @@ class Group:
             fit_thread.join(ENDING)
             raise
         finally:
+            self._board.close.remote()
             self._withdraw_growth()
         if fit_thread.error:
             raise fit_thread.error
@@ -120,22 +122,27 @@ class Group:
     def _decide(self, error: Exception, judge: Callable[[Exception, "Group"], None]) -> None:
         """Answer Ray Train, which waits: the same ranks again, or the end of this group."""
         again = False
-        self._withdraw_growth()  # or it would take the places of the ranks
         try:
+            self._withdraw_growth()  # or it would take the places of the ranks
             if isinstance(error, WorkerGroupError) and not self.reason and not self._interruption.signal and self._machines_answer():
                 judge(error, self)
                 self._begin()
                 again = True
         finally:
-            ray.get(self._board.decide.remote(again))
+            with suppress(RayError):  # Ray Train learns in its own way that the board is gone
+                ray.get(self._board.decide.remote(again))
 
     def _machines_answer(self) -> bool:
-        there = {node.id: node for node in nodes() if not node.draining}
+        try:
+            there = {node.id: node for node in nodes() if not node.draining}
+        except RayError:
+            return False
         return all(host in there and listens(there[host].address, there[host].port) for host in dict.fromkeys(self._place))
 
     def _withdraw_growth(self) -> None:
         if self._growth:
-            self._growth.remove()
+            with suppress(RayError):
+                self._growth.remove()
             self._growth = None
 
     def where(self, error: BaseException, cause: BaseException) -> str:
@@ -168,7 +175,7 @@ class Group:
             self._progress = max(self._progress, snapshot["gauges"].get("progress_items", 0))
         if self.hang is None and error is None:
             self._look_for_hang()
-        return error
+        return cloudpickle.loads(error) if error else None
 
     def _look_for_hang(self) -> None:
         if said := self._watchdog.slow():
@@ -182,7 +189,9 @@ class Group:
             ray.get(self._board.ask.remote(Request.STACKS))
         time.sleep(2 * REPORT)  # each rank reports once a second, and hears it then
         self._examine(folder, sorted(self._heard), kill=False)
-        self._examine(folder, [rank for rank in stuck.ranks if rank in self._heard], kill=True)
+        if not self._heard:  # nobody knows their processes: they end with the driver
+            raise self.hang
+        self._examine(folder, [rank for rank in stuck.ranks if rank in self._heard] or sorted(self._heard), kill=True)
 
     def _examine(self, folder: str, ranks: Sequence[int], kill: bool) -> None:
         """Look at ranks from outside, where they could not say themselves where they are; kill them or not."""
@@ -214,12 +223,23 @@ class Group:
         lacking = self._gang.most - len(self._place)
         if lacking <= 0 or len(self._heard) < len(self._place):  # until all ranks are placed, what is free is theirs
             return
-        wanted = replace(self._gang, least=1, most=lacking, memory=None)
-        if self._growth is None:
-            self._growth = Demand(wanted, lacking)  # what an autoscaler sees
-        more = lacking if self._growth.place() else len(fit(wanted, nodes()))
-        if more:
+        if self._growth is None:  # what an autoscaler sees
+            self._growth = Demand(replace(self._gang, memory=None), lacking)
+        if more := self._room() - len(self._place):
             self.reason, self.why = "resized", f"there is room for {more} more ranks"
+
+    def _room(self) -> int:
+        """How many ranks there would be room for, if these and what is asked for beside them gave back what they have."""
+        held = [(host, self._gang.each(len(self._place))) for host in self._place]
+        if self._growth:
+            held += [(host, dict(self._gang.resources)) for host in self._growth.place() or ()]
+        there = {node.id: node for node in nodes()}
+        for host, amounts in held:
+            if host in there:
+                free = {name: there[host].free.get(name, 0.0) + amount for name, amount in amounts.items()}
+                there[host] = replace(there[host], free={**there[host].free, **free})
+        return max(len(self._place), len(fit(self._gang, list(there.values()))))
+
 
 
 def _span(ranks: list[int]) -> str:

@@ -1,7 +1,7 @@
 """One stage's worker group as Ray Train runs it: ranks pinned to their machines, and every decision about a failure left to the driver.
 
-Three names of Ray 2.56 are private: the trainer's two methods through which its failure policy and its callbacks can be chosen, and the
-callback that is left out.
+What is private in Ray 2.56: the trainer's two methods through which its failure policy and its callbacks can be chosen, their base classes,
+and the callback that is left out.
 """
 
 import dataclasses
@@ -16,9 +16,11 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+from ray import cloudpickle
 from ray.exceptions import RayError
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -41,6 +43,9 @@ SETTINGS = {
 }
 """Settings that Ray Train takes from the driver's environment to its controller; who has set one keeps it."""
 
+ATTEMPT = "REACTDIFF_ATTEMPT"
+"""Variable of a rank's environment: the number of its attempt."""
+
 ASKED_EVERY = 0.05
 """Seconds between two looks whether the driver has decided."""
 
@@ -53,17 +58,18 @@ class Fit(Thread):
         error: what ended it, if anything did.
     """
 
-    def __init__(self, job: Job, place: list[str], board: Any, notes: str):
+    def __init__(self, job: Job, gang: Gang, place: list[str], board: Any, notes: str):
         """Start nothing yet.
 
         Args:
             job: what every rank does.
+            gang: what each needs.
             place: the machine of each.
             board: a `Board` that knows the attempt.
             notes: URL Ray Train keeps its own notes under, visible to every node.
         """
         super().__init__(name="fit", daemon=True)
-        self._trainer = _trainer(job, place, board, notes)
+        self._trainer = _trainer(job, gang, place, board, notes)
         self.value: dict[str, Any] = {}
         self.error: BaseException | None = None
 
@@ -79,6 +85,34 @@ class Fit(Thread):
             self.error = error
 
 
+class _Start(WorkerGroupCallback, ControllerCallback):
+    """In Ray Train's controller, before its own callbacks: the attempt's number for the ranks, and an end for ranks that it forgets.
+
+    A group that fails while its ranks load is not known to Ray Train any more; its places would stay taken until the driver ends.
+    """
+
+    def __init__(self, board: Any):
+        self._board, self._state = board, None
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self._state = worker_group.get_worker_group_state()
+        worker_group.execute(_begin_attempt, ray.get(self._board.attempt.remote()))
+
+    def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+        self._state = None
+
+    def after_worker_group_abort(self, worker_group_context: Any) -> None:
+        self._state = None
+
+    async def before_controller_shutdown(self) -> None:
+        if self._state is not None:
+            self._state.shutdown()
+
+
+def _begin_attempt(number: int) -> None:
+    os.environ[ATTEMPT] = str(number)
+
+
 class _AskDriver(FailurePolicy):
     """In Ray Train's controller: the driver decides."""
 
@@ -88,7 +122,7 @@ class _AskDriver(FailurePolicy):
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         try:
-            ray.get(self._board.failed.remote(training_failed_error))
+            ray.get(self._board.failed.remote(cloudpickle.dumps(training_failed_error)))
             while (again := ray.get(self._board.decided.remote())) is None:
                 time.sleep(ASKED_EVERY)
         except RayError:  # the driver is gone, and the board with it
@@ -99,17 +133,18 @@ class _AskDriver(FailurePolicy):
 class _Trainer(TorchTrainer):
     def __init__(self, board: Any, **given: Any):
         super().__init__(_rank, **given)
-        self._policy = _AskDriver(board)
+        self._policy, self._start = _AskDriver(board), _Start(board)
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
         return super()._initialize_and_run_controller(**given | {"failure_policy": self._policy})
 
     def _create_default_callbacks(self) -> list[Any]:
         """Without the actor of Ray's datasets: nobody reads one, and it takes a second to start beside the ranks."""
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)]
+        usual = [callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)]
+        return [self._start, *usual]
 
 
-def _trainer(job: Job, place: list[str], board: Any, notes: str) -> TorchTrainer:
+def _trainer(job: Job, gang: Gang, place: list[str], board: Any, notes: str) -> TorchTrainer:
     workers = job.experiment.workers
     return _Trainer(
         board,
@@ -118,7 +153,7 @@ def _trainer(job: Job, place: list[str], board: Any, notes: str) -> TorchTrainer
         scaling_config=ScalingConfig(
             num_workers=len(place),
             use_gpu=workers.gpu,
-            resources_per_worker=dict(gang_of(workers).resources),
+            resources_per_worker=gang.each(len(place)),
             label_selector=[{NODE_ID: node} for node in place],
         ),
         run_config=RunConfig(
@@ -154,7 +189,7 @@ def set_defaults() -> None:
 def _rank(config: dict[str, Any]) -> dict[str, Any]:
     context, board = ray.train.get_context(), config["board"]
     place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    job = dataclasses.replace(config["job"], attempt=ray.get(board.attempt.remote()))
+    job = dataclasses.replace(config["job"], attempt=int(os.environ[ATTEMPT]))
 
     def report(snapshot: Snapshot) -> Request:
         try:

@@ -5,15 +5,17 @@ It is given back the moment before the ranks are placed, on the machines that it
 """
 
 import datetime
-import math
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import psutil
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from cluster.runtime.nodes import Node, autoscaler_maximum, is_private, nodes
+
+MEMORY = "memory"
+"""Ray's name for the bytes of a machine's memory that ranks may have."""
 
 POLL = 0.25
 """Seconds between two looks whether there is room."""
@@ -38,7 +40,7 @@ class Gang:
         resources: of one rank, by Ray's names.
         per_host: most on one machine, 0: as many as it has room for.
         labels: that a machine must have.
-        memory: bytes that a rank needs where there are so many; None: nobody knows, or not of its machine's.
+        memory: bytes of its machine's memory that a rank needs where there are so many; None: nobody knows.
     """
 
     least: int
@@ -47,6 +49,10 @@ class Gang:
     per_host: int = 0
     labels: Mapping[str, str] | None = None
     memory: Callable[[int], int] | None = None
+
+    def each(self, ranks: int) -> dict[str, float]:
+        """What one of so many ranks needs."""
+        return {**self.resources, **({MEMORY: float(self.memory(ranks))} if self.memory else {})}
 
     def __str__(self) -> str:
         count = f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
@@ -58,28 +64,18 @@ class Gang:
 
 def fit(gang: Gang, there: Sequence[Node]) -> list[str]:
     """The machine of each rank, for as many ranks as there is room for now: machines with the most room first, ranks of one together."""
-    rooms = [(_room(gang, node), node.id) for node in there if not node.draining and _labelled(gang, node)]
-    found = [node for room, node in sorted(rooms, key=lambda pair: (-pair[0], pair[1])) for _ in range(room)]
-    found = found[: gang.most]
-    while lacking_memory(gang, found, there):
-        found.pop()
-    return found
+    able = [node for node in there if not node.draining and _labelled(gang, node)]
+    most = min(gang.most, sum(_room(gang, gang.resources, node) for node in able))
+    for count in range(most, 0, -1):  # where memory is asked for, fewer ranks need more of it each
+        rooms = [(_room(gang, gang.each(count), node), node.id) for node in able]
+        found = [node for room, node in sorted(rooms, key=lambda pair: (-pair[0], pair[1])) for _ in range(room)]
+        if len(found) >= count:
+            return found[:count]
+    return []
 
 
-def lacking_memory(gang: Gang, place: Sequence[str], there: Sequence[Node]) -> str:
-    """Which machine has too little memory for the ranks that it has in a place, in words; empty if none has."""
-    if gang.memory is None or not place:
-        return ""
-    each, counts = gang.memory(len(place)), Counter(place)
-    for node in there:
-        if counts[node.id] * each > node.total.get("memory", math.inf):
-            need, has = (f"{amount / 1e9:.1f} GB" for amount in (counts[node.id] * each, node.total["memory"]))
-            return f"{counts[node.id]} of {len(place)} ranks on {node.name} need {need} of memory, and it has {has}"
-    return ""
-
-
-def _room(gang: Gang, node: Node) -> int:
-    room = min(int((node.free.get(name, 0.0) + 1e-6) / amount) for name, amount in gang.resources.items() if amount)
+def _room(gang: Gang, each: Mapping[str, float], node: Node) -> int:
+    room = min(int((node.free.get(name, 0.0) + 1e-6) / amount) for name, amount in each.items() if amount)
     return min(room, gang.per_host) if gang.per_host else room
 
 
@@ -97,9 +93,13 @@ def assert_possible(gang: Gang) -> None:
     """
     if is_private():
         there = [replace(node, free=node.total, draining=False) for node in nodes()]
-        room = len(place := fit(replace(gang, memory=None), there))
-        if room >= gang.least > len(fit(gang, there)):
-            raise ValueError(f"{lacking_memory(gang, place, there)}: raise workers.zero, or join a cluster (RAY_ADDRESS)")
+        room = len(fit(replace(gang, memory=None), there))
+        if gang.memory and room >= gang.least > len(fit(gang, there)):
+            need, free = gang.least * gang.memory(gang.least), sum(node.total.get(MEMORY, 0.0) for node in there)
+            what = f"{gang} need {need / 1e9:.1f} GB of memory for weights, gradients and moments, and this machine"
+            if need > (physical := psutil.virtual_memory().total):
+                raise ValueError(f"{what} has {physical / 1e9:.1f} GB: raise workers.zero or join a cluster (RAY_ADDRESS)")
+            raise NoPlace(f"{what} had {free / 1e9:.1f} GB free when its Ray started")
         if room < gang.least:
             has = ", ".join(f"{sum(node.total.get(name, 0.0) for node in there):g} {name}" for name in gang.resources)
             raise ValueError(
@@ -122,7 +122,7 @@ class Demand:
         hosts = [gang.per_host] * (ranks // gang.per_host) + [ranks % gang.per_host] if gang.per_host else [1] * ranks
         self._hosts = [count for count in hosts if count]
         self._group = placement_group(
-            [{name: count * amount for name, amount in gang.resources.items()} for count in self._hosts],
+            [{name: count * amount for name, amount in gang.each(ranks).items()} for count in self._hosts],
             strategy="STRICT_SPREAD" if gang.per_host else "PACK",
             bundle_label_selector=[dict(gang.labels)] * len(self._hosts) if gang.labels else None,
         )
@@ -166,7 +166,7 @@ def wait_for_place(
     """
     assert_possible(gang)
     began, since = clock(), datetime.datetime.now().strftime("%H:%M:%S")
-    demand, ranks, short = None, 0, ""
+    demand, ranks = None, 0
     try:
         while True:
             there = nodes()
@@ -175,15 +175,14 @@ def wait_for_place(
             if wanted < gang.most and waited < SETTLE:
                 pause(POLL)
                 continue
-            if demand is None or (wanted != ranks and (short or demand.place() is None)):
+            if demand is None or (wanted != ranks and demand.place() is None):
                 if demand:
                     demand.remove()
                 demand, ranks = Demand(gang, wanted), wanted
                 pause(0.05)  # where there is room it is reserved in milliseconds
             if place := demand.place():
-                if not (short := lacking_memory(gang, place, there)):
-                    return place
-            text = f"waiting since {since} for room for {gang}: {_what_is_there(gang, there)}{short and f'; {short}'}"
+                return place
+            text = f"waiting since {since} for room for {gang}: {_what_is_there(gang, there)}"
             if limit and waited >= limit:
                 raise NoPlace(f"{text}; given up after {limit / 60:g} minutes (run.wait_minutes)")
             report(waited, text)
@@ -199,5 +198,8 @@ def _what_is_there(gang: Gang, there: Sequence[Node]) -> str:
         f"{sum(node.free.get(name, 0.0) for node in able):g} of {sum(node.total.get(name, 0.0) for node in able):g} {name}"
         for name in gang.resources
     )
+    if gang.memory:
+        most = max((node.free.get(MEMORY, 0.0) for node in able), default=0.0)
+        free += f", memory of one at most {most / 1e9:.1f} GB where a rank of {gang.least} needs {gang.memory(gang.least) / 1e9:.1f} GB"
     leaving = sum(node.draining for node in able)
     return f"{len(able)} machine{'' if len(able) == 1 else 's'}{f', {leaving} of them about to go' * bool(leaving)}, free {free}"

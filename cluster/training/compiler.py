@@ -6,6 +6,9 @@ torch's optimizers and its shape functions load it unasked, to tell it that they
 import importlib
 import sys
 from collections.abc import Callable
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_loader
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +33,25 @@ class _NothingIsCompiled(ModuleType):
         return getattr(importlib.import_module(DYNAMO), name)
 
 
+class _OnlyOnce(MetaPathFinder, Loader):
+    """Finds the compiler's modules that are there.
+
+    Who imports one of them first asks the stand-in for the package's path, which loads the package, the module often with it; Python
+    would execute that a second time.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return spec_from_loader(name, self) if name.startswith(f"{DYNAMO}.") and name in sys.modules else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return sys.modules[spec.name]
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It was executed before."""
+
+
 def load_compiler_late() -> None:
     """Let torch's compiler be loaded by whoever compiles something, and not before. After `init_process_group`, which looks for it."""
-    sys.modules.setdefault(DYNAMO, _NothingIsCompiled(DYNAMO))
+    if DYNAMO not in sys.modules:
+        sys.modules[DYNAMO] = _NothingIsCompiled(DYNAMO)
+        sys.meta_path.insert(0, _OnlyOnce())

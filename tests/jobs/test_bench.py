@@ -30,6 +30,16 @@ def test_checkpoint_prints_what_a_step_waits_for_beside_a_plain_copy() -> None:
 
 
 @pytest.mark.slow
+def test_recovery_kills_ranks_of_a_run_and_of_an_empty_loop(shards: Path, tmp_path: Path) -> None:
+    done = job("bench", "recovery", "--kills", "1", *settings(shards, tmp_path / "store"), "optim.epochs=1000", "workers.count=2")
+    assert "from the SIGKILL of one of 2 ranks to the end of the next step, 1 kills of each" in " ".join(done.stdout.split())
+    rows = [line.split("│")[1:-1] for line in done.stdout.splitlines() if line.startswith("│")]
+    assert [row[0].strip() for row in rows] == ["a run", "an empty loop, stock Ray Train"]
+    assert all(float(cell) > 0 for row in rows for cell in row[1:]) and float(rows[1][-1]) == 1
+    assert done.stdout.count("failed (lost)") == 1, "the rank was killed, and the run went on"
+
+
+@pytest.mark.slow
 def test_seeded_data_are_read_from_a_server_of_their_own_beside_the_wire_and_webdataset(tmp_path: Path) -> None:
     done = job("bench", "data", "--stage", "diffusion", "--size", "1", "--rounds", "1", "model.latent=8", cwd=tmp_path)
     assert "latents of 200 frames x 8, batches of 8" in done.stdout and "SeaweedFS" in done.stdout

@@ -34,6 +34,18 @@ print(before, compiled(torch.ones(1)).item(), "torch._dynamo.eval_frame" in sys.
 """
 
 
+PARTS = """
+import sys
+from cluster.training.compiler import load_compiler_late
+load_compiler_late()
+import torch._dynamo.config as config
+import torch._dynamo.utils
+from torch._dynamo import exc
+import torch
+print(config is torch._dynamo.config, config is torch._dynamo.utils.config, exc is sys.modules["torch._dynamo.exc"])
+"""
+
+
 def said(code: str, *arguments: str | Path, zero: int = 1) -> str:
     command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"ZERO": str(zero)}, check=False)
@@ -48,3 +60,7 @@ def test_a_whole_stage_is_trained_without_it(zero: int, shards: Path, tmp_path: 
 
 def test_who_compiles_gets_it() -> None:
     assert said(COMPILE) == "False 2.0 True"
+
+
+def test_of_its_modules_there_is_one_each_whichever_is_imported_first() -> None:
+    assert said(PARTS) == "True True True"
