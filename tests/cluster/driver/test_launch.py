@@ -9,6 +9,7 @@ from contextlib import closing
 from io import StringIO
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.driver import launch as launching
@@ -170,3 +171,22 @@ def test_told_to_end_a_run_leaves_a_checkpoint_of_the_step_it_was_in(
     rows = [json.loads(line) for entry in run.store.list("metrics/") for line in run.store.read(entry.key).decode().splitlines()]
     assert len(rows) == len({row["progress"] for row in rows}) == 400, "no step was done twice"
     assert again.weights == undisturbed.weights
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_rank_that_dies_while_it_loads_leaves_its_place_free(undisturbed: Running, shards: Path, tmp_path: Path) -> None:
+    """A private Ray has no other place."""
+    run = Running(shards, tmp_path, "loading", "workers.count=2")
+
+    def ranks() -> set[int]:
+        return {one.pid for one in psutil.Process(run.process.pid).children(recursive=True) if one.name().startswith("ray::RayTrain")}
+
+    run.until(lambda: run.progress >= 240)
+    before = ranks()
+    run.rank(0).kill()
+    run.until(lambda: len(ranks() - before) == 2)
+    os.kill(min(ranks() - before), signal.SIGKILL)
+    assert run.end() == 0, run.said
+    assert sum("failed (lost)" in line for line in run.lines) == 2, run.said
+    assert run.weights == undisturbed.weights and run.ledger == undisturbed.ledger
