@@ -77,7 +77,8 @@ def test_training_goes_on_with_new_credentials(
 def patiently(rank: int, ranks: int, environment: dict[str, str], experiment: Experiment, folder: str) -> None:
     """Train with these variables; timeouts are as they are for everybody."""
     os.environ.update(environment)
-    job = Job(experiment, "autoencoder", folder, 1, experiment.data.url, load_manifest(open_store(experiment.data.url)).hash)
+    dataset = open_store(experiment.data.url)
+    job = Job(experiment, "autoencoder", open_store(folder), 1, dataset, load_manifest(dataset).hash)
     train(job, Place(rank, ranks, torch.device("cpu")), lambda snapshot: None)
 
 

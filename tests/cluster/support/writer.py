@@ -67,6 +67,7 @@ def main(folder: str, log: str, end: int) -> None:
             facts = {"stage": STAGE, "progress": progress, "steps": progress // STEP, "dataset": "", "config": {}}
             writer.begin([weights], {}, **facts, life=by.life, attempt=by.attempt)
             writer.commit()
+        writer.close()
         held.assert_held()
         write_state(store, State("DONE", life, "", ""))
 
