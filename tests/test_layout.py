@@ -22,7 +22,7 @@ PLAIN = {"storage", "runtime", "telemetry"}
 
 RAY = {
     *("runtime/nodes", "runtime/placement", "runtime/postmortem", "runtime/ray_cluster", "runtime/remote_machine", "runtime/tasks"),
-    *("driver/board", "driver/group", "driver/launch", "driver/ray_train", "studies/sweep", "bench/recovery"),
+    *("driver/board", "driver/group", "driver/launch", "driver/lookout", "driver/ray_train", "studies/sweep", "bench/recovery"),
 }
 """The modules of cluster/ that place work, and so may import Ray."""
 
@@ -38,7 +38,7 @@ MODULES = {
     "runs": "build_latents checkpoint environment export latents lease lineage published registry retention saved snapshot state upkeep",
     "evaluation": "evaluate gate ground_truth picture plan rows validation",
     "training": "compiler engine examine loop reporting requests resume stacks verdict warm_start",
-    "driver": "board group interruption launch pin plan pretrained ray_train run watchdog",
+    "driver": "board group interruption launch lookout pin plan pretrained ray_train run watchdog",
     "studies": "case comparison course grounds prove retrain script sweep verdict",
     "bench": "checkpoint loading metrics noise_dataset recovery tables training",
 }

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from threading import Lock
 from typing import Any
 
 import ray
@@ -14,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.driver.board import Board
 from cluster.driver.interruption import Interruption
+from cluster.driver.lookout import Lookout
 from cluster.driver.ray_train import Fit
 from cluster.driver.watchdog import Hang, Watchdog
 from cluster.runs.lineage import open_attempt
@@ -73,7 +75,8 @@ class Group:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         self._growth: Demand | None = None
-        self._looked = 0.0
+        self._growing = Lock()
+        self._lookout = Lookout(self._ask_of_machines, CLUSTER_POLL)
         self._begin()
         if len(hosts := dict.fromkeys(place)) > 1:
             ranks = {host: [rank for rank, node in enumerate(place) if node == host] for host in hosts}
@@ -140,10 +143,15 @@ class Group:
         return all(host in there and listens(there[host].address, there[host].port) for host in dict.fromkeys(self._place))
 
     def _withdraw_growth(self) -> None:
-        if self._growth:
-            with suppress(RayError):
-                self._growth.remove()
-            self._growth = None
+        if not self._growing.acquire(timeout=ENDING):
+            return  # the cluster does not answer: nothing is placed
+        try:
+            if self._growth:
+                with suppress(RayError):
+                    self._growth.remove()
+                self._growth = None
+        finally:
+            self._growing.release()
 
     def where(self, error: BaseException, cause: BaseException) -> str:
         """Host, rank and progress of a failure, as far as they are known."""
@@ -161,10 +169,9 @@ class Group:
         if self._interruption.signal and self.reason != "interrupted":
             self.reason = "interrupted"
             self._monitor.say("told to end: a checkpoint at the next step, then the end; the second Ctrl-C ends at once")
+        if not self.reason and (answer := self._lookout.answer()):
+            self._heed(*answer)
         try:
-            if not self.reason and time.monotonic() - self._looked >= CLUSTER_POLL:
-                self._looked = time.monotonic()
-                self._look_at_machines()
             snapshots, error = ray.get(self._board.take.remote(self._request()))
         except RayError:
             return None  # Ray is ending; the ranks' own error says more
@@ -214,19 +221,25 @@ class Group:
             return Request.NOTHING
         return Request.LEAVE_AT_CHECKPOINT if self.reason == "resized" else Request.LEAVE
 
-    def _look_at_machines(self) -> None:
-        leaving = draining_nodes()
-        if gone := [node for node in dict.fromkeys(self._place) if node in leaving]:
-            self.reason, self.why = "preempted", f"{', '.join(self._names.get(node, node) for node in gone)} will be taken away"
+    def _heed(self, leaving: list[str], room: int) -> None:
+        """Have the ranks leave where a machine of theirs will go, or where there is room for more of them."""
+        if leaving:
+            self.reason, self.why = "preempted", f"{', '.join(self._names.get(node, node) for node in leaving)} will be taken away"
             self._monitor.say(f"{self.why}: a checkpoint at the next step")
-            return
-        lacking = self._gang.most - len(self._place)
-        if lacking <= 0 or len(self._heard) < len(self._place):  # until all ranks are placed, what is free is theirs
-            return
-        if self._growth is None:  # what an autoscaler sees
-            self._growth = Demand(replace(self._gang, memory=None), lacking)
-        if more := self._room() - len(self._place):
+        elif (more := room - len(self._place)) > 0:
             self.reason, self.why = "resized", f"there is room for {more} more ranks"
+
+    def _ask_of_machines(self) -> tuple[list[str], int]:
+        """Which of the ranks' machines are about to go, and how many ranks there would be room for."""
+        draining = draining_nodes()
+        leaving = [node for node in dict.fromkeys(self._place) if node in draining]
+        lacking = self._gang.most - len(self._place)
+        if leaving or lacking <= 0 or len(self._heard) < len(self._place):  # until all ranks are placed, what is free is theirs
+            return leaving, 0
+        with self._growing:
+            if self._growth is None:  # what an autoscaler sees
+                self._growth = Demand(replace(self._gang, memory=None), lacking)
+            return leaving, self._room()
 
     def _room(self) -> int:
         """How many ranks there would be room for, if these and what is asked for beside them gave back what they have."""

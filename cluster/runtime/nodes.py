@@ -1,8 +1,10 @@
 """The machines of the Ray cluster as they are now: what each has, what of it is free, and which are about to go."""
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from threading import Thread
+from typing import TypeVar
 
 import ray
 from ray._private.state import available_resources_per_node, state
@@ -11,6 +13,8 @@ NODE_ID = "ray.io/node-id"
 """Label that Ray gives every node; who asks for its value is placed there."""
 
 LOOPBACK = "127.0.0.1"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def nodes() -> list[Node]:
     Raises:
         RayError: if the cluster does not answer.
     """
-    free, leaving = available_resources_per_node(), draining_nodes()
+    free, leaving, all_known = waited_for(lambda: (available_resources_per_node(), draining_nodes(), ray.nodes()))
     return [
         Node(
             one["NodeID"],
@@ -56,7 +60,7 @@ def nodes() -> list[Node]:
             one["NodeID"] in leaving,
             one["NodeManagerPort"],
         )
-        for one in sorted(ray.nodes(), key=lambda one: one["NodeID"])
+        for one in sorted(all_known, key=lambda one: one["NodeID"])
         if one["Alive"]
     ]
 
@@ -68,6 +72,25 @@ def listens(host: str, port: int, seconds: float = 3) -> bool:
     except OSError:
         return False
     return True
+
+
+def waited_for(question: Callable[[], T]) -> T:
+    """The answer to a question, however long it takes; Ctrl-C ends it. A cluster without its head is silent, deep in Ray's own code."""
+    answers, errors = list[T](), list[BaseException]()
+
+    def ask() -> None:
+        try:
+            answers.append(question())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = Thread(target=ask, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.05)
+    for error in errors:
+        raise error
+    return answers[0]
 
 
 def draining_nodes() -> dict[str, int]:
