@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private import parameter, services, utils
+from ray._private import parameter, services, utils, worker
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.exceptions import RayError
@@ -32,6 +32,14 @@ HEAD = "node:__internal_head__"
 
 MARKET = ("market-type", "ray.io/market-type")
 """Labels that say how a node is paid for: ray_config.yaml's, and Ray's own, which KubeRay sets."""
+
+LINE = 200
+"""Most characters of what a raylet says of an error; its log has the rest."""
+
+RAYLET = "raylet"
+"""Ray's name, in the place of a process's number, for who says it."""
+
+_print = worker.print_to_stdstream
 
 PRINTER = "ray_print_logs"
 """Ray's name for what prints the output of the nodes' processes on the driver's terminal."""
@@ -194,19 +202,28 @@ def _own_sigterm() -> Iterator[None]:
 
 
 def _quiet() -> None:
-    """Leave out of what the nodes' processes print here what is Ray's own talk; what is lost, and why, is said by us.
+    """Leave out of what Ray prints here what is its own talk; what is lost, and why, is said by us.
 
-    A raylet that ends prints its whole state; and without a dashboard Ray Train's watcher of its own controller cannot see, and says so.
+    A raylet that ends prints its whole state, and says it once more as an error, of which a line remains; without a dashboard Ray Train's
+    watcher of its own controller cannot see, and says so.
     """
     for name, handle in list(global_worker_stdstream_dispatcher.handlers):
         if name == PRINTER:
 
             def unless_ray_s_own(data: dict[str, Any], handle: Callable[[dict[str, Any]], None] = handle) -> None:
-                if data.get("pid") != "raylet" and data.get("actor_name") != "PlacementGroupCleaner":
+                if data.get("pid") != RAYLET and data.get("actor_name") != "PlacementGroupCleaner":
                     handle(data)
 
             global_worker_stdstream_dispatcher.remove_handler(name)
             global_worker_stdstream_dispatcher.add_handler(name, unless_ray_s_own)
+    worker.print_to_stdstream = _print_briefly
+
+
+def _print_briefly(data: dict[str, Any], ignore_prefix: bool) -> None:
+    """The first line of each error of a raylet, as far as a terminal is wide, and all else whole."""
+    if data.get("pid") == RAYLET:
+        data = {**data, "lines": [text.strip().partition("\n")[0][:LINE] for text in data["lines"]]}
+    _print(data, ignore_prefix)
 
 
 @contextmanager

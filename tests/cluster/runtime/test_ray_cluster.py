@@ -201,3 +201,12 @@ def test_a_driver_on_the_head_or_on_a_spot_machine_of_a_real_cluster_is_said(she
     said = [line.removeprefix("PLACE").strip() for line in shell.run("python", "-c", PLACES).splitlines() if line.startswith("PLACE")]
     begins = ["this driver runs on the head of the cluster", "this driver runs on a spot machine", ""]
     assert [line.partition(":")[0] for line in said] == begins
+
+
+def test_of_a_raylet_s_error_a_line_is_printed_and_of_a_worker_s_all(capsys: pytest.CaptureFixture[str]) -> None:
+    error = "A worker died. " + "x" * 500 + "\n[state-dump] a page\n[state-dump] of it"
+    placement._print_briefly({"lines": [error], "pid": "raylet", "is_err": False, "job": None}, ignore_prefix=False)
+    placement._print_briefly({"lines": ["one", "two"], "pid": 7, "is_err": False, "job": None, "ip": "1.2.3.4"}, ignore_prefix=True)
+    said = capsys.readouterr().out
+    assert "A worker died. xxx" in said and "state-dump" not in said and len(said.splitlines()[0]) < 250
+    assert said.splitlines()[-2:] == ["one", "two"]
