@@ -158,7 +158,7 @@ class Group:
         failures = getattr(error, "worker_failures", {})
         rank = next((rank for rank, one in failures.items() if inner(one) is cause), next(iter(failures), None))
         known = [f"at {self._progress:.0f} items"] if self._progress else []
-        if rank is not None and rank < len(self._place):
+        if rank is not None and rank < len(self._place) and not self.hang:  # which says itself whom it means
             peer = "a peer of " * (isinstance(cause, RuntimeError) and " peer" in str(cause))  # gloo: who is told, not who is gone
             known = [f"{peer}rank {rank}", f"host {self._names.get(self._place[rank], self._place[rank])}", *known]
         return ", ".join(known)
