@@ -189,7 +189,8 @@ class Watch:
         before, over = done.before, done.lifted if done.lifted < math.inf else done.time
         started = [sight for sight in self.history if (sight.life, sight.restarts) > (before.life, before.restarts)]
         stood = started[0] if started else [sight for sight in self.history if sight.time <= over][-1]
-        later = [sight for sight in self.history if sight.time > stood.time and _items_since(stood, sight) > 0]
+        # A rank 0 that has just started has not told its step yet, while others have told their items.
+        later = [sight for sight in self.history if sight.time > stood.time and _items_since(stood, sight) > 0 and sight.step > 0]
         noticed = started[0].time - done.time if started else math.inf
         going = later[0].time - done.time if later else math.inf
         lost = 0
