@@ -34,6 +34,7 @@ STEPS_BEFORE = 2.0
 """Seconds that a group trains before one of its ranks is killed."""
 
 POLL = 0.1
+"""Seconds between two looks for the first step after a kill."""
 
 
 class Killer(Thread):
@@ -54,7 +55,8 @@ class Killer(Thread):
         try:
             self._kill()
         finally:
-            self._at_the_end()
+            if not self.over.is_set():  # or what is to be ended has ended, and its error is what counts
+                self._at_the_end()
 
     def _kill(self) -> None:
         draw = random.Random(0)

@@ -10,7 +10,7 @@ from cluster.training.requests import Request
 class Board:
     """Where ranks leave their latest numbers and find what is asked of them, and Ray Train what to do about a failure.
 
-    One lives beside the driver for as long as a stage. Ranks of an attempt that is over are not heard any more.
+    One lives beside the driver for as long as a group of ranks. Ranks of an attempt that is over are not heard any more.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Board:
         self._closed = False
 
     def begin(self, attempt: int) -> None:
-        """The driver starts the ranks, for the so-manieth time."""
+        """The driver starts the ranks: only this attempt is heard from now on."""
         self._attempt, self._request, self._latest = attempt, Request.NOTHING, {}
 
     def attempt(self) -> int:

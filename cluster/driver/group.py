@@ -254,6 +254,5 @@ class Group:
         return max(len(self._place), len(fit(self._gang, list(there.values()))))
 
 
-
 def _span(ranks: list[int]) -> str:
     return f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
