@@ -6,33 +6,16 @@ Heartbeats of leases are left out: how many there are says only how long it took
 
 import fcntl
 import os
-import sys
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
-LAST = "cluster.storage.folder"
-"""The module after whose import all of the store that is used can be watched."""
+from tests.cluster.support.after_import import after_import
 
 
-class AfterImport(MetaPathFinder):
-    """Watches the writes as soon as there is a store."""
+def watch(module: Any) -> None:
+    """The folder's module is the last of the store's whose writes are watched."""
+    from tests.cluster.support.writes import watch_writes
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != LAST:
-            return None
-        spec = PathFinder.find_spec(name, path, target)
-        assert spec is not None and spec.loader is not None
-        execute = spec.loader.exec_module
-
-        def execute_and_watch(module: Any) -> None:
-            execute(module)
-            from tests.cluster.support.writes import watch_writes
-
-            watch_writes(count)
-
-        spec.loader.exec_module = execute_and_watch  # type: ignore[method-assign]
-        return spec
+    watch_writes(count)
 
 
 def count(what: str) -> None:
@@ -50,4 +33,4 @@ def count(what: str) -> None:
 
 
 if "DYING_WRITES" in os.environ:
-    sys.meta_path.insert(0, AfterImport())
+    after_import("cluster.storage.folder", watch)

@@ -5,38 +5,18 @@ peers wait for it there. The file is renamed to `lock-1.happened` when it has ha
 """
 
 import os
-import sys
 import threading
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
-LAST = "cluster.training.engine"
+from tests.cluster.support.after_import import after_import
 
 
-class AfterImport(MetaPathFinder):
-    """Wraps what hangs as soon as there is an engine."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != LAST:
-            return None
-        spec = PathFinder.find_spec(name, path, target)
-        assert spec is not None and spec.loader is not None
-        execute = spec.loader.exec_module
-
-        def execute_and_wrap(module: Any) -> None:
-            execute(module)
-            wrap(module.Engine)
-
-        spec.loader.exec_module = execute_and_wrap  # type: ignore[method-assign]
-        return spec
-
-
-def wrap(engine: Any) -> None:
+def wrap(module: Any) -> None:
     """Look for an order at each backward pass and each small all-reduce."""
     import torch
     import torch.distributed as dist
 
+    engine = module.Engine
     backward, all_reduce = engine.backward, dist.all_reduce
 
     def backward_or_hang(self: Any, loss: Any) -> Any:
@@ -65,4 +45,4 @@ def ordered(what: str, rank: int) -> bool:
 
 
 if "HANGING" in os.environ:
-    sys.meta_path.insert(0, AfterImport())
+    after_import("cluster.training.engine", wrap)
