@@ -3,6 +3,7 @@
 # make test           what a change must pass
 # make test-cluster   the slow suites: clusters, S3, many ranks, several hosts.   make test-chaos: things are killed
 # PYTHON=python3.13   makes .venv, where there is none yet, with that Python and not with the first one that is there
+# GPU=1               one rank on each of so many GPUs: make train GPU=1
 # ARGS="..."          goes to the command: make train ARGS="optim.lr=1e-4", make test ARGS="-k order"
 
 PYTHON := python3.11 python3.12 python3.13
@@ -12,6 +13,7 @@ BUCKET := reactdiff
 STORE  := file
 TWO    := -n 2
 ARGS   :=
+GPU    :=
 SUDO   := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 
 train_file := $(PY) jobs/train.py
@@ -22,7 +24,7 @@ after_s3   := @echo 'The S3 server has ended; what names s3://$(BUCKET) needs it
 .PHONY: setup train check quick test lint test-cluster test-chaos clean
 
 train: $(SETUP)
-	$(or $(train_$(STORE)),$(error STORE=$(STORE): use file or s3)) $(ARGS)
+	$(or $(train_$(STORE)),$(error STORE=$(STORE): use file or s3)) $(if $(GPU),workers.gpu=true workers.count=$(GPU)) $(ARGS)
 	$(after_$(STORE))
 
 # Lint and types beside the tests: two cores have room for both.

@@ -22,7 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.config.schema import Experiment
 from cluster.driver.pin import pin
-from cluster.driver.ray_train import gang_of, set_defaults, worker_environment
+from cluster.driver.ray_train import gang_of, rank_environment, set_defaults
 from cluster.driver.run import execute
 from cluster.runtime.ray_cluster import connect
 from cluster.storage import Store
@@ -133,7 +133,7 @@ def stock_recoveries(experiment: Experiment, kills: int, folder: Path) -> list[f
             storage_path=str(folder / "ray"),
             logging_config=LoggingConfig(log_level="ERROR"),
             failure_config=FailureConfig(max_failures=-1),
-            worker_runtime_env={"env_vars": worker_environment(workers)},
+            worker_runtime_env={"env_vars": rank_environment(workers)},
         ),
     )
 

@@ -27,6 +27,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from cluster.config.schema import Workers
+from cluster.runtime.device import worker_environment
 from cluster.runtime.nodes import NODE_ID
 from cluster.runtime.placement import Gang
 from cluster.storage import StorageError
@@ -160,7 +161,7 @@ def _trainer(job: Job, gang: Gang, place: list[str], board: Any, notes: str) -> 
             name=f"{job.stage}-{job.life}-{job.attempt}",
             storage_path=notes,
             logging_config=LoggingConfig(log_level="ERROR"),
-            worker_runtime_env={"env_vars": worker_environment(workers)},
+            worker_runtime_env={"env_vars": rank_environment(workers)},
         ),
     )
 
@@ -171,13 +172,9 @@ def gang_of(workers: Workers) -> Gang:
     return Gang(workers.least, workers.most, resources, workers.per_host, workers.labels)
 
 
-def worker_environment(workers: Workers) -> dict[str, str]:
-    """What a rank's process needs before torch is imported."""
-    return {
-        "OMP_NUM_THREADS": str(workers.threads),
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger",  # DeepSpeed's, at every collective
-    }
+def rank_environment(workers: Workers) -> dict[str, str]:
+    """What a rank's process needs beside `worker_environment`: silence about what DeepSpeed does at every collective."""
+    return {**worker_environment(workers), "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger"}
 
 
 def set_defaults() -> None:

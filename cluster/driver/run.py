@@ -26,6 +26,7 @@ from cluster.runs.latents import LatentDataset
 from cluster.runs.lease import Lease
 from cluster.runs.state import State, Superseded, open_life, update_state, write_state
 from cluster.runtime.failures import StageFailed, failure_of
+from cluster.runtime.nodes import is_private
 from cluster.runtime.placement import assert_possible
 from cluster.runtime.ray_cluster import assert_visible, connect, driver_risk
 from cluster.storage import NotFound, Store
@@ -75,7 +76,10 @@ def execute(
 
 def _execute(experiment: Experiment, pinned: Pinned, steps: Sequence[str], display: Display, trial: str, lease: Lease) -> dict[str, Scores]:
     """Bring the run to its end; this process holds its lease."""
-    connect(cpus=experiment.workers.least + 1)
+    there = connect(cpus=experiment.workers.least + 1)
+    if there.gpus and is_private() and not experiment.workers.gpu:
+        cards = f"{there.gpus:g}"
+        display.say(f"no GPU of this machine is used (workers.gpu): workers.gpu=true workers.count={cards}, or make train GPU={cards}")
     if risk := driver_risk():
         display.say(risk)
     assert_possible(gang_of(experiment.workers))

@@ -1,16 +1,27 @@
-"""What a rank computes on: how much memory it used, how fast it could be."""
+"""What a rank or a task computes on: where that is decided, how much memory it used, how fast it could be."""
 
 import resource
 import sys
 
 import torch
 
+from cluster.config.schema import Workers
+
 PEAK = {"H100": (989e12, 67e12), "H200": (989e12, 67e12), "A100": (312e12, 19.5e12), "A10G": (70e12, 35e12), "L4": (121e12, 30e12)}
 """Device -> peak operations per second in bf16 and in fp32 without TF32, dense, from the makers' data sheets."""
 
 
+def worker_environment(workers: Workers) -> dict[str, str]:
+    """What the process of a rank or a task needs before torch is imported; where it computes is decided here, by `workers.gpu`.
+
+    A process that asked Ray for no GPU sees all of its machine's, and DeepSpeed takes one wherever it sees one, beside Ray's gloo.
+    """
+    where = {"DS_ACCELERATOR": "cuda"} if workers.gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return {**where, "OMP_NUM_THREADS": str(workers.threads), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+
+
 def best_device() -> torch.device:
-    """The GPU if there is one."""
+    """The GPU if this process sees one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -1,13 +1,19 @@
 """Many independent pieces of work over the connected cluster."""
 
 import logging
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config.schema import Workers
+from cluster.runtime.device import worker_environment
 from cluster.runtime.failures import Budget, failure_of
 from cluster.runtime.nodes import nodes
 from cluster.runtime.ray_cluster import resources
@@ -24,6 +30,13 @@ RAY_RETRIES = 3
 
 SAID_EVERY = 60.0
 """Seconds without a result after which it is said what room there is, and said again."""
+
+
+GIVING_BACK = 20.0
+"""Seconds that processes have to end and give back the memory of their GPUs."""
+
+Process = tuple[str, int]
+"""Address of a machine, and number of a process on it."""
 
 
 class TaskLost(RuntimeError):
@@ -44,6 +57,9 @@ def map_tasks(
         shared: put into the object store once, and taken out once by each process, not once per call; the same object for
             all calls that a process answers, so what it keeps of itself (`cached_property`) is kept.
 
+    Processes that had a GPU are ended when all calls are done: Ray would keep them, and with each a context and a cache on its GPU, which
+    the ranks that come next need.
+
     Yields:
         (number of the call, its result), in the order they finish.
 
@@ -57,13 +73,14 @@ def map_tasks(
         num_cpus=workers.cpus,
         num_gpus=1 if workers.gpu else 0,
         scheduling_strategy="DEFAULT",  # anywhere: the driver of a sweep's trial sits in a placement group without room for tasks
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(workers.threads), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}},
+        runtime_env={"env_vars": worker_environment(workers)},
     )
     box = [ray.put(shared)]  # in a list: else Ray takes it out itself, for every call
     there = resources()
     at_once = 2 * max(1, int(there.gpus if workers.gpu else there.cpus / workers.cpus))
     waiting = list(enumerate(calls))[::-1]
     running: dict[Any, int] = {}
+    processes: set[Process] = set()
     budget = Budget(RETRIES)
     try:
         while waiting or running:
@@ -76,8 +93,11 @@ def map_tasks(
                 continue
             number = running.pop(done[0])
             try:
-                result = ray.get(done[0])
+                process, result = ray.get(done[0])
+                processes.add(process)
             except RayError as error:
+                if isinstance(error, RayTaskError):
+                    processes.add((error.ip, error.pid))
                 cause = error.cause if isinstance(error, RayTaskError) else TaskLost(f"{function.__name__}: {_first_line(error)}")
                 failure = failure_of(cause)
                 if failure is None or not budget.allows(failure):
@@ -90,6 +110,26 @@ def map_tasks(
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
+        if workers.gpu:
+            _end(processes)
+
+
+def _end(processes: set[Process]) -> None:
+    ending = []
+    for node in nodes():
+        if pids := [pid for address, pid in processes if address == node.address]:
+            there = NodeAffinitySchedulingStrategy(node.id, soft=False)
+            ending.append(_kill.options(scheduling_strategy=there).remote(pids))
+    if ending:  # a machine that does not answer has nothing to give back
+        ray.wait(ending, num_returns=len(ending), timeout=GIVING_BACK)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if psutil.Process(pid).name().startswith("ray::"):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _room(workers: Workers) -> str:
@@ -107,9 +147,9 @@ _taken: dict[str, Any] = {}
 """What this process took out of the object store last."""
 
 
-def _call(function: Callable[..., Any], box: list[ray.ObjectRef], call: tuple[Any, ...]) -> Any:
+def _call(function: Callable[..., Any], box: list[ray.ObjectRef], call: tuple[Any, ...]) -> tuple[Process, Any]:
     (reference,) = box
     if (name := reference.hex()) not in _taken:
         _taken.clear()
         _taken[name] = ray.get(reference)
-    return function(_taken[name], *call)
+    return (ray.util.get_node_ip_address(), os.getpid()), function(_taken[name], *call)

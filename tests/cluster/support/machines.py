@@ -63,11 +63,11 @@ class Machines:
         loop = ["sh", "-c", f"until {command}; do sleep 1; done"]
         return subprocess.Popen(loop, env=self._environment, start_new_session=True, **silent)
 
-    def _add(self) -> subprocess.Popen[bytes]:
-        return self._start(f"--address={self.address}", "--num-cpus=1")
+    def _add(self, gpus: int = 0) -> subprocess.Popen[bytes]:
+        return self._start(f"--address={self.address}", "--num-cpus=1", f"--num-gpus={gpus}")
 
-    def add(self, count: int = 1) -> None:
-        self._nodes += [self._add() for _ in range(count)]
+    def add(self, count: int = 1, gpus: int = 0) -> None:
+        self._nodes += [self._add(gpus) for _ in range(count)]
 
     def wait(self, count: int) -> None:
         """Until so many have joined."""
