@@ -17,6 +17,8 @@ from tests.tiny import ROOT
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 HANGS = 5
+NICENESS = 15
+"""Of the processes that Ray starts."""
 LONG = ("workers.count=2", "optim.epochs=150")
 SAID = re.compile(r"no (sign of life|step) for .*rank (?P<rank>\d) on \S+ \(\S+\) in phase (?P<phase>\w+) of its step \d+ for \d+ s")
 
@@ -90,8 +92,9 @@ def test_ranks_that_wait_for_a_lock_or_leave_out_a_collective(
 
 
 def test_ten_runs_on_a_busy_machine_raise_no_alarm(shards: Path, tmp_path: Path) -> None:
-    """Two ranks beside so many processes that each core has five to serve."""
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(5 * len(os.sched_getaffinity(0)))]
+    """Two ranks beside so many processes that each core has five to serve, as nice as Ray's own: beside others those would stand still."""
+    command = ["nice", "-n", str(NICENESS), sys.executable, "-c", "while True: pass"]
+    busy = [subprocess.Popen(command) for _ in range(5 * len(os.sched_getaffinity(0)))]
     try:
         for number in range(10):
             run = Running(shards, tmp_path, f"busy-{number}", "workers.count=2", "optim.epochs=15")
