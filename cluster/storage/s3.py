@@ -80,7 +80,7 @@ CONFIG = Config(
     s3={"addressing_style": "path"},
     signature_version="s3v4",
     max_pool_connections=POOL,
-    retries={"mode": "standard", "total_max_attempts": 2},
+    retries={"mode": "standard", "total_max_attempts": 1},  # `Retry` does it: a busy server is not asked twice for each of its tries
     connect_timeout=3,
     read_timeout=STALL,
     tcp_keepalive=True,
@@ -117,6 +117,10 @@ DEADLINES = Deadlines()
 logging.getLogger("urllib3.connection").setLevel(logging.ERROR)  # its warnings have whole URLs, signed ones too
 
 
+class _Busy(Exception):
+    """The server says that it cannot answer now."""
+
+
 class _Server:
     """A server and the credentials for it, shared by all stores that were opened from one with `at`."""
 
@@ -139,6 +143,9 @@ class _Server:
         The URL is signed once for all ranges of an object: boto3 signs, checks and parses each request anew, at four times the CPU time.
         Whatever fails here is requested again by boto3, which also raises the error; nothing of it is logged, for the URL gives access
         as a password does.
+
+        Raises:
+            _Busy: if the same request may be answered after a pause.
         """
         if self._refused >= REFUSALS:
             return None
@@ -151,10 +158,12 @@ class _Server:
         if answer.status_code == 206 and "ETag" in answer.headers:
             self._refused = 0
             return answer
+        answer.raw.close()
+        if _not_now(answer.status_code):
+            raise _Busy
         if self._signed.cache_info().currsize:  # else another thread's URL expired at the same time, and was counted
             self._refused += answer.status_code in (301, 307, 400, 401, 403)
         self._signed.cache_clear()
-        answer.raw.close()
         return None
 
     def _sign(self, bucket: str, name: str, _: int) -> str:
@@ -264,7 +273,14 @@ class S3Store(Store):
     def _get_range(self, key: str, start: int, end: int, etag: str) -> tuple[str, int | None, StreamingBody]:
         """Etag, length (None if the server does not tell) and body of the answer to a request for these bytes of an object."""
         span, name = f"bytes={start}-{end - 1}", self._prefix + checked_key(key)
-        response = self._server.get(self._bucket, name, {"Range": span} | ({"If-Match": etag} if etag else {}))
+        response, retry = None, Retry()
+        while True:
+            try:
+                response = self._server.get(self._bucket, name, {"Range": span} | ({"If-Match": etag} if etag else {}))
+                break
+            except _Busy:
+                if not retry.again(RETRY_SECONDS):
+                    break
         if response is not None:
             self._server.answered = True
             length = response.headers.get("Content-Length")
@@ -301,7 +317,7 @@ class S3Store(Store):
             except ClientError as error:
                 if _status(error) != 412 and _code(error) != "NoSuchKey":
                     raise
-                if attempt or error.response["ResponseMetadata"].get("RetryAttempts"):
+                if attempt:
                     etag = multipart.etag_if_written_by(writer, lambda operation: self._call(operation, key))
                     if etag is not None:
                         return etag
@@ -360,9 +376,14 @@ def _status(error: ClientError) -> int:
     return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
 
 
+def _not_now(status: int) -> bool:
+    """Whether an answer of this status says that the server is too busy, or broken for a moment."""
+    return status in (408, 429) or (status >= 500 and status != 501)
+
+
 def _retryable(error: BaseException) -> bool:
     """Whether a retry of the same request may help."""
     if isinstance(error, ClientError):
         # 409: AWS, where two conditional writes of one key came at the same time and neither was decided.
-        return _code(error) in RETRYABLE | DAMAGED or _status(error) in (408, 409, 429) or (_status(error) >= 500 and _status(error) != 501)
+        return _code(error) in RETRYABLE | DAMAGED or _status(error) == 409 or _not_now(_status(error))
     return isinstance(error, RETRYABLE_EXCEPTIONS)
