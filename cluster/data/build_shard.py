@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from crc32c import crc32c
+from fastcrc.crc32 import iscsi as crc32c
 
 from cluster.data.shards import ShardInfo, encode_npy, members, read_index, upload_shard
 from cluster.storage import NotFound, Store, content_hash

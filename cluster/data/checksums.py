@@ -4,7 +4,7 @@ The bytes that came last are still in the processor's cache then. To compute the
 from memory again, at twice the cost.
 """
 
-from crc32c import crc32c
+from fastcrc.crc32 import iscsi as crc32c
 
 from cluster.data.ranges import ReceiveBuffers
 

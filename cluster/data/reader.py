@@ -19,7 +19,7 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
-from crc32c import crc32c
+from fastcrc.crc32 import iscsi as crc32c
 
 from cluster.data.cache import Cache
 from cluster.data.checksums import RunningChecksums

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import webdataset
-from crc32c import crc32c
+from fastcrc.crc32 import iscsi as crc32c
 
 from cluster.runtime.scratch import scratch_folder
 from cluster.storage import Store, content_hash

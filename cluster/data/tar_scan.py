@@ -14,7 +14,7 @@ from itertools import islice
 from typing import NamedTuple, NoReturn
 
 import numpy as np
-from crc32c import crc32c
+from fastcrc.crc32 import iscsi as crc32c
 
 from cluster.data.sequential import SequentialReader
 from cluster.data.shards import NPY, index_dtype, npy_header

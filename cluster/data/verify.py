@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from crc32c import crc32c
+from fastcrc.crc32 import iscsi as crc32c
 
 from cluster.config.schema import Workers
 from cluster.data.manifest import File, Manifest, read_file

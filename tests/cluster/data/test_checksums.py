@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from crc32c import crc32c
+from fastcrc.crc32 import iscsi as crc32c
 
 from cluster.data.checksums import RunningChecksums
 from cluster.data.ranges import DIRECT, Range, ReadPlan, ReceiveBuffers

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from crc32c import crc32c
+from fastcrc.crc32 import iscsi as crc32c
 
 from cluster.data.cache import Cache
 from cluster.data.manifest import Manifest, ShardTable, Split, StreamEntry, load_manifest, publish
