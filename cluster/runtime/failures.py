@@ -26,6 +26,7 @@ class Failure:
         retried: whether we start the work again by ourselves, up to `run.retries` times without progress.
         advice: what to do when it has ended the run.
         signs: exceptions that show it and do not name it themselves.
+        says: words of exceptions that show it, and have no class of their own.
         exit_code: of a command that it ended.
         free: whether starting again costs nothing of the budget, for nothing is wrong with the run.
     """
@@ -36,6 +37,7 @@ class Failure:
     signs: tuple[type[BaseException] | str, ...] = ()
     exit_code: int = PERSON
     free: bool = False
+    says: tuple[str, ...] = ()
 
 
 TABLE = (
@@ -48,6 +50,7 @@ TABLE = (
         False,
         "lower workers.micro_batch, raise workers.zero or workers.count; all of them may change in a run",
         (MemoryError, "OutOfMemoryError"),
+        says=("DefaultCPUAllocator: can't allocate memory", "[Errno 12] Cannot allocate memory"),
     ),
     Failure("refused", False, "correct the URL, or the credentials and their rights; then the same command", (Permanent,)),
     Failure("storage", True, "see to the store; the same command goes on", (StorageError,), AGAIN),
@@ -149,7 +152,8 @@ def _shows(error: BaseException, failure: Failure) -> bool:
     if isinstance(name := getattr(error, "failure", None), str):
         return name == failure.name
     types = tuple(sign for sign in failure.signs if not isinstance(sign, str))
-    return isinstance(error, types) or any(kind.__name__ in failure.signs for kind in type(error).__mro__)
+    named = any(kind.__name__ in failure.signs for kind in type(error).__mro__)
+    return isinstance(error, types) or named or any(words in str(error) for words in failure.says)
 
 
 def _sentence(error: BaseException) -> str:

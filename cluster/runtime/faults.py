@@ -412,13 +412,6 @@ def _fill_disk(injector: Injector, fault: Fault) -> Story:
     host.run("rm", "/tmp/full", "/tmp/more")
 
 
-def _limit_memory(injector: Injector, fault: Fault) -> Story:
-    machine, pid = injector.watch.process(fault.rank)
-    held = 1024 * int(machine.run("ps", "-o", "vsz=", "-p", str(pid)).stdout)
-    machine.run("prlimit", f"--pid={pid}", f"--as={held}")
-    yield machine.name, f"process {pid} of rank {fault.rank} gets no more memory than the {held} bytes of addresses it has"
-
-
 KINDS: Mapping[str, FaultStory] = {
     "kill": _kill,
     "kill_raylet": _kill_raylet,
@@ -431,7 +424,6 @@ KINDS: Mapping[str, FaultStory] = {
     "drain": _drain,
     "stop": _stop,
     "fill_disk": _fill_disk,
-    "limit_memory": _limit_memory,
 }
 """Name -> what does it: up to `yield (host, what shows that it happened)`, and after it what ends it again."""
 

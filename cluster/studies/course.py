@@ -32,8 +32,11 @@ REPEATS = 3
 GRACE = 120.0
 """Seconds for a command that has to end by itself."""
 
-OWN = ("damage_shards", "nan_gradient", "second_driver", "freeze_driver")
-"""Faults beside those of `cluster/runtime/faults.py`: they need the run's data or its command."""
+OWN = ("damage_shards", "nan_gradient", "out_of_memory", "second_driver", "freeze_driver")
+"""Faults beside those of `cluster/runtime/faults.py`: they need the run's data, its command, or that its ranks play a part."""
+
+STOPPING = ("damage_shards", "nan_gradient", "out_of_memory")
+"""Those that stop the run by contract, and are lifted then."""
 
 
 class NotInjected(RuntimeError):
@@ -52,7 +55,7 @@ class Course:
         self._case, self._steps, self._ground, self._display = case, steps, ground, display
         self._command, self._log = case.command(steps, ground), ground.logs / f"{name}.log"
         self._watch = Watch(lambda: ground.machines, case.batches, ground.targets)
-        stories = (self._damage_shards, self._nan_gradient, self._second_driver, self._freeze_driver)
+        stories = (self._damage_shards, self._by_rank, self._by_rank, self._second_driver, self._freeze_driver)
         own: dict[str, FaultStory] = dict(zip(OWN, stories, strict=True))
         self._injector = Injector(self._watch, ground.hosts, own)
         self._open: Injected | None = None
@@ -156,7 +159,7 @@ class Course:
         """Wait for what a fault that has no end of its own must bring about, and lift it; a host that is lost for good gets a spare."""
         assert self._open
         fault, before = self._open.fault, self._open.before
-        if fault.kind in ("damage_shards", "nan_gradient"):
+        if fault.kind in STOPPING:
             self._until_ended = True
             self._spend(lambda: not self._until_ended)
         elif fault.kind == "freeze_driver":
@@ -203,13 +206,15 @@ class Course:
         for store, key, data in whole:
             store.put(key, data)
 
-    def _nan_gradient(self, injector: Injector, fault: Fault) -> Story:
-        host, (asked, happened) = injector.host(fault.rank), ("/tmp/nan-gradient", "/tmp/nan-gradient-happened")
-        host.run("touch", asked)
+    def _by_rank(self, injector: Injector, fault: Fault) -> Story:
+        """What a rank does itself, as long as there is a file for it (`cluster/studies/rank_faults`)."""
+        host, (asked, happened) = injector.host(fault.rank), (f"/tmp/rank-faults/{fault.kind}", f"/tmp/rank-faults-happened/{fault.kind}")
+        host.run("sh", "-c", f"mkdir -p /tmp/rank-faults && touch {asked}")
         self._watch.spend(GRACE, lambda: host.run("test", "-e", happened, check=False).returncode == 0)
+        what = {"nan_gradient": "has a gradient of NaN", "out_of_memory": "needs more memory than it gets"}[fault.kind]
         if host.run("test", "-e", happened, check=False).returncode:
-            raise MachineError(f"it did not happen that a gradient of rank {fault.rank} on {host.name} was NaN")
-        yield host.name, f"the gradient of rank {fault.rank} is NaN"
+            raise MachineError(f"it did not happen that rank {fault.rank} on {host.name} {what}")
+        yield host.name, f"rank {fault.rank} {what}"
         host.run("rm", "-f", asked, happened)
 
     def _second_driver(self, injector: Injector, fault: Fault) -> Story:

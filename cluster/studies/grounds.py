@@ -13,8 +13,8 @@ from cluster.runtime.machines import PROJECT, Machine, MachineError
 from cluster.runtime.remote_machine import cluster_machines
 from cluster.storage import Store, open_store
 
-NAN = Path(__file__).parent / "nan_gradient"
-"""Folder of the module by which ranks get a gradient of NaN."""
+RANK_FAULTS = Path(__file__).parent / "rank_faults"
+"""Folder of the module by which ranks do themselves what cannot be done to them."""
 
 OF_ALL = {"RAY_gcs_rpc_server_reconnect_timeout_s": "3600"}
 OF_HEAD = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": "/tmp/home/ray-gcs"}
@@ -57,7 +57,7 @@ class DrivenHosts(Hosts):
 
     def fill(self) -> None:
         """Add store, head, workers and the driver's machine."""
-        self.environment |= OF_ALL | {"PYTHONPATH": f"{NAN}:{PROJECT}"}
+        self.environment |= OF_ALL | {"PYTHONPATH": f"{RANK_FAULTS}:{PROJECT}"}
         super().fill()
         self.driver = self._host("driver", 200, f"--address={self.head.ip}:6379", "--num-cpus=0", "--labels=pool=driver")
 

@@ -49,7 +49,7 @@ FAULT_KINDS: Mapping[str, FaultKind] = {
     "wrong_bytes": FaultKind("damage_shards", "every shard has wrong bytes until the run has stopped"),
     "nan_gradient": FaultKind("nan_gradient", "the gradient of a rank is NaN until the run has stopped"),
     "disk_full": FaultKind("fill_disk", "the disk of a host is full for 20 s", 20, beside=20),
-    "out_of_memory": FaultKind("limit_memory", "a rank gets no more memory than it has"),
+    "out_of_memory": FaultKind("out_of_memory", "a rank gets no more memory than it has, and needs more, until the run has stopped"),
     "second_driver": FaultKind("second_driver", "the same command is given a second time, with --no-wait", beside=30, rootless=True),
     "frozen_driver": FaultKind("freeze_driver", "the driver gets SIGSTOP, another takes over, then SIGCONT", beside=30, rootless=True),
 }

@@ -1,15 +1,21 @@
-"""Where this folder is on PYTHONPATH, a rank's gradient is NaN as long as its machine has the file `ASKED`: a fault for proofs.
+"""Where this folder is on PYTHONPATH, a rank does what its machine has a file for in ASKED: faults for proofs that only a rank can make.
 
-Python imports a module of this name at its start. It wraps DeepSpeed's `backward` when that is imported, and does nothing else.
+`nan_gradient`: its gradient is NaN. `out_of_memory`: it may have no more memory than it has, and needs more. A file of the same name in
+HAPPENED says that it was done. Python imports a module of this name at its start. It wraps DeepSpeed's `backward` when that is imported,
+and does nothing else.
 """
 
 import importlib.util
 import os
+import resource
 import sys
 from typing import Any
 
 ENGINE = "deepspeed.runtime.engine"
-ASKED, HAPPENED = "/tmp/nan-gradient", "/tmp/nan-gradient-happened"
+ASKED, HAPPENED = "/tmp/rank-faults", "/tmp/rank-faults-happened"
+
+NEEDED = 1 << 28
+"""Bytes that a rank needs and does not get: more than any allocator has in reserve."""
 
 
 class _Wrapping:
@@ -34,13 +40,25 @@ class _Wrapping:
 def _wrap(engine: Any) -> None:
     backward = engine.backward
 
-    def poisoned(self: Any, loss: Any, *arguments: Any, **options: Any) -> Any:
-        if os.path.exists(ASKED):
+    def faulty(self: Any, loss: Any, *arguments: Any, **options: Any) -> Any:
+        if _asked("nan_gradient"):
             loss = loss * float("nan")
-            open(HAPPENED, "w").close()
+        if _asked("out_of_memory"):
+            with open("/proc/self/statm") as sizes:
+                held = int(sizes.read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (held, resource.RLIM_INFINITY))
+            loss.new_empty(NEEDED // loss.element_size())
         return backward(self, loss, *arguments, **options)
 
-    engine.backward = poisoned
+    engine.backward = faulty
+
+
+def _asked(name: str) -> bool:
+    if not os.path.exists(os.path.join(ASKED, name)):
+        return False
+    os.makedirs(HAPPENED, exist_ok=True)
+    open(os.path.join(HAPPENED, name), "w").close()
+    return True
 
 
 sys.meta_path.insert(0, _Wrapping())

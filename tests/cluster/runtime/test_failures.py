@@ -1,6 +1,10 @@
 """Which faults of a store start the workers again: what a real server says, as the table takes it."""
 
+import errno
+import os
+
 import pytest
+import torch
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from cluster.runtime import failures
@@ -76,6 +80,9 @@ def test_ray_s_own_errors_stand_in_the_table() -> None:
 
     assert classify([ControllerError(WorkerGroupStartupTimeoutError(3))])[0].name == "no_place"
     assert failure_of(OutOfMemoryError("killed")).name == "out_of_memory"
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(1 << 50)
+    assert failure_of(refused.value).name == failure_of(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))).name == "out_of_memory"
     assert failure_of(ActorDiedError()).name == "lost"
     assert failure_of(RuntimeError("a mistake of ours")) is None and classify([RuntimeError("broken pipe")])[0] is failures.LOST
 

@@ -222,17 +222,6 @@ def test_a_full_disk_is_empty_again_after_its_seconds(hosts: Hosts, injector: In
     assert free() == before
 
 
-def test_a_rank_gets_no_more_memory(hosts: Hosts, injector: Injector) -> None:
-    grow = "import time\nwhile True: time.sleep(0.2); kept = bytearray(1 << 28)"
-    hungry = hosts.workers[0].popen(sys.executable, "-c", grow)
-    assert soon(lambda: bool(hosts.workers[0].processes(f"^{sys.executable} -c {grow[:11]}")))
-    found = hosts.workers[0].processes(f"^{sys.executable} -c {grow[:11]}")
-    injector.watch.coming = [sight(h1=found[0].pid)]  # type: ignore[attr-defined]
-    done = injector.inject(at(step=1).limit_memory())
-    assert hungry.wait() == 1 and "gets no more memory" in done.detail
-    assert "MemoryError" in (hosts.folder / "h1.log").read_text()
-
-
 def test_a_drained_host_is_taken_away_when_its_notice_ends(hosts: Hosts, injector: Injector) -> None:
     done = injector.inject(at(step=1).drain(rank=1, seconds=0.5))
     assert done.detail == "Ray took the notice that h2 goes in 0.5 s" and not hosts.workers[1].on
