@@ -156,7 +156,11 @@ class Optim(Branch):
     weight_decay: float = field(5e-4, "AdamW's decoupled weight decay.", unit="1/step", ge=0)
     clip: float = field(0.0, "Largest gradient norm, 0 for none.", ge=0)
     ema: PerStage[float] = field(per_stage(0.999, 0.999), "Decay of the averaged weights used for evaluation.", unit="1/step")
-    precision: Literal["fp32", "bf16"] = field("fp32", "Arithmetic of forward and backward; master weights are always fp32.")
+    precision: Literal["fp32", "tf32", "bf16"] = field(
+        "fp32",
+        "Arithmetic of forward and backward: fp32 on any device, tf32 (fp32 whose products a GPU rounds to 10 bits), bf16; "
+        "weights that are trained, sums of gradients and moments are always fp32.",
+    )
 
     @model_validator(mode="after")
     def _sane(self) -> "Optim":

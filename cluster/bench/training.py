@@ -49,7 +49,7 @@ def bench_training(experiment: Experiment, name: str, source: Source, steps: int
         source: widths and frames.
         steps: measured optimiser steps of each rival, in turns.
     """
-    make_deterministic(experiment.workers.threads)
+    make_deterministic(experiment.workers.threads, tf32=experiment.optim.precision == "tf32")
     device = best_device()
     batch_items, settings = experiment.optim.batch[name], engine_settings(experiment, name, ranks=1)
     kind = stages_over(source, experiment.model, experiment.diffusion)[name]
@@ -92,11 +92,14 @@ def _engine_step(engine: Engine, batch: dict[str, torch.Tensor], items: int, par
     weighted = batch | {"weight": torch.ones(items, device=engine.device)}
 
     def step() -> None:
+        loss = torch.zeros((), device=engine.device)
         for part in range(parts):
             size = slice(part * items // parts, (part + 1) * items // parts)
-            engine.backward(engine.forward({key: tensor[size] for key, tensor in weighted.items()}, items))
-        engine.gradient_square()
-        engine.step(1e-4)
+            part_loss = engine.forward({key: tensor[size] for key, tensor in weighted.items()}, items)
+            engine.backward(part_loss)
+            loss += part_loss.detach()
+        engine.step(1e-4, loss, engine.gradient_square())
+        engine.average()
 
     return step
 

@@ -25,13 +25,13 @@ def memory_per_rank(parameters: int, zero: int, ranks: int, precision: str) -> d
         parameters: of the stage.
         zero: DeepSpeed ZeRO stage.
         ranks: number of ranks.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "tf32" or "bf16".
     """
     width = 2 if precision == "bf16" else 4
     own = parameters if zero == 0 else -(-parameters // ranks)
     return {
         "weights": width * (-(-parameters // ranks) if zero == 3 else parameters),
-        "gradients": width * (-(-parameters // ranks) if zero >= 2 else parameters),
+        "gradients": 4 * (-(-parameters // ranks) if zero >= 2 else parameters),
         "fp32 masters": 0 if zero == 0 else 4 * own,
         "Adam moments": 8 * own,
         "averaged weights": 4 * own,

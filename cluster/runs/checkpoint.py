@@ -8,22 +8,21 @@ wrote them in their names too, so an attempt that was given up and wakes can nei
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load
 
 from cluster.data.quarantine import BadItem
 from cluster.runs.lineage import counting, is_manifest, written_by
 from cluster.runs.retention import Retention, StoredCheckpoint, checkpoint_scores
-from cluster.runs.snapshot import TensorSnapshot
+from cluster.runs.snapshot import Stretch, TensorsInPlace, TensorSnapshot
 from cluster.runs.state import Attempt, Superseded
 from cluster.storage import AlreadyExists, NotFound, StorageError, Store, content_hash
-from cluster.storage.hashing import HashMismatch, read_verified
+from cluster.storage.hashing import HashMismatch, stream_verified
 from cluster.storage.parallel import parallel_map
 
 VERSION = 2
@@ -33,9 +32,21 @@ READ = (1, 2)
 BUFFER = "buffer/"
 log = logging.getLogger(__name__)
 
-Read = Callable[[str, int, int], dict[str, torch.Tensor]]
 Extent = tuple[str, int, int]
 """(parameter name, first element, count)."""
+
+
+class Target(NamedTuple):
+    """Where a stretch of a parameter belongs: its name, its first element in the flattened parameter, and kind -> (count,) fp32."""
+
+    name: str
+    start: int
+    views: Mapping[str, torch.Tensor]
+
+    @property
+    def end(self) -> int:
+        """One after its last element."""
+        return self.start + next(iter(self.views.values())).numel()
 
 
 class DamagedCheckpoint(RuntimeError):
@@ -146,61 +157,61 @@ def read_manifest(store: Store, key: str) -> Checkpoint:
         raise GoneCheckpoint(f"{store.url}/{key} is gone since the checkpoints were listed") from None
 
 
-def read_part(store: Store, stage: str, part: CheckpointPart) -> dict[str, torch.Tensor]:
-    """The tensors of a part, verified against its hash.
+def load_into(store: Store, checkpoint: Checkpoint, stretches: Sequence[Target]) -> dict[str, torch.Tensor]:
+    """Fill stretches of parameters with what a checkpoint has of them; a part that overlaps none of them is not touched.
 
-    Raises:
-        DamagedCheckpoint: if the part is missing or its bytes have another hash.
-    """
-    key = f"checkpoints/{stage}/{part.file}"
-    try:
-        return load(read_verified(store, key, part.hash))
-    except NotFound:
-        raise DamagedCheckpoint(f"{store.url}/{key} is missing") from None
-    except HashMismatch as error:
-        raise DamagedCheckpoint(str(error)) from None
-
-
-def reader(store: Store, checkpoint: Checkpoint, extents: Iterable[Extent]) -> Read:
-    """Read what covers these stretches; a part that overlaps none of them is not touched.
+    Parts come in pieces, each straight to where it belongs: nothing is in memory twice. Where this raises, what is there is undefined.
 
     Returns:
-        (name, start, count) -> kind -> (count,) fp32, for `Engine.restore`.
+        The buffers that were in the parts that were read.
 
     Raises:
-        DamagedCheckpoint: if a part is damaged or the stretches are not covered.
+        DamagedCheckpoint: if a part is missing or damaged, or the stretches are not covered.
     """
-    wanted: dict[str, list[tuple[int, int, dict[str, torch.Tensor]]]] = {}
-    for name, start, count in extents:
-        wanted.setdefault(name, []).append((start, count, {}))
-    missing = sum(count for stretches in wanted.values() for _, count, _ in stretches)
+    wanted: dict[str, list[Target]] = {}
+    for target in stretches:
+        wanted.setdefault(target.name, []).append(target)
+    missing = sum(view.numel() for target in stretches for view in target.views.values())
+    buffers: dict[str, torch.Tensor] = {}
+
+    def places(name: str, dtype: torch.dtype, shape: list[int]) -> Iterator[Stretch]:
+        if name.startswith(BUFFER):
+            buffer = buffers[name.removeprefix(BUFFER)] = torch.empty(shape, dtype=dtype)
+            yield 0, buffer
+            return
+        stretch, _, kind = name.rpartition("/")
+        parameter, _, at = stretch.rpartition("@")
+        for target in wanted.get(parameter, ()):
+            low, high = max(target.start, int(at)), min(target.end, int(at) + prod(shape))
+            if low < high and kind in target.views:
+                yield low - int(at), target.views[kind][low - target.start : high - target.start]
+
     for part in checkpoint.parts:
-        if not any(s < at + n and at < s + c for name, at, n in part.extents for s, c, _ in wanted.get(name, [])):
+        if not any(t.start < at + n and at < t.end for name, at, n in part.extents for t in wanted.get(name, ())):
             continue
-        tensors = read_part(store, checkpoint.stage, part)
-        for name, at, n in part.extents:
-            for start, count, kinds in wanted.get(name, []):
-                low, high = max(start, at), min(start + count, at + n)
-                if low < high:
-                    missing -= high - low
-                    for kind in _kinds(tensors, name, at):
-                        into = kinds.setdefault(kind, torch.zeros(count))
-                        into[low - start : high - start] = tensors[_tensor(name, at, kind)][low - at : high - at]
+        key, into = f"checkpoints/{checkpoint.stage}/{part.file}", TensorsInPlace(places)
+        try:
+            stream_verified(store, key, part.hash, into.take)
+        except NotFound:
+            raise DamagedCheckpoint(f"{store.url}/{key} is missing") from None
+        except HashMismatch as error:
+            raise DamagedCheckpoint(str(error)) from None
+        missing -= into.count
+    missing += sum(buffer.numel() for buffer in buffers.values())
     if missing:
         where = f"{store.url}/checkpoints/{checkpoint.stage}/{checkpoint.file}"
         raise DamagedCheckpoint(f"{where} leaves {missing} weights of this model uncovered")
-    return lambda name, start, count: next(kinds for s, c, kinds in wanted[name] if (s, c) == (start, count))
+    return buffers
 
 
 def assemble(store: Store, checkpoint: Checkpoint, kind: str) -> dict[str, torch.Tensor]:
-    """All weights of one kind ("average" for evaluation, "master" for the trained ones), in the model's shapes, and its buffers."""
+    """All weights of one kind ("average" for evaluation, "master" for the trained ones), in the model's shapes, and its buffers.
+
+    Raises:
+        DamagedCheckpoint: as `load_into`.
+    """
     flat = {name: torch.empty(prod(shape)) for name, shape in checkpoint.shapes.items()}
-    buffers: dict[str, torch.Tensor] = {}
-    for part in checkpoint.parts:
-        tensors = read_part(store, checkpoint.stage, part)
-        for name, start, count in part.extents:
-            flat[name][start : start + count] = tensors[_tensor(name, start, kind)]
-        buffers |= {key.removeprefix(BUFFER): tensor for key, tensor in tensors.items() if key.startswith(BUFFER)}
+    buffers = load_into(store, checkpoint, [Target(name, 0, {kind: whole}) for name, whole in flat.items()])
     return {name: flat[name].view(*shape) for name, shape in checkpoint.shapes.items()} | buffers
 
 
@@ -452,8 +463,3 @@ def _progress(key: str) -> int:
 
 def _tensor(name: str, start: int, kind: str) -> str:
     return f"{name}@{start}/{kind}"
-
-
-def _kinds(tensors: dict[str, torch.Tensor], name: str, start: int) -> list[str]:
-    prefix = _tensor(name, start, "")
-    return [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]

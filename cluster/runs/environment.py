@@ -13,6 +13,9 @@ from typing import Any
 from cluster.config.identity import placement
 from cluster.config.schema import Experiment
 
+ARITHMETIC = 2
+"""Version of how a step is computed: with another one the same step has other last bits. Lives that name none had 1."""
+
 CREDENTIALS = re.compile(r"(?<=://)([^\s,'\"/?#]*|[^\s,'\"/?#:]+:[^\s,'\"]*)@")
 """What a URL has before its host: a name, a password. A password may hold a '/' that should have been quoted."""
 
@@ -43,6 +46,7 @@ def environment(experiment: Experiment) -> dict[str, Any]:
         "command": [without_secrets(word) for word in sys.argv],
         "python": platform.python_version(),
         "git": _revision(),
+        "arithmetic": ARITHMETIC,
         "packages": {d.name: d.version for d in distributions()},
         "placement": placement(experiment),
     }

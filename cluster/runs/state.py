@@ -74,6 +74,14 @@ def open_life(store: Store, facts: dict[str, Any]) -> int:
             life += 1
 
 
+def read_life(store: Store, life: int) -> dict[str, Any]:
+    """What is kept with a life's number; empty where nothing is, as in a store of which only checkpoints were copied."""
+    try:
+        return json.loads(store.read(f"lives/{life:06d}.json"))
+    except (NotFound, ValueError):
+        return {}
+
+
 def newest_life(store: Store) -> int:
     """The newest life's number, 0 before the first."""
     return newest_attempt(store).life

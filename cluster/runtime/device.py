@@ -1,5 +1,6 @@
 """What a rank or a task computes on: where that is decided, how much memory it used, how fast it could be."""
 
+import re
 import resource
 import sys
 
@@ -7,8 +8,15 @@ import torch
 
 from cluster.config.schema import Workers
 
-PEAK = {"H100": (989e12, 67e12), "H200": (989e12, 67e12), "A100": (312e12, 19.5e12), "A10G": (70e12, 35e12), "L4": (121e12, 30e12)}
-"""Device -> peak operations per second in bf16 and in fp32 without TF32, dense, from the makers' data sheets."""
+PEAK = {
+    "H200": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
+    "H100": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
+    "A100": {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12},
+    "L40S": {"bf16": 362e12, "tf32": 183e12, "fp32": 91.6e12},
+    "A10G": {"bf16": 70e12, "tf32": 35e12, "fp32": 35e12},
+    "L4": {"bf16": 121e12, "tf32": 60e12, "fp32": 30e12},
+}
+"""Device -> precision -> peak operations per second, dense, from the makers' data sheets."""
 
 
 def worker_environment(workers: Workers) -> dict[str, str]:
@@ -29,8 +37,8 @@ def peak_flops(device: torch.device, precision: str) -> float:
     """Peak operations per second of a device, 0 where it is not known (a CPU)."""
     if device.type != "cuda":
         return 0.0
-    name = torch.cuda.get_device_name(device)
-    return next((peaks[0 if precision == "bf16" else 1] for key, peaks in PEAK.items() if key in name), 0.0)
+    words = re.split(r"[ -]", torch.cuda.get_device_name(device))
+    return next((peaks[precision] for name, peaks in PEAK.items() if name in words), 0.0)
 
 
 def peak_memory(device: torch.device) -> int:

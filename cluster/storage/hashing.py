@@ -2,13 +2,14 @@
 
 import hashlib
 import logging
+from collections.abc import Callable
 
 from cluster.storage.base import StorageError, Store, content_hash
 
 log = logging.getLogger(__name__)
 
 PIECE = 16 << 20
-"""Bytes that are read at once of an object that is only compared."""
+"""Bytes that are read at once of an object that comes in pieces."""
 
 
 class HashMismatch(StorageError):
@@ -44,21 +45,40 @@ def read_verified(store: Store, key: str, digest: str) -> bytes:
     raise HashMismatch(f"{store.url}/{key}", digest, actual)
 
 
-def assert_content(store: Store, key: str, digest: str) -> None:
-    """Compare an object with its hash, a piece at a time, so that many large ones can be at once; twice, as `read_verified`.
+def stream_verified(store: Store, key: str, digest: str, take: Callable[[int, memoryview], None]) -> None:
+    """Read an object a piece at a time and compare it with its hash; if that differs, read it once more, as `read_verified`.
+
+    Args:
+        store: that has it.
+        key: of the object.
+        digest: its hash.
+        take: given each piece and the byte where it begins, in order; the memory is used again. What it was given counts only once this
+            has returned, and it is given all of it again where the hash differed.
 
     Raises:
         NotFound: if there is none.
         HashMismatch: if it differs both times.
     """
     size, actual = store.size(key), ""
-    piece = memoryview(bytearray(min(PIECE, size)))
+    memory = memoryview(bytearray(min(PIECE, size)))
     for _ in range(2):
+        if actual:
+            log.warning("%s/%s came with hash %s, but was written with %s; reading it once more", store.url, key, actual, digest)
         found = hashlib.blake2b(digest_size=16)
         for start in range(0, size, PIECE):
-            part = piece[: min(PIECE, size - start)]
-            store.read_into(key, start, part)
-            found.update(part)
+            piece = memory[: min(PIECE, size - start)]
+            store.read_into(key, start, piece)
+            found.update(piece)
+            take(start, piece)
         if (actual := found.hexdigest()) == digest:
             return
     raise HashMismatch(f"{store.url}/{key}", digest, actual)
+
+
+def assert_content(store: Store, key: str, digest: str) -> None:
+    """Compare an object with its hash, with little memory, so that many large ones can be at once.
+
+    Raises:
+        NotFound, HashMismatch: as `stream_verified`.
+    """
+    stream_verified(store, key, digest, lambda *_: None)

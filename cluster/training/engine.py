@@ -7,7 +7,7 @@ are not used: they load at no other number of ranks.
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +16,20 @@ from torch import nn
 
 from cluster.config.schema import Experiment
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available():  # of a rank its environment says it
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
 import deepspeed.ops
 from deepspeed.runtime import compiler
+from deepspeed.runtime.engine import ZERO_OPTIMIZATION
 
 ALIGNED = 1024  # DeepSpeed wants buckets that divide evenly
 BUCKET = 50 * 1024 * ALIGNED
 """Most elements that are reduced or gathered in one collective."""
+
+PERSISTENT = 100_000
+"""Parameters with fewer elements are not divided by ZeRO-3: to gather each for itself would cost more than they weigh."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("master", *MOMENTS, "average")
@@ -46,12 +50,17 @@ class NonFinite(RuntimeError):
     failure = "non_finite"
 
 
-def squared_norm(gradients: Sequence[torch.Tensor]) -> float:
-    """Sum of the squares of all elements, not finite if one of them is not."""
+def finite(loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """Whether a step with this loss and gradient norm may be applied; all are scalars."""
+    return loss.isfinite() & (norm <= LARGEST_NORM)
+
+
+def squared_norm(gradients: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Sum of the squares of all elements, a float64 on their device; not finite if one of them is not."""
     parts = [gradient for gradient in gradients if gradient.numel()]
     if not parts:
-        return 0.0
-    return float(torch.stack(torch._foreach_norm(parts, 2, torch.float32)).double().square().sum())
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(torch._foreach_norm(parts, 2, torch.float32)).double().square().sum()
 
 
 @dataclass(frozen=True)
@@ -71,8 +80,9 @@ def engine_settings(experiment: Experiment, stage: str, ranks: int) -> EngineSet
     """How an experiment trains a stage on so many ranks."""
     optim, workers = experiment.optim, experiment.workers
     whole_share = -(-optim.batch[stage] // workers.most) if workers.least < workers.most else 0
+    alone = ranks == 1 and optim.precision != "bf16"  # nobody to divide anything with, and fp32 weights are their own masters
     return EngineSettings(
-        zero=workers.zero,
+        zero=0 if alone else workers.zero,
         precision=optim.precision,
         micro_batches=micro_batches(optim.batch[stage], ranks, workers.micro_batch or whole_share),
         betas=optim.betas,
@@ -115,7 +125,8 @@ class Engine:
     """
 
     def __init__(self, stage: nn.Module, settings: EngineSettings, device: torch.device):
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would compile for a minute
+        if device.type == "cpu":
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would compile for a minute
         deepspeed.utils.logger.setLevel(logging.WARNING)
         _import_muon()
         self.settings, self.device = settings, device
@@ -124,13 +135,20 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=stage.to(device),
             model_parameters=[p for p in stage.parameters() if p.requires_grad],
-            config=_deepspeed_config(settings, sum(p.numel() for p in stage.parameters())),
+            config=_deepspeed_config(settings, sum(p.numel() for p in stage.parameters()), device),
             dist_init_required=False,
         )
+        _take_over(self._engine, self._ranks)
         _make_adam_state(self._engine)
-        self._average = {(name, start): view.detach().clone() for name, _, start, view, _ in self._own()}
+        self._owned = list(_own(self._engine))
+        self._masters = [master.detach() for _, _, _, master, _ in self._owned]
+        self._averages = [master.clone() for master in self._masters]
         # A bf16 engine takes its masters from rounded weights; give every stage and precision the same fp32 start.
-        self.restore(lambda name, at, count: dict.fromkeys(("master", "average"), initial[name].reshape(-1)[at : at + count]), steps=0)
+        with torch.no_grad():
+            for (name, _, start, _, _), master, average in zip(self._owned, self._masters, self._averages, strict=True):
+                for view in (master, average):
+                    view.copy_(initial[name].reshape(-1)[start : start + view.numel()])
+        self.resume(steps=0)
 
     @property
     def stage(self) -> nn.Module:
@@ -157,120 +175,91 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
-    def gradient_square(self) -> float:
+    def gradient_square(self) -> torch.Tensor:
         """Squared norm of this rank's part of the step's gradient, before clipping, after the last `backward` of a step.
 
         Each element of the global batch's gradient is counted by exactly one rank, so the sum over the ranks is the square
-        of its norm. It is not finite where an element is not.
+        of its norm. It is not finite where an element is not. A float64 on the device: nothing waits for it.
         """
         if self.settings.zero == 0:  # every rank holds everything
             gradients = [p.grad for p in self.stage.parameters() if p.requires_grad][self._rank :: self._ranks]
-            return squared_norm([gradient for gradient in gradients if gradient is not None])
+            return squared_norm([gradient for gradient in gradients if gradient is not None], self.device)
         if self.settings.zero == 3:  # all of it in one buffer, whose padding is 0
-            return squared_norm(self._engine.optimizer.grad_partitions_flat_buffer.split(ALIGNED * ALIGNED))
-        return squared_norm([gradient for group in self._engine.optimizer.averaged_gradients.values() for gradient in group])
+            return squared_norm(self._engine.optimizer.grad_partitions_flat_buffer.split(ALIGNED * ALIGNED), self.device)
+        averaged = self._engine.optimizer.averaged_gradients.values()
+        return squared_norm([gradient for group in averaged for gradient in group], self.device)
 
-    def discard(self) -> None:
-        """Instead of `step`, throw away the gradient: what follows is as if the step had not begun."""
-        engine, zero = self._engine, self._engine.optimizer
-        engine.micro_steps -= engine.micro_steps % self.settings.micro_batches
-        if self.settings.zero == 0:
-            engine.zero_grad()
-            return
-        zero.zero_grad()
-        zero.averaged_gradients.clear()
-        if self.settings.zero == 3:
-            zero.grad_partitions_flat_buffer.zero_()  # where a parameter's gradient stays until another comes
+    def step(self, learning_rate: float, loss: torch.Tensor, square: torch.Tensor) -> None:
+        """The optimiser's update with the gradient of the global batch, or none at all where loss or gradient is not `finite`.
 
-    def step(self, learning_rate: float) -> None:
-        """The optimiser's update with the gradient of the global batch, then the averaged weights'.
+        That is decided on the device, and nothing waits for it. Either way the gradient is used up: a step that was not applied is as
+        if it had not begun.
 
-        Raises:
-            NonFinite: if DeepSpeed did not apply it, as it does of its own accord where a norm is not finite; weights are as before.
+        Args:
+            learning_rate: of this step.
+            loss: of the step, summed over the ranks; a scalar on the device.
+            square: of the norm of its gradient, summed over the ranks; a scalar on the device.
         """
-        for group in self._engine.optimizer.param_groups:
+        inner, norm = _inner(self._engine), square.sqrt()
+        for group in inner.param_groups:
             group["lr"] = learning_rate
+        inner.found_inf = (~finite(loss, norm)).float()
+        inner.grad_scale = (norm / self.settings.clip).clamp(min=1).float() if self.settings.clip else None
         self._engine.step()
-        if not self._engine.was_step_applied():
-            raise NonFinite("DeepSpeed skipped an update whose gradient was finite before; nothing of it was applied. Same command")
-        with torch.no_grad():
-            for name, _, start, master, _ in self._own():
-                self._average[name, start].lerp_(master, 1 - self.settings.ema)
+
+    def average(self) -> None:
+        """Move the averaged weights towards those of a step that was applied."""
+        torch._foreach_lerp_(self._averages, self._masters, 1 - self.settings.ema)
 
     def fill(self, module: nn.Module) -> nn.Module:
         """Give a module of the stage, made like the one that is trained, the weights and buffers of now; collective. Returns it."""
         parameters = dict(self.stage.named_parameters())
-        with torch.no_grad(), deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=self.settings.zero == 3):
+        divided = [parameter for parameter in parameters.values() if not getattr(parameter, "ds_persist", False)]
+        with torch.no_grad(), deepspeed.zero.GatheredParameters(divided, enabled=self.settings.zero == 3):
             for name, parameter in parameters.items():
                 module.get_parameter(name).data = parameter.detach().clone()
         for name, buffer in self.stage.named_buffers():
             module.get_buffer(name).data = buffer.detach().clone()
         return module
 
-    def extents(self) -> list[tuple[str, int, int]]:
-        """(name, first element, count) of every stretch this rank holds and `restore` sets."""
-        return [(name, start, master.numel()) for name, _, start, master, _ in self._own()]
+    def held(self) -> Iterator[Fragment]:
+        """All that this rank holds of the training state; whoever writes into it calls `resume` next."""
+        for (name, shape, start, master, moments), average in zip(self._owned, self._averages, strict=True):
+            yield Fragment(name, shape, start, {"master": master, **moments, "average": average})
 
     def fragments(self) -> Iterator[Fragment]:
         """What this rank owns of the training state, each element of the model owned by exactly one rank."""
-        for index, (name, shape, start, master, moments) in enumerate(self._own()):
+        for index, fragment in enumerate(self.held()):
             if self.settings.zero > 0 or index % self._ranks == self._rank:  # without ZeRO every rank holds everything
-                yield Fragment(name, shape, start, {"master": master, **moments, "average": self._average[name, start]})
+                yield fragment
 
-    def restore(self, read: Callable[[str, int, int], dict[str, torch.Tensor]], steps: int) -> None:
-        """Set this rank's state; collective.
+    def resume(self, steps: int) -> None:
+        """Go on from what was written into `held` on every rank; collective.
 
         Args:
-            read: (name, start, count) -> kind -> (count,) fp32 tensors; kinds it leaves out become 0.
             steps: optimiser steps already taken (Adam's bias correction).
         """
-        with torch.no_grad():
-            for name, _, start, master, moments in self._own():
-                saved = read(name, start, master.numel())
-                views = {"master": master, **moments, "average": self._average[name, start]}
-                for kind, view in views.items():
-                    view.copy_(saved[kind]) if kind in saved else view.zero_()
         for state in _inner(self._engine).state.values():
-            if torch.is_tensor(state["step"]):
-                state["step"].fill_(steps)
-            else:
-                state["step"] = steps
+            state["step"].fill_(steps)
         _push_masters(self._engine)
 
-    def _own(self) -> Iterator[tuple[str, tuple[int, ...], int, torch.Tensor, dict[str, torch.Tensor]]]:
-        """(name, shape, start, fp32 view, moments) of each stretch this rank holds, at any ZeRO stage."""
-        for name, p in self._engine.module.named_parameters():
-            if not p.requires_grad:
-                continue
-            if hasattr(p, "ds_id"):  # ZeRO-3: a padded, evenly cut flat buffer
-                zero = p._z3_optimizer
-                group, offset, length = zero.grad_position[zero.get_param_id(p)]
-                flat, start = zero.fp32_partitioned_groups_flat[group], length * zero._get_param_partition_rank(p)
-                count = max(0, min(length, p.ds_numel - start))
-                if count:
-                    moments = {m: zero.optimizer.state[flat][m].narrow(0, offset, count) for m in MOMENTS}
-                    yield name, tuple(p.ds_shape), start, flat.narrow(0, offset, count), moments
-            elif hasattr(p, "_hp_mapping"):  # ZeRO-1 and 2: a parameter may lie on several ranks, or not on this one
-                if (mapping := p._hp_mapping) is not None:
-                    yield name, tuple(p.shape), mapping.lp_fragment_address.start, mapping.hp_fragment, dict(mapping.optim_fragment)
-            else:
-                state = self._engine.optimizer.state[p]
-                yield name, tuple(p.shape), 0, p.data.view(-1), {m: state[m].view(-1) for m in MOMENTS}
 
-
-def _deepspeed_config(settings: EngineSettings, parameters: int) -> dict[str, Any]:
+def _deepspeed_config(settings: EngineSettings, parameters: int, device: torch.device) -> dict[str, Any]:
     # A bucket is allocated anew for each backward: one larger than the model would cost more than the backward itself.
     bucket = min(BUCKET, -(-parameters // ALIGNED) * ALIGNED)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: batches may differ from rank to rank
         "gradient_accumulation_steps": settings.micro_batches,
-        "gradient_clipping": settings.clip,
+        "gradient_clipping": 0.0,  # the update itself clips, by a norm that is known
+        "communication_data_type": "fp32",
         "zero_optimization": {
             "stage": settings.zero,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
-            "stage3_param_persistence_threshold": 0,
+            "stage3_param_persistence_threshold": PERSISTENT,
+            "overlap_comm": device.type == "cuda",
         },
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice in each micro-batch
         "optimizer": {
             "type": "AdamW",
             "params": {
@@ -279,18 +268,64 @@ def _deepspeed_config(settings: EngineSettings, parameters: int) -> dict[str, An
                 "eps": 1e-8,
                 "weight_decay": settings.weight_decay,
                 "torch_adam": True,
+                "fused": True,
             },
         },
         "steps_per_print": 10**9,
     }
-    if settings.zero in (1, 2) and not settings.clip:
-        config["zero_optimization"]["compute_grad_norm"] = False  # it is known before the update
+    if settings.zero in (1, 2):
+        config["zero_optimization"]["compute_grad_norm"] = False
     if settings.precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": False}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 
 
-def _inner(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
+def _zero_or_nothing(engine: deepspeed.DeepSpeedEngine, _: torch.optim.Optimizer) -> str | None:
+    """Which class of DeepSpeed's wraps the optimiser.
+
+    For ZeRO-1 in bf16 with fp32 sums it has another one, with other private names, that takes the gradient's norm itself; that of ZeRO-2
+    does the same without.
+    """
+    return ZERO_OPTIMIZATION if engine.zero_optimization() else None
+
+
+deepspeed.DeepSpeedEngine._do_optimizer_sanity_check = _zero_or_nothing
+
+
+def _take_over(engine: deepspeed.DeepSpeedEngine, ranks: int) -> None:
+    """Leave out what DeepSpeed does of its own accord and we do before: it would wait for the device, and pass over all gradients again."""
+    zero = engine.optimizer
+    if ranks == 1 and not engine.zero_optimization():
+        engine.enable_backward_allreduce = False
+    if hasattr(zero, "grad_partitions_flat_buffer"):
+        zero._get_norm_groups = lambda: [0.0]
+        zero.unscale_and_clip_grads = lambda *_: None
+
+
+def _own(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, tuple[int, ...], int, torch.Tensor, dict[str, torch.Tensor]]]:
+    """(name, shape, start, fp32 view, moments) of each stretch this rank holds, at any ZeRO stage; the same for good."""
+    for name, p in engine.module.named_parameters():
+        if not p.requires_grad:
+            continue
+        if hasattr(p, "ds_id"):  # ZeRO-3: a padded, evenly cut flat buffer
+            zero = p._z3_optimizer
+            group, offset, length = zero.grad_position[zero.get_param_id(p)]
+            flat, start = zero.fp32_partitioned_groups_flat[group], length * zero._get_param_partition_rank(p)
+            count = max(0, min(length, p.ds_numel - start))
+            if count:
+                moments = {m: zero.optimizer.state[flat][m].narrow(0, offset, count) for m in MOMENTS}
+                yield name, tuple(p.ds_shape), start, flat.narrow(0, offset, count), moments
+        elif hasattr(p, "_hp_mapping"):  # ZeRO-1 and 2: a parameter may lie on several ranks, or not on this one
+            if (mapping := p._hp_mapping) is not None:
+                yield name, tuple(p.shape), mapping.lp_fragment_address.start, mapping.hp_fragment, dict(mapping.optim_fragment)
+        else:
+            state = engine.optimizer.state[p]
+            yield name, tuple(p.shape), 0, p.data.view(-1), {m: state[m].view(-1) for m in MOMENTS}
+
+
+def _inner(engine: deepspeed.DeepSpeedEngine) -> Any:
+    """Torch's AdamW, below DeepSpeed's optimiser."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
@@ -314,7 +349,7 @@ def _make_adam_state(engine: deepspeed.DeepSpeedEngine) -> None:
     )
     for flat in flats:
         if not inner.state.get(flat):
-            inner.state[flat] = {"step": torch.tensor(0.0), **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
+            inner.state[flat] = {"step": torch.zeros((), device=flat.device), **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._lazy_init_hp_params_optimizer_state()
 

@@ -29,7 +29,7 @@ def examine(module: nn.Module, batch: Tensors, items: int, seed: int) -> dict[in
             wrong[row] = f"its loss is {float(loss.detach())}"
             continue
         loss.backward()
-        norm = math.sqrt(squared_norm([p.grad for p in module.parameters() if p.grad is not None]))
+        norm = math.sqrt(squared_norm([p.grad for p in module.parameters() if p.grad is not None], loss.device))
         if not norm <= LARGEST_NORM:
             wrong[row] = f"its gradient has norm {norm:.3g}"
     return wrong

@@ -35,9 +35,9 @@ from cluster.training.engine import LARGEST_NORM, Engine, NonFinite, engine_sett
 from cluster.training.examine import examine
 from cluster.training.reporting import Inbox, reporting
 from cluster.training.requests import Request
-from cluster.training.resume import candidates, restore
+from cluster.training.resume import candidates, restore, tell_other_arithmetic
 from cluster.training.stacks import stacks
-from cluster.training.verdict import Verdict
+from cluster.training.verdict import Verdict, Word
 from cluster.training.warm_start import warm_start
 from reactdiff.data.keyed import seed_of
 from reactdiff.data.order import Order
@@ -100,7 +100,7 @@ def train(job: Job, place: Place, report: Callable[[Snapshot], Request | None]) 
         NonFinite, CorruptData, NoUsableCheckpoint, StorageError, Superseded: the run must not go on.
     """
     meter = Meter(place.rank, place.ranks, job.stage)
-    make_deterministic(job.experiment.workers.threads)
+    make_deterministic(job.experiment.workers.threads, tf32=job.experiment.optim.precision == "tf32")
     load_compiler_late()
     with reporting(meter, report, lambda: _write_stacks(job, place)) as inbox:
         training = _Training(job, place, meter, inbox)
@@ -155,19 +155,19 @@ class _Training:
 
     def run(self) -> dict[str, Any]:
         step, progress, loss, left = self.resume(), 0, float("nan"), False
+        zero = torch.zeros((), device=self.place.device)
         self.writer.prepare(self.engine.fragments(), dict(self.engine.stage.named_buffers()))
         batches = self.stream.batches(step)
         batch = self.fetch(batches)
-        valid = int(self.agree(torch.zeros(()), None, batch).next_valid)
+        valid = int(self.heed(self.word(None, batch).summed(zero, zero), batch).of_all.next_valid)
         while batch is not None and not left:
             loss_part = self.forward_backward(batch, valid)
             upcoming = self.fetch(batches)
-            with self.meter.phase("agree"):  # here a rank waits for its peers, and on a GPU the host for what it only queued
-                verdict = self.agree(loss_part, batch, upcoming)
+            verdict = self.step(batch, upcoming, loss_part)
             while not verdict.finite:
                 verdict = self.repeat(batch, upcoming, verdict)
-            progress, left = self.bounds(batch)[1], self.update(batch, verdict)
-            step, batch, valid, loss = batch.step + 1, upcoming, int(verdict.next_valid), verdict.loss
+            progress, left = self.bounds(batch)[1], self.stepped(batch, verdict)
+            step, batch, valid, loss = batch.step + 1, upcoming, int(verdict.of_all.next_valid), verdict.loss
         if self.writer.busy:
             self.writer.commit()
         self.writer.close()
@@ -188,6 +188,8 @@ class _Training:
         found = restore(self.engine, self.quarantine, job.run, job.stage, box[0], _gather)
         if found is None:
             return 0
+        if self.place.rank == 0:
+            tell_other_arithmetic(job.run, found)
         if self.validator and found.progress < self.share.total and self.looks_at(found) and not self.validated(found):
             self.validate(self.validator, found)  # the life that wrote it died before
         self.meter.gauges["progress_items"] = found.progress
@@ -214,26 +216,34 @@ class _Training:
             loss += part.detach()
         return loss
 
-    def agree(self, loss: torch.Tensor, batch: Batch | None, upcoming: Batch | None) -> Verdict:
-        """The one small all-reduce: loss, gradient and ledger of this step, valid and corrupt items of the next, finished uploads."""
-        square, ledger = (self.engine.gradient_square(), batch.ledger) if batch else (0, 0)
-        valid, corrupt = (upcoming.valid, upcoming.corrupt) if upcoming else (0, ())
+    def step(self, batch: Batch, upcoming: Batch | None, loss: torch.Tensor) -> Verdict:
+        """Agree on a step and apply it, or leave all as it was where it is not finite; a device is waited for once, at the end."""
+        with self.meter.phase("agree"):  # here a rank waits for its peers
+            sums = self.word(batch, upcoming).summed(loss, self.engine.gradient_square())
+        with self.meter.phase("optimizer"):
+            self.engine.step(self.rate(batch), sums[0], sums[1])
+        with self.meter.phase("agree"):  # and on a GPU the host for all that it only queued
+            return self.heed(sums, upcoming)
+
+    def word(self, batch: Batch | None, upcoming: Batch | None) -> Word:
+        """What this rank brings to the one small all-reduce."""
         asked = self.inbox.request
-        mine = Verdict(
-            loss=float(loss),
-            gradient_square=square,
-            ledger=ledger,
-            next_valid=valid,
+        return Word(
+            ledger=batch.ledger if batch else 0,
+            next_valid=upcoming.valid if upcoming else 0,
             uploaded=self.writer.uploaded,
             written=self.writer.written,
-            next_corrupt=len(corrupt),
+            next_corrupt=len(upcoming.corrupt) if upcoming else 0,
             checkpoint=self.checkpoint_overdue(),
             leave=asked == Request.LEAVE,
             leave_at_checkpoint=asked == Request.LEAVE_AT_CHECKPOINT,
         )
-        verdict = mine.summed(self.place.device)
-        if verdict.next_corrupt:
-            self.isolate(itertools.chain(*_gather(corrupt)))
+
+    def heed(self, sums: torch.Tensor, upcoming: Batch | None) -> Verdict:
+        """Read what came of it; damaged items of the next step count nothing from here on."""
+        verdict = Verdict.read(sums)
+        if verdict.of_all.next_corrupt:
+            self.isolate(itertools.chain(*_gather(upcoming.corrupt if upcoming else ())))
         return verdict
 
     def repeat(self, batch: Batch, upcoming: Batch | None, verdict: Verdict) -> Verdict:
@@ -243,13 +253,10 @@ class _Training:
             NonFinite: if none is to blame, or the run is to stop at bad items.
         """
         with self.meter.phase("backward"):
-            self.engine.discard()
             self.isolate(self.to_blame(batch, verdict))
         for changed in filter(None, (batch, upcoming)):
             self.stream.mask(changed)
-        loss = self.forward_backward(batch, sum(_gather(batch.valid)))
-        with self.meter.phase("backward"):
-            return self.agree(loss, batch, upcoming)
+        return self.step(batch, upcoming, self.forward_backward(batch, sum(_gather(batch.valid))))
 
     def to_blame(self, batch: Batch, verdict: Verdict) -> list[BadItem]:
         """The items of a step that are not finite by themselves, the same on every rank.
@@ -309,28 +316,31 @@ class _Training:
         """Progress before and after a step."""
         return batch.step * self.share.batch, min((batch.step + 1) * self.share.batch, self.share.total)
 
-    def update(self, batch: Batch, verdict: Verdict) -> bool:
-        """The optimiser's step, and what follows from the new progress: a row, a checkpoint; returns whether the ranks leave now."""
-        before, after = self.bounds(batch)
-        rate = learning_rate(self.optim, self.job.stage, before)
+    def rate(self, batch: Batch) -> float:
+        """The learning rate of a step."""
+        return learning_rate(self.optim, self.job.stage, self.bounds(batch)[0])
+
+    def stepped(self, batch: Batch, verdict: Verdict) -> bool:
+        """What follows from a step that was applied: averaged weights, a row, a checkpoint; returns whether the ranks leave now."""
+        (before, after), told = self.bounds(batch), verdict.of_all
         with self.meter.phase("optimizer"):
-            self.engine.step(rate)
-        numbers = {"loss": verdict.loss, "gradient_norm": verdict.gradient_norm, "learning_rate": rate}
+            self.engine.average()
+        numbers = {"loss": verdict.loss, "gradient_norm": verdict.gradient_norm, "learning_rate": self.rate(batch)}
         self.meter.gauges.update(progress_items=after, quarantined_items=len(self.quarantine), **numbers)
         logged = (batch.step + 1) % self.job.experiment.run.log_every == 0 or after == self.share.total
         if self.log is not None and logged:
-            self.log.add(progress=after, step=batch.step, **numbers, ledger=int(verdict.ledger))
-        all_uploaded = verdict.uploaded == self.place.ranks
-        due = self.checkpoint_due(before, after) or bool(verdict.checkpoint or verdict.leave)
-        if all_uploaded or verdict.written or due:
+            self.log.add(progress=after, step=batch.step, **numbers, ledger=int(told.ledger))
+        all_uploaded = told.uploaded == self.place.ranks
+        due = self.checkpoint_due(before, after) or bool(told.checkpoint or told.leave)
+        if all_uploaded or told.written or due:
             with self.meter.phase("checkpoint"):
-                committed = self.go_on_with_checkpoint(batch.step + 1, after, bool(verdict.written), due)
+                committed = self.go_on_with_checkpoint(batch.step + 1, after, bool(told.written), due)
             if committed and self.validator and self.looks_at(committed):
                 self.validate(self.validator, committed)
         self.meter.gauges["peak_memory_bytes"] = peak_memory(self.place.device)
         items = len(batch.positions)
         self.meter.step_done(items=items, bytes=batch.bytes, flops=items * self.job.flops)
-        return after < self.share.total and bool(verdict.leave or (due and verdict.leave_at_checkpoint))
+        return after < self.share.total and bool(told.leave or (due and told.leave_at_checkpoint))
 
     def go_on_with_checkpoint(self, steps: int, progress: int, written: bool, due: bool) -> Checkpoint | None:
         """Publish, finish or begin a checkpoint; returns one that was finished."""

@@ -9,7 +9,9 @@ from cluster.config.schema import Experiment
 from cluster.data.quarantine import Quarantine
 from cluster.data.stream import Share
 from cluster.runs import checkpoint
-from cluster.runs.checkpoint import Checkpoint, DamagedCheckpoint, GoneCheckpoint
+from cluster.runs.checkpoint import Checkpoint, DamagedCheckpoint, GoneCheckpoint, Target
+from cluster.runs.environment import ARITHMETIC
+from cluster.runs.state import read_life
 from cluster.storage import Store
 from cluster.training.engine import Engine
 
@@ -88,17 +90,19 @@ def restore(engine: Engine, quarantine: Quarantine, store: Store, stage: str, fo
     Raises:
         NoUsableCheckpoint: on all ranks, if there are some and none is usable. To begin again would throw away what was trained.
     """
-    extents, problems = engine.extents(), list(found.problems)
+    held = [Target(fragment.name, fragment.start, fragment.tensors) for fragment in engine.held()]
+    problems, problem = list(found.problems), ""
     for one in found.usable:
         try:
-            read, problem = checkpoint.reader(store, one, extents), ""
+            checkpoint.load_into(store, one, held)
+            problem = ""
         except DamagedCheckpoint as error:
             problem = str(error)
         if said := [text for text in gather(problem) if text]:
             log.error("CHECKPOINT DAMAGED, falling back to the one before: %s", said[0])
             problems.append(said[0])
             continue
-        engine.restore(read, one.steps)
+        engine.resume(one.steps)
         quarantine.add(one.quarantine)
         return one
     if problems:
@@ -107,3 +111,13 @@ def restore(engine: Engine, quarantine: Quarantine, store: Store, stage: str, fo
             f"from a copy and give the same command again; to train the stage anew, delete {store.url}/checkpoints/{stage} before"
         )
     return None
+
+
+def tell_other_arithmetic(store: Store, found: Checkpoint) -> None:
+    """Say so if a checkpoint was computed by a release whose steps have other last bits."""
+    if read_life(store, found.life).get("arithmetic", 1) != ARITHMETIC:
+        log.warning(
+            "the checkpoint at %d items is of a release that rounds otherwise in each step: from here on this run has the same order of "
+            "items as one that was never interrupted, and no longer the same bits",
+            found.progress,
+        )

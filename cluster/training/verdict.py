@@ -9,12 +9,10 @@ import torch.distributed as dist
 from cluster.training.engine import LARGEST_NORM
 
 
-class Verdict(NamedTuple):
-    """What a rank brings to the one small all-reduce of a step, and summed over the ranks what all of them know after it.
+class Word(NamedTuple):
+    """What a rank brings to the one small all-reduce of a step, beside the loss and the gradient's square.
 
     Attributes:
-        loss: of this step, the part of the mean.
-        gradient_square: of this step, the squared norm of the part of the gradient that the rank owns.
         ledger: sum of the CRC32C of the bytes the step was made of; exact below 2^53.
         next_valid: items of the next step that count.
         uploaded: whether the part of the checkpoint is uploaded; how many ranks' have.
@@ -25,8 +23,6 @@ class Verdict(NamedTuple):
         leave_at_checkpoint: whether it asks them to leave at the next one.
     """
 
-    loss: float
-    gradient_square: float
     ledger: float
     next_valid: float
     uploaded: float
@@ -36,18 +32,33 @@ class Verdict(NamedTuple):
     leave: float
     leave_at_checkpoint: float
 
-    def summed(self, device: torch.device) -> "Verdict":
-        """The sums over all ranks."""
-        sums = torch.tensor(self, dtype=torch.float64, device=device)
-        dist.all_reduce(sums)
-        return Verdict(*sums.tolist())
+    def summed(self, loss: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+        """The sums over all ranks, float64, loss and square first, on their device: nothing waits for them until `Verdict.read` does.
 
-    @property
-    def gradient_norm(self) -> float:
-        """Norm of the step's gradient over all ranks, before clipping."""
-        return math.sqrt(self.gradient_square)
+        Args:
+            loss: this rank's part of the step's mean loss, a scalar.
+            square: squared norm of its part of the gradient, a scalar.
+        """
+        numbers = torch.tensor(self, dtype=torch.float64).to(loss.device, non_blocking=True)
+        sums = torch.cat([torch.stack([loss.double(), square.double()]), numbers])
+        dist.all_reduce(sums)
+        return sums
+
+
+class Verdict(NamedTuple):
+    """What all ranks know of a step after it: the norm of its gradient before clipping, and sums over the ranks."""
+
+    loss: float
+    gradient_norm: float
+    of_all: Word
+
+    @classmethod
+    def read(cls, sums: torch.Tensor) -> "Verdict":
+        """Wait for what `Word.summed` has made."""
+        loss, square, *numbers = sums.tolist()
+        return cls(loss, math.sqrt(square), Word(*numbers))
 
     @property
     def finite(self) -> bool:
-        """Whether the step may be applied."""
+        """Whether the step was applied."""
         return math.isfinite(self.loss) and self.gradient_norm <= LARGEST_NORM

@@ -18,7 +18,7 @@ class Process:
     """q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I) (Ho et al., 2020, eq. 4) for t = 0 .. steps - 1.
 
     Step t stands at u = (t + 1) / steps of its schedule. A time may lie between two steps; log-SNR is then linear between theirs.
-    All tables are plain float64 tensors on the CPU, whatever the device of the module that holds the process.
+    Tables are plain float64 tensors on the CPU, whatever the device of the module that holds the process; another device gets a copy once.
 
     Attributes:
         abar: (steps,) float64, of the configured schedule; falls strictly and stays above 0.
@@ -35,10 +35,11 @@ class Process:
         self.abar = torch.from_numpy(_share(log_snr))
         self._log_snr = torch.from_numpy(log_snr)
         self._weight = torch.from_numpy(_weights(diffusion.weighting, self.prediction, np.exp(log_snr), slope).astype(np.float32))
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def log_snr(self, times: Tensor) -> Tensor:
         """Log(abar / (1 - abar)) at whole or fractional times 0 .. steps - 1 of any shape, float64 of the same shape."""
-        table, times = self._log_snr.to(times.device), times.double()
+        table, times = self._on(times.device)[0], times.double()
         below = times.floor().long()
         above = (below + 1).clamp(max=len(table) - 1)
         return torch.lerp(table[below], table[above], times - below)
@@ -71,7 +72,13 @@ class Process:
 
     def weight(self, times: Tensor) -> Tensor:
         """How much the loss at whole `times` counts, float32 of the same shape; the mean over all steps is 1."""
-        return self._weight.to(times.device)[times]
+        return self._on(times.device)[1][times]
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The log-SNR and the weight of each step, on a device; to copy them in each forward pass would wait for it each time."""
+        if device not in self._copies:
+            self._copies[device] = self._log_snr.to(device), self._weight.to(device)
+        return self._copies[device]
 
 
 def _floored(log_snr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

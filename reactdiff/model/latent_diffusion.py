@@ -79,7 +79,7 @@ class LatentDiffusion(nn.Module):
         # A transformer sees all windows of a clip at once; the others denoise each by itself.
         self.joint = isinstance(self.denoiser, FrameTransformer)
         rows = frames if diffusion.normalisation == "frame" else 1
-        self.register_buffer("minimum", -torch.ones(rows, width))
+        self.register_buffer("minimum", torch.full((rows, width), -1.0))  # on "meta" a minus would load torch's compiler
         self.register_buffer("maximum", torch.ones(rows, width))
 
     def set_range(self, minimum: Tensor, maximum: Tensor) -> None:

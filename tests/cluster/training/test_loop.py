@@ -188,32 +188,31 @@ def one_bad_item(rank: int, ranks: int, cases: list[Experiment], folder: str) ->
     """Each case with a poisoned item: `N/stopped` stops at it, `N/without` goes on without it, `N/known` knows it from the start.
 
     In `none`, all items of a step of the first case are poisoned. Returns what was said, whether the state was that
-    before the step, and how many updates there were before it.
+    before the step, and how many steps were applied before it.
     """
-    found, repeat, step, quarantine = [], loop._Training.repeat, loop.Engine.step, loop.Quarantine
+    found, step, average, quarantine = [], loop._Training.step, loop.Engine.average, loop.Quarantine
     for number, experiment in enumerate(cases):
-        item, run, states, updates = items_at(experiment, range(BAD, BAD + 1))[0], f"{folder}/{number}", [], []
+        item, run, states, applied = items_at(experiment, range(BAD, BAD + 1))[0], f"{folder}/{number}", [], []
         Path(run).mkdir(exist_ok=True)
 
         def watched(self, *arguments, states=states):
-            states.append(state_of(self))
-            try:
-                return repeat(self, *arguments)
-            except NonFinite:
-                states.append(state_of(self))
-                raise
+            before = state_of(self)
+            verdict = step(self, *arguments)
+            if not verdict.finite:
+                states += [before, state_of(self)]
+            return verdict
 
-        def counted(self, rate, updates=updates):
-            updates.append(rate)
-            step(self, rate)
+        def counted(self, applied=applied):
+            applied.append(1)
+            average(self)
 
         stops = experiment.model_copy(update={"data": experiment.data.model_copy(update={"on_corrupt": "stop"})})
         with poisoned_items(experiment, {item: DOSES[number % len(DOSES)]}):
-            loop._Training.repeat, loop.Engine.step = watched, counted
+            loop._Training.step, loop.Engine.average = watched, counted
             with pytest.raises(NonFinite) as error:
                 train_here(rank, ranks, stops, f"{run}/stopped", 1, "autoencoder")
-            loop._Training.repeat, loop.Engine.step = repeat, step
-            found.append((str(error.value), states[0] == states[1], len(updates)))
+            loop._Training.step, loop.Engine.average = step, average
+            found.append((str(error.value), states[0] == states[1], len(applied)))
             train_here(rank, ranks, experiment, f"{run}/without", 1, "autoencoder")
         loop.Quarantine = lambda entries, item=item: quarantine([*entries, BadItem(item, BAD, "known")])
         train_here(rank, ranks, experiment, f"{run}/known", 1, "autoencoder")

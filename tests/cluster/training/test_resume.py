@@ -5,14 +5,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from cluster.config.identity import identity
 from cluster.config.loading import load
 from cluster.config.schema import Experiment
 from cluster.data.stream import Share
 from cluster.runs.checkpoint import OtherVersion
+from cluster.runs.environment import ARITHMETIC
 from cluster.storage import Store, open_store
-from cluster.training.resume import Candidates, NoUsableCheckpoint, candidates, restore
+from cluster.training.engine import Fragment
+from cluster.training.resume import Candidates, NoUsableCheckpoint, candidates, restore, tell_other_arithmetic
 
 NOW = load(None)
 SHARE = Share(6, 40, 1, 0)
@@ -41,8 +44,8 @@ def found(store: Store, experiment: Experiment = NOW) -> Candidates:
 class Engine:
     """What is asked of an engine before anything is restored."""
 
-    def extents(self) -> list[tuple[str, int, int]]:
-        return [("w", 0, 2)]
+    def held(self) -> list[Fragment]:
+        return [Fragment("w", (2,), 0, {"master": torch.zeros(2)})]
 
 
 def restored(store: Store, gather: Callable[[Any], list[Any]] = lambda value: [value]) -> Any:
@@ -108,3 +111,13 @@ def test_a_checkpoint_of_another_version_is_refused_and_nothing_older_is_gone_on
     keep(run, 12, version=7)
     with pytest.raises(OtherVersion, match="has version 7, this program reads 1 and 2"):
         found(run)
+
+
+def test_a_release_that_rounds_otherwise_says_so(run: Store, caplog: pytest.LogCaptureFixture) -> None:
+    keep(run, 12)
+    (one,) = found(run).usable
+    for facts, told in (({}, True), ({"arithmetic": ARITHMETIC}, False), ({"arithmetic": ARITHMETIC + 1}, True)):
+        run.put("lives/000001.json", json.dumps(facts).encode())
+        caplog.clear()
+        tell_other_arithmetic(run, one)
+        assert ("the checkpoint at 12 items is of a release that rounds otherwise" in caplog.text) == told
