@@ -20,7 +20,7 @@ from reactdiff.diffusion.noise import training_hearing, training_noise
 from reactdiff.model.autoencoder import Autoencoder
 from reactdiff.model.codec import Codec
 from reactdiff.model.flops import training_flops
-from reactdiff.model.init import initialise
+from reactdiff.model.init import initialise, parameters_without_memory
 from reactdiff.model.latent_diffusion import LatentDiffusion
 from reactdiff.model.perfrdiff import AttributeAutoencoder
 from reactdiff.model.trans_vae import TransVAE
@@ -163,6 +163,12 @@ def build(stage: Stage, seed: int) -> nn.Module:
     module = stage.module()
     initialise(module, seed)
     return module
+
+
+def build_without_memory(stage: Stage) -> nn.Module:
+    """A stage's module with parameters on the device "meta", for who divides them before they have values."""
+    with parameters_without_memory():
+        return stage.module()
 
 
 def shapes(stage: Stage) -> dict[str, tuple[int, ...]]:

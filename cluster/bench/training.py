@@ -16,9 +16,10 @@ from reactdiff.data.keyed import normal
 from reactdiff.determinism import make_deterministic
 from reactdiff.generate import Reactor
 from reactdiff.model.codec import Codec
+from reactdiff.model.init import initial_weights
 from reactdiff.model.latent_diffusion import LatentDiffusion
 from reactdiff.online import Listener
-from reactdiff.stage import Source, build, empty_batch, flops_per_item, stages_over
+from reactdiff.stage import Source, build, build_without_memory, empty_batch, flops_per_item, stages_over
 
 WARM_UP = 3
 
@@ -57,7 +58,9 @@ def bench_training(experiment: Experiment, name: str, source: Source, steps: int
     batch = {key: _random(tensor).to(device) for key, tensor in empty.items()}
     flops = flops_per_item(kind)
     parts = settings.micro_batches
-    ours = _timed(_engine_step(Engine(build(kind, experiment.seed), settings, device), batch, batch_items, parts), steps, device)
+    module = build_without_memory(kind)
+    engine = Engine(module, initial_weights(module, experiment.seed), settings, device)
+    ours = _timed(_engine_step(engine, batch, batch_items, parts), steps, device)
     memory = peak_memory(device)
     plain = _timed(_plain_step(build(kind, experiment.seed).to(device), batch, experiment, parts), steps, device)
     speed = batch_items / ours

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from cluster.config.schema import Experiment
+from reactdiff.model.init import Weights
 
 if not torch.cuda.is_available():  # of a rank its environment says it
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -119,35 +120,36 @@ class Engine:
     """One rank's part in training a stage, a module whose forward maps a batch to one loss per item.
 
     Args:
-        stage: the module, equally initialised on every rank; torch.distributed must be initialised.
+        stage: the module; of its parameters only names and shapes count, so they may have no memory (device "meta").
+        weights: what each of them begins with, the same on every rank; torch.distributed must be initialised.
         settings: how to train.
         device: where this rank computes.
     """
 
-    def __init__(self, stage: nn.Module, settings: EngineSettings, device: torch.device):
+    def __init__(self, stage: nn.Module, weights: Weights, settings: EngineSettings, device: torch.device):
         if device.type == "cpu":
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would compile for a minute
         deepspeed.utils.logger.setLevel(logging.WARNING)
         _import_muon()
         self.settings, self.device = settings, device
         self._ranks, self._rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-        initial = {name: parameter.detach().float().cpu().clone() for name, parameter in stage.named_parameters()}
+        config = _deepspeed_config(settings, sum(p.numel() for p in stage.parameters()), device)
+        _give_memory(stage, config, device)
         self._engine, *_ = deepspeed.initialize(
-            model=stage.to(device),
+            model=stage,
             model_parameters=[p for p in stage.parameters() if p.requires_grad],
-            config=_deepspeed_config(settings, sum(p.numel() for p in stage.parameters()), device),
+            config=config,
             dist_init_required=False,
         )
         _take_over(self._engine, self._ranks)
         _make_adam_state(self._engine)
         self._owned = list(_own(self._engine))
         self._masters = [master.detach() for _, _, _, master, _ in self._owned]
-        self._averages = [master.clone() for master in self._masters]
-        # A bf16 engine takes its masters from rounded weights; give every stage and precision the same fp32 start.
+        self._averages = [torch.empty_like(master) for master in self._masters]
         with torch.no_grad():
             for (name, _, start, _, _), master, average in zip(self._owned, self._masters, self._averages, strict=True):
-                for view in (master, average):
-                    view.copy_(initial[name].reshape(-1)[start : start + view.numel()])
+                master.copy_(weights(name).reshape(-1)[start : start + master.numel()])
+                average.copy_(master)
         self.resume(steps=0)
 
     @property
@@ -279,6 +281,27 @@ def _deepspeed_config(settings: EngineSettings, parameters: int, device: torch.d
         config["bf16"] = {"enabled": True, "check_grad_overflow": False}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
+
+
+def _give_memory(stage: nn.Module, config: dict[str, Any], device: torch.device) -> None:
+    """Make parameters on the device, whose values do not count yet; ZeRO-3 divides each among the ranks before there is the next."""
+    dtype = torch.bfloat16 if "bf16" in config else torch.float32
+
+    def one_by_one(recurse: bool = True) -> Iterator[nn.Parameter]:
+        for layer in stage.modules():
+            for name, parameter in layer.named_parameters(recurse=False):
+                memory = torch.zeros(parameter.shape, dtype=dtype, device=device)
+                layer._parameters[name] = given = nn.Parameter(memory, parameter.requires_grad)
+                yield given
+
+    if config["zero_optimization"]["stage"] < 3:
+        for _ in one_by_one():
+            pass
+    else:
+        usual, stage.parameters = stage.parameters, one_by_one  # type: ignore[method-assign]
+        deepspeed.zero.Init(module=stage, config_dict_or_path=config, dtype=dtype)
+        stage.parameters = usual  # type: ignore[method-assign]
+    stage.to(device)  # buffers
 
 
 def _zero_or_nothing(engine: deepspeed.DeepSpeedEngine, _: torch.optim.Optimizer) -> str | None:

@@ -38,13 +38,13 @@ from cluster.training.requests import Request
 from cluster.training.resume import candidates, restore, tell_other_arithmetic
 from cluster.training.stacks import stacks
 from cluster.training.verdict import Verdict, Word
-from cluster.training.warm_start import warm_start
+from cluster.training.warm_start import first_weights
 from reactdiff.data.keyed import seed_of
 from reactdiff.data.order import Order
 from reactdiff.determinism import make_deterministic
 from reactdiff.learning_rate import learning_rate
 from reactdiff.model.latent_diffusion import LatentDiffusion
-from reactdiff.stage import Source, build, empty_batch, stage
+from reactdiff.stage import Source, build_without_memory, empty_batch, stage
 
 log = logging.getLogger(__name__)
 
@@ -139,11 +139,11 @@ class _Training:
             pin=place.device.type == "cuda",
             quarantine=self.quarantine if data.on_corrupt == "quarantine" else None,
         )
-        module = build(kind, experiment.seed)
-        warm_start(module, job.stage, experiment, log.warning if place.rank == 0 else log.debug)
+        module = build_without_memory(kind)
+        weights = first_weights(kind, job.stage, experiment, log.warning if place.rank == 0 else log.debug)
         if isinstance(module, LatentDiffusion):
             module.set_range(*read_range(job.dataset, manifest))
-        self.engine = Engine(module, engine_settings(experiment, job.stage, place.ranks), place.device)
+        self.engine = Engine(module, weights, engine_settings(experiment, job.stage, place.ranks), place.device)
         self.writer = CheckpointWriter(job.run, _gather, place.rank, Retention.of(experiment.run, job.stage), self.superseded)
         self.log = MetricsLog(job.run, job.life, job.attempt, job.stage) if place.rank == 0 else None
         self.validator: Validator | None = None

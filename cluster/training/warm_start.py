@@ -17,10 +17,11 @@ from cluster.config.schema import Experiment
 from cluster.runs.export import Export, load_weights
 from cluster.runs.saved import SavedRun, open_run
 from reactdiff.model.autoencoder import Autoencoder
+from reactdiff.model.init import Weights, initial_weights
 from reactdiff.model.latent_diffusion import LatentDiffusion
 from reactdiff.model.pth import Pth, read_pth
 from reactdiff.model.published import FILES, UNTRAINED, assert_authors, fill_autoencoder, fill_diffusion
-from reactdiff.stage import Stage
+from reactdiff.stage import Stage, build
 
 SUFFIX = ".pth"
 """How the names of the authors' files end; anything else is a run."""
@@ -42,21 +43,25 @@ def check_warm_start(experiment: Experiment, kinds: Mapping[str, Stage]) -> list
         return [parent.check(name, kinds[name].module()) for name in list(kinds)[bool(experiment.run.autoencoder) :]]
 
 
-def warm_start(module: nn.Module, stage: str, experiment: Experiment, log: Callable[[str], None]) -> None:
-    """Give a stage's module the weights that `model.init_from` names; without any, it is left as it is.
+def first_weights(kind: Stage, stage: str, experiment: Experiment, log: Callable[[str], None]) -> Weights:
+    """What the parameters of a stage begin with: what `model.init_from` names, or what is keyed by the seed.
 
     Args:
-        module: what `reactdiff.stage.build` made; its buffers stay as they are.
-        stage: in `reactdiff.config.STAGES`.
+        kind: the stage.
+        stage: its name, in `reactdiff.config.STAGES`.
         experiment: its configuration.
-        log: told where the weights are from.
+        log: told where weights are from that `model.init_from` names.
 
     Raises:
         ValueError: if the weights do not fit, naming the parameter and both shapes.
         StorageError: if the parent run has not finished the stage, or its weights are damaged.
     """
-    if (parent := _parent(experiment)) is not None:
-        log(parent.fill(stage, module))
+    if (parent := _parent(experiment)) is None:
+        with torch.device("meta"):
+            return initial_weights(kind.module(), experiment.seed)
+    module = build(kind, experiment.seed)
+    log(parent.fill(stage, module))
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}.__getitem__
 
 
 def _parent(experiment: Experiment) -> "_ParentRun | _ParentFiles | None":

@@ -11,7 +11,8 @@ from cluster.training import engine as engine_module
 from cluster.training.engine import LARGEST_NORM, Engine, EngineSettings, squared_norm
 from reactdiff.config import Diffusion, Model
 from reactdiff.data.sample import StreamSpec
-from reactdiff.stage import Source, build, empty_batch, stages_over
+from reactdiff.model.init import Weights, initial_weights
+from reactdiff.stage import Source, build_without_memory, empty_batch, stages_over
 from tests.cluster.support.poison import Poison
 from tests.cluster.support.ranks import on_ranks
 
@@ -34,8 +35,9 @@ def learn(rank: int, family: dict[str, Any], zero: int) -> list[float]:
     """Losses of three steps of every stage on noise; a rank's share of a step is one item of two, and the second rank's of step 1 none."""
     kinds, found = stages_over(CLIPS, Model(**{**SMALL, **family}), Diffusion(prediction="x0")), []
     for kind in kinds.values():
-        module = build(kind, 0)
-        engine = Engine(module, EngineSettings(zero, "fp32", 1, (0.9, 0.999), 5e-4, 0.0, 0.99), torch.device("cpu"))
+        module = build_without_memory(kind)
+        settings = EngineSettings(zero, "fp32", 1, (0.9, 0.999), 5e-4, 0.0, 0.99)
+        engine = Engine(module, initial_weights(module, 0), settings, torch.device("cpu"))
         for step in range(3):
             generator = torch.Generator().manual_seed(step)
             batch = {name: torch.randn(each.shape, generator=generator) for name, each in empty_batch(kind, 2, "cpu").items()}
@@ -112,9 +114,14 @@ def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
+def weights_of(module: torch.nn.Module) -> Weights:
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}.__getitem__
+
+
 def toy_engine(zero: int, precision: str, micro_batches: int, clip: float) -> Engine:
     torch.manual_seed(0)
-    return Engine(Toy(), EngineSettings(zero, precision, micro_batches, (0.9, 0.999), 5e-4, clip, 0.99), torch.device("cpu"))
+    settings = EngineSettings(zero, precision, micro_batches, (0.9, 0.999), 5e-4, clip, 0.99)
+    return Engine(toy := Toy(), weights_of(toy), settings, torch.device("cpu"))
 
 
 def plain_norm() -> float:
@@ -216,7 +223,7 @@ def sum_error(rank: int, ranks: int) -> dict[int, float]:
     engine_module.PERSISTENT = 0
     for zero in (1, 2, 3):
         settings = EngineSettings(zero, "bf16", PARTS, (0.9, 0.999), 0.0, 0.0, 0.99)
-        engine = Engine(Wide(), settings, torch.device("cpu"))
+        engine = Engine(wide := Wide(), weights_of(wide), settings, torch.device("cpu"))
         for part in range(PARTS):
             engine.backward(engine.forward({"x": x[part : part + 1], "weight": torch.ones(1)}, 1))
         optimizer = engine._engine.optimizer

@@ -1,7 +1,7 @@
 """Warm starts: from a finished run, from the authors' files, and what is refused before any work."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,10 +16,9 @@ from cluster.runs import checkpoint
 from cluster.runs.export import load_weights
 from cluster.runs.saved import open_run
 from cluster.storage import StorageError, open_store
-from cluster.training.warm_start import check_warm_start, warm_start
+from cluster.training.warm_start import check_warm_start, first_weights
 from reactdiff.data.sample import StreamSpec
-from reactdiff.model.latent_diffusion import LatentDiffusion
-from reactdiff.model.published import load_published, projector_of
+from reactdiff.model.published import load_published
 from reactdiff.stage import LATENT, Source, Stage, build, stage, stages_over
 from tests.cluster.support.training import train_on
 from tests.reactdiff.model.published import write_files
@@ -41,6 +40,14 @@ def parameters(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
+def started(kind: Stage, name: str, experiment: Experiment, say: Callable[[str], None]) -> dict[str, torch.Tensor]:
+    """What all parameters of a stage begin with."""
+    weights = first_weights(kind, name, experiment, say)
+    with torch.device("meta"):
+        names = [name for name, _ in kind.module().named_parameters()]
+    return {name: weights(name) for name in names}
+
+
 def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
     return bool(ours) and all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
@@ -52,13 +59,11 @@ def test_every_weight_of_a_finished_run_is_taken_but_its_latents_range_is_not(fi
         said: list[str] = []
         for name in STAGES:
             export = parent.export(name)
-            module = build(export.kind, seed=1)
-            assert not same(parameters(module), theirs := load_weights(parent.store, export))
-            warm_start(module, name, experiment, said.append)
-            assert same(parameters(module), theirs)
+            theirs = load_weights(parent.store, export)
+            assert same(started(export.kind, name, experiment, said.append), theirs)
+            assert not same(started(export.kind, name, tiny("shards", store, "seed=1"), nothing_said), theirs)
             assert f"stage {name} starts from run {finished} at progress 40, weights {export.hash}" == said[-1]
-        assert isinstance(module, LatentDiffusion)
-        assert torch.equal(module.minimum, -torch.ones_like(module.minimum)) and not torch.equal(theirs["minimum"], module.minimum)
+        assert "minimum" in theirs and "minimum" not in started(export.kind, name, experiment, lambda _: None)
         source = Source(parent.clips.stream_specs, parent.clips.frames)
         assert check_warm_start(experiment, kinds(experiment, source)) == said and len(said) == 2
 
@@ -93,10 +98,9 @@ def experiment_of(case: Case, *files: Path, **model: object) -> Experiment:
     return load(None, [f"model.init_from=[{','.join(map(str, files))}]", *(f"model.{name}={value}" for name, value in widths.items())])
 
 
-def fresh(case: Case, experiment: Experiment, name: str) -> nn.Module:
-    """The module of a stage with its keyed initial weights."""
+def kind_of(case: Case, experiment: Experiment, name: str) -> Stage:
     streams = case.streams if name == "autoencoder" else [StreamSpec(LATENT, "latent", case.latent)]
-    return build(stage(name, experiment.model, experiment.diffusion, Source(streams, case.frames)), seed=0)
+    return stage(name, experiment.model, experiment.diffusion, Source(streams, case.frames))
 
 
 def test_the_authors_files_give_the_weights_of_their_import(authors: tuple[Case, tuple[Path, Path, Path]]) -> None:
@@ -106,10 +110,7 @@ def test_the_authors_files_give_the_weights_of_their_import(authors: tuple[Case,
     made = load_published(experiment.model, process, case.streams, *files)
     said: list[str] = []
     for name, theirs in zip(STAGES, (made.autoencoder, made.diffusion), strict=True):
-        module = fresh(case, experiment, name)
-        warm_start(module, name, experiment, said.append)
-        assert same(parameters(module), parameters(theirs))
-    assert isinstance(module, LatentDiffusion) and torch.equal(module.maximum, torch.ones_like(module.maximum))
+        assert same(started(kind_of(case, experiment, name), name, experiment, said.append), parameters(theirs))
     assert (
         said
         == check_warm_start(experiment, kinds(experiment, Source(case.streams, case.frames)))
@@ -123,12 +124,11 @@ def test_the_authors_files_give_the_weights_of_their_import(authors: tuple[Case,
 def test_without_a_projector_the_condition_starts_untrained_and_this_is_said(authors: tuple[Case, tuple[Path, Path, Path]]) -> None:
     case, files = authors
     experiment = experiment_of(case, *files[:2])
-    module, untouched = (fresh(case, experiment, "diffusion") for _ in range(2))
-    said: list[str] = []
-    warm_start(module, "diffusion", experiment, said.append)
-    assert isinstance(module, LatentDiffusion) and isinstance(untouched, LatentDiffusion)
-    assert same(parameters(projector_of(module)), parameters(projector_of(untouched)))
-    assert not same(parameters(module.denoiser), parameters(untouched.denoiser))
+    kind, said = kind_of(case, experiment, "diffusion"), list[str]()
+    untouched = started(kind, "diffusion", load(None, [f"seed={experiment.seed}"]), nothing_said)
+    for name, value in started(kind, "diffusion", experiment, said.append).items():
+        if name.startswith(("condition.", "denoiser.")) and untouched[name].any():
+            assert torch.equal(value, untouched[name]) == name.startswith("condition."), name
     assert "THE CONDITION IS UNTRAINED" in said[0]
     assert said == check_warm_start(experiment, kinds(experiment, Source(case.streams, case.frames)))[1:]
 
@@ -138,12 +138,12 @@ def test_a_stage_without_a_file_and_a_run_without_init_from_keep_their_initial_w
 ) -> None:
     case, files = authors
     experiment = experiment_of(case, files[0])
-    module, untouched = (fresh(case, experiment, "diffusion") for _ in range(2))
-    said: list[str] = []
-    warm_start(module, "diffusion", experiment, said.append)
+    kind, said = kind_of(case, experiment, "diffusion"), list[str]()
+    without = started(kind, "diffusion", load(None), nothing_said)
+    assert same(without, parameters(build(kind, load(None).seed)))
+    assert same(started(kind, "diffusion", experiment, said.append), without)
     assert said == ["stage diffusion starts from its keyed initialisation: model.init_from has no STAGE2.pth"]
-    warm_start(module, "diffusion", load(None), nothing_said)
-    assert same(parameters(module), parameters(untouched)) and check_warm_start(load(None), {}) == []
+    assert check_warm_start(load(None), {}) == []
 
 
 def test_weights_of_a_run_that_do_not_fit_are_refused_with_the_parameter_and_both_shapes(finished: Path) -> None:
@@ -153,9 +153,9 @@ def test_weights_of_a_run_that_do_not_fit_are_refused_with_the_parameter_and_bot
         ("model.inter_depth=3", r"do not fit this model: \d+ missing \['encoder\.inter\.2\..*0 unknown"),
     ):
         experiment = tiny("shards", "store", f"model.init_from=[{finished}]", override)
-        module = build(stage("autoencoder", experiment.model, experiment.diffusion, source), seed=0)
+        kind = stage("autoencoder", experiment.model, experiment.diffusion, source)
         with pytest.raises(ValueError, match=rule):
-            warm_start(module, "autoencoder", experiment, nothing_said)
+            first_weights(kind, "autoencoder", experiment, nothing_said)
 
 
 def test_authors_weights_that_do_not_fit_are_refused_with_the_file_the_parameter_and_both_shapes(
@@ -164,7 +164,7 @@ def test_authors_weights_that_do_not_fit_are_refused_with_the_file_the_parameter
     case, files = authors
     experiment = experiment_of(case, *files, latent=16)
     with pytest.raises(ValueError, match=rf"^{files[0]}: .*\.weight has shape \(32, 128\), but encoder\.map\.3\.weight is \(16, 128\)"):
-        warm_start(fresh(case, experiment, "autoencoder"), "autoencoder", experiment, nothing_said)
+        first_weights(kind_of(case, experiment, "autoencoder"), "autoencoder", experiment, nothing_said)
 
 
 def test_damaged_weights_of_a_parent_are_refused(finished: Path, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_damaged_weights_of_a_parent_are_refused(finished: Path, tmp_path: Path)
     export = open_run(str(run), "").export("autoencoder")
     save_file({"w": torch.zeros(1)}, run / "exports" / "autoencoder" / f"{export.hash}.safetensors")
     with pytest.raises(StorageError, match="it is damaged"):
-        warm_start(build(export.kind, 0), "autoencoder", tiny("shards", tmp_path, "model.init_from=[tiny]"), nothing_said)
+        first_weights(export.kind, "autoencoder", tiny("shards", tmp_path, "model.init_from=[tiny]"), nothing_said)
 
 
 def test_a_wrong_source_is_refused_before_any_work(authors: tuple[Case, tuple[Path, Path, Path]], tmp_path: Path) -> None:
