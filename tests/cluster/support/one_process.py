@@ -19,6 +19,7 @@ from cluster.driver import run
 from cluster.evaluation import evaluate
 from cluster.runs import build_latents, checkpoint, lease
 from cluster.runs.lineage import open_attempt
+from cluster.runtime.ray_cluster import Resources
 from cluster.storage import Store
 from cluster.studies import sweep
 from cluster.studies.sweep import Sweep, Trial
@@ -35,7 +36,7 @@ def one_process() -> Iterator[None]:
     """Until the end of the block, this process is all there is, and each command it gives that of a new driver: the one before is dead."""
     with pytest.MonkeyPatch.context() as patch, _group_of_one():
         for module in (run, sweep, prepare_job):
-            patch.setattr(module, "connect", lambda *_, **__: None)
+            patch.setattr(module, "connect", lambda *_, **__: Resources(1, 0, 1))
         for name in ("assert_visible", "assert_possible", "driver_risk"):
             patch.setattr(run, name, lambda *_: None)
         patch.setattr(run, "launch", _launch)
