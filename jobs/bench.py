@@ -2,6 +2,8 @@
 
 python jobs/bench.py train                                          the demo's widths
 python jobs/bench.py train --config jobs/configs/react2024.yaml     the authors' widths
+python jobs/bench.py train --rival --config jobs/configs/react2024.yaml optim.batch=2 workers.threads=2     against the published way
+python jobs/bench.py generate --config jobs/configs/react2024.yaml workers.threads=2            ten reactions, against the published way
 python jobs/bench.py online                                         a listener that reacts while the speaker speaks
 python jobs/bench.py data                                           our loader over S3, against the wire and webdataset
 python jobs/bench.py checkpoint                                     how long one holds up a step, against a plain copy
@@ -29,6 +31,7 @@ from cluster.bench.loading import Task, Undrawn, bench_data, server
 from cluster.bench.metrics import full_size, pair_costs
 from cluster.bench.noise_dataset import make_noise
 from cluster.bench.recovery import our_recoveries, stock_recoveries
+from cluster.bench.rival import Rivalry, in_turns
 from cluster.bench.tables import (
     checkpoint_table,
     full_size_table,
@@ -36,11 +39,13 @@ from cluster.bench.tables import (
     online_table,
     pairs_table,
     recovery_table,
+    rivalry_table,
     training_table,
 )
 from cluster.bench.training import alone, bench_online, bench_training
 from cluster.config.loading import load
 from cluster.config.paths import anchored
+from cluster.config.schema import Experiment
 from cluster.data.demo import DYADS, make_demo
 from cluster.studies.comparison import Comparison, compare
 from cluster.telemetry.display import Display
@@ -66,6 +71,10 @@ def main() -> int:
     )
     verb.add_argument("--steps", type=cli.positive, default=10, help="measured steps of each stage (default: 10)")
     verb.add_argument("--stage", choices=STAGES, action="append", help="only this stage")
+    verb.add_argument("--rival", action="store_true", help="on the CPU, against the published code's way, each in a process of its own")
+    verb.add_argument("--rounds", type=cli.positive, default=3, help="of --rival, in turns (default: 3)")
+    verb = _verb(verbs, "generate", generate, CONFIGS / "demo.yaml", "reactions to a clip on the CPU, against the published code's way")
+    verb.add_argument("--rounds", type=cli.positive, default=3, help="in turns (default: 3)")
     verb = _verb(verbs, "online", online, CONFIGS / "online.yaml", "reacting window by window, against the speaker's real time")
     verb.add_argument("--seconds", type=cli.positive, default=30, help="length of the clip (default: 30)")
     verb.add_argument("--count", type=cli.positive, default=10, metavar="K", help="reactions at the same time (default: 10)")
@@ -106,14 +115,40 @@ def _verb(verbs: Any, name: str, function: Callable[[argparse.Namespace], int], 
 def train(arguments: argparse.Namespace) -> int:
     """Training speed on one rank."""
     experiment = load(arguments.config, arguments.overrides)
-    source = SIMULATED if "w2v" not in experiment.model.acoustic else AUTHORS
+    source = _source(experiment)
+    stages = arguments.stage or stages_of(experiment.model)
+    if arguments.rival:
+        for name in stages:
+            _against_the_published(Rivalry(experiment, source, name, arguments.steps), arguments.rounds)
+        return 0
     alone()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {experiment.workers.threads} threads"
-    stages = arguments.stage or stages_of(experiment.model)
     speeds = {name: bench_training(experiment, name, source, arguments.steps) for name in stages}
     title = f"training on {device}, ZeRO-{experiment.workers.zero}, {experiment.optim.precision}"
     Console().print(training_table(title, speeds))
     return 0
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """Speed of generating a clip's reactions."""
+    experiment = load(arguments.config, arguments.overrides)
+    _against_the_published(Rivalry(experiment, _source(experiment), "generation", 1), arguments.rounds)
+    return 0
+
+
+def _source(experiment: Experiment) -> Source:
+    """What a dataset of clips for this model would hold."""
+    return SIMULATED if "w2v" not in experiment.model.acoustic else AUTHORS
+
+
+def _against_the_published(rivalry: Rivalry, rounds: int) -> None:
+    experiment, stage = rivalry.experiment, rivalry.stage
+    with Display() as display:
+        found = in_turns(rivalry, rounds, display.counter(stage, "measurements"))
+    what = f"a step of stage {stage}, batch {experiment.optim.batch[stage]}, {experiment.optim.precision}"
+    if stage == "generation":
+        what = f"{experiment.evaluation.predictions} reactions to a clip, {experiment.diffusion.sampling_steps} sampling steps (scaled)"
+    Console().print(rivalry_table(f"{what}; {experiment.workers.threads} threads, medians of {rounds} rounds", found))
 
 
 def online(arguments: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from rich.table import Column, Table
 from cluster.bench.checkpoint import HeldUp, Seconds
 from cluster.bench.loading import Figures
 from cluster.bench.metrics import CLIPS, FRAMES, NEIGHBOURS, OFFICIAL_SECONDS, PREDICTIONS, FullSize, MetricCost
+from cluster.bench.rival import Cost
 from cluster.bench.training import StepSpeed
 
 
@@ -71,6 +72,35 @@ def recovery_table(title: str, found: Mapping[str, Sequence[float]]) -> Table:
         figures = (median(seconds), min(seconds), max(seconds))
         table.add_row(name, *(f"{figure:.1f}" for figure in figures), f"{median(seconds) / median(rival):.2f}")
     return table
+
+
+def rivalry_table(title: str, found: Mapping[str, Sequence[Cost]]) -> Table:
+    """What each took in the median of the rounds, and how many times faster and smaller the first is in each of them."""
+    table = _numbers(title, "", "seconds", "CPU seconds", "peak memory")
+    for name, costs in found.items():
+        memory = f"{median(cost.memory for cost in costs) / 1e9:.2f} GB"
+        table.add_row(name, f"{median(cost.wall for cost in costs):.2f}", f"{median(cost.cpu for cost in costs):.2f}", memory)
+    rounds = list(zip(*found.values(), strict=True))
+    for name, figure in (("seconds", _wall), ("CPU seconds", _cpu), ("peak memory", _memory)):
+        ratios = [figure(theirs) / figure(ours) for ours, theirs in rounds]
+        table.add_row(f"{name}, ratio", *([""] * ("seconds", "CPU seconds", "peak memory").index(name)), _span(ratios))
+    return table
+
+
+def _wall(cost: Cost) -> float:
+    return cost.wall
+
+
+def _cpu(cost: Cost) -> float:
+    return cost.cpu
+
+
+def _memory(cost: Cost) -> float:
+    return cost.memory
+
+
+def _span(ratios: Sequence[float]) -> str:
+    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def _least_wall(rounds: Sequence[Seconds]) -> float:

@@ -19,7 +19,7 @@ from reactdiff.model.codec import Codec
 from reactdiff.model.init import initial_weights
 from reactdiff.model.latent_diffusion import LatentDiffusion
 from reactdiff.online import Listener
-from reactdiff.stage import Source, build, build_without_memory, empty_batch, flops_per_item, stages_over
+from reactdiff.stage import Source, Stage, build, build_without_memory, empty_batch, flops_per_item, stages_over
 
 WARM_UP = 3
 
@@ -54,13 +54,12 @@ def bench_training(experiment: Experiment, name: str, source: Source, steps: int
     device = best_device()
     batch_items, settings = experiment.optim.batch[name], engine_settings(experiment, name, ranks=1)
     kind = stages_over(source, experiment.model, experiment.diffusion)[name]
-    empty = empty_batch(kind, batch_items, "cpu")
-    batch = {key: _random(tensor).to(device) for key, tensor in empty.items()}
+    batch = {key: tensor.to(device) for key, tensor in random_batch(kind, batch_items).items()}
     flops = flops_per_item(kind)
     parts = settings.micro_batches
     module = build_without_memory(kind)
     engine = Engine(module, initial_weights(module, experiment.seed), settings, device)
-    ours = _timed(_engine_step(engine, batch, batch_items, parts), steps, device)
+    ours = _timed(engine_step(engine, batch, batch_items, parts), steps, device)
     memory = peak_memory(device)
     plain = _timed(_plain_step(build(kind, experiment.seed).to(device), batch, experiment, parts), steps, device)
     speed = batch_items / ours
@@ -91,7 +90,8 @@ def bench_online(experiment: Experiment, source: Source, windows: int, count: in
     return spent[WARM_UP:]
 
 
-def _engine_step(engine: Engine, batch: dict[str, torch.Tensor], items: int, parts: int) -> Callable[[], None]:
+def engine_step(engine: Engine, batch: dict[str, torch.Tensor], items: int, parts: int) -> Callable[[], None]:
+    """A step of an engine on a batch of so many items, in so many micro-batches."""
     weighted = batch | {"weight": torch.ones(items, device=engine.device)}
 
     def step() -> None:
@@ -134,6 +134,11 @@ def _timed(step: Callable[[], None], steps: int, device: torch.device) -> float:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return sorted(seconds[WARM_UP:])[steps // 2]
+
+
+def random_batch(kind: Stage, items: int) -> dict[str, torch.Tensor]:
+    """A batch of noise, of the right shapes and types, on the CPU."""
+    return {name: _random(tensor) for name, tensor in empty_batch(kind, items, "cpu").items()}
 
 
 def _random(tensor: torch.Tensor) -> torch.Tensor:
