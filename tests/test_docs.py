@@ -4,6 +4,7 @@ import ast
 import importlib
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,12 +45,14 @@ PROVE = "tests/cluster/chaos/test_prove.py::test_five_kinds_of_faults_change_not
 INSTALLS = "tests/test_docs.py::test_the_page_installs_what_make_and_the_pins_say"
 MAKE = "tests/test_docs.py::test_a_target_that_a_page_names_is_one_of_make"
 CI = ".ci/run"
+GPUS = "tests/test_docs.py::test_make_asks_for_a_rank_on_each_of_so_many_gpus"
 DEMO = "python jobs/train.py --config jobs/configs/demo.yaml data.url=work/shards"
 
 ELSEWHERE = {
     "make train": CI,
     "make test": CI,
     "make train STORE=s3": S3,
+    "make train GPU=1": GPUS,
     "make setup": MAKE,
     "make check": MAKE,
     DEMO: TRAINS,
@@ -179,6 +182,12 @@ def test_a_target_that_a_page_names_is_one_of_make() -> None:
     targets = {words[1] for words in (command.words for command in COMMANDS) if words[0] == "make"}
     assert targets >= {"setup", "check", "test"}
     assert targets <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+@pytest.mark.starts
+def test_make_asks_for_a_rank_on_each_of_so_many_gpus() -> None:
+    said = subprocess.run(["make", "-n", "train", "GPU=2"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "jobs/train.py workers.gpu=true workers.count=2" in said
 
 
 @pytest.mark.parametrize("test", sorted(set(ELSEWHERE.values()) - {CI}))

@@ -37,14 +37,20 @@ MODULES = {
     ),
     "runs": "build_latents checkpoint environment export latents lease lineage published registry retention saved snapshot state upkeep",
     "evaluation": "evaluate gate ground_truth picture plan rows validation",
-    "training": "compiler engine examine loop reporting requests resume stacks verdict warm_start",
+    "training": "compiler engine examine loop reporting requests resume spread stacks verdict warm_start",
     "driver": "board group interruption launch lookout pin plan pretrained ray_train run watchdog",
     "studies": "case comparison course grounds prove retrain script sweep verdict",
-    "bench": "checkpoint loading metrics noise_dataset recovery tables training",
+    "bench": "checkpoint loading metrics noise_dataset recovery rival tables training",
 }
 """Package -> its modules."""
 
-ACROSS = {"driver/test_hangs.py", "data/test_stream_faults.py", "storage/test_storage.py", "telemetry/test_prometheus.py"}
+ACROSS = {
+    "driver/test_card.py",
+    "driver/test_hangs.py",
+    "data/test_stream_faults.py",
+    "storage/test_storage.py",
+    "telemetry/test_prometheus.py",
+}
 """Tests of a package that are about more than one of its modules."""
 
 MACHINERY = {"ray", "deepspeed", "boto3", "botocore", "prometheus_client", "webdataset"}

@@ -11,8 +11,6 @@ from torch import nn
 from cluster.config.schema import Experiment
 from cluster.data.manifest import load_manifest
 from cluster.evaluation.ground_truth import GroundTruth
-from cluster.runs import checkpoint
-from cluster.runs.checkpoint import Checkpoint
 from cluster.runs.export import load_codec
 from cluster.runs.latents import LatentDataset, encode_clip
 from cluster.storage import Store
@@ -40,11 +38,13 @@ class ValidationClips:
 class Validator:
     """Scores averaged weights of checkpoints. It draws keyed noise and keeps its own copy of the model, so training does not notice.
 
+    Attributes:
+        module: that copy, on the device; who asks for scores gives it weights and buffers before.
+
     Args:
         experiment: its configuration.
         clips: what is scored.
-        store: the run's folder.
-        module: a copy of what is trained, for the weights of a checkpoint.
+        module: a copy of what is trained.
         gather: collects one object of every rank on all of them.
         rank: this rank.
         ranks: of how many.
@@ -55,17 +55,16 @@ class Validator:
         self,
         experiment: Experiment,
         clips: ValidationClips,
-        store: Store,
         module: nn.Module,
         gather: Callable[[Any], list[Any]],
         rank: int,
         ranks: int,
         device: torch.device,
     ):
-        self._experiment, self._store, self._gather, self._rank, self._ranks = experiment, store, gather, rank, ranks
+        self._experiment, self._gather, self._rank, self._ranks = experiment, gather, rank, ranks
         manifest = load_manifest(clips.dataset, clips.manifest)
         self._truth = GroundTruth(clips.dataset, manifest, SPLIT, min(experiment.evaluation.watch, int(manifest.counts(SPLIT).sum())))
-        self._module = module.eval().to(device)
+        self.module = module.eval().to(device)
         if clips.latents is None:
             assert isinstance(module, Codec)
             self._reactor = Reactor(module, None)
@@ -73,19 +72,12 @@ class Validator:
             assert isinstance(module, LatentDiffusion)
             self._reactor = Reactor(load_codec(clips.latents.run, clips.latents.export).to(device), module)
 
-    def validate(self, found: Checkpoint) -> dict[str, float]:
-        """Score a checkpoint that exists: metric -> value, the same on every rank; every rank calls this."""
-        mine = [self._score(item) for item in range(self._rank, 2 * self._truth.clips, self._ranks)] if self._loaded(found) else []
+    def validate(self) -> dict[str, float]:
+        """Score the weights that the module has: metric -> value, the same on every rank; every rank calls this."""
+        mine = [self._score(item) for item in range(self._rank, 2 * self._truth.clips, self._ranks)]
         parts = [PartialScores.from_arrays(arrays) for of_rank in self._gather(mine) for arrays in of_rank]
         scores = merge(parts).official
         return {name: scores[name] for name in METRICS}
-
-    def _loaded(self, found: Checkpoint) -> bool:
-        """Take the checkpoint's averaged weights, on the ranks that have something to score."""
-        if self._rank >= 2 * self._truth.clips:
-            return False
-        self._module.load_state_dict(checkpoint.assemble(self._store, found, "average"))
-        return True
 
     def _score(self, item: int) -> dict[str, np.ndarray]:
         clip, direction = self._truth.clip_and_direction(item)

@@ -240,6 +240,7 @@ class CheckpointWriter:
         self._cleaning: Future[None] | None = None
         self._published: Checkpoint | None = None
         self._facts: dict[str, Any] = {}
+        self._extents: list[Extent] = []
 
     @property
     def busy(self) -> bool:
@@ -281,11 +282,15 @@ class CheckpointWriter:
             self._room = None
         fragments = list(fragments)
         shapes = {fragment.name: list(fragment.shape) for fragment in fragments}
-        extents = [(fragment.name, fragment.start, fragment.tensors["master"].numel()) for fragment in fragments]
+        self._extents = [(fragment.name, fragment.start, fragment.tensors["master"].numel()) for fragment in fragments]
         self._facts = {**facts, "shapes": shapes}
         by = str(Attempt(facts["life"], facts.get("attempt", 0)))
         data = self._snapshot.take(self._tensors(fragments, buffers))
-        self._upload = self._pool.submit(self._write, str(facts["stage"]), by, data, extents)
+        self._upload = self._pool.submit(self._write, str(facts["stage"]), by, data, self._extents)
+
+    def begun(self, kind: str) -> list[tuple[str, int, torch.Tensor]]:
+        """This rank's stretches of what was begun last, of one kind: (parameter name, first element, elements), until the next begins."""
+        return [(name, start, self._snapshot.view(_tensor(name, start, kind))) for name, start, _ in self._extents]
 
     def publish(self) -> None:
         """Wait for every rank's part, then let rank 0 begin to write the manifest."""

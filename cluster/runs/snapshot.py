@@ -59,6 +59,10 @@ class TensorSnapshot:
             view.copy_(tensors[name])
         return self._memory.numpy().data
 
+    def view(self, name: str) -> torch.Tensor:
+        """A tensor as it was taken last; it changes with the next `take`."""
+        return self._views[name]
+
     def _fits(self, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Whether the file has these tensors."""
         views = self._views

@@ -35,7 +35,7 @@ SAID_EVERY = 60.0
 GIVING_BACK = 20.0
 """Seconds that processes have to end and give back the memory of their GPUs."""
 
-Process = tuple[str, int]
+TaskProcess = tuple[str, int]
 """Address of a machine, and number of a process on it."""
 
 
@@ -80,7 +80,7 @@ def map_tasks(
     at_once = 2 * max(1, int(there.gpus if workers.gpu else there.cpus / workers.cpus))
     waiting = list(enumerate(calls))[::-1]
     running: dict[Any, int] = {}
-    processes: set[Process] = set()
+    processes: set[TaskProcess] = set()
     budget = Budget(RETRIES)
     try:
         while waiting or running:
@@ -114,7 +114,7 @@ def map_tasks(
             _end(processes)
 
 
-def _end(processes: set[Process]) -> None:
+def _end(processes: set[TaskProcess]) -> None:
     ending = []
     for node in nodes():
         if pids := [pid for address, pid in processes if address == node.address]:
@@ -147,7 +147,7 @@ _taken: dict[str, Any] = {}
 """What this process took out of the object store last."""
 
 
-def _call(function: Callable[..., Any], box: list[ray.ObjectRef], call: tuple[Any, ...]) -> tuple[Process, Any]:
+def _call(function: Callable[..., Any], box: list[ray.ObjectRef], call: tuple[Any, ...]) -> tuple[TaskProcess, Any]:
     (reference,) = box
     if (name := reference.hex()) not in _taken:
         _taken.clear()

@@ -36,6 +36,7 @@ from cluster.training.examine import examine
 from cluster.training.reporting import Inbox, reporting
 from cluster.training.requests import Request
 from cluster.training.resume import candidates, restore, tell_other_arithmetic
+from cluster.training.spread import spread
 from cluster.training.stacks import stacks
 from cluster.training.verdict import Verdict, Word
 from cluster.training.warm_start import first_weights
@@ -149,7 +150,7 @@ class _Training:
         self.validator: Validator | None = None
         if job.validation:
             ranks = place.rank, place.ranks
-            self.validator = Validator(experiment, job.validation, job.run, kind.module(), _gather, *ranks, place.device)
+            self.validator = Validator(experiment, job.validation, kind.module(), _gather, *ranks, place.device)
         validates = place.rank == 0 and job.validation
         self.validation_log = MetricsLog(job.run, job.life, job.attempt, validation_name(job.stage)) if validates else None
 
@@ -191,7 +192,9 @@ class _Training:
         if self.place.rank == 0:
             tell_other_arithmetic(job.run, found)
         if self.validator and found.progress < self.share.total and self.looks_at(found) and not self.validated(found):
-            self.validate(self.validator, found)  # the life that wrote it died before
+            # The life that wrote it died before.
+            self.take_averages(self.validator, [(one.name, one.start, one.tensors["average"]) for one in self.engine.fragments()])
+            self.validate(self.validator, found)
         self.meter.gauges["progress_items"] = found.progress
         return found.steps
 
@@ -347,11 +350,19 @@ class _Training:
         finished = None
         if written or (due and self.writer.busy):  # where the next one is due already, it is waited for
             finished = self.writer.commit()
+            if self.validator and self.looks_at(finished):
+                self.take_averages(self.validator, self.writer.begun("average"))  # before the next one overwrites them
         elif self.writer.busy:
             self.writer.publish()
         if due:
             self.checkpoint(steps, progress)
         return finished
+
+    def take_averages(self, validator: Validator, stretches: list[tuple[str, int, torch.Tensor]]) -> None:
+        """Give the copy that is scored the averaged weights that ranks have in memory: those of a checkpoint."""
+        spread(stretches, validator.module, _gather)
+        for name, buffer in self.engine.stage.named_buffers():
+            validator.module.get_buffer(name).copy_(buffer)
 
     def looks_at(self, found: Checkpoint) -> bool:
         """Whether clips of validation are scored with a checkpoint: those that a clock or a fault asked for are not looked at."""
@@ -365,7 +376,7 @@ class _Training:
     def validate(self, validator: Validator, found: Checkpoint) -> None:
         """Score a checkpoint on the clips of validation."""
         with self.meter.phase("evaluation"):
-            scores = validator.validate(found)
+            scores = validator.validate()
         self.meter.gauges.update(val_progress_items=found.progress, val_frcorr=scores["FRCorr"], val_frdist=scores["FRDist"])
         if self.validation_log is not None:
             self.validation_log.add(progress=found.progress, **scores)
