@@ -12,7 +12,7 @@ from cluster.data.manifest import Manifest
 from cluster.driver.pin import Pinned, stage_end
 from cluster.driver.ray_train import gang_of
 from cluster.runtime.placement import Gang
-from cluster.training.engine import micro_batches
+from cluster.training.engine import micro_batches, zero_stage
 from reactdiff.clip import windows_of
 from reactdiff.model.shapes import parameters_by_module
 from reactdiff.stage import Source, Stage, flops_per_item, shapes, stages_over
@@ -27,7 +27,7 @@ def memory_per_rank(parameters: int, zero: int, ranks: int, precision: str) -> d
         ranks: number of ranks.
         precision: "fp32", "tf32" or "bf16".
     """
-    width = 2 if precision == "bf16" else 4
+    width, zero = 2 if precision == "bf16" else 4, zero_stage(zero, precision, ranks)
     own = parameters if zero == 0 else -(-parameters // ranks)
     return {
         "weights": width * (-(-parameters // ranks) if zero == 3 else parameters),

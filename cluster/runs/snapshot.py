@@ -135,6 +135,6 @@ class TensorsInPlace:
                 for first, target in self._wanted(name, dtype, entry["shape"]):
                     self._places.append((begin + first * dtype.itemsize, target.view(-1).view(torch.uint8)))
                     self.count += target.numel()
-        except (ValueError, KeyError, TypeError, AttributeError):  # its hash will not be the right one
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, MemoryError):  # its hash will not be the right one
             self._places, self.count = [], 0
         return True

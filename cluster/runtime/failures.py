@@ -50,7 +50,10 @@ TABLE = (
         False,
         "lower workers.micro_batch, raise workers.zero or workers.count; all of them may change in a run",
         (MemoryError, "OutOfMemoryError"),
-        says=("DefaultCPUAllocator: can't allocate memory", "[Errno 12] Cannot allocate memory"),
+        says=(
+            *("DefaultCPUAllocator: can't allocate memory", "[Errno 12] Cannot allocate memory"),
+            *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Cuda failure 2 'out of memory'"),
+        ),
     ),
     Failure("refused", False, "correct the URL, or the credentials and their rights; then the same command", (Permanent,)),
     Failure("storage", True, "see to the store; the same command goes on", (StorageError,), AGAIN),

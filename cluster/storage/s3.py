@@ -279,8 +279,8 @@ class S3Store(Store):
                 response = self._server.get(self._bucket, name, {"Range": span} | ({"If-Match": etag} if etag else {}))
                 break
             except _Busy:
-                if not retry.again(RETRY_SECONDS):
-                    break
+                if not retry.again(self._retry_seconds):
+                    raise StorageError(f"{self.url}/{key} at {self.endpoint}: the server is too busy, {retry.faults} times") from None
         if response is not None:
             self._server.answered = True
             length = response.headers.get("Content-Length")
@@ -345,8 +345,13 @@ class S3Store(Store):
                 if isinstance(error, ClientError) and _code(error) in EXPIRED and not renewed:
                     self._server.renew()  # the environment or its files may have new ones
                     renewed = True
-                elif not (_retryable(error) and retry.again(RETRY_SECONDS if self._server.answered else FIRST_RETRY_SECONDS)):
+                elif not (_retryable(error) and retry.again(self._retry_seconds)):
                     raise self._error(key, error) from error
+
+    @property
+    def _retry_seconds(self) -> float:
+        """For how long a server is asked again: one that has never answered may not be there at all."""
+        return RETRY_SECONDS if self._server.answered else FIRST_RETRY_SECONDS
 
     def _error(self, key: str, error: Exception) -> StorageError:
         where = f"{self.url}/{key} at {self.endpoint}"

@@ -5,9 +5,11 @@ fp32 weights and of Adam's state; they are those of DeepSpeed 0.19.8, which the 
 are not used: they load at no other number of ranks.
 """
 
+import ctypes
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,9 +83,8 @@ def engine_settings(experiment: Experiment, stage: str, ranks: int) -> EngineSet
     """How an experiment trains a stage on so many ranks."""
     optim, workers = experiment.optim, experiment.workers
     whole_share = -(-optim.batch[stage] // workers.most) if workers.least < workers.most else 0
-    alone = ranks == 1 and optim.precision != "bf16"  # nobody to divide anything with, and fp32 weights are their own masters
     return EngineSettings(
-        zero=0 if alone else workers.zero,
+        zero=zero_stage(workers.zero, optim.precision, ranks),
         precision=optim.precision,
         micro_batches=micro_batches(optim.batch[stage], ranks, workers.micro_batch or whole_share),
         betas=optim.betas,
@@ -91,6 +92,11 @@ def engine_settings(experiment: Experiment, stage: str, ranks: int) -> EngineSet
         clip=optim.clip,
         ema=optim.ema[stage],
     )
+
+
+def zero_stage(asked: int, precision: str, ranks: int) -> int:
+    """The ZeRO stage that is used: one rank has nobody to divide anything with, and weights that are not bf16 are their own masters."""
+    return 0 if ranks == 1 and precision != "bf16" else asked
 
 
 def micro_batches(batch: int, ranks: int, largest: int) -> int:
@@ -142,6 +148,7 @@ class Engine:
             dist_init_required=False,
         )
         _take_over(self._engine, self._ranks)
+        _trim()  # DeepSpeed has moved what was divided
         _make_adam_state(self._engine)
         self._owned = list(_own(self._engine))
         self._masters = [master.detach() for _, _, _, master, _ in self._owned]
@@ -211,7 +218,8 @@ class Engine:
 
     def average(self) -> None:
         """Move the averaged weights towards those of a step that was applied."""
-        torch._foreach_lerp_(self._averages, self._masters, 1 - self.settings.ema)
+        if self._averages:  # a small model may leave nothing to the last of many ranks
+            torch._foreach_lerp_(self._averages, self._masters, 1 - self.settings.ema)
 
     def fill(self, module: nn.Module) -> nn.Module:
         """Give a module of the stage, made like the one that is trained, the weights and buffers of now; collective. Returns it."""
@@ -259,7 +267,7 @@ def _deepspeed_config(settings: EngineSettings, parameters: int, device: torch.d
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "stage3_param_persistence_threshold": PERSISTENT,
-            "overlap_comm": device.type == "cuda",
+            "overlap_comm": device.type == "cuda" and torch.distributed.get_world_size() > 1,
         },
         "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice in each micro-batch
         "optimizer": {
@@ -286,21 +294,24 @@ def _deepspeed_config(settings: EngineSettings, parameters: int, device: torch.d
 def _give_memory(stage: nn.Module, config: dict[str, Any], device: torch.device) -> None:
     """Make parameters on the device, whose values do not count yet; ZeRO-3 divides each among the ranks before there is the next."""
     dtype = torch.bfloat16 if "bf16" in config else torch.float32
+    divided = config["zero_optimization"]["stage"] == 3
+    shared = torch.zeros(max(p.numel() for p in stage.parameters()) if divided else 0, dtype=dtype, device=device)
 
     def one_by_one(recurse: bool = True) -> Iterator[nn.Parameter]:
         for layer in stage.modules():
             for name, parameter in layer.named_parameters(recurse=False):
-                memory = torch.zeros(parameter.shape, dtype=dtype, device=device)
-                layer._parameters[name] = given = nn.Parameter(memory, parameter.requires_grad)
+                # What is divided lets go of its memory; that of the largest serves all, for malloc would keep holes of every size.
+                memory = shared[: parameter.numel()] if divided else torch.zeros(parameter.numel(), dtype=dtype, device=device)
+                layer._parameters[name] = given = nn.Parameter(memory.view(parameter.shape), parameter.requires_grad)
                 yield given
 
-    if config["zero_optimization"]["stage"] < 3:
-        for _ in one_by_one():
-            pass
-    else:
+    if divided:
         usual, stage.parameters = stage.parameters, one_by_one  # type: ignore[method-assign]
         deepspeed.zero.Init(module=stage, config_dict_or_path=config, dtype=dtype)
         stage.parameters = usual  # type: ignore[method-assign]
+    else:
+        for _ in one_by_one():
+            pass
     stage.to(device)  # buffers
 
 
@@ -314,6 +325,12 @@ def _zero_or_nothing(engine: deepspeed.DeepSpeedEngine, _: torch.optim.Optimizer
 
 
 deepspeed.DeepSpeedEngine._do_optimizer_sanity_check = _zero_or_nothing
+
+
+def _trim() -> None:
+    """Give memory that is free back to the kernel, which glibc does not do of its own accord where it lies between what is not."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _take_over(engine: deepspeed.DeepSpeedEngine, ranks: int) -> None:
@@ -383,7 +400,8 @@ def _push_masters(engine: deepspeed.DeepSpeedEngine) -> None:
     if hasattr(zero, "fp16_partitioned_groups_flat"):
         for group in range(len(zero.fp16_partitioned_groups_flat)):
             zero._reassign_or_swap_out_partitioned_parameters(group)
-        if getattr(zero, "persistent_parameters", None):
-            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        if persistent := getattr(zero, "persistent_parameters", None):
+            persistent[0].partition(persistent)  # what is gathered already would stay what it was
+            persistent[0].all_gather(persistent)
     elif hasattr(zero, "update_lp_params"):
         zero.update_lp_params()

@@ -220,12 +220,13 @@ class _Training:
         return loss
 
     def step(self, batch: Batch, upcoming: Batch | None, loss: torch.Tensor) -> Verdict:
-        """Agree on a step and apply it, or leave all as it was where it is not finite; a device is waited for once, at the end."""
-        with self.meter.phase("agree"):  # here a rank waits for its peers
+        """Agree on a step and apply it, or leave all as it was where it is not finite; the host reads at the end what was decided."""
+        # On a CPU a rank waits for its peers in the all-reduce, on a GPU only where the sums are read.
+        with self.meter.phase("agree" if self.place.device.type == "cpu" else "backward"):
             sums = self.word(batch, upcoming).summed(loss, self.engine.gradient_square())
         with self.meter.phase("optimizer"):
             self.engine.step(self.rate(batch), sums[0], sums[1])
-        with self.meter.phase("agree"):  # and on a GPU the host for all that it only queued
+        with self.meter.phase("agree"):
             return self.heed(sums, upcoming)
 
     def word(self, batch: Batch | None, upcoming: Batch | None) -> Word:

@@ -46,8 +46,8 @@ def _wrap(engine: Any) -> None:
         if _asked("out_of_memory"):
             with open("/proc/self/statm") as sizes:
                 held = int(sizes.read().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (held, resource.RLIM_INFINITY))
-            loss.new_empty(NEEDED // loss.element_size())
+            resource.setrlimit(resource.RLIMIT_AS, (held, resource.getrlimit(resource.RLIMIT_AS)[1]))
+            sys.modules["torch"].empty(NEEDED, dtype=sys.modules["torch"].uint8)
         return backward(self, loss, *arguments, **options)
 
     engine.backward = faulty

@@ -110,13 +110,18 @@ def test_credentials_that_have_expired_are_looked_up_once_more(s3_url: str, prox
     assert proxy.happened == ["expired"] * 4
 
 
-def test_a_busy_server_is_asked_again(s3_url: str, proxy: FaultyProxy) -> None:
+def test_a_busy_server_is_asked_again(s3_url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(s3_url)
     proxy.faults = ["busy", "busy"]
     store.put("x", b"1")
     proxy.faults = ["busy"]
     assert store.read("x") == b"1"
     assert proxy.happened == ["busy"] * 3 and len(proxy.requests) == 5, "once a pause"
+    monkeypatch.setattr(s3, "FIRST_RETRY_SECONDS", 0.0)
+    proxy.faults = ["busy"] * 2
+    with pytest.raises(StorageError, match=rf"{s3_url}/x at http://\S+: the server is too busy, 1 times"):
+        read_range(open_store(s3_url), "x", 0, 1)
+    assert len(proxy.faults) == 1, "who has never seen it asks once"
 
 
 def test_a_conditional_write_whose_answer_is_lost_still_knows_that_it_won(s3_url: str, proxy: FaultyProxy) -> None:

@@ -1,6 +1,7 @@
 """The engine without a dataset: every kind of stage under ZeRO-3, and a step that is applied as a whole or not at all."""
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -177,8 +178,8 @@ def test_a_gradient_that_is_not_finite_is_known_before_the_update_and_leaves_not
 def resumed(rank: int, ranks: int, cases: list[tuple[int, str, int]]) -> dict[tuple[Any, ...], bool]:
     """Whether an engine that takes over what another one had after two steps, and how many it had taken, does the same two steps more."""
     share, found = uneven(rank, ranks), {}
-    engine_module.PERSISTENT = 0
-    for case in cases:
+    for case, persistent in product(cases, (0, engine_module.PERSISTENT)):
+        engine_module.PERSISTENT = persistent
         first, second = (toy_engine(*case, clip=0.5) for _ in range(2))
         for _ in range(2):
             advance(first, nine_items(), share)
@@ -193,7 +194,7 @@ def resumed(rank: int, ranks: int, cases: list[tuple[int, str, int]]) -> dict[tu
         for engine in (first, second):
             for _ in range(2):
                 advance(engine, nine_items(), share)
-        found[case] = equal(state_of(first), state_of(second))
+        found[*case, persistent] = equal(state_of(first), state_of(second))
     return found
 
 
