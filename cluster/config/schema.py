@@ -84,6 +84,10 @@ class Workers(Branch):
         0, "Most items in one forward pass; 0: a rank's whole share of a step, with the most ranks.", kind="placement", unit="items", ge=0
     )
 
+    recompute: bool = field(
+        False, "Compute activations again in the backward pass instead of keeping them: less memory, a third slower.", kind="placement"
+    )
+
     @property
     def least(self) -> int:
         """The least number of ranks that the run goes on with."""

@@ -18,6 +18,7 @@ from torch import nn
 
 from cluster.config.schema import Experiment
 from reactdiff.model.init import Weights
+from reactdiff.model.recompute import recompute
 
 if not torch.cuda.is_available():  # of a rank its environment says it
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -77,6 +78,7 @@ class EngineSettings:
     weight_decay: float
     clip: float
     ema: float
+    recompute: bool
 
 
 def engine_settings(experiment: Experiment, stage: str, ranks: int) -> EngineSettings:
@@ -91,6 +93,7 @@ def engine_settings(experiment: Experiment, stage: str, ranks: int) -> EngineSet
         weight_decay=optim.weight_decay,
         clip=optim.clip,
         ema=optim.ema[stage],
+        recompute=workers.recompute,
     )
 
 
@@ -140,6 +143,8 @@ class Engine:
         self.settings, self.device = settings, device
         self._ranks, self._rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         config = _deepspeed_config(settings, sum(p.numel() for p in stage.parameters()), device)
+        if settings.recompute:
+            recompute(stage)
         _give_memory(stage, config, device)
         self._engine, *_ = deepspeed.initialize(
             model=stage,
