@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from cluster.runtime.device import peak_flops, peak_memory
 from cluster.storage import StorageError, Store
 from cluster.telemetry.meter import Meter, Snapshot
 from cluster.telemetry.metrics_log import MetricsLog, read_rows, validation_name
+from cluster.training.ahead import Ahead
 from cluster.training.compiler import load_compiler_late
 from cluster.training.engine import LARGEST_NORM, Engine, NonFinite, engine_settings
 from cluster.training.examine import examine
@@ -144,6 +145,7 @@ class _Training:
         weights = first_weights(kind, job.stage, experiment, log.warning if place.rank == 0 else log.debug)
         if isinstance(module, LatentDiffusion):
             module.set_range(*read_range(job.dataset, manifest))
+        self.ahead = Ahead(place.device)
         self.engine = Engine(module, weights, engine_settings(experiment, job.stage, place.ranks), place.device)
         self.writer = CheckpointWriter(job.run, _gather, place.rank, Retention.of(experiment.run, job.stage), self.superseded)
         self.log = MetricsLog(job.run, job.life, job.attempt, job.stage) if place.rank == 0 else None
@@ -167,6 +169,7 @@ class _Training:
             verdict = self.step(batch, upcoming, loss_part)
             while not verdict.finite:
                 verdict = self.repeat(batch, upcoming, verdict)
+            self.ahead.drop(batch)
             progress, left = self.bounds(batch)[1], self.stepped(batch, verdict)
             step, batch, valid, loss = batch.step + 1, upcoming, int(verdict.of_all.next_valid), verdict.loss
         if self.writer.busy:
@@ -204,16 +207,19 @@ class _Training:
 
     def fetch(self, batches: Iterator[Batch]) -> Batch | None:
         with self.meter.phase("data_wait"):
-            return next(batches, None)
+            batch = next(batches, None)
+        if batch is not None:
+            self.ahead.copy(batch)
+        return batch
 
     def forward_backward(self, batch: Batch, valid: int) -> torch.Tensor:
         """The step's gradient; returns this rank's part of its mean loss."""
         torch.manual_seed(self.dropout_seed(batch))
         loss = torch.zeros((), device=self.place.device)
-        for micro_batch in batch.split(self.engine.settings.micro_batches):
-            on_device = {name: tensor.to(self.place.device, non_blocking=True) for name, tensor in micro_batch.items()}
+        on_device = replace(batch, tensors=self.ahead.take(batch))
+        for micro_batch in on_device.split(self.engine.settings.micro_batches):
             with self.meter.phase("forward"):
-                part = self.engine.forward(on_device, valid)
+                part = self.engine.forward(micro_batch, valid)
             with self.meter.phase("backward"):
                 self.engine.backward(part)
             loss += part.detach()
@@ -260,6 +266,7 @@ class _Training:
             self.isolate(self.to_blame(batch, verdict))
         for changed in filter(None, (batch, upcoming)):
             self.stream.mask(changed)
+            self.ahead.copy(changed)
         return self.step(batch, upcoming, self.forward_backward(batch, sum(_gather(batch.valid))))
 
     def to_blame(self, batch: Batch, verdict: Verdict) -> list[BadItem]:

@@ -1,0 +1,34 @@
+"""Batches on the device before they are needed: copied beside the step before, on a stream of their own."""
+
+import torch
+
+from cluster.data.stream import Batch
+from cluster.training.engine import Tensors
+
+
+class Ahead:
+    """Copies of the batch that is trained on and of the next one; on a CPU there is nothing to copy."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copies: dict[int, Tensors] = {}
+
+    def copy(self, batch: Batch) -> None:
+        """Begin to copy a batch, whose memory is pinned; again if it has changed. The batch has to live until its step is over."""
+        with torch.cuda.stream(self._stream):
+            self._copies[batch.step] = {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.tensors.items()}
+
+    def take(self, batch: Batch) -> Tensors:
+        """The tensors of a batch on the device; what is queued there from now on finds them whole."""
+        tensors = self._copies[batch.step]
+        if self._stream is not None:
+            now = torch.cuda.current_stream(self._device)
+            now.wait_stream(self._stream)
+            for tensor in tensors.values():
+                tensor.record_stream(now)
+        return tensors
+
+    def drop(self, batch: Batch) -> None:
+        """Let go of a batch whose step is over."""
+        del self._copies[batch.step]
