@@ -4,6 +4,7 @@ python jobs/bench.py train                                          the demo's w
 python jobs/bench.py train --config jobs/configs/react2024.yaml     the authors' widths
 python jobs/bench.py train --rival --config jobs/configs/react2024.yaml optim.batch=2 workers.threads=2     against the published way
 python jobs/bench.py generate --config jobs/configs/react2024.yaml workers.threads=2            ten reactions, against the published way
+python jobs/bench.py gpu                                            what only a GPU shows, in ten minutes; needs no Ray
 python jobs/bench.py online                                         a listener that reacts while the speaker speaks
 python jobs/bench.py data                                           our loader over S3, against the wire and webdataset
 python jobs/bench.py checkpoint                                     how long one holds up a step, against a plain copy
@@ -26,28 +27,9 @@ import torch
 from rich.console import Console
 
 from cluster import cli
-from cluster.bench.checkpoint import REQUEST_SECONDS, bench_checkpoint
-from cluster.bench.loading import Task, Undrawn, bench_data, server
-from cluster.bench.metrics import full_size, pair_costs
-from cluster.bench.noise_dataset import make_noise
-from cluster.bench.recovery import our_recoveries, stock_recoveries
-from cluster.bench.rival import Rivalry, in_turns
-from cluster.bench.tables import (
-    checkpoint_table,
-    full_size_table,
-    loading_table,
-    online_table,
-    pairs_table,
-    recovery_table,
-    rivalry_table,
-    training_table,
-)
-from cluster.bench.training import alone, bench_online, bench_training
 from cluster.config.loading import load
 from cluster.config.paths import anchored
 from cluster.config.schema import Experiment
-from cluster.data.demo import DYADS, make_demo
-from cluster.studies.comparison import Comparison, compare
 from cluster.telemetry.display import Display
 from reactdiff.clip import FRAME_RATE, WINDOW
 from reactdiff.config import STAGES
@@ -59,7 +41,8 @@ CONFIGS = Path(__file__).parent / "configs"
 SERVER = Path(__file__).parent.parent / "infra" / "objectstore.py"
 MARK = "<!-- table -->"
 AUTHORS = Source(sample.AUTHORS, sample.AUTHORS_FRAMES)
-SIMULATED = Source(sample.SIMULATED, DYADS.frames)
+SIMULATED = Source(sample.SIMULATED, 200)
+"""What the demo's dataset holds."""
 
 
 def main() -> int:
@@ -75,6 +58,11 @@ def main() -> int:
     verb.add_argument("--rounds", type=cli.positive, default=3, help="of --rival, in turns (default: 3)")
     verb = _verb(verbs, "generate", generate, CONFIGS / "demo.yaml", "reactions to a clip on the CPU, against the published code's way")
     verb.add_argument("--rounds", type=cli.positive, default=3, help="in turns (default: 3)")
+    what = "what only a GPU shows, part by part: parity, speed and memory at each ZeRO stage, a checkpoint, reactions, a profile"
+    verb = _verb(verbs, "gpu", gpu, CONFIGS / "react2024.yaml", what)
+    verb.add_argument("--only", metavar="PARTS", help="names with commas; default: all")
+    verb.add_argument("--steps", type=cli.positive, default=10, help="measured steps of each kind (default: 10)")
+    verb.add_argument("--out", type=Path, default=Path("work/bench-gpu"), help="folder of card.json and card.md (default: work/bench-gpu)")
     verb = _verb(verbs, "online", online, CONFIGS / "online.yaml", "reacting window by window, against the speaker's real time")
     verb.add_argument("--seconds", type=cli.positive, default=30, help="length of the clip (default: 30)")
     verb.add_argument("--count", type=cli.positive, default=10, metavar="K", help="reactions at the same time (default: 10)")
@@ -114,6 +102,10 @@ def _verb(verbs: Any, name: str, function: Callable[[argparse.Namespace], int], 
 
 def train(arguments: argparse.Namespace) -> int:
     """Training speed on one rank."""
+    from cluster.bench.rival import Rivalry
+    from cluster.bench.tables import training_table
+    from cluster.bench.training import alone, bench_training
+
     experiment = load(arguments.config, arguments.overrides)
     source = _source(experiment)
     stages = arguments.stage or stages_of(experiment.model)
@@ -131,6 +123,8 @@ def train(arguments: argparse.Namespace) -> int:
 
 def generate(arguments: argparse.Namespace) -> int:
     """Speed of generating a clip's reactions."""
+    from cluster.bench.rival import Rivalry
+
     experiment = load(arguments.config, arguments.overrides)
     _against_the_published(Rivalry(experiment, _source(experiment), "generation", 1), arguments.rounds)
     return 0
@@ -141,7 +135,10 @@ def _source(experiment: Experiment) -> Source:
     return SIMULATED if "w2v" not in experiment.model.acoustic else AUTHORS
 
 
-def _against_the_published(rivalry: Rivalry, rounds: int) -> None:
+def _against_the_published(rivalry: Any, rounds: int) -> None:
+    from cluster.bench.rival import in_turns
+    from cluster.bench.tables import rivalry_table
+
     experiment, stage = rivalry.experiment, rivalry.stage
     with Display() as display:
         found = in_turns(rivalry, rounds, display.counter(stage, "measurements"))
@@ -151,8 +148,31 @@ def _against_the_published(rivalry: Rivalry, rounds: int) -> None:
     Console().print(rivalry_table(f"{what}; {experiment.workers.threads} threads, medians of {rounds} rounds", found))
 
 
+def gpu(arguments: argparse.Namespace) -> int:
+    """What only a GPU shows."""
+    from cluster.bench.card import PARTS, Card, measure_card, page
+    from cluster.bench.training import alone
+
+    parts = arguments.only.split(",") if arguments.only else list(PARTS)
+    if unknown := set(parts) - set(PARTS):
+        raise ValueError(f"--only names {', '.join(sorted(unknown))}, but the parts are {', '.join(PARTS)}")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first product on a GPU
+    experiment = load(arguments.config, arguments.overrides)
+    alone()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with Display() as display:
+        card = Card(experiment, _source(experiment), device, arguments.steps)
+        found = measure_card(card, parts, arguments.out, display.counter("gpu", "parts"))
+    Console(markup=False, soft_wrap=True).print(page(found))
+    print(f"{arguments.out}/card.json and card.md have all of it")
+    return 0
+
+
 def online(arguments: argparse.Namespace) -> int:
     """Speed of an online listener."""
+    from cluster.bench.tables import online_table
+    from cluster.bench.training import bench_online
+
     experiment = load(arguments.config, arguments.overrides)
     windows = -(-arguments.seconds * FRAME_RATE // WINDOW)
     spent = bench_online(experiment, SIMULATED, windows, arguments.count)
@@ -162,6 +182,10 @@ def online(arguments: argparse.Namespace) -> int:
 
 def data(arguments: argparse.Namespace) -> int:
     """Reading speed of one rank."""
+    from cluster.bench.loading import Task, Undrawn, bench_data, server
+    from cluster.bench.noise_dataset import make_noise
+    from cluster.bench.tables import loading_table
+
     if not arguments.url:
         again = [sys.executable, __file__, *sys.argv[1:], "--url", "s3://bench/data"]
         return subprocess.call([sys.executable, str(SERVER), "work/bench", "--bucket", "bench", "--", *again])
@@ -198,6 +222,9 @@ def data(arguments: argparse.Namespace) -> int:
 
 def checkpoint(arguments: argparse.Namespace) -> int:
     """What a step waits for."""
+    from cluster.bench.checkpoint import REQUEST_SECONDS, bench_checkpoint
+    from cluster.bench.tables import checkpoint_table
+
     with Display() as display:
         found = bench_checkpoint(arguments.size * 10**6, arguments.rounds, display.counter("checkpoints", "checkpoints"))
     title = (
@@ -210,6 +237,10 @@ def checkpoint(arguments: argparse.Namespace) -> int:
 
 def recovery(arguments: argparse.Namespace) -> int:
     """Time without training after a rank was killed."""
+    from cluster.bench.recovery import our_recoveries, stock_recoveries
+    from cluster.bench.tables import recovery_table
+    from cluster.data.demo import make_demo
+
     os.environ["RAY_ADDRESS"] = "local"  # what is killed here is nobody else's
     first, later = arguments.kills // 2, arguments.kills - arguments.kills // 2
     with TemporaryDirectory() as folder, Display() as display:
@@ -227,6 +258,9 @@ def recovery(arguments: argparse.Namespace) -> int:
 
 def metrics(arguments: argparse.Namespace) -> int:
     """Cost of the official metrics."""
+    from cluster.bench.metrics import full_size, pair_costs
+    from cluster.bench.tables import full_size_table, pairs_table
+
     cores = len(os.sched_getaffinity(0))
     with Display() as display:
         costs = pair_costs(display.counter("pairs", "measurements"))
@@ -239,6 +273,9 @@ def metrics(arguments: argparse.Namespace) -> int:
 
 def science(arguments: argparse.Namespace) -> int:
     """What models reach."""
+    from cluster.data.demo import make_demo
+    from cluster.studies.comparison import Comparison, compare
+
     comparison = Comparison.read(arguments.config)
     if arguments.write and (not arguments.write.is_file() or arguments.write.read_text().count(MARK) != 2):
         raise ValueError(f"{arguments.write} is no file with two lines {MARK}: make it, the table goes between them")

@@ -45,6 +45,7 @@ PROVE = "tests/cluster/chaos/test_prove.py::test_five_kinds_of_faults_change_not
 INSTALLS = "tests/test_docs.py::test_the_page_installs_what_make_and_the_pins_say"
 MAKE = "tests/test_docs.py::test_a_target_that_a_page_names_is_one_of_make"
 CI = ".ci/run"
+CARD = "tests/cluster/bench/test_card.py::test_all_parts_are_measured_where_hardly_anything_is_installed_and_each_is_kept"
 GPUS = "tests/test_docs.py::test_make_asks_for_a_rank_on_each_of_so_many_gpus"
 DEMO = "python jobs/train.py --config jobs/configs/demo.yaml data.url=work/shards"
 
@@ -54,6 +55,7 @@ ELSEWHERE = {
     "make train STORE=s3": S3,
     "make train GPU=1": GPUS,
     "make setup": MAKE,
+    "python jobs/bench.py gpu": CARD,
     "make check": MAKE,
     DEMO: TRAINS,
     "ray start --head": JOB,

@@ -37,10 +37,10 @@ MODULES = {
     ),
     "runs": "build_latents checkpoint environment export latents lease lineage published registry retention saved snapshot state upkeep",
     "evaluation": "evaluate gate ground_truth picture plan rows validation",
-    "training": "ahead compiler engine examine loop reporting requests resume spread stacks verdict warm_start",
+    "training": "ahead compiler engine examine loop memory reporting requests resume spread stacks verdict warm_start",
     "driver": "board group interruption launch lookout pin plan pretrained ray_train run watchdog",
     "studies": "case comparison course grounds prove retrain script sweep verdict",
-    "bench": "checkpoint loading metrics noise_dataset recovery rival tables training",
+    "bench": "card checkpoint loading metrics noise_dataset recovery rival tables training",
 }
 """Package -> its modules."""
 

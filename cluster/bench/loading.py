@@ -27,8 +27,9 @@ from cluster.data.manifest import load_manifest
 from cluster.data.reader import Reader
 from cluster.data.shards import stock
 from cluster.data.stream import Share, Stream
-from cluster.storage import S3Store, open_store
+from cluster.storage import open_store
 from cluster.storage.base import OnBytes, Store, ignore_bytes
+from cluster.storage.s3 import S3Store
 from reactdiff.data.order import Order
 from reactdiff.stage import Stage
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
 from fastcrc.crc32 import iscsi as crc32c
 
 from cluster.runtime.scratch import scratch_folder
@@ -109,6 +108,8 @@ def write_shard(path: Path, clips: Iterable[Clip], arrays: Iterable[str]) -> Sha
     """
     order = members(arrays)
     rows: list[tuple[bytes, list[int], list[int], list[int]]] = []
+    import webdataset  # where tars are written
+
     with open(path, "wb") as file, webdataset.TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as writer:
         for clip in clips:
             content = _encode(clip, order)
@@ -235,4 +236,6 @@ def stock(urls: Sequence[str], buffer: int) -> Any:
         urls: of the tars, `pipe:` included.
         buffer: samples that are shuffled among each other.
     """
+    import webdataset
+
     return webdataset.WebDataset(list(urls), shardshuffle=len(urls)).shuffle(buffer).decode()

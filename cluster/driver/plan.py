@@ -12,30 +12,11 @@ from cluster.data.manifest import Manifest
 from cluster.driver.pin import Pinned, stage_end
 from cluster.driver.ray_train import gang_of
 from cluster.runtime.placement import Gang
-from cluster.training.engine import micro_batches, zero_stage
+from cluster.training.engine import micro_batches
+from cluster.training.memory import memory_per_rank
 from reactdiff.clip import windows_of
 from reactdiff.model.shapes import parameters_by_module
 from reactdiff.stage import Source, Stage, flops_per_item, shapes, stages_over
-
-
-def memory_per_rank(parameters: int, zero: int, ranks: int, precision: str) -> dict[str, int]:
-    """Bytes of training state on each rank, without activations and communication buffers.
-
-    Args:
-        parameters: of the stage.
-        zero: DeepSpeed ZeRO stage.
-        ranks: number of ranks.
-        precision: "fp32", "tf32" or "bf16".
-    """
-    width, zero = 2 if precision == "bf16" else 4, zero_stage(zero, precision, ranks)
-    own = parameters if zero == 0 else -(-parameters // ranks)
-    return {
-        "weights": width * (-(-parameters // ranks) if zero == 3 else parameters),
-        "gradients": 4 * (-(-parameters // ranks) if zero >= 2 else parameters),
-        "fp32 masters": 0 if zero == 0 else 4 * own,
-        "Adam moments": 8 * own,
-        "averaged weights": 4 * own,
-    }
 
 
 def gang_with_memory(experiment: Experiment, kind: Stage) -> Gang:

@@ -8,14 +8,12 @@ from urllib.parse import unquote, urlsplit
 
 from cluster.storage.base import AlreadyExists, Entry, NotFound, Permanent, Stale, StorageError, Store, content_hash
 from cluster.storage.folder import FolderStore
-from cluster.storage.s3 import S3Store
 
 __all__ = [
     "AlreadyExists",
     "Entry",
     "NotFound",
     "Permanent",
-    "S3Store",
     "Stale",
     "StorageError",
     "Store",
@@ -41,5 +39,7 @@ def open_store(url: str) -> Store:
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
         return FolderStore(Path(unquote(parts.path)))
     if parts.scheme == "s3" and parts.netloc and not parts.query and not parts.fragment:
+        from cluster.storage.s3 import S3Store  # boto3 is loaded where a bucket is opened
+
         return S3Store(parts.netloc, parts.path.strip("/"))
     raise ValueError(f"{url!r} is no store: use a folder's path, file:///path or s3://bucket/prefix")

@@ -226,6 +226,10 @@ class Engine:
         if self._averages:  # a small model may leave nothing to the last of many ranks
             torch._foreach_lerp_(self._averages, self._masters, 1 - self.settings.ema)
 
+    def end(self) -> None:
+        """Let DeepSpeed let go of what it holds; nothing else may be asked for then."""
+        self._engine.destroy()
+
     def fill(self, module: nn.Module) -> nn.Module:
         """Give a module of the stage, made like the one that is trained, the weights and buffers of now; collective. Returns it."""
         parameters = dict(self.stage.named_parameters())

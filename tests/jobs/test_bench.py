@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cluster.data.demo import DYADS
+from jobs import bench
 from tests.tiny import call, job, settings
 
 ONLINE = {"model.online": True, "model.denoiser": "transformer", "model.width": 16, "model.layers": 1}
@@ -19,6 +21,10 @@ def test_online_prints_how_much_faster_than_real_time_a_listener_is() -> None:
         "bench", "online", "--seconds", "4", "--count", "2", "model.hidden=16", "model.latent=8", "diffusion.sampling_steps=2", *small
     )
     assert "2 listeners online, 2 windows of 2 s" in done.stdout and "slowest window" in done.stdout
+
+
+def test_the_demo_s_clips_are_as_long_as_what_is_measured() -> None:
+    assert bench.SIMULATED.frames == DYADS.frames
 
 
 def test_checkpoint_prints_what_a_step_waits_for_beside_a_plain_copy() -> None:

@@ -17,7 +17,8 @@ from cluster.bench.loading import WARM, ByteSpan, Done, LoadingCost, Rival, Task
 from cluster.bench.noise_dataset import SPLIT, make_noise
 from cluster.data.manifest import load_manifest
 from cluster.data.shards import read_index
-from cluster.storage import S3Store, open_store
+from cluster.storage import open_store
+from cluster.storage.s3 import S3Store
 from infra.objectstore import ObjectStore
 from reactdiff.config import Diffusion
 from reactdiff.data.sample import StreamSpec

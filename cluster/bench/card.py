@@ -1,0 +1,401 @@
+"""What only a GPU shows: parts of a few seconds each, whose figures are written as soon as they are known.
+
+It needs torch, DeepSpeed, NumPy, pydantic, PyYAML, rich and safetensors, and neither Ray nor object storage: whoever has a card for ten
+minutes brings every figure back. On a CPU it measures the CPU.
+"""
+
+import gc
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from cluster.bench.training import engine_step, random_batch
+from cluster.config.schema import Experiment
+from cluster.runs.checkpoint import CheckpointWriter
+from cluster.runs.retention import Retention
+from cluster.runtime.device import peak_flops, peak_memory
+from cluster.storage import open_store
+from cluster.training.ahead import Ahead
+from cluster.training.engine import Engine, EngineSettings, engine_settings
+from cluster.training.memory import memory_per_rank
+from reactdiff.clip import FRAME_RATE
+from reactdiff.data.keyed import normal
+from reactdiff.determinism import make_deterministic
+from reactdiff.generate import Reactor
+from reactdiff.model.codec import Codec
+from reactdiff.model.init import initial_weights
+from reactdiff.model.latent_diffusion import LatentDiffusion
+from reactdiff.stage import Source, Stage, build, build_without_memory, flops_per_item, stages_over
+
+PACKAGES = ("torch", "deepspeed", "numpy", "pydantic", "pyyaml", "rich", "safetensors")
+
+LARGEST = 256
+"""Items of the largest batch that is tried."""
+
+TOP = 10
+"""Kernels of a profile that are told."""
+
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is measured on.
+
+    Attributes:
+        experiment: its configuration.
+        source: what a dataset of clips would hold.
+        device: where.
+        steps: measured steps of each kind.
+    """
+
+    experiment: Experiment
+    source: Source
+    device: torch.device
+    steps: int
+
+    @property
+    def kinds(self) -> Mapping[str, Stage]:
+        """The stages."""
+        return stages_over(self.source, self.experiment.model, self.experiment.diffusion)
+
+    def items(self, stage: str) -> int:
+        """Items of one step of one rank, as configured."""
+        return self.experiment.workers.micro_batch or -(-self.experiment.optim.batch[stage] // self.experiment.workers.most)
+
+    def engine(self, stage: str, **changes: Any) -> Engine:
+        """An engine of one rank, as configured but for changes of its settings."""
+        settings: EngineSettings = replace(engine_settings(self.experiment, stage, ranks=1), micro_batches=1, **changes)
+        make_deterministic(self.experiment.workers.threads, tf32=settings.precision == "tf32")
+        module = build_without_memory(self.kinds[stage])
+        return Engine(module, initial_weights(module, self.experiment.seed), settings, self.device)
+
+    def step(self, engine: Engine, stage: str, items: int) -> Callable[[], None]:
+        """A step on a batch that is on the device already."""
+        batch = {name: tensor.to(self.device) for name, tensor in random_batch(self.kinds[stage], items).items()}
+        return engine_step(engine, batch, items, 1)
+
+    def seconds(self, work: Callable[[], Any], repeats: int = 0) -> float:
+        """The median of some repeats, after two that warm up."""
+        spent = []
+        for _ in range(2 + (repeats or self.steps)):
+            begin = time.perf_counter()
+            work()
+            self.wait()
+            spent.append(time.perf_counter() - begin)
+        return median(spent[2:])
+
+    def wait(self) -> None:
+        """Until the device has done what was queued."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def forget(self) -> None:
+        """Let go of what nobody refers to, and count memory anew."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def parity(card: Card) -> Found:
+    """Losses of both stages in fp32 on the device, against float64 on the CPU."""
+    found = {}
+    for stage, kind in card.kinds.items():
+        batch = random_batch(kind, 1)
+        losses = {}
+        for device, dtype in ((torch.device("cpu"), torch.float64), (card.device, torch.float32)):
+            make_deterministic(card.experiment.workers.threads)
+            module = _moved(build(kind, card.experiment.seed)).to(device=device, dtype=dtype).eval()
+            there = {name: tensor.to(device) if tensor.dtype == torch.long else tensor.to(device, dtype) for name, tensor in batch.items()}
+            with torch.no_grad():
+                losses[dtype] = float(module(there).sum())
+        exact = losses[torch.float64]
+        found[f"{stage}, relative error of the loss"] = abs(losses[torch.float32] - exact) / abs(exact)
+    return found
+
+
+def engines(card: Card) -> Found:
+    """Speed and memory of a step at each ZeRO stage and precision, beside the plan's memory."""
+    found: Found = {}
+    for stage, kind in card.kinds.items():
+        flops, items = flops_per_item(kind), card.items(stage)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in kind.module().parameters())
+        for precision in ("fp32", "tf32", "bf16"):
+            for zero in (0, 1, 2, 3)[precision == "bf16" :]:
+                card.forget()
+                engine = card.engine(stage, zero=zero, precision=precision)
+                seconds = card.seconds(card.step(engine, stage, items))
+                peak = peak_flops(card.device, precision)
+                found[f"{stage}, batch {items}, {precision}, ZeRO-{zero}"] = {
+                    "items/s": items / seconds,
+                    "ms a step": 1e3 * seconds,
+                    "MFU": flops * items / seconds / peak if peak else None,
+                    "peak memory, GB": peak_memory(card.device) / 1e9,
+                    "planned without activations, GB": sum(memory_per_rank(parameters, zero, 1, precision).values()) / 1e9,
+                }
+                engine.end()
+                del engine
+    return found
+
+
+def batches(card: Card) -> Found:
+    """Speed with the largest batch that fits, with and without activations that are computed again; bf16, ZeRO-1."""
+    found: Found = {}
+    for stage, kind in card.kinds.items():
+        flops = flops_per_item(kind)
+        for again in (False, True):
+            card.forget()
+            engine, items = card.engine(stage, zero=1, precision="bf16", recompute=again), 1
+            while items <= LARGEST:
+                try:
+                    seconds = card.seconds(card.step(engine, stage, items), repeats=2)
+                except torch.OutOfMemoryError:
+                    break
+                peak = peak_flops(card.device, "bf16")
+                found[f"{stage}{', recompute' * again}"] = {
+                    "items": items,
+                    "items/s": items / seconds,
+                    "MFU": flops * items / seconds / peak if peak else None,
+                    "peak memory, GB": peak_memory(card.device) / 1e9,
+                }
+                if card.device.type != "cuda":  # a CPU would swap before it refuses
+                    break
+                items *= 2
+            engine.end()
+            del engine
+    return found
+
+
+def twice(card: Card) -> Found:
+    """Whether the same steps end in the same bits, in each precision."""
+    found: Found = {}
+    for stage in card.kinds:
+        for precision in ("fp32", "bf16"):
+            ends = []
+            for _ in range(2):
+                card.forget()
+                engine = card.engine(stage, zero=1, precision=precision)
+                step = card.step(engine, stage, card.items(stage))
+                for number in range(3):
+                    torch.manual_seed(number)
+                    step()
+                ends.append([view.detach().cpu() for one in engine.fragments() for view in one.tensors.values()])
+                engine.end()
+                del engine, step
+            found[f"{stage}, {precision}"] = all(map(torch.equal, *ends))
+    return found
+
+
+def copies(card: Card) -> Found:
+    """What a step pays for batches that come from host memory, copied a step ahead."""
+    found: Found = {}
+    for stage, kind in card.kinds.items():
+        card.forget()
+        items, engine, ahead = card.items(stage), card.engine(stage), Ahead(card.device)
+        host = random_batch(kind, items)
+        if card.device.type == "cuda":
+            host = {name: tensor.pin_memory() for name, tensor in host.items()}
+        number = iter(range(10**9))
+
+        def batch(host: dict[str, torch.Tensor] = host, number: Any = number) -> SimpleNamespace:
+            return SimpleNamespace(step=next(number), tensors=host)
+
+        coming = batch()
+        ahead.copy(coming)
+
+        def from_host(ahead: Ahead = ahead, engine: Engine = engine, items: int = items, batch: Callable[[], Any] = batch) -> None:
+            nonlocal coming
+            now, coming = coming, batch()
+            tensors = ahead.take(now)
+            ahead.copy(coming)
+            engine_step(engine, tensors, items, 1)()
+            ahead.drop(now)
+
+        resident, fed = card.seconds(card.step(engine, stage, items)), card.seconds(from_host)
+        found[stage] = {"ms a step, resident": 1e3 * resident, "ms a step, from the host": 1e3 * fed, "waiting": 1 - resident / fed}
+        engine.end()
+    return found
+
+
+def checkpoint(card: Card) -> Found:
+    """How long a checkpoint holds up a step, against a plain copy, and how slow steps are while it is written."""
+    stage = list(card.kinds)[-1]
+    card.forget()
+    engine = card.engine(stage)
+    step = card.step(engine, stage, card.items(stage))
+    usual = card.seconds(step)
+    with tempfile.TemporaryDirectory() as folder:
+        writer = CheckpointWriter(open_store(folder), lambda value: [value], 0, Retention(1), lambda: None)
+        buffers = dict(engine.stage.named_buffers())
+        writer.prepare(engine.fragments(), buffers).result()
+        facts: dict[str, Any] = {"stage": stage, "steps": 0, "life": 1, "dataset": "", "config": {}}
+        held, written = [], []
+        for number in range(3):
+            card.wait()
+            begin = time.perf_counter()
+            writer.begin(engine.fragments(), buffers, progress=number, **facts)
+            held.append(time.perf_counter() - begin)
+            while not writer.uploaded:
+                begin = time.perf_counter()
+                step()
+                card.wait()
+                written.append(time.perf_counter() - begin)
+            writer.commit()
+        writer.close()
+    state = [view for one in engine.fragments() for view in one.tensors.values()]
+    targets = [torch.empty(view.shape).fill_(0) for view in state]
+    plain = card.seconds(lambda: [target.copy_(view) for target, view in zip(targets, state, strict=True)], repeats=3)
+    engine.end()
+    return {
+        "GB": sum(view.nbytes for view in state) / 1e9,
+        "held up, ms": 1e3 * median(held),
+        "plain copy, ms": 1e3 * plain,
+        "step, ms": 1e3 * usual,
+        "step while it is written, ms": 1e3 * median(written) if written else None,
+    }
+
+
+def reactions(card: Card) -> Found:
+    """Encoding both persons of a clip, and reactions to it, against real time."""
+    make_deterministic(card.experiment.workers.threads)
+    codec, diffusion = (build(kind, card.experiment.seed).eval().to(card.device) for kind in card.kinds.values())
+    assert isinstance(codec, Codec) and isinstance(diffusion, LatentDiffusion)
+    frames, count = card.source.frames, card.experiment.evaluation.predictions
+    streams = {name: torch.from_numpy(normal((2, frames, card.source.width(name)), "bench", name)) for name in codec.inputs}
+    reactor, clip = Reactor(codec, diffusion), frames / FRAME_RATE
+
+    @torch.no_grad()
+    def encode() -> np.ndarray:
+        return codec.encode({name: stream.to(card.device) for name, stream in streams.items()}).half().cpu().numpy()
+
+    latents = encode()
+    encoding = card.seconds(encode)
+    drawing = card.seconds(lambda: reactor.react(latents[:1], [("clip", 0)], count, 0), repeats=2)
+    return {
+        "encoding a clip, s": encoding,
+        "times faster than real time": clip / encoding,
+        f"{count} reactions to a clip, s": drawing,
+        "reactions a second of real time": count * clip / drawing / clip,
+    }
+
+
+def profiled(card: Card) -> Found:
+    """What a step of each stage spends its time on, and how often the host waits for the device in it."""
+    found: Found = {}
+    cuda = card.device.type == "cuda"
+    for stage in card.kinds:
+        card.forget()
+        engine = card.engine(stage)
+        step = card.step(engine, stage, card.items(stage))
+        card.seconds(step, repeats=1)
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as seen:
+            for _ in range(3):
+                step()
+            card.wait()
+        events = seen.key_averages()
+
+        def spent(event: Any) -> float:
+            return event.self_device_time_total if cuda else event.self_cpu_time_total
+
+        whole = sum(map(spent, events)) or 1.0
+        most = sorted(events, key=spent, reverse=True)[:TOP]
+        waits = sum(event.count for event in events if "Synchronize" in event.key) - 1  # ours, at the end
+        found[f"{stage}, times that the host waits in a step"] = waits / 3 if cuda else None
+        found |= {f"{stage}, {event.key}": {"share": spent(event) / whole, "calls a step": event.count / 3} for event in most}
+        engine.end()
+        del engine, step
+    return found
+
+
+PARTS: Mapping[str, Callable[[Card], Found]] = {
+    "parity": parity,
+    "engines": engines,
+    "batches": batches,
+    "twice": twice,
+    "copies": copies,
+    "checkpoint": checkpoint,
+    "reactions": reactions,
+    "profile": profiled,
+}
+"""Name -> what measures it, in the order in which they are done."""
+
+
+def measure_card(card: Card, parts: Sequence[str], folder: Path, progress: Callable[[int, int], None]) -> Found:
+    """Measure parts one after the other; after each, all figures so far are in `card.json` and `card.md` of a folder.
+
+    A part that fails is told as such, and the next one begins.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    found: Found = {"machine": _machine(card)}
+    for number, name in enumerate(parts, start=1):
+        begin = time.perf_counter()
+        try:
+            found[name] = PARTS[name](card)
+        except Exception as error:
+            found[name] = {"failed": f"{type(error).__name__}: {error}"}
+        found[name]["seconds of this part"] = round(time.perf_counter() - begin, 1)
+        _write(folder / "card.json", json.dumps(found, indent=1))
+        _write(folder / "card.md", page(found))
+        progress(number, len(parts))
+    return found
+
+
+def page(found: Found) -> str:
+    """All figures as tables of Markdown, a part each."""
+    lines = []
+    for part, figures in found.items():
+        lines += [f"## {part}", ""]
+        rows = {name: value for name, value in figures.items() if isinstance(value, dict)}
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        if rows:
+            lines += ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+            lines += ["| " + " | ".join([name, *(_cell(row.get(column, "")) for column in columns)]) + " |" for name, row in rows.items()]
+            lines.append("")
+        lines += [f"- {name}: {_cell(value)}" for name, value in figures.items() if name not in rows]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+@torch.no_grad()
+def _moved(module: torch.nn.Module) -> torch.nn.Module:
+    """The module with all of its weights moved a little: what starts at zero would hide the rest."""
+    for name, parameter in module.named_parameters():
+        parameter.add_(torch.from_numpy(normal(tuple(parameter.shape), "bench", name)), alpha=0.02)
+    return module
+
+
+def _machine(card: Card) -> Found:
+    versions = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    device = platform.processor() or "CPU"
+    if card.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(card.device)
+        device = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
+    return {"device": device, "python": platform.python_version(), **versions}
+
+
+def _write(path: Path, text: str) -> None:
+    whole = path.with_suffix(f"{path.suffix}.part")
+    whole.write_text(text)
+    whole.replace(path)
