@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+import urllib3.util.connection  # noqa: F401  # opens a port when it is imported: the first test that does would be blamed for it
 
 from tests import starting
 
