@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -34,6 +35,9 @@ SAID_EVERY = 60.0
 
 GIVING_BACK = 20.0
 """Seconds that processes have to end and give back the memory of their GPUs."""
+
+RAISED_IN = re.compile(r"\(pid=(\d+), ip=([^)]+)\)")
+"""Where Ray says in which process an error was raised; its own attributes are hidden behind those of the error."""
 
 TaskProcess = tuple[str, int]
 """Address of a machine, and number of a process on it."""
@@ -96,8 +100,7 @@ def map_tasks(
                 process, result = ray.get(done[0])
                 processes.add(process)
             except RayError as error:
-                if isinstance(error, RayTaskError):
-                    processes.add((error.ip, error.pid))
+                processes |= {(address, int(pid)) for pid, address in RAISED_IN.findall(str(error))}
                 cause = error.cause if isinstance(error, RayTaskError) else TaskLost(f"{function.__name__}: {_first_line(error)}")
                 failure = failure_of(cause)
                 if failure is None or not budget.allows(failure):

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -36,10 +38,19 @@ def where(_: None, number: int) -> tuple[str, str, int]:
     return os.environ["CUDA_VISIBLE_DEVICES"], ray.get_runtime_context().get_node_id(), os.getpid()
 
 
+def refuse(_: None, path: str) -> None:
+    """Fails, and leaves the number of its process."""
+    Path(path).write_text(str(os.getpid()))
+    raise ValueError(path)
+
+
 def placed() -> None:
     """Prints where tasks and ranks are placed with and without GPUs, and which processes of tasks are left."""
     connect()
-    found = {}
+    found: dict[str, Any] = {}
+    with suppress(ValueError):
+        list(map_tasks(refuse, [(str(folder := Path(os.environ["REFUSED"])),)], Workers(count=1, gpu=True)))
+    found["refused"] = psutil.pid_exists(int(folder.read_text()))
     for gpu in (True, False):
         workers = Workers(count=1, gpu=gpu)
         tasks = [result for _, result in map_tasks(where, [(number,) for number in range(6)], workers)]
@@ -50,17 +61,19 @@ def placed() -> None:
 
 
 @pytest.mark.slow
-def test_on_a_mixed_cluster_what_asks_for_a_gpu_gets_one_and_gives_it_back_and_nothing_else_sees_one() -> None:
+def test_on_a_mixed_cluster_what_asks_for_a_gpu_gets_one_and_gives_it_back_and_nothing_else_sees_one(tmp_path: Path) -> None:
     with machines(1) as there:
         there.add(gpus=1)
         there.wait(2)
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        clean["REFUSED"] = str(tmp_path / "refused")
         environment = clean | {"PYTHONPATH": PATH, "RAY_ADDRESS": there.address, "RAY_AUTH_MODE": "disabled"}
         command = [sys.executable, "-c", "from tests.cluster.driver.test_card import placed; placed()"]
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     (card,) = found["cards"]
+    assert not found["refused"], "who failed with a GPU is gone, too"
     tasks, left, ranks = found["gpu"]
     assert {(seen, node) for seen, node, _ in tasks} == {("0", card)} and ranks == [card]
     assert left == [], "whoever had a GPU is gone, and its memory with it"
