@@ -142,8 +142,9 @@ def _against_the_published(rivalry: Any, rounds: int) -> None:
     experiment, stage = rivalry.experiment, rivalry.stage
     with Display() as display:
         found = in_turns(rivalry, rounds, display.counter(stage, "measurements"))
-    what = f"a step of stage {stage}, batch {experiment.optim.batch[stage]}, {experiment.optim.precision}"
-    if stage == "generation":
+    if stage in STAGES:
+        what = f"a step of stage {stage}, batch {experiment.optim.batch[stage]}, {experiment.optim.precision}"
+    else:
         what = f"{experiment.evaluation.predictions} reactions to a clip, {experiment.diffusion.sampling_steps} sampling steps (scaled)"
     Console().print(rivalry_table(f"{what}; {experiment.workers.threads} threads, medians of {rounds} rounds", found))
 

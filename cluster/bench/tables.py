@@ -75,32 +75,15 @@ def recovery_table(title: str, found: Mapping[str, Sequence[float]]) -> Table:
 
 
 def rivalry_table(title: str, found: Mapping[str, Sequence[Cost]]) -> Table:
-    """What each took in the median of the rounds, and how many times faster and smaller the first is in each of them."""
-    table = _numbers(title, "", "seconds", "CPU seconds", "peak memory")
-    for name, costs in found.items():
-        memory = f"{median(cost.memory for cost in costs) / 1e9:.2f} GB"
-        table.add_row(name, f"{median(cost.wall for cost in costs):.2f}", f"{median(cost.cpu for cost in costs):.2f}", memory)
-    rounds = list(zip(*found.values(), strict=True))
-    for name, figure in (("seconds", _wall), ("CPU seconds", _cpu), ("peak memory", _memory)):
-        ratios = [figure(theirs) / figure(ours) for ours, theirs in rounds]
-        table.add_row(f"{name}, ratio", *([""] * ("seconds", "CPU seconds", "peak memory").index(name)), _span(ratios))
+    """What each took in the median of the rounds; how many times less the first took in each of them, and the least and most of that."""
+    table = _numbers(title, "", *found, "ratio", "least", "most")
+    for name, unit, figure in (("seconds", 1.0, "wall"), ("CPU seconds", 1.0, "cpu"), ("peak memory, GB", 1e9, "memory")):
+        each = {role: [getattr(cost, figure) / unit for cost in costs] for role, costs in found.items()}
+        ours, theirs = each.values()
+        ratios = [their / our for our, their in zip(ours, theirs, strict=True)]
+        medians = (f"{median(costs):.2f}" for costs in each.values())
+        table.add_row(name, *medians, *(f"{ratio:.2f}" for ratio in (median(ratios), min(ratios), max(ratios))))
     return table
-
-
-def _wall(cost: Cost) -> float:
-    return cost.wall
-
-
-def _cpu(cost: Cost) -> float:
-    return cost.cpu
-
-
-def _memory(cost: Cost) -> float:
-    return cost.memory
-
-
-def _span(ratios: Sequence[float]) -> str:
-    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def _least_wall(rounds: Sequence[Seconds]) -> float:
