@@ -80,7 +80,7 @@ class Prover:
         speed = self._undisturbed()
         longer = steps_of_script(kinds, case.stages, speed)
         if sum(longer.values()) - sum(self._steps.values()) > STRIDE:
-            say(f"it makes {speed:.0f} steps a second, and goes on during some faults: once more, with longer stages")
+            say(f"it makes {speed:.0f} steps a second, and these faults need their time: once more, with longer stages")
             self._steps = longer
             self._undisturbed()
         faults = script(seed, kinds, self._steps, case.experiment.workers.most)

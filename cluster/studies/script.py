@@ -9,7 +9,10 @@ from cluster.config.spec import nearest
 from cluster.runtime.faults import Fault
 
 STRIDE = 80
-"""Steps that a fault has to itself, beside those that the run trains on while it lasts: a run tells its steps about once a second."""
+"""Steps that a fault has to itself, at least, beside those that the run trains on while it lasts."""
+
+STRIDE_SECONDS = 4.0
+"""Seconds that it has to itself, at least: a run tells its steps about once a second, and a fast one has ended a stage by then."""
 
 USUAL = 5
 """Faults of a script whose kinds nobody chose."""
@@ -93,9 +96,9 @@ def steps_of_script(kinds: Sequence[str], stages: Sequence[str], speed: float = 
     Args:
         kinds: names of `FAULT_KINDS`.
         stages: of the run.
-        speed: its steps a second, for faults during which it goes on.
+        speed: its steps a second, as far as it is known.
     """
-    steps = STRIDE * (len(kinds) + 1) + speed * sum(FAULT_KINDS[kind].beside for kind in kinds)
+    steps = max(STRIDE, STRIDE_SECONDS * speed) * (len(kinds) + 1) + speed * sum(FAULT_KINDS[kind].beside for kind in kinds)
     return dict.fromkeys(stages, math.ceil(steps / len(stages)))
 
 

@@ -35,6 +35,7 @@ def test_the_faults_of_a_script_come_one_after_the_other_with_room_between_and_b
 
 
 def test_a_fast_run_is_longer_where_it_goes_on_during_a_fault() -> None:
+    assert steps_of_script(["kill"], STAGES, speed=200) == dict.fromkeys(STAGES, 4 * 200), "a fast run has not ended before it is seen"
     assert steps_of_script(["kill"], STAGES, speed=20) == {"autoencoder": STRIDE, "diffusion": STRIDE}
     assert steps_of_script(["kill", "s3_30s"], STAGES, speed=20)["diffusion"] == (3 * STRIDE + 20 * 30) / 2
 
