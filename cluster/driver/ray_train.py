@@ -173,7 +173,7 @@ def gang_of(workers: Workers) -> Gang:
 
 
 def rank_environment(workers: Workers) -> dict[str, str]:
-    """What a rank's process needs beside `worker_environment`: silence about what DeepSpeed does at every collective."""
+    """What a rank's process needs: `worker_environment`, and silence about what DeepSpeed does at every collective."""
     return {**worker_environment(workers), "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger"}
 
 

@@ -114,7 +114,8 @@ def map_tasks(
         for reference in running:
             ray.cancel(reference, force=True)
         if workers.gpu:
-            _end(processes)
+            with suppress(RayError):  # a cluster that does not answer; what came before says more
+                _end(processes)
 
 
 def _end(processes: set[TaskProcess]) -> None:
