@@ -93,15 +93,6 @@ class Course:
                     process.kill()
         return read_trace(self._case.run_folder(self._ground), self._case.stages)
 
-    def speed(self) -> float:
-        """Steps a second of the fastest stage, as far as was seen."""
-        speeds = [0.0]
-        for stage in self._case.stages:
-            sights = [sight for sight in self._watch.history if sight.stage == stage]
-            if len(sights) > 1 and sights[-1].time > sights[0].time:
-                speeds.append((sights[-1].step - sights[0].step) / (sights[-1].time - sights[0].time))
-        return max(speeds)
-
     def said(self) -> str:
         """The last lines of the drivers' terminals."""
         return "\n".join(self._log.read_text().splitlines()[-15:])

@@ -8,7 +8,7 @@ from cluster.runs.export import newest_export
 from cluster.runtime.faults import Fault
 from cluster.storage import Store
 from cluster.studies.script import kind_name
-from cluster.telemetry.metrics_log import read_rows
+from cluster.telemetry.metrics_log import every_row, read_rows
 
 NAMED = 10
 """Differing positions that are told one by one."""
@@ -70,6 +70,16 @@ def read_trace(run: Store, stages: Sequence[str]) -> Trace:
     """
     rows = {stage: {row["progress"]: (row["ledger"], row["loss"]) for row in read_rows(run, stage)} for stage in stages}
     return Trace({stage: newest_export(run, stage).hash for stage in stages}, rows)
+
+
+def steps_a_second(run: Store, stages: Sequence[str]) -> float:
+    """Of the fastest stage of an undisturbed run with a row for each step, checkpoints included."""
+    speeds = [0.0]
+    for stage in stages:
+        times = sorted(row["time"] for _, row in every_row(run, stage))
+        if len(times) > 1 and times[-1] > times[0]:
+            speeds.append((len(times) - 1) / (times[-1] - times[0]))
+    return max(speeds)
 
 
 def compare_traces(whole: Trace, disturbed: Trace, placement: bool) -> Sameness:

@@ -1,10 +1,15 @@
 """Two runs are compared by what they left; what differs is named by its positions."""
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
+
+import pytest
 
 from cluster.runtime.faults import at
-from cluster.studies.verdict import Endured, Trace, compare_traces, faults_table
+from cluster.storage import open_store
+from cluster.studies.verdict import Endured, Trace, compare_traces, faults_table, steps_a_second
 
 WHOLE = Trace({"autoencoder": "aa", "diffusion": "bb"}, {"autoencoder": {6: (11.0, 2.0), 12: (22.0, 1.0)}, "diffusion": {6: (33.0, 4.0)}})
 
@@ -57,3 +62,14 @@ def test_the_table_has_a_line_for_each_fault() -> None:
         "| kill   | h2    | autoencoder 9 | 6.0 s         | 14.2 s        | 54 items  | by itself |",
         "| s3_30s | store | diffusion 31  | –             | 31.0 s        | 0 items   | by itself |",
     ]
+
+
+def test_the_speed_of_a_run_is_its_rows_by_their_times(tmp_path: Path) -> None:
+    run = open_store(str(tmp_path))
+    assert steps_a_second(run, ["autoencoder"]) == 0
+    for stage, seconds in (("autoencoder", 0.5), ("diffusion", 0.1)):
+        for first in (1, 4):  # segments of three rows
+            rows = [{"stage": stage, "progress": 6 * step, "time": 100 + seconds * step} for step in range(first, first + 3)]
+            run.put(f"metrics/000001.0/{stage}-{6 * first:015d}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    assert steps_a_second(run, ["autoencoder"]) == pytest.approx(2)
+    assert steps_a_second(run, ["autoencoder", "diffusion"]) == pytest.approx(10)
