@@ -13,7 +13,7 @@ from cluster.runtime.machines import MachineError
 from cluster.storage import open_store
 from cluster.studies.case import Case
 from cluster.studies.grounds import Ground
-from cluster.studies.script import kind_name
+from cluster.studies.script import kind_name, too_late
 from cluster.studies.verdict import Endured, Trace, read_trace
 from cluster.telemetry.display import Display
 
@@ -113,7 +113,7 @@ class Course:
         while not self._look():
             sight = self._sight
             over = self._open is None or self._watch.recovery(self._open).going < math.inf
-            if sight and over and self._place(sight.stage, sight.step) >= due:
+            if sight and over and self._place(sight.stage, sight.step) >= due and not too_late(self._steps, sight.stage, sight.step):
                 return sight
             time.sleep(POLL)
         raise NotInjected(f"the run was at its end before {kind_name(fault)} came, due at step {fault.step} of stage {fault.stage}")

@@ -91,19 +91,22 @@ def choose_kinds(asked: str, seed: int, hosts: bool) -> list[str]:
 
 
 def steps_of_script(kinds: Sequence[str], stages: Sequence[str], speed: float = 0) -> dict[str, int]:
-    """How long the stages of a run have to be for these faults: equally long, with room behind the last one.
+    """How long the stages of a run have to be for these faults: equally long, with room behind the last fault and at each stage's end.
 
     Args:
         kinds: names of `FAULT_KINDS`.
         stages: of the run.
         speed: its steps a second, as far as it is known.
     """
-    steps = max(STRIDE, STRIDE_SECONDS * speed) * (len(kinds) + 1) + speed * sum(FAULT_KINDS[kind].beside for kind in kinds)
-    return dict.fromkeys(stages, math.ceil(steps / len(stages)))
+    slots = math.ceil((len(kinds) + 1) / len(stages))
+    beside = speed * sum(FAULT_KINDS[kind].beside for kind in kinds) / (slots * len(stages))
+    return dict.fromkeys(stages, slots * math.ceil(max(STRIDE, STRIDE_SECONDS * speed) + beside))
 
 
 def script(seed: int, kinds: Sequence[str], steps: Mapping[str, int], hosts: int) -> list[Fault]:
     """The faults in the order in which they come: a pure function of its arguments.
+
+    Each has a slot of its own, in whose first half it comes: never at the end of a stage, where a rank may be gone before it is hit.
 
     Args:
         seed: of order, moments and hosts.
@@ -112,22 +115,18 @@ def script(seed: int, kinds: Sequence[str], steps: Mapping[str, int], hosts: int
         hosts: ranks of the run, each on a host of its own.
     """
     chance = random.Random(f"script {seed}")
-    width = sum(steps.values()) // (len(kinds) + 1)
+    slots = math.ceil((len(kinds) + 1) / len(steps))
     faults = []
     for number, name in enumerate(chance.sample(list(kinds), len(kinds))):
-        kind, rank = FAULT_KINDS[name], chance.randrange(hosts)
-        stage, step = _moment(steps, number * width + chance.randrange(width // 8, width // 2))
+        stage, width = list(steps)[number // slots], steps[list(steps)[number // slots]] // slots
+        kind, rank, step = FAULT_KINDS[name], chance.randrange(hosts), number % slots * width + chance.randrange(width // 8, width // 2)
         faults.append(Fault(kind.does, step, stage, rank if kind.rank is None else kind.rank, kind.seconds))
     return faults
 
 
-def _moment(steps: Mapping[str, int], step: int) -> tuple[str, int]:
-    """Stage and step in it, of a step counted over all stages."""
-    for stage, length in steps.items():
-        if step < length:
-            return stage, step
-        step -= length
-    raise ValueError(f"stages of {dict(steps)} steps end {step} steps before")
+def too_late(steps: Mapping[str, int], stage: str, step: int) -> bool:
+    """Whether a stage is so near its end that its ranks may be gone before a fault hits them: a late fault waits for the next stage."""
+    return step > steps[stage] - STRIDE // 4
 
 
 def shrink(faults: Sequence[Fault], fails: Callable[[list[Fault]], bool]) -> list[Fault]:

@@ -27,7 +27,7 @@ def assert_proven(said: str, kinds: list[str]) -> None:
     assert "weights: identical" in said and "ledger: equal" in said and said.rstrip().endswith("PROVEN")
 
 
-def test_a_killed_rank_and_a_killed_driver_are_proven_to_change_nothing(tiny_shards: Path) -> None:
+def test_seeded_a_killed_rank_and_a_killed_driver_are_proven_to_change_nothing(tiny_shards: Path) -> None:
     said = prove(tiny_shards, "--kinds", "kill,kill_driver")
     assert_proven(said, ["kill", "kill_driver"])
     assert re.search(r"\| kill_driver .* same command \(killed\)", said) and re.search(r"\| kill  .* by itself", said)

@@ -7,7 +7,7 @@ import pytest
 
 from cluster.runtime.faults import KINDS, Fault
 from cluster.studies.course import OWN
-from cluster.studies.script import FAULT_KINDS, STRIDE, USUAL, choose_kinds, kind_name, script, shrink, steps_of_script
+from cluster.studies.script import FAULT_KINDS, STRIDE, USUAL, choose_kinds, kind_name, script, shrink, steps_of_script, too_late
 
 STAGES = ("autoencoder", "diffusion")
 ALL = list(FAULT_KINDS)
@@ -28,7 +28,7 @@ def test_the_faults_of_a_script_come_one_after_the_other_with_room_between_and_b
     steps = steps_of_script(ALL[:count], STAGES)
     faults = script(0, ALL[:count], steps, hosts=2)
     assert sorted(kind_name(fault) for fault in faults) == sorted(ALL[:count])
-    assert all(0 < fault.step < steps[fault.stage] and fault.rank in (0, 1) for fault in faults)
+    assert all(0 < fault.step <= steps[fault.stage] - STRIDE / 2 and fault.rank in (0, 1) for fault in faults), "while all ranks are there"
     moments = [fault.step + steps["autoencoder"] * (fault.stage == "diffusion") for fault in faults]
     moments.append(2 * steps["diffusion"])
     assert all(later - earlier > STRIDE / 2 for earlier, later in itertools.pairwise(moments))
@@ -37,7 +37,13 @@ def test_the_faults_of_a_script_come_one_after_the_other_with_room_between_and_b
 def test_a_fast_run_is_longer_where_it_goes_on_during_a_fault() -> None:
     assert steps_of_script(["kill"], STAGES, speed=200) == dict.fromkeys(STAGES, 4 * 200), "a fast run has not ended before it is seen"
     assert steps_of_script(["kill"], STAGES, speed=20) == {"autoencoder": STRIDE, "diffusion": STRIDE}
-    assert steps_of_script(["kill", "s3_30s"], STAGES, speed=20)["diffusion"] == (3 * STRIDE + 20 * 30) / 2
+    assert steps_of_script(["kill", "s3_30s"], STAGES, speed=20)["diffusion"] == 2 * (STRIDE + 20 * 30 / 4)
+
+
+def test_a_fault_that_is_late_is_not_done_to_ranks_that_are_about_to_end() -> None:
+    steps = {"autoencoder": 160, "diffusion": 160}
+    assert not too_late(steps, "autoencoder", 140)
+    assert too_late(steps, "autoencoder", 141)
 
 
 def test_a_drain_comes_to_the_host_of_rank_0() -> None:
