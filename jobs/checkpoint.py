@@ -27,7 +27,7 @@ from rich.table import Column, Table
 
 from cluster import cli
 from cluster.config.schema import Run
-from cluster.runs.checkpoint import Inventory
+from cluster.runs.inventory import Inventory
 from cluster.runs.retention import METRIC, Retention
 from cluster.runs.saved import open_folder, open_run
 from cluster.runs.upkeep import Weights, choose_checkpoint, clearing, export_checkpoint, inventories, verify_checkpoints

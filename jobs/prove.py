@@ -2,22 +2,22 @@
 
 python jobs/prove.py --config jobs/configs/demo.yaml --seed 3
 python jobs/prove.py --config jobs/configs/demo.yaml --kinds kill,s3_30s
-python jobs/prove.py --config jobs/configs/demo.yaml --kinds all
+python jobs/prove.py --config jobs/configs/demo.yaml --kinds all --seed 0,1,2
 """
 
 import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cluster import cli
 from cluster.runtime.failures import PERSON
 from cluster.runtime.machines import MachineError, NamespacesForbidden
 from cluster.studies.case import Case
-from cluster.studies.course import NotInjected
 from cluster.studies.prove import Prover, own_prefix
-from cluster.studies.script import FAULT_KINDS, choose_kinds, kind_name, script, steps_of_script
+from cluster.studies.script import FAULT_KINDS, choose_kinds, kind_name, script, steps_of_scripts
 from cluster.telemetry.display import Display
 
 EPILOG = """what it does
@@ -40,41 +40,48 @@ kinds of faults
 """
 
 
+SEED = "of the script: which kinds, when, on which hosts (default: 0); 0,1,2: one script after the other, beside one undisturbed run"
+
+
 def main() -> int:
     """Parse the command line and prove."""
     kinds = "\n".join(f"  {name:<15}{kind.means}" for name, kind in FAULT_KINDS.items())
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG + kinds, formatter_class=formatter)
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the experiment; its dataset must be there")
-    parser.add_argument("--seed", type=int, default=0, help="of the script: which kinds, when, on which hosts (default: 0)")
+    parser.add_argument("--seed", type=_seeds, default=[0], help=SEED)
     parser.add_argument("--kinds", default="", help="kinds with commas, or all; default: five that the seed chooses")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change one key of the experiment")
     parser.add_argument("--yes", action="store_true", help="on a cluster: do not ask")
     arguments = parser.parse_intermixed_args()
     address = os.environ.get("RAY_ADDRESS", "").removeprefix("local")  # `local` means no cluster, as everywhere
-    chosen = choose_kinds(arguments.kinds, arguments.seed, hosts=not address)
+    scripts = {seed: choose_kinds(arguments.kinds, seed, hosts=not address) for seed in arguments.seed}
     case = Case.read(arguments.config, arguments.overrides, copied=not address)
     folder = Path(tempfile.mkdtemp(prefix="proof-"))
-    if address and not _agreed(arguments.yes, address, folder, case, arguments.seed, chosen):
+    if address and not _agreed(arguments.yes, address, folder, case, scripts):
         return PERSON
     try:
         with Display() as display:
             display.say(f"logs of hosts and drivers: {folder}")
-            return Prover(case, folder, display, on_cluster=bool(address)).prove(arguments.seed, chosen)
-    except (MachineError, NotInjected, NamespacesForbidden) as error:
+            return Prover(case, folder, display, on_cluster=bool(address)).prove(scripts)
+    except (MachineError, NamespacesForbidden) as error:
         print(f"error: {error}", file=sys.stderr)
         return PERSON
 
 
-def _agreed(yes: bool, address: str, folder: Path, case: Case, seed: int, kinds: list[str]) -> bool:
+def _seeds(text: str) -> list[int]:
+    return [int(seed) for seed in text.split(",")]
+
+
+def _agreed(yes: bool, address: str, folder: Path, case: Case, scripts: Mapping[int, Sequence[str]]) -> bool:
     """Say what will be done to a cluster, and ask."""
-    experiment, steps = case.experiment, steps_of_script(kinds, case.stages)
-    faults = script(seed, kinds, steps, experiment.workers.most)
+    experiment, steps = case.experiment, steps_of_scripts(scripts, case.stages)
     print(f"on the cluster {address}, to runs of this command and to nothing else:")
     print(f"  train {steps} steps undisturbed, with drivers on this machine and objects in {experiment.run.store}/{own_prefix(folder)}")
-    print("  the same again, in which (later, if its steps are fast):")
-    for fault in faults:
-        print(f"    {fault.stage} {fault.step}: {FAULT_KINDS[kind_name(fault)].means} (rank {fault.rank})")
+    for seed, kinds in scripts.items():
+        print(f"  the same again, in which, by seed {seed} (later, if its steps are fast):")
+        for fault in script(seed, kinds, steps, experiment.workers.most):
+            print(f"    {fault.stage} {fault.step}: {FAULT_KINDS[kind_name(fault)].means} (rank {fault.rank})")
     print("  if it fails: the same with parts of these faults")
     try:
         return yes or input("go on? [y/N] ").strip().lower() in ("y", "yes")

@@ -29,13 +29,16 @@ RAY = {
 MODULES = {
     "config": "identity loading paths schema spec",
     "storage": "base deadline folder hashing multipart parallel retry s3",
-    "runtime": "device failures faults hosts machines nodes placement postmortem ray_cluster remote_machine scratch tasks",
+    "runtime": "device failures faults hosts machines nodes placement postmortem ray_cluster remote_machine run_watch scratch tasks",
     "telemetry": "display exporter meter metrics_log monitor reminder tensorboard",
     "data": (
         "build_shard cache cache_file cache_space checksums demo index_tars manifest prepare quarantine ranges reader "
         "sequential shards stream tar_scan verify"
     ),
-    "runs": "build_latents checkpoint environment export latents lease lineage published registry retention saved snapshot state upkeep",
+    "runs": (
+        "build_latents checkpoint checkpoint_writer environment export inventory latents lease lineage published registry retention saved "
+        "snapshot state upkeep"
+    ),
     "evaluation": "evaluate gate ground_truth picture plan rows validation",
     "training": "ahead compiler engine examine loop memory reporting requests resume spread stacks verdict warm_start",
     "driver": "board group interruption launch lookout pin plan pretrained ray_train run watchdog",

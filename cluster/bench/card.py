@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from cluster.bench.training import engine_step, random_batch
 from cluster.config.schema import Experiment
-from cluster.runs.checkpoint import CheckpointWriter
+from cluster.runs.checkpoint_writer import CheckpointWriter
 from cluster.runs.retention import Retention
 from cluster.runtime.device import peak_flops, peak_memory
 from cluster.storage import open_store

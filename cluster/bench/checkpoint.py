@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cluster.runs.checkpoint import CheckpointWriter
+from cluster.runs.checkpoint_writer import CheckpointWriter
 from cluster.runs.retention import Retention
 from cluster.storage.base import Entry
 from cluster.storage.folder import FolderStore

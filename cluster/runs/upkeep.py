@@ -13,9 +13,10 @@ from safetensors.torch import save
 
 from cluster.config.schema import Experiment
 from cluster.data.manifest import load_manifest
-from cluster.runs.checkpoint import Checkpoint, DamagedCheckpoint, GoneCheckpoint, Inventory, assemble, delete_objects, read_manifest
+from cluster.runs.checkpoint import Checkpoint, DamagedCheckpoint, GoneCheckpoint, assemble, read_manifest
 from cluster.runs.environment import command, environment
 from cluster.runs.export import export_of
+from cluster.runs.inventory import Inventory, delete_objects
 from cluster.runs.lease import Lease
 from cluster.runs.lineage import is_manifest, open_attempt
 from cluster.runs.retention import Retention, checkpoint_scores

@@ -3,35 +3,25 @@
     watch = Watch(lambda: hosts.all, {"autoencoder": 4}, "/tmp/targets")      # of a run with telemetry.targets=/tmp/targets
     done = Injector(watch, hosts).inject(at(step=7).kill(rank=1))
     watch.spend(60)
-    watch.recovery(done)                                                      # noticed and going again, in seconds after it
+    recovery(watch, done)                                                     # noticed and going again, in seconds after it
 
-When a fault comes is read from the run's own endpoint for Prometheus, which tells about once a second: never a guess of the clock. A fault
-that did not happen is an error. To a run on this machine itself the faults of processes can be done: `Watch(lambda: [Machine()], ...)`.
+A fault that did not happen is an error. To a run on this machine itself the faults of processes can be done:
+`Watch(lambda: [Machine()], ...)`.
 """
 
 import math
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
 from cluster.runtime.hosts import GCS, RAYLET, Host, Hosts
 from cluster.runtime.machines import Machine, MachineError, VirtualMachine
+from cluster.runtime.run_watch import Sight, Watch, items_since
 
 Story = Iterator[tuple[str, str]]
 FaultStory = Callable[["Injector", "Fault"], Story]
-_Clock = Callable[[], float]
-
-POLL = 0.3
-"""Seconds between two looks at a run."""
-
-PATIENCE = 300.0
-"""Seconds a run is given to come to a step, or to go on, before a test is told that it does not."""
-
-_SAMPLE = re.compile(r"^reactdiff_(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
-_LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
 @dataclass(frozen=True)
@@ -70,28 +60,6 @@ def at(step: int, stage: str = "autoencoder") -> Moment:
     return Moment(step, stage)
 
 
-class Sight(NamedTuple):
-    """What a run told at one look.
-
-    Attributes:
-        time: of the look, in seconds of the watch's clock.
-        life: of the driver.
-        restarts: of the worker group in this life.
-        stage: that its ranks are in.
-        step: optimiser steps behind the state they are in.
-        items: trained on in this life and stage, by all ranks, replay included.
-        ranks: host and process of each.
-    """
-
-    time: float
-    life: int
-    restarts: int
-    stage: str
-    step: int
-    items: int
-    ranks: Mapping[int, tuple[str, int]]
-
-
 @dataclass(frozen=True)
 class Injected:
     """A fault that happened.
@@ -127,111 +95,20 @@ class Recovery(NamedTuple):
     steps_lost: int
 
 
-class Watch:
-    """Looks at a run through its endpoint, on whichever machine its driver is.
-
-    Attributes:
-        history: all looks that were answered and told something new.
-    """
-
-    def __init__(self, machines: Callable[[], Sequence[Machine]], batch: Mapping[str, int], targets: str, clock: _Clock = time.monotonic):
-        """Look at nothing yet.
-
-        Args:
-            machines: where driver and ranks may be, at the time of each look.
-            batch: stage -> items of a step.
-            targets: folder with the run's Prometheus target, on the driver's machine (`telemetry.targets`).
-            clock: in seconds.
-        """
-        self.history: list[Sight] = []
-        self._machines, self._batch, self._targets, self._clock = machines, batch, targets, clock
-        self._endpoint: tuple[Machine, str] | None = None
-
-    def now(self) -> float:
-        """The watch's clock."""
-        return self._clock()
-
-    def look(self) -> Sight | None:
-        """One look; None while no driver answers or no rank has told anything."""
-        for machine, address in self._endpoints():
-            if text := machine.fetch(f"http://{address}/metrics"):
-                self._endpoint = machine, address
-                if (sight := _read(text, self._clock(), self._batch)) and (not self.history or sight[1:] != self.history[-1][1:]):
-                    self.history.append(sight)
-                return sight
-        self._endpoint = None
-        return None
-
-    def until(self, condition: Callable[[Sight], bool], what: str, seconds: float | None = None) -> Sight:
-        """Look until a condition holds, at most `seconds` (PATIENCE).
-
-        Raises:
-            MachineError: if it does not, with the last that was seen.
-        """
-        seconds = PATIENCE if seconds is None else seconds
-        end = self._clock() + seconds
-        while self._clock() < end:
-            sight = self.look()
-            if sight and condition(sight):
-                return sight
-            time.sleep(POLL)
-        raise MachineError(f"in {seconds:g} s the run did not come to {what}; last seen: {self.history[-1] if self.history else 'nothing'}")
-
-    def spend(self, seconds: float, ended: Callable[[], bool] = lambda: False) -> None:
-        """Let time pass, looking, until something has ended."""
-        end = self._clock() + seconds
-        while self._clock() < end and not ended():
-            self.look()
-            time.sleep(POLL)
-
-    def recovery(self, done: Injected) -> Recovery:
-        """What the looks so far say of how a run got over a fault."""
-        before, over = done.before, done.lifted if done.lifted < math.inf else done.time
-        started = [sight for sight in self.history if (sight.life, sight.restarts) > (before.life, before.restarts)]
-        stood = started[0] if started else [sight for sight in self.history if sight.time <= over][-1]
-        # A rank 0 that has just started has not told its step yet, while others have told their items.
-        later = [sight for sight in self.history if sight.time > stood.time and _items_since(stood, sight) > 0 and sight.step > 0]
-        noticed = started[0].time - done.time if started else math.inf
-        going = later[0].time - done.time if later else math.inf
-        lost = 0
-        if started and later:
-            resumed = later[0].step - _items_since(stood, later[0]) // self._batch[before.stage]
-            lost = max(0, before.step - resumed)
-        return Recovery(noticed, going, lost)
-
-    def process(self, rank: int) -> tuple[Machine, int]:
-        """Machine and process of a rank.
-
-        Raises:
-            MachineError: if the run does not tell.
-        """
-        sight = self.look()
-        if not sight or rank not in sight.ranks:
-            raise MachineError(f"the run does not tell where rank {rank} is")
-        host, pid = sight.ranks[rank]
-        return next(machine for machine in self._machines() if machine.name == host), pid
-
-    def driver(self) -> tuple[Machine, int]:
-        """Machine and process of the driver, which is who serves the endpoint.
-
-        Raises:
-            MachineError: if none answers.
-        """
-        self.look()
-        if not self._endpoint:
-            raise MachineError("no driver answers")
-        machine, address = self._endpoint
-        listening = machine.run("ss", "-ltnpH", f"sport = :{address.rpartition(':')[2]}").stdout
-        return machine, int(re.findall(r"pid=(\d+)", listening)[0])
-
-    def _endpoints(self) -> Iterator[tuple[Machine, str]]:
-        """Where the driver answered last, then where it may be."""
-        if self._endpoint and self._endpoint[0].on:
-            yield self._endpoint
-        for machine in self._machines():
-            if machine.on:
-                files = machine.run("sh", "-c", 'cat "$0"/*.json', self._targets, check=False).stdout
-                yield from ((machine, address) for address in re.findall(r'"targets": \["([^"]+)"\]', files))
+def recovery(watch: Watch, done: Injected) -> Recovery:
+    """What a watch has seen so far of how its run got over a fault."""
+    before, over = done.before, done.lifted if done.lifted < math.inf else done.time
+    started = [sight for sight in watch.history if (sight.life, sight.restarts) > (before.life, before.restarts)]
+    stood = started[0] if started else [sight for sight in watch.history if sight.time <= over][-1]
+    # A rank 0 that has just started has not told its step yet, while others have told their items.
+    later = [sight for sight in watch.history if sight.time > stood.time and items_since(stood, sight) > 0 and sight.step > 0]
+    noticed = started[0].time - done.time if started else math.inf
+    going = later[0].time - done.time if later else math.inf
+    lost = 0
+    if started and later:
+        resumed = later[0].step - items_since(stood, later[0]) // watch.batch[before.stage]
+        lost = max(0, before.step - resumed)
+    return Recovery(noticed, going, lost)
 
 
 class Injector:
@@ -308,28 +185,6 @@ class Injector:
         for story in [story for fault, story in self._lasting if fault is done.fault]:
             next(story, None)
         return replace(done, lifted=self.watch.now())
-
-
-def _read(text: str, now: float, batch: Mapping[str, int]) -> Sight | None:
-    """What a scrape says; None before any rank has told something."""
-    samples = [(name, dict(_LABEL.findall(labels)), float(value)) for name, labels, value in _SAMPLE.findall(text)]
-    places = [labels for name, labels, _ in samples if name == "rank_info"]
-    if not places:
-        return None
-    life, stage = int(places[0]["life"]), places[0]["stage"]
-
-    def number(name: str) -> int:
-        return int(sum(value for sample, labels, value in samples if sample == name and labels.get("stage", stage) == stage))
-
-    ranks = {int(place["rank"]): (place["host"], int(place["pid"])) for place in places}
-    step = -(-number("progress_items") // batch[stage])
-    return Sight(now, life, number("restarts_total"), stage, step, number("items_processed_total"), ranks)
-
-
-def _items_since(then: Sight, now: Sight) -> int:
-    """Items trained on between two looks; a new life and a new stage count from 0."""
-    same = (then.life, then.stage) == (now.life, now.stage)
-    return now.items - (then.items if same else 0)
 
 
 def _kill(injector: Injector, fault: Fault) -> Story:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from cluster.runtime.failures import AGAIN
-from cluster.runtime.faults import POLL, Fault, FaultStory, Injected, Injector, Sight, Story, Watch
+from cluster.runtime.faults import Fault, FaultStory, Injected, Injector, Story, recovery
 from cluster.runtime.machines import MachineError
+from cluster.runtime.run_watch import POLL, Sight, Watch
 from cluster.storage import open_store
 from cluster.studies.case import Case
 from cluster.studies.grounds import Ground
@@ -112,7 +113,7 @@ class Course:
         due = self._place(fault.stage, fault.step)
         while not self._look():
             sight = self._sight
-            over = self._open is None or self._watch.recovery(self._open).going < math.inf
+            over = self._open is None or recovery(self._watch, self._open).going < math.inf
             if sight and over and self._place(sight.stage, sight.step) >= due and not too_late(self._steps, sight.stage, sight.step):
                 return sight
             time.sleep(POLL)
@@ -178,7 +179,7 @@ class Course:
     def _close(self) -> None:
         """Keep how the run got over the last fault."""
         if done := self._open:
-            over = self._watch.recovery(done)
+            over = recovery(self._watch, done)
             items = over.steps_lost * self._case.batches[done.before.stage]
             numbers = (over.noticed, over.going, items)
             self.endured.append(Endured(done.fault, done.host, done.before.step, done.detail, *numbers, self._how))

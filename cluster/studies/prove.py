@@ -4,7 +4,7 @@ Everything is done by commands on hosts, as a user would: nothing here is part o
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from cluster.runtime.ray_cluster import connect
 from cluster.studies.case import CHECKPOINT, Case
 from cluster.studies.course import Course, NotInjected
 from cluster.studies.grounds import ClusterGround, Ground, made_hosts
-from cluster.studies.script import STRIDE, kind_name, script, shrink, steps_of_script
+from cluster.studies.script import STRIDE, kind_name, script, shrink, steps_of_scripts
 from cluster.studies.verdict import Endured, Sameness, Trace, compare_traces, faults_table, steps_a_second
 from cluster.telemetry.display import Display
 
@@ -65,34 +65,46 @@ class Prover:
         self._runs = 0
         self._whole = Trace({}, {})
 
-    def prove(self, seed: int, kinds: Sequence[str]) -> int:
-        """Prove a seeded script, and say so; a script that fails is shortened.
+    def prove(self, scripts: Mapping[int, Sequence[str]]) -> int:
+        """Prove seeded scripts, one after the other, all beside the same undisturbed run, and say so; one that fails is shortened.
+
+        Args:
+            scripts: seed -> the kinds of its faults.
 
         Returns:
-            The exit code: 0 if it is proven.
+            The exit code: 0 if all are proven.
 
         Raises:
             MachineError: if the undisturbed run does not end.
-            NotInjected: if a fault did not come.
         """
-        case, say = self._case, self._display.say
-        self._steps = steps_of_script(kinds, case.stages)
+        self._steps = steps_of_scripts(scripts, self._case.stages)
         speed = self._undisturbed()
-        longer = steps_of_script(kinds, case.stages, speed)
+        longer = steps_of_scripts(scripts, self._case.stages, speed)
         if sum(longer.values()) - sum(self._steps.values()) > STRIDE:
-            say(f"it makes {speed:.0f} steps a second, and these faults need their time: once more, with longer stages")
+            self._display.say(f"it makes {speed:.0f} steps a second, and these faults need their time: once more, with longer stages")
             self._steps = longer
             self._undisturbed()
-        faults = script(seed, kinds, self._steps, case.experiment.workers.most)
+        lost = [seed for seed, kinds in scripts.items() if not self._proven(seed, kinds)]
+        if len(scripts) > 1:
+            proven = [str(seed) for seed in scripts if seed not in lost]
+            self._display.end(f"PROVEN: seeds {', '.join(proven) or 'none'}; NOT PROVEN: {', '.join(map(str, lost)) or 'none'}")
+        return int(bool(lost))
+
+    def _proven(self, seed: int, kinds: Sequence[str]) -> bool:
+        say = self._display.say
+        faults = script(seed, kinds, self._steps, self._case.experiment.workers.most)
         say(f"script of seed {seed}: " + describe(faults))
-        proof = self.attempt(faults)
+        try:
+            proof = self.attempt(faults)
+        except NotInjected as error:
+            self._display.end(f"{error}\nNOT PROVEN")
+            return False
         self._display.end(proof.text())
-        if proof.proven or len(faults) == 1:
-            return int(not proof.proven)
-        say("looking for the shortest script that fails; each try is a run")
-        left = shrink(faults, self._fails)
-        say(f"the shortest script that fails: {describe(left)}")
-        return 1
+        if not proof.proven and len(faults) > 1:
+            say("looking for the shortest script that fails; each try is a run")
+            left = shrink(faults, self._fails)
+            say(f"the shortest script that fails: {describe(left)}")
+        return proof.proven
 
     def attempt(self, faults: Sequence[Fault]) -> Proof:
         """Run the case under a script on hosts of its own, and compare."""

@@ -103,6 +103,12 @@ def steps_of_script(kinds: Sequence[str], stages: Sequence[str], speed: float = 
     return dict.fromkeys(stages, slots * math.ceil(max(STRIDE, STRIDE_SECONDS * speed) + beside))
 
 
+def steps_of_scripts(scripts: Mapping[int, Sequence[str]], stages: Sequence[str], speed: float = 0) -> dict[str, int]:
+    """How long the stages have to be for each of these scripts: seed -> kinds."""
+    each = [steps_of_script(kinds, stages, speed) for kinds in scripts.values()]
+    return {stage: max(steps[stage] for steps in each) for stage in stages}
+
+
 def script(seed: int, kinds: Sequence[str], steps: Mapping[str, int], hosts: int) -> list[Fault]:
     """The faults in the order in which they come: a pure function of its arguments.
 

@@ -21,8 +21,9 @@ from cluster.data.quarantine import BadItem, Quarantine
 from cluster.data.reader import Reader
 from cluster.data.stream import Batch, Share, Stream
 from cluster.evaluation.validation import ValidationClips, Validator
-from cluster.runs import checkpoint
-from cluster.runs.checkpoint import Checkpoint, CheckpointWriter
+from cluster.runs.checkpoint import Checkpoint
+from cluster.runs.checkpoint_writer import CheckpointWriter
+from cluster.runs.inventory import remove_orphans
 from cluster.runs.latents import corrupt_clips, read_range
 from cluster.runs.retention import Retention
 from cluster.runs.state import Attempt, assert_newest_life
@@ -186,7 +187,7 @@ class _Training:
         box: list[Any] = [None]
         if self.place.rank == 0:
             self.superseded()
-            checkpoint.remove_orphans(job.run, job.stage, Attempt(job.life, job.attempt))
+            remove_orphans(job.run, job.stage, Attempt(job.life, job.attempt))
             box = [candidates(job.run, job.stage, self.share, job.dataset, job.manifest, job.experiment)]
         dist.broadcast_object_list(box)
         found = restore(self.engine, self.quarantine, job.run, job.stage, box[0], _gather)

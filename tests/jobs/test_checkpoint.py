@@ -14,7 +14,8 @@ from safetensors import safe_open
 from cluster import cli
 from cluster.config.loading import load
 from cluster.data.manifest import Manifest, StreamEntry, publish
-from cluster.runs.checkpoint import CheckpointWriter, list_checkpoints, read_manifest
+from cluster.runs.checkpoint import list_checkpoints, read_manifest
+from cluster.runs.checkpoint_writer import CheckpointWriter
 from cluster.runs.export import Export
 from cluster.runs.lease import Lease
 from cluster.runs.lineage import open_attempt

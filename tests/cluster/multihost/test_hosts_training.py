@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.runtime.faults import Fault, at
+from cluster.runtime.faults import Fault, at, recovery
 from cluster.runtime.hosts import RAYLET, Hosts
 from tests.cluster.support.multihost import Run, one_host_weights
 
@@ -46,7 +46,7 @@ def disturbed(hosts: Hosts, shards: Path, fault: Fault, record_property) -> Run:
 
 def report(record_property, run: Run, done) -> None:
     """Not a promise: what was measured on this machine, shown by `pytest -rP` and kept in a junit file."""
-    measured = run.watch.recovery(done)
+    measured = recovery(run.watch, done)
     print(f"{done.fault.kind} on {done.host} after step {done.before.step} ({done.detail}): {measured}")
     for name, value in measured._asdict().items():
         record_property(f"{done.fault.kind} {name}", round(value, 1))

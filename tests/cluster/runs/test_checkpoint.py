@@ -8,8 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from cluster.runs import checkpoint
-from cluster.runs.checkpoint import CheckpointWriter, DamagedCheckpoint, OtherVersion
+from cluster.runs import checkpoint, checkpoint_writer
+from cluster.runs.checkpoint import DamagedCheckpoint, OtherVersion
+from cluster.runs.checkpoint_writer import CheckpointWriter
+from cluster.runs.inventory import delete_objects, remove_orphans
 from cluster.runs.lineage import open_attempt
 from cluster.runs.retention import Retention
 from cluster.runs.state import Attempt, Superseded, open_life
@@ -69,7 +71,7 @@ def test_what_a_life_that_died_left_behind_goes_when_the_next_begins(store: Stor
         commit(writer, progress)
     named = parts(store)
     store.put(orphan, b"of a rank that was killed")
-    checkpoint.remove_orphans(store, "autoencoder", Attempt(2, 0))
+    remove_orphans(store, "autoencoder", Attempt(2, 0))
     assert parts(store) == named and len(named) == 2
 
 
@@ -87,7 +89,7 @@ def test_nothing_is_swept_while_a_manifest_cannot_be_read(store: Store) -> None:
     store.put("checkpoints/autoencoder/000000000000009-000001.json", b'{"version": 99}')
     store.put("checkpoints/autoencoder/parts/of-a-later-version.safetensors", b"whose manifest this program cannot read")
     before = parts(store)
-    checkpoint.remove_orphans(store, "autoencoder", Attempt(2, 0))
+    remove_orphans(store, "autoencoder", Attempt(2, 0))
     assert parts(store) == before
 
 
@@ -185,7 +187,7 @@ def test_what_does_not_count_is_deleted_and_a_newer_attempt_s_is_left_alone(stor
     assert [entry.key for entry in store.list("checkpoints/autoencoder/0") if "012-" in entry.key] == []
     store.put("checkpoints/autoencoder/parts/000001.1-coming.safetensors", b"of the newer attempt's next checkpoint")
     before = parts(store)
-    checkpoint.remove_orphans(store, "autoencoder", Attempt(1, 0))
+    remove_orphans(store, "autoencoder", Attempt(1, 0))
     assert parts(store) == before
     commit(writer_of(store, keep=1), 15)
     assert progresses(store)[0] == 9 and before - parts(store) == {key for key in before if "/000001.0-" in key}
@@ -196,7 +198,7 @@ def test_another_version_s_checkpoint_is_refused_by_name_and_outlives_every_comm
     store.put(key, b'{"version": 7}')
     for progress in (6, 7, 8):
         commit(writer_of(store, keep=1), progress)
-    checkpoint.remove_orphans(store, "autoencoder", Attempt(9, 0))
+    remove_orphans(store, "autoencoder", Attempt(9, 0))
     with pytest.raises(OtherVersion, match=rf"{store.url}/{key} has version 7, this program reads 1 and 2: go on with the newer program"):
         checkpoint.read_manifest(store, key)
 
@@ -258,14 +260,14 @@ def test_neither_deleting_nor_listing_nor_the_manifest_is_waited_for_by_a_step(s
 def test_what_the_last_checkpoints_replaced_is_deleted_also_if_deleting_was_slower_than_they_came(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, go, prune = threading.Event(), threading.Event(), checkpoint._prune
+    begun, go, prune = threading.Event(), threading.Event(), checkpoint_writer.prune
 
     def slow(*given) -> None:
         begun.set()
         assert go.wait(60)
         prune(*given)
 
-    monkeypatch.setattr(checkpoint, "_prune", slow)
+    monkeypatch.setattr(checkpoint_writer, "prune", slow)
     writer = writer_of(store, keep=1)
     for progress in (1, 2, 3, 4):
         facts = {"stage": "autoencoder", "progress": progress, "steps": progress, "dataset": "", "config": {}, "life": 1, "attempt": 0}
@@ -290,7 +292,7 @@ def test_deleting_makes_its_requests_in_parallel_manifests_before_parts(store: S
         delete(self, key)
 
     monkeypatch.setattr(type(store), "delete", meet)
-    checkpoint.delete_objects(store, [*parts(store), *keys(store)][:2] + keys(store)[:2])
+    delete_objects(store, [*parts(store), *keys(store)][:2] + keys(store)[:2])
     assert order == [False, False, True, True] and progresses(store) == [1]
 
 

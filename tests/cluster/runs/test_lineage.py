@@ -7,8 +7,9 @@ from dataclasses import asdict
 
 import pytest
 
-from cluster.runs import checkpoint
-from cluster.runs.checkpoint import Checkpoint, CheckpointWriter
+from cluster.runs import checkpoint, checkpoint_writer
+from cluster.runs.checkpoint import Checkpoint
+from cluster.runs.checkpoint_writer import CheckpointWriter
 from cluster.runs.lineage import newest_first, open_attempt, written_by
 from cluster.runs.state import Attempt, Superseded, open_life, read_state
 from cluster.storage import Store
@@ -115,9 +116,9 @@ def test_the_checker_finds_what_a_fence_before_the_create_alone_lets_through(mon
     def create(writer: CheckpointWriter, found: Checkpoint) -> None:
         writer._store.create(f"checkpoints/{found.stage}/{found.file}", json.dumps(asdict(found)).encode())
 
-    prune = checkpoint._prune
+    prune = checkpoint_writer.prune
     monkeypatch.setattr(CheckpointWriter, "_create", create)
-    monkeypatch.setattr(checkpoint, "_prune", lambda store, found, keep, superseded: prune(store, found, keep, lambda: None))
+    monkeypatch.setattr(checkpoint_writer, "prune", lambda store, found, keep, superseded: prune(store, found, keep, lambda: None))
     assert any(world.violations for _, world in worlds())
 
 

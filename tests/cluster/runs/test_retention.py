@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cluster.config.loading import ConfigError, load
-from cluster.runs.checkpoint import CheckpointWriter, list_checkpoints, read_manifest
+from cluster.runs.checkpoint import list_checkpoints, read_manifest
+from cluster.runs.checkpoint_writer import CheckpointWriter
 from cluster.runs.retention import Retention, StoredCheckpoint, checkpoint_scores
 from cluster.runs.state import Attempt
 from cluster.storage import Store

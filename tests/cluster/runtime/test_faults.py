@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from cluster.runtime import faults
-from cluster.runtime.faults import Fault, Injected, Injector, Sight, Watch, at
+from cluster.runtime.faults import Fault, Injected, Injector, at, recovery
 from cluster.runtime.hosts import GCS, RAYLET, Hosts
 from cluster.runtime.machines import Machine, MachineError
+from cluster.runtime.run_watch import Sight, Watch
 from cluster.telemetry.exporter import Exporter
 from cluster.telemetry.meter import Meter
 from tests.cluster.support.multihost import hosts_without_ray, leftovers, soon
@@ -137,7 +138,7 @@ def test_recovery_is_read_from_what_the_run_told() -> None:
         before = sight(time=9, step=10, items=60)
         watch = Told([HERE], before)
         watch.history = [before, *after]
-        return watch.recovery(Injected(at(step=10).kill(), "h1", "", before, 10.0, lifted))
+        return recovery(watch, Injected(at(step=10).kill(), "h1", "", before, 10.0, lifted))
 
     # The group is told to start again after 2 s; its first step, from the checkpoint at step 8, is told after 9 s.
     again = sight(12, 10, 66, restarts=1), sight(15, 8, 66, restarts=1), sight(19, 9, 72, restarts=1)
@@ -153,7 +154,7 @@ def test_a_step_may_have_other_items_in_each_stage() -> None:
     watch = Watch(lambda: [HERE], {"autoencoder": 6, "diffusion": 3}, "/nowhere")
     before = sight(time=9, step=10, items=30)._replace(stage="diffusion")
     watch.history = [before, before._replace(time=15, step=9, items=33, restarts=1), before._replace(time=16, step=9, items=36, restarts=1)]
-    assert watch.recovery(Injected(at(step=10).kill(), "h1", "", before, 10.0, math.inf)).steps_lost == 2
+    assert recovery(watch, Injected(at(step=10).kill(), "h1", "", before, 10.0, math.inf)).steps_lost == 2
 
 
 @pytest.fixture(scope="module")

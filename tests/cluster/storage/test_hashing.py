@@ -10,7 +10,7 @@ import torch
 from cluster.data.manifest import load_manifest
 from cluster.data.shards import read_index
 from cluster.runs import checkpoint
-from cluster.runs.checkpoint import CheckpointWriter
+from cluster.runs.checkpoint_writer import CheckpointWriter
 from cluster.runs.retention import Retention
 from cluster.storage import Store, content_hash, open_store
 from cluster.storage.hashing import HashMismatch, read_verified

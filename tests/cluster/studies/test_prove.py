@@ -57,14 +57,14 @@ class Told(Prover):
 def test_a_run_that_gets_over_its_script_is_proven(case: Case) -> None:
     said = io.StringIO()
     told = Told(case, said)
-    assert told.prove(0, ["kill", "s3_30s"]) == 0
+    assert told.prove({0: ["kill", "s3_30s"]}) == 0
     assert said.getvalue().rstrip().endswith("PROVEN") and "NOT" not in said.getvalue()
     assert len(told.tried) == 1
 
 
 def test_other_weights_give_exit_code_1_and_the_shortest_script_that_fails(case: Case) -> None:
     said = io.StringIO()
-    assert Told(case, said, altered=["stop"]).prove(0, ["kill", "s3_30s", "stop", "kill_driver"]) == 1
+    assert Told(case, said, altered=["stop"]).prove({0: ["kill", "s3_30s", "stop", "kill_driver"]}) == 1
     text = said.getvalue()
     assert "weights: NOT identical (autoencoder xx and not aa)" in text
     assert "autoencoder, positions 0 to 5: 9 and not 1" in text and "\nNOT PROVEN\n" in text
@@ -74,9 +74,28 @@ def test_other_weights_give_exit_code_1_and_the_shortest_script_that_fails(case:
 def test_a_run_that_is_lost_is_not_proven(case: Case) -> None:
     said = io.StringIO()
     told = Told(case, said, lost=["drain"])
-    assert told.prove(0, ["drain"]) == 1
+    assert told.prove({0: ["drain"]}) == 1
     assert "the run was lost: nothing was heard of it\nNOT PROVEN" in said.getvalue()
     assert told.tried == [["drain"]], "one fault cannot be shortened"
+
+
+def test_scripts_of_several_seeds_are_proven_one_by_one(case: Case) -> None:
+    said = io.StringIO()
+    told = Told(case, said, lost=["drain"])
+    assert told.prove({0: ["kill"], 1: ["drain"], 2: ["stop"]}) == 1
+    assert told.tried == [["kill"], ["drain"], ["stop"]], "one that fails does not hide the next"
+    assert said.getvalue().rstrip().endswith("PROVEN: seeds 0, 2; NOT PROVEN: 1")
+
+
+def test_a_fault_that_never_came_proves_nothing(case: Case) -> None:
+    said = io.StringIO()
+
+    class Never(Told):
+        def attempt(self, faults: Sequence[Fault]) -> Proof:
+            raise NotInjected("the run was at its end before kill came")
+
+    assert Never(case, said).prove({0: ["kill"]}) == 1
+    assert said.getvalue().rstrip().endswith("the run was at its end before kill came\nNOT PROVEN")
 
 
 def test_a_configuration_is_shortened_to_so_many_steps(case: Case) -> None:

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from cluster.runs import checkpoint
-from cluster.runs.checkpoint import CheckpointWriter, DamagedCheckpoint
+from cluster.runs.checkpoint import DamagedCheckpoint
+from cluster.runs.checkpoint_writer import CheckpointWriter
+from cluster.runs.inventory import remove_orphans
 from cluster.runs.lease import BEAT, Holder, Lease
 from cluster.runs.lineage import open_attempt
 from cluster.runs.retention import Retention
@@ -394,7 +396,7 @@ def train(process: Stepped) -> None:
     writer = CheckpointWriter(store, lambda value: [value], 0, Retention(world.keep), superseded)
     writer._pool = writer._cleaner = Inline()  # type: ignore[assignment]
     superseded()
-    checkpoint.remove_orphans(store, STAGE, by)
+    remove_orphans(store, STAGE, by)
     progress = resume(process)
     while progress < world.end:
         world.sleep(1.0)

@@ -20,8 +20,8 @@ from ray._raylet import GcsClient
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
 from cluster.runs.checkpoint import newest_progress
-from cluster.runtime.faults import Watch
 from cluster.runtime.machines import Machine
+from cluster.runtime.run_watch import Watch
 from cluster.runtime.scratch import PREFIX
 from cluster.storage import open_store
 from cluster.telemetry.metrics_log import read_rows

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from cluster.runs.state import newest_life
-from cluster.runtime.faults import Fault, Injected, Injector, Watch
+from cluster.runtime.faults import Fault, Injected, Injector
 from cluster.runtime.hosts import Hosts
 from cluster.runtime.machines import PATH, PROJECT, NamespacesForbidden, Network, assert_namespaces
+from cluster.runtime.run_watch import Watch
 from cluster.storage import open_store
 from tests.cluster.data.test_stream_faults import copy
 from tests.tiny import OVERRIDES, job

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from cluster.runs import checkpoint, lease
-from cluster.runs.checkpoint import CheckpointWriter
+from cluster.runs.checkpoint_writer import CheckpointWriter
+from cluster.runs.inventory import remove_orphans
 from cluster.runs.lease import Lease
 from cluster.runs.lineage import open_attempt
 from cluster.runs.retention import Retention
@@ -57,7 +58,7 @@ def main(folder: str, log: str, end: int) -> None:
         state = State("RUNNING", life, "", "")
         write_state(store, state)
         store.by = by = Attempt(life, open_attempt(store, life))
-        checkpoint.remove_orphans(store, STAGE, by)
+        remove_orphans(store, STAGE, by)
         writer = CheckpointWriter(store, lambda value: [value], 0, Retention(2), partial(assert_newest_life, store, *by))
         found = [checkpoint.read_manifest(store, key) for key in checkpoint.list_checkpoints(store, STAGE)]
         progress = max((one.progress for one in found), default=0)
