@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 
-from cluster.runs import checkpoint, checkpoint_writer
+from cluster.runs import checkpoint, checkpoint_writer, inventory
 from cluster.runs.checkpoint import Checkpoint
 from cluster.runs.checkpoint_writer import CheckpointWriter
 from cluster.runs.lineage import newest_first, open_attempt, written_by
@@ -93,7 +93,7 @@ def test_keys_say_who_wrote_them_and_the_last_one_written_is_the_newest() -> Non
 def worlds() -> Iterator[tuple[int, World]]:
     """What became of each seed's two drivers. Requests in parallel are made one after the other: the scheduler orders them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "parallel_map", map)
+        patch.setattr(inventory, "parallel_map", map)
         for seed in SEEDS:
             world = World(seed)
             world.run()

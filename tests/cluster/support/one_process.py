@@ -17,7 +17,7 @@ from cluster.config.schema import Workers
 from cluster.data import prepare
 from cluster.driver import run
 from cluster.evaluation import evaluate
-from cluster.runs import build_latents, checkpoint, lease
+from cluster.runs import build_latents, checkpoint_writer, inventory, lease
 from cluster.runs.lineage import open_attempt
 from cluster.runtime.ray_cluster import Resources
 from cluster.storage import Store
@@ -44,8 +44,8 @@ def one_process() -> Iterator[None]:
             patch.setattr(module, "map_tasks", _map_tasks)
         patch.setattr(sweep, "_tune", _tune)
         patch.setattr(sweep.tune, "report", lambda _: None)
-        patch.setattr(checkpoint, "ThreadPoolExecutor", lambda *_, **__: Inline())
-        patch.setattr(checkpoint, "parallel_map", map)
+        patch.setattr(checkpoint_writer, "ThreadPoolExecutor", lambda *_, **__: Inline())
+        patch.setattr(inventory, "parallel_map", map)
         patch.setattr(lease, "BEAT", NEVER)
         patch.setattr(lease, "LAPSE", NEVER)
         patch.setattr(lease, "_started", _started)
