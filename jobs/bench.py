@@ -9,6 +9,7 @@ python jobs/bench.py online                                         a listener t
 python jobs/bench.py data                                           our loader over S3, against the wire and webdataset
 python jobs/bench.py checkpoint                                     how long one holds up a step, against a plain copy
 python jobs/bench.py recovery                                       from the kill of a rank to the next step, against stock Ray Train
+python jobs/bench.py startup                                        to the first step, from the last, against stock Ray Train
 python jobs/bench.py metrics                                        a pair of reactions, against the challenges' code
 python jobs/bench.py metrics --full                                 and as many as the test set has, on all cores
 python jobs/bench.py science                                        the table of docs/science.md: hours on two cores, and it resumes
@@ -85,6 +86,9 @@ def main() -> int:
     what = "from the kill of a rank to the end of the next step, against an empty loop under stock Ray Train"
     verb = _verb(verbs, "recovery", recovery, CONFIGS / "demo.yaml", what)
     verb.add_argument("--kills", type=cli.positive, default=10, help="of each (default: 10)")
+    what = "from the command to its first step, and from its last step to its end, against an empty loop under stock Ray Train"
+    verb = _verb(verbs, "startup", startup, CONFIGS / "demo.yaml", what)
+    verb.add_argument("--rounds", type=cli.positive, default=3, help="of each, in turns (default: 3)")
     verb = verbs.add_parser("metrics", help="CPU time of the official metrics, against the challenges' code")
     verb.add_argument("--full", action="store_true", help="also score a set of the size of the test set on all cores: minutes")
     verb.set_defaults(function=metrics)
@@ -239,7 +243,7 @@ def checkpoint(arguments: argparse.Namespace) -> int:
 def recovery(arguments: argparse.Namespace) -> int:
     """Time without training after a rank was killed."""
     from cluster.bench.recovery import our_recoveries, stock_recoveries
-    from cluster.bench.tables import recovery_table
+    from cluster.bench.tables import seconds_table
     from cluster.data.demo import make_demo
 
     os.environ["RAY_ADDRESS"] = "local"  # what is killed here is nobody else's
@@ -253,7 +257,24 @@ def recovery(arguments: argparse.Namespace) -> int:
         rival = before + stock_recoveries(experiment, later, Path(folder) / "after")  # on both sides: machines grow busier
     ranks = experiment.workers.least
     title = f"from the SIGKILL of one of {ranks} ranks to the end of the next step, {arguments.kills} kills of each"
-    Console().print(recovery_table(title, {"a run": found, "an empty loop, stock Ray Train": rival}))
+    Console().print(seconds_table(title, {"a run": found, "an empty loop, stock Ray Train": rival}))
+    return 0
+
+
+def startup(arguments: argparse.Namespace) -> int:
+    """Time at both ends of a command."""
+    from cluster.bench.startup import startups
+    from cluster.bench.tables import startup_tables
+    from cluster.data.demo import make_demo
+
+    with TemporaryDirectory() as folder, Display() as display:
+        experiment = anchored(load(arguments.config, arguments.overrides))
+        make_demo(experiment.data.url, display)
+        words = ["--config", str(arguments.config), *arguments.overrides]
+        progress = display.counter("startup", "commands")
+        found = startups(words, experiment.workers.least, Path(folder), arguments.rounds, progress)
+    for table in startup_tables(arguments.rounds, found):
+        Console().print(table)
     return 0
 
 

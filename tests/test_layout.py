@@ -22,7 +22,8 @@ PLAIN = {"storage", "runtime", "telemetry"}
 
 RAY = {
     *("runtime/nodes", "runtime/placement", "runtime/postmortem", "runtime/ray_cluster", "runtime/remote_machine", "runtime/tasks"),
-    *("driver/board", "driver/group", "driver/launch", "driver/lookout", "driver/ray_train", "studies/sweep", "bench/recovery"),
+    *("driver/board", "driver/group", "driver/launch", "driver/lookout", "driver/ray_train", "studies/sweep"),
+    *("bench/empty_loop", "bench/recovery"),
 }
 """The modules of cluster/ that place work, and so may import Ray."""
 
@@ -43,7 +44,7 @@ MODULES = {
     "training": "ahead compiler engine examine loop memory reporting requests resume spread stacks verdict warm_start",
     "driver": "board group interruption launch lookout pin plan pretrained ray_train run watchdog",
     "studies": "case comparison course grounds prove retrain script sweep verdict",
-    "bench": "card checkpoint loading metrics noise_dataset recovery rival tables training",
+    "bench": "card checkpoint empty_loop loading metrics noise_dataset recovery rival startup tables training",
 }
 """Package -> its modules."""
 

@@ -9,6 +9,7 @@ from cluster.bench.checkpoint import HeldUp, Seconds
 from cluster.bench.loading import Figures
 from cluster.bench.metrics import CLIPS, FRAMES, NEIGHBOURS, OFFICIAL_SECONDS, PREDICTIONS, FullSize, MetricCost
 from cluster.bench.rival import Cost
+from cluster.bench.startup import Startup
 from cluster.bench.training import StepSpeed
 
 
@@ -64,8 +65,18 @@ def checkpoint_table(title: str, found: HeldUp) -> Table:
     return table
 
 
-def recovery_table(title: str, found: Mapping[str, Sequence[float]]) -> Table:
-    """Seconds without training of each, over all kills; the last one is the rival."""
+def startup_tables(rounds: int, found: Mapping[str, Sequence[Startup]]) -> tuple[Table, Table]:
+    """Both ends of a command; the last one is the rival."""
+    first = {name: [one.to_first_step for one in each] for name, each in found.items()}
+    last = {name: [one.from_last_step for one in each] for name, each in found.items()}
+    return (
+        seconds_table(f"from the command to the end of its first step, {rounds} rounds", first),
+        seconds_table(f"from the last step to the command's end, {rounds} rounds", last),
+    )
+
+
+def seconds_table(title: str, found: Mapping[str, Sequence[float]]) -> Table:
+    """Seconds of each, over all times they were measured; the last one is the rival."""
     table = _numbers(title, "", "median, s", "least", "most", "ratio of medians")
     *_, rival = found.values()
     for name, seconds in found.items():

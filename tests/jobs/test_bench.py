@@ -46,6 +46,14 @@ def test_recovery_kills_ranks_of_a_run_and_of_an_empty_loop(shards: Path, tmp_pa
 
 
 @pytest.mark.slow
+def test_startup_measures_both_ends_of_a_run_and_of_an_empty_loop(shards: Path, tmp_path: Path) -> None:
+    done = job("bench", "startup", "--rounds", "1", *settings(shards, tmp_path / "store"))
+    rows = [line.split("│")[1:-1] for line in done.stdout.splitlines() if line.startswith("│")]
+    assert [row[0].strip() for row in rows] == 2 * ["a run", "an empty loop, stock Ray Train"]
+    assert all(float(cell) > 0 for row in rows for cell in row[1:]) and float(rows[1][-1]) == float(rows[3][-1]) == 1
+
+
+@pytest.mark.slow
 def test_seeded_data_are_read_from_a_server_of_their_own_beside_the_wire_and_webdataset(tmp_path: Path) -> None:
     done = job("bench", "data", "--stage", "diffusion", "--size", "1", "--rounds", "1", "model.latent=8", cwd=tmp_path)
     assert "latents of 200 frames x 8, batches of 8" in done.stdout and "SeaweedFS" in done.stdout
