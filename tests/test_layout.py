@@ -30,7 +30,9 @@ RAY = {
 MODULES = {
     "config": "identity loading paths schema spec",
     "storage": "base deadline folder hashing multipart parallel retry s3",
-    "runtime": "device failures faults hosts machines nodes placement postmortem ray_cluster remote_machine run_watch scratch tasks",
+    "runtime": (
+        "after_import device failures faults hosts machines nodes placement postmortem ray_cluster remote_machine run_watch scratch tasks"
+    ),
     "telemetry": "display exporter meter metrics_log monitor reminder tensorboard",
     "data": (
         "build_shard cache cache_file cache_space checksums demo index_tars manifest prepare quarantine ranges reader "

@@ -5,39 +5,21 @@ HAPPENED says that it was done. Python imports a module of this name at its star
 and does nothing else.
 """
 
-import importlib.util
 import os
 import resource
 import sys
 from typing import Any
 
-ENGINE = "deepspeed.runtime.engine"
+from cluster.runtime.after_import import after_import
+
 ASKED, HAPPENED = "/tmp/rank-faults", "/tmp/rank-faults-happened"
 
 NEEDED = 1 << 28
 """Bytes that a rank needs and does not get: more than any allocator has in reserve."""
 
 
-class _Wrapping:
-    """Finds DeepSpeed's engine as Python does, and wraps it."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != ENGINE:
-            return None
-        sys.meta_path.remove(self)
-        if (spec := importlib.util.find_spec(name)) is None or spec.loader is None:
-            return spec
-        load = spec.loader.exec_module
-
-        def exec_module(module: Any) -> None:
-            load(module)
-            _wrap(module.DeepSpeedEngine)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-def _wrap(engine: Any) -> None:
+def _wrap(module: Any) -> None:
+    engine = module.DeepSpeedEngine
     backward = engine.backward
 
     def faulty(self: Any, loss: Any, *arguments: Any, **options: Any) -> Any:
@@ -61,4 +43,4 @@ def _asked(name: str) -> bool:
     return True
 
 
-sys.meta_path.insert(0, _Wrapping())
+after_import("deepspeed.runtime.engine", _wrap)

@@ -6,7 +6,7 @@ torch and Ray find one card, where CUDA_VISIBLE_DEVICES does not hide it; whatev
 import os
 from typing import Any
 
-from tests.cluster.support.after_import import after_import
+from cluster.runtime.after_import import after_import
 
 
 def visible() -> int:

@@ -8,7 +8,7 @@ import fcntl
 import os
 from typing import Any
 
-from tests.cluster.support.after_import import after_import
+from cluster.runtime.after_import import after_import
 
 
 def watch(module: Any) -> None:

@@ -8,7 +8,7 @@ import os
 import threading
 from typing import Any
 
-from tests.cluster.support.after_import import after_import
+from cluster.runtime.after_import import after_import
 
 
 def wrap(module: Any) -> None:

@@ -1,4 +1,4 @@
-"""Do something as soon as a module is imported, in processes that a test does not start itself: for a `sitecustomize` on their path."""
+"""Act as soon as a module is imported, in processes that others start: for a `sitecustomize` on their path."""
 
 import sys
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
 
-class AfterImport(MetaPathFinder):
+class _AfterImport(MetaPathFinder):
     """Finds the module as Python does, and acts after it was executed.
 
     Args:
@@ -35,4 +35,4 @@ class AfterImport(MetaPathFinder):
 
 def after_import(module: str, act: Callable[[Any], None]) -> None:
     """Act when the module is imported, with the module."""
-    sys.meta_path.insert(0, AfterImport(module, act))
+    sys.meta_path.insert(0, _AfterImport(module, act))
