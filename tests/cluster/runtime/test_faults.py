@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.runtime import faults
+from cluster.runtime import run_watch
 from cluster.runtime.faults import Fault, Injected, Injector, at, recovery
 from cluster.runtime.hosts import GCS, RAYLET, Hosts
 from cluster.runtime.machines import Machine, MachineError
@@ -81,14 +81,14 @@ def test_a_watch_reads_steps_ranks_and_driver_from_the_endpoint_of_a_run(tmp_pat
 
 
 def test_a_fault_waits_for_its_step_and_stage(victim: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "POLL", 0.0)
+    monkeypatch.setattr(run_watch, "POLL", 0.0)
     before = [sight(step=step)._replace(ranks={0: (HERE.name, victim.pid)}) for step in range(1, 9)]
     watch = Told([HERE], *before)
     done = Injector(watch).inject(at(step=7).kill())
     assert victim.wait() == -9
     assert (done.before.step, done.host, done.detail) == (7, HERE.name, f"process {victim.pid} of rank 0 is gone")
     with pytest.raises(MachineError, match="did not come to step 9 of stage diffusion; last seen: Sight"):
-        monkeypatch.setattr(faults, "PATIENCE", 0.01)
+        monkeypatch.setattr(run_watch, "PATIENCE", 0.01)
         Injector(watch).inject(at(step=9, stage="diffusion").kill())
 
 
@@ -134,7 +134,7 @@ def test_what_did_not_happen_is_an_error() -> None:
 
 
 def test_recovery_is_read_from_what_the_run_told() -> None:
-    def recovery(*after: Sight, lifted: float = math.inf) -> tuple[float, float, int]:
+    def told(*after: Sight, lifted: float = math.inf) -> tuple[float, float, int]:
         before = sight(time=9, step=10, items=60)
         watch = Told([HERE], before)
         watch.history = [before, *after]
@@ -142,12 +142,12 @@ def test_recovery_is_read_from_what_the_run_told() -> None:
 
     # The group is told to start again after 2 s; its first step, from the checkpoint at step 8, is told after 9 s.
     again = sight(12, 10, 66, restarts=1), sight(15, 8, 66, restarts=1), sight(19, 9, 72, restarts=1)
-    assert recovery(sight(11, 10, 66), *again) == (2, 9, 2)
+    assert told(sight(11, 10, 66), *again) == (2, 9, 2)
     # A new driver counts items from 0.
-    assert recovery(sight(20, 0, 0, life=2), sight(25, 8, 0, life=2), sight(30, 9, 6, life=2)) == (10, 20, 2)
+    assert told(sight(20, 0, 0, life=2), sight(25, 8, 0, life=2), sight(30, 9, 6, life=2)) == (10, 20, 2)
     # Nothing was started again: the run stood still until what it waited for came back.
-    assert recovery(sight(11, 11, 66), sight(45, 12, 72), lifted=40.0) == (math.inf, 35, 0)
-    assert recovery() == (math.inf, math.inf, 0)
+    assert told(sight(11, 11, 66), sight(45, 12, 72), lifted=40.0) == (math.inf, 35, 0)
+    assert told() == (math.inf, math.inf, 0)
 
 
 def test_a_step_may_have_other_items_in_each_stage() -> None:
@@ -200,11 +200,11 @@ def test_a_host_or_the_store_is_cut_off_for_its_seconds(hosts: Hosts, injector: 
 def test_packets_among_ranks_are_dropped_and_only_that_counts_as_the_fault(
     hosts: Hosts, injector: Injector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(faults, "PATIENCE", 1.0)
+    monkeypatch.setattr(run_watch, "PATIENCE", 1.0)
     with pytest.raises(MachineError, match="packets that are dropped among its ranks"):
         injector.inject(at(step=1).part(rank=0))
     hosts.join()
-    monkeypatch.setattr(faults, "PATIENCE", 30.0)
+    monkeypatch.setattr(run_watch, "PATIENCE", 30.0)
     talk = "import socket, time\nwhile True:\n socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('h2', 1)); time.sleep(0.1)"
     talking = hosts.workers[0].popen(sys.executable, "-c", talk)
     done = injector.inject(at(step=1).part(rank=0, seconds=0.5))
