@@ -9,7 +9,7 @@ python jobs/bench.py online                                         a listener t
 python jobs/bench.py data                                           our loader over S3, against the wire and webdataset
 python jobs/bench.py checkpoint                                     how long one holds up a step, against a plain copy
 python jobs/bench.py recovery                                       from the kill of a rank to the next step, against stock Ray Train
-python jobs/bench.py metrics                                        a pair of reactions, against the challenges' code
+python jobs/bench.py metrics                                        a pair of reactions, against the challenges' way
 python jobs/bench.py metrics --full                                 and as many as the test set has, on all cores
 python jobs/bench.py science                                        the table of docs/science.md: hours on two cores, and it resumes
 """
@@ -85,7 +85,7 @@ def main() -> int:
     what = "from the kill of a rank to the end of the next step, against an empty loop under stock Ray Train"
     verb = _verb(verbs, "recovery", recovery, CONFIGS / "demo.yaml", what)
     verb.add_argument("--kills", type=cli.positive, default=10, help="of each (default: 10)")
-    verb = verbs.add_parser("metrics", help="CPU time of the official metrics, against the challenges' code")
+    verb = verbs.add_parser("metrics", help="CPU time of the official metrics, against the challenges' way, on the same arrays")
     verb.add_argument("--full", action="store_true", help="also score a set of the size of the test set on all cores: minutes")
     verb.set_defaults(function=metrics)
     arguments = parser.parse_args()
@@ -259,14 +259,17 @@ def recovery(arguments: argparse.Namespace) -> int:
 
 def metrics(arguments: argparse.Namespace) -> int:
     """Cost of the official metrics."""
-    from cluster.bench.metrics import full_size, pair_costs
-    from cluster.bench.tables import full_size_table, pairs_table
+    from cluster.bench.metrics import full_size, pair_costs, set_cost
+    from cluster.bench.tables import full_size_table, pairs_table, set_table
 
     cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(1)
     with Display() as display:
         costs = pair_costs(display.counter("pairs", "measurements"))
+        whole = set_cost(display.counter("a set", "metrics"))
         full = full_size(cores, display.counter("full size", "clips")) if arguments.full else None
     Console().print(pairs_table(costs))
+    Console().print(set_table(whole))
     if full:
         Console().print(full_size_table(full, cores))
     return 0

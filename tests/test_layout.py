@@ -40,7 +40,7 @@ MODULES = {
     "training": "ahead compiler engine examine loop memory reporting requests resume spread stacks verdict warm_start",
     "driver": "board group interruption launch lookout pin plan pretrained ray_train run watchdog",
     "studies": "case comparison course grounds prove retrain script sweep verdict",
-    "bench": "card checkpoint loading metrics noise_dataset recovery rival tables training",
+    "bench": "card challenge checkpoint loading metrics noise_dataset recovery rival tables training",
 }
 """Package -> its modules."""
 
