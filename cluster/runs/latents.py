@@ -8,7 +8,7 @@ last. Raw latents are stored; their range over the training split lies beside th
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -21,6 +21,7 @@ from cluster.data.reader import Reader
 from cluster.data.shards import CorruptData, ShardInfo, decode_npy, encode_npy, hashed_name, upload_shard
 from cluster.runs.export import Export, load_codec
 from cluster.storage import AlreadyExists, NotFound, Store, content_hash
+from cluster.storage.parallel import parallel_map
 from reactdiff.clip import PERSONS
 from reactdiff.data.sample import Clip
 from reactdiff.determinism import make_deterministic
@@ -32,6 +33,12 @@ log = logging.getLogger(__name__)
 THREADS = 1
 ENCODING = {"version": 2, "persons at once": 2, "threads": THREADS, "dtype": "float16"}
 """How persons are encoded; part of what a dataset of latents is named by."""
+
+READ_AHEAD = 256 << 20
+"""Bytes of clips that a task reads ahead of the one that it encodes, where that is one clip or more."""
+
+MOST_AHEAD = 16
+"""Clips that it reads ahead at most, however small they are."""
 
 CORRUPT = "corrupt"
 """Key of the manifest's provenance, where the source was damaged: split -> [clip, why] of each clip whose latents are zeros."""
@@ -122,12 +129,20 @@ def read_range(store: Store, manifest: Manifest) -> tuple[torch.Tensor, torch.Te
 
 
 def encode_clip(codec: Codec, reader: Reader, clip: int) -> dict[str, np.ndarray]:
-    """Both persons' latents of a clip: person -> (frames, latent) float16. Both are encoded at once, always."""
-    names = codec.inputs
+    """Both persons' latents of a clip: person -> (frames, latent) float16."""
+    return _encode(codec, _read_persons(reader, codec.inputs, clip))
+
+
+def _read_persons(reader: Reader, names: Sequence[str], clip: int) -> dict[str, np.ndarray]:
+    """What is encoded of a clip: stream -> (persons, frames, width)."""
     read = reader.read(clip, [(person, name) for person in PERSONS for name in names])
-    streams = {name: torch.from_numpy(np.stack([read.arrays[person, name] for person in PERSONS])).to(codec.device) for name in names}
+    return {name: np.stack([read.arrays[person, name] for person in PERSONS]) for name in names}
+
+
+def _encode(codec: Codec, streams: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Two persons at once, always: the last bits of a product depend on how many rows it has, and names of latents on their bits."""
     with torch.no_grad():
-        latents = codec.encode(streams).float().cpu().numpy()
+        latents = codec.encode({name: torch.from_numpy(array).to(codec.device) for name, array in streams.items()}).float().cpu().numpy()
     return {person: latent.astype(np.float16) for person, latent in zip(PERSONS, latents, strict=True)}
 
 
@@ -178,17 +193,18 @@ def encode_shard(latents: LatentDataset, split: str, position: int) -> EncodedSh
     first = int(reader.counts[:position].sum())
     clips: list[Clip] = []
     corrupt, bounds = {}, empty_range(latents)
-    for clip in range(first, first + int(reader.counts[position])):
+    numbers = range(first, first + int(reader.counts[position]))
+    for clip, read in zip(numbers, _read_ahead(reader, codec.inputs, numbers), strict=True):
         key = reader.key(clip)
-        try:
-            encoded = encode_clip(codec, reader, clip)
-            bounds = range_union(bounds, np.stack([f(list(encoded.values()), axis=0) for f in (np.min, np.max)]))
-        except CorruptData as error:
+        if isinstance(read, CorruptData):
             if latents.on_corrupt == "stop":
-                raise
-            log.error("QUARANTINED: clip %d of split %s has no latents: %s", clip, split, error)
+                raise read
+            log.error("QUARANTINED: clip %d of split %s has no latents: %s", clip, split, read)
             encoded = dict.fromkeys(PERSONS, np.zeros((latents.clips.frames, latents.width), np.float16))
-            corrupt[clip] = str(error)
+            corrupt[clip] = str(read)
+        else:
+            encoded = _encode(codec, read)
+            bounds = range_union(bounds, np.stack([f(list(encoded.values()), axis=0) for f in (np.min, np.max)]))
         clips.append(Clip(key, {person: {LATENT: latent} for person, latent in encoded.items()}))
     info, limits = upload_shard(target, name, clips, [LATENT], hashed=True), encode_npy(bounds)
     shard = EncodedShard(info, corrupt, hashed_name(name, info).removeprefix(f"{split}/"), f"{name}-{content_hash(limits)}.range.npy")
@@ -198,6 +214,20 @@ def encode_shard(latents: LatentDataset, split: str, position: int) -> EncodedSh
         return shard
     except AlreadyExists:
         return EncodedShard.decode(target.read(record), name, number)
+
+
+def _read_ahead(reader: Reader, names: Sequence[str], clips: range) -> Iterator[dict[str, np.ndarray] | CorruptData]:
+    """What is encoded of each clip, or how it is damaged; while one is encoded, the next ones are read."""
+
+    def read(clip: int) -> dict[str, np.ndarray] | CorruptData:
+        try:
+            return _read_persons(reader, names, clip)
+        except CorruptData as error:
+            return error
+
+    arrays = [reader.array((person, name)) for person in PERSONS for name in names]
+    size = sum(dtype.itemsize * frames * width for (frames, width), dtype in arrays)
+    return parallel_map(read, clips, ahead=max(1, min(MOST_AHEAD, READ_AHEAD // size)))
 
 
 def empty_range(latents: LatentDataset) -> np.ndarray:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
+from reactdiff.metrics.compiled import kernel
+
 
 @dataclass(frozen=True)
 class Reaction:
@@ -46,7 +48,7 @@ def concordance(predictions: Reaction, listeners: Sequence[Reaction]) -> np.ndar
     return np.stack([_concordance(*of, other.series, other.mean, other.variance) for other in listeners], axis=1)
 
 
-@numba.njit(nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _laid_out(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Series, mean and variance of x (clips, frames, width), clip by clip while it is in the cache, each read in order."""
     clips, frames, width = x.shape
@@ -62,7 +64,7 @@ def _laid_out(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return series, mean, variance
 
 
-@numba.njit(nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _concordance(
     x: np.ndarray, x_mean: np.ndarray, x_variance: np.ndarray, y: np.ndarray, y_mean: np.ndarray, y_variance: np.ndarray
 ) -> np.ndarray:

@@ -13,6 +13,7 @@ import numba
 import numpy as np
 
 from reactdiff.clip import AU, EXPRESSION, VALENCE_AROUSAL
+from reactdiff.metrics.compiled import kernel
 
 # A slice of attributes and the divisor of its distance. The cheapest and heaviest comes first: it says who is likely the nearest.
 GROUPS = ((VALENCE_AROUSAL, 1), (EXPRESSION, 8), (AU, 15))
@@ -90,28 +91,15 @@ def _pitch(frames: int) -> int:
 @functools.cache
 def _kernel(features: int, pitch: int) -> SquaredCost:
     """`squared_cost` for flat rows. Constant sizes let the compiler see that all rows are one array: it then makes vector code."""
-    # Two loops over features, as the compiler unrolls short ones only. Unsigned indices spare numba's test for negative ones.
     half = min(features, 8)
 
-    @numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})
-    def frame_distances(x: np.ndarray, y: np.ndarray, i: int, j: int, start: int, stop: int, out: np.ndarray) -> None:
-        """Four anti-diagonals at once, as neighbouring ones read the same frames."""
-        for w in range(start, stop):
-            sums = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-            for feature in range(half):
-                sums = _add_squares(sums, x, np.uint64(i + w + feature * pitch), y, np.uint64(j + w + feature * pitch))
-            for feature in range(half, features):
-                sums = _add_squares(sums, x, np.uint64(i + w + feature * pitch), y, np.uint64(j + w + feature * pitch))
-            for diagonal in range(4):
-                out[np.uint64(w + diagonal * pitch)] = sums[diagonal]
-
-    @numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})
+    @kernel(error_model="numpy", fastmath={"contract"})
     def cost(x: np.ndarray, y: np.ndarray, frames: int, limit: float) -> float:
         # Cell (i, d - i) of anti-diagonal d stands at i - d // 2 + middle: below its diagonal predecessor of d - 2, whose place it takes.
         middle = (frames + 1) // 2 + MARGIN
         even, odd = np.full(pitch, np.inf), np.full(pitch, np.inf)
         step = np.empty(4 * pitch, np.float32)
-        frame_distances(x, y, MARGIN - middle, MARGIN + frames - 1 - middle, middle, middle + 1, step)
+        _frame_distances(x, y, MARGIN - middle, MARGIN + frames - 1 - middle, middle, middle + 1, step, features, half, pitch)
         even[middle] = step[middle]
         # Live cells of the last two diagonals, [low, high). All others are infinite, or beyond the table's end, whence no path returns.
         low, high = middle, middle + 1
@@ -119,7 +107,8 @@ def _kernel(features: int, pitch: int) -> SquaredCost:
             m = d // 2
             start = max(low - 2, middle - m - 2, middle - frames + d + 1 - m) // LANES * LANES
             stop = -(-min(high + 2, middle + m + 4, middle + frames - m) // LANES) * LANES
-            frame_distances(x, y, MARGIN - middle + m, MARGIN + frames - 1 - middle + m - d, start, stop, step)
+            i, j = MARGIN - middle + m, MARGIN + frames - 1 - middle + m - d
+            _frame_distances(x, y, i, j, start, stop, step, features, half, pitch)
             for pair in range(min(2, (2 * frames - 1 - d) // 2)):
                 _advance(even[start - 1 : stop - 1], even[start:stop], step[2 * pair * pitch :][start:stop], odd[start:stop])
                 _advance(odd[start:stop], odd[start + 1 : stop + 1], step[(2 * pair + 1) * pitch :][start:stop], even[start:stop])
@@ -135,6 +124,25 @@ def _kernel(features: int, pitch: int) -> SquaredCost:
         return even[middle] if even[middle] <= limit else np.inf
 
     return cost
+
+
+@numba.njit(nogil=True, error_model="numpy", fastmath={"contract"}, inline="always")
+def _frame_distances(
+    x: np.ndarray, y: np.ndarray, i: int, j: int, start: int, stop: int, out: np.ndarray, features: int, half: int, pitch: int
+) -> None:
+    """Four anti-diagonals at once, as neighbouring ones read the same frames.
+
+    Two loops over features, as the compiler unrolls short ones only. Unsigned indices spare numba's test for negative ones. Inlined, so
+    that sizes are constants here; had `cost` a function of its own for it, numba would not know it again in another process.
+    """
+    for w in range(start, stop):
+        sums = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        for feature in range(half):
+            sums = _add_squares(sums, x, np.uint64(i + w + feature * pitch), y, np.uint64(j + w + feature * pitch))
+        for feature in range(half, features):
+            sums = _add_squares(sums, x, np.uint64(i + w + feature * pitch), y, np.uint64(j + w + feature * pitch))
+        for diagonal in range(4):
+            out[np.uint64(w + diagonal * pitch)] = sums[diagonal]
 
 
 @numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})

@@ -5,6 +5,7 @@ numbers. Definitions, and what is wrong with the official ones: docs/metrics.md.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from reactdiff.clip import ATTRIBUTES
 from reactdiff.metrics.agreement import Reaction, concordance
 from reactdiff.metrics.arrays import Targets, check_part, check_whole
-from reactdiff.metrics.dtw import laid_out, nearest
+from reactdiff.metrics.compiled import compiling
+from reactdiff.metrics.dtw import FRAMES, laid_out, nearest
 from reactdiff.metrics.frechet import Moments, frechet
 from reactdiff.metrics.intervals import intervals
 from reactdiff.metrics.partial import PER_CLIP, PartialScores, means_to_metrics, total
@@ -113,6 +116,7 @@ def score_part(
         ValueError: if the arrays do not fit together or hold a value that is not finite, before any work.
     """
     check_part(pred, targets, speaker, neighbours, own)
+    _compile(max(pred.shape[2], FRAMES))
 
     def score_one(clip: int) -> tuple[list[float], Moments, Moments]:
         listeners = [Reaction.of(targets[other]) for other in neighbours[clip].tolist()]
@@ -144,6 +148,14 @@ def merge(parts: Iterable[PartialScores]) -> Scores:
     metrics["FrechetAttributes"] = frechet(every.predicted, every.real) if known else math.nan
     official, repaired, extra = ({name: metrics[name] for name in names} for names in (OFFICIAL, REPAIRED, EXTRA))
     return Scores(official, repaired, extra, intervals([every]))
+
+
+@functools.cache
+def _compile(frames: int) -> None:
+    """Have compiled what scores clips of so many frames; one process of a machine does it, while others wait for what it has made."""
+    still = np.zeros((1, frames, len(ATTRIBUTES)), np.float32)
+    with compiling():
+        _score_clip(Reaction.of(still), still, still[0], [Reaction.of(still[0])])
 
 
 def _score_clip(predictions: Reaction, pred: np.ndarray, speaker: np.ndarray, listeners: Sequence[Reaction]) -> list[float]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
+from reactdiff.metrics.compiled import kernel
+
 LARGEST_LAG = 49
 LAGS = np.arange(-LARGEST_LAG, LARGEST_LAG + 1)
 
@@ -52,7 +54,7 @@ def lagged_correlations(predictions: np.ndarray, speaker: np.ndarray) -> np.ndar
     return np.swapaxes(_correlations(predictions, speaker), -1, -2)
 
 
-@numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
+@kernel(error_model="numpy", fastmath={"reassoc", "contract"})
 def _correlations(predictions: np.ndarray, speaker: np.ndarray) -> np.ndarray:
     """`lagged_correlations` as (predictions, 25, 99). At so few lags plain sums are faster than Fourier transforms."""
     count, width, frames = predictions.shape

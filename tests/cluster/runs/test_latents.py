@@ -1,9 +1,9 @@
 """Latents that two build at the same time, and those of a time when names carried no hashes, on both kinds of store."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier, BrokenBarrierError
+from threading import Barrier, BrokenBarrierError, Condition
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch
 
 from cluster.config.schema import Workers
 from cluster.data.manifest import CURRENT, Manifest, load_manifest
+from cluster.data.reader import Reader
 from cluster.data.verify import check_shard
 from cluster.runs import build_latents as building
+from cluster.runs import latents as encoding
 from cluster.runs.build_latents import build_latents
 from cluster.runs.latents import LatentDataset, encode_shard, read_range
 from cluster.storage import Store
@@ -47,9 +49,9 @@ class Codec:
         return streams["mfcc"][..., :WIDTH].float() + self._error
 
 
-def latents_of(store: Store, codec: Any, split: str = "train") -> LatentDataset:
+def latents_of(store: Store, codec: Any, split: str = "train", counts: Sequence[int] = (3, 2, 1)) -> LatentDataset:
     clips, export = store.at("shards"), SimpleNamespace(hash="e" * 32)
-    source = make_clips(clips, [3, 2, 1]) if not clips.exists(CURRENT) else load_manifest(clips)
+    source = make_clips(clips, counts) if not clips.exists(CURRENT) else load_manifest(clips)
     made: Any = Dataset(export, store, clips, source.hash, store.at("home"), split, "stop")  # type: ignore[arg-type]
     made.__dict__["codec"] = codec
     return made
@@ -142,3 +144,36 @@ def test_latents_that_the_version_before_began_are_gone_on_with_and_stay_as_they
     assert manifest.split("train").shards.tar == everything.split("train").shards.tar
     assert all(map(np.array_equal, read_range(target, manifest), read_range(whole.store, everything)))
     assert read_range(target, manifest)[0].shape == (FRAMES, WIDTH)
+
+
+def test_while_a_clip_is_encoded_the_next_ones_are_read_and_no_more_than_there_is_room_for(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, begun, encoded, changed = Reader.read, list[int](), list[int](), Condition()
+
+    def noted(reader: Reader, clip: int, wanted: Any) -> Any:
+        with changed:
+            begun.append(clip)
+            changed.notify_all()
+        return read(reader, clip, wanted)
+
+    def meet() -> None:
+        ahead = min(len(encoded) + 1 + 2, 6)
+        with changed:
+            assert changed.wait_for(lambda: len(begun) >= ahead, timeout=60), f"{len(begun)} of 6 reads when clip {len(encoded)} is encoded"
+            assert sorted(begun) == list(range(ahead))
+        encoded.append(len(encoded))
+
+    whole = encode_shard(latents_of(store, Codec(), counts=[6]), "train", 0)
+    monkeypatch.setattr(Reader, "read", noted)
+    clip = 2 * FRAMES * 26 * 2
+    for room in ({"MOST_AHEAD": 2}, {"READ_AHEAD": 3 * clip - 1}):
+        with monkeypatch.context() as patch:
+            for name, value in room.items():
+                patch.setattr(encoding, name, value)
+            home = latents_of(store, Codec(meet=meet))
+            home.__dict__["store"] = store.at("-".join(room))
+            assert encode_shard(home, "train", 0) == whole
+        assert len(encoded) == 6
+        begun.clear()
+        encoded.clear()
