@@ -60,16 +60,14 @@ class Retrieval:
         """The recordings, the most similar first, and in each the best place to take the piece from."""
         count, length = self._listeners.shape[:2]
         low, high = max(0, start - PAST), min(start + self.ahead, len(asked) * STRIDE)
-        if low >= high:  # an online listener's first piece
+        query = asked[low // STRIDE : high // STRIDE]
+        if not len(query):  # an online listener's first piece
             rng = generator("retrieval", *key)
             return rng.permutation(count), rng.integers((length - (stop - start)) // STRIDE + 1, size=count) * STRIDE
         places = np.arange(start - low, length - max(high, stop) + start + 1, STRIDE)
-        query = asked[low // STRIDE : high // STRIDE]
-        steps = len(query)
-        distances = np.stack(
-            [((self._known[:, first : first + steps] - query) ** 2).sum(axis=(1, 2)) for first in (places - (start - low)) // STRIDE],
-            axis=1,
-        )
+        distances = np.empty((count, len(places)), np.float32)
+        for number, first in enumerate((places - (start - low)) // STRIDE):
+            distances[:, number] = ((self._known[:, first : first + len(query)] - query) ** 2).sum(axis=(1, 2))
         best = distances.argmin(axis=1)
         return np.argsort(distances[np.arange(count), best], kind="stable"), places[best]
 

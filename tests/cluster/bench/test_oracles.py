@@ -10,9 +10,9 @@ from reactdiff.data.synthetic.simulation import Simulation
 
 def test_every_oracle_has_a_row_and_who_knows_more_scores_more() -> None:
     told: list[tuple[int, int]] = []
-    rows = score_oracles(Simulation(frames=100, clips={"test": 6}), "test", 2, (0, 50), lambda *done: told.append(done))
+    rows = score_oracles(Simulation(frames=100, clips={"train": 4, "test": 6}), "test", 2, (0, 50), lambda *done: told.append(done))
     assert told[-1] == (12, 12)
-    assert list(rows) == ["random listener", *dict.fromkeys([*ladder(0), *ladder(50)])]
+    assert list(rows) == ["random listener", "retrieval", "online retrieval 50", *dict.fromkeys([*ladder(0), *ladder(50)])]
     found = {name: row.seeds[0].metrics() for name, row in rows.items()}
     assert found["random listener"]["FRCorr"] < found["oracle"]["FRCorr"] < found["oracle told the script"]["FRCorr"]
     assert found["oracle mean of 100"]["FRDiv"] == 0 and np.isfinite(found["online oracle 50 mean of 4"]["EnergyScore"])
