@@ -12,6 +12,7 @@ python jobs/bench.py recovery                                       from the kil
 python jobs/bench.py startup                                        to the first step, from the last, against stock Ray Train
 python jobs/bench.py metrics                                        a pair of reactions, against the challenges' way
 python jobs/bench.py metrics --full                                 and as many as the test set has, on all cores
+python jobs/bench.py oracles                                        what can be known of the demo's test clips: minutes
 python jobs/bench.py science                                        the table of docs/science.md: hours on two cores, and it resumes
 """
 
@@ -40,7 +41,8 @@ from reactdiff.stage import LATENT, AutoencoderStage, DiffusionStage, Source, St
 
 CONFIGS = Path(__file__).parent / "configs"
 SERVER = Path(__file__).parent.parent / "infra" / "objectstore.py"
-MARK = "<!-- table -->"
+MARK, ORACLES_MARK = "<!-- table -->", "<!-- oracles -->"
+SCORES = Path(__file__).parent.parent / "docs" / "science"
 AUTHORS = Source(sample.AUTHORS, sample.AUTHORS_FRAMES)
 SIMULATED = Source(sample.SIMULATED, 200)
 """What the demo's dataset holds."""
@@ -77,7 +79,13 @@ def main() -> int:
     verb = _verb(
         verbs, "science", science, CONFIGS / "science.yaml", "models, ablations and peers on equal data, against baselines and oracles"
     )
-    verb.add_argument("--write", type=Path, metavar="FILE.md", help="also put the table between the <!-- table --> marks of this file")
+    verb.add_argument("--write", type=Path, metavar="FILE.md", help="put the table between the <!-- table --> marks of this file")
+    what = "where scores are kept, by clip; a run that has them there is not trained, and --write puts all there (default: docs/science)"
+    verb.add_argument("--scores", type=Path, default=SCORES, metavar="FOLDER", help=what)
+    what = "what can be known of the demo's test clips: every oracle, without training, in minutes"
+    verb = verbs.add_parser("oracles", help=what, description=what)
+    verb.add_argument("--write", type=Path, metavar="FILE.md", help="put the table between the <!-- oracles --> marks of this file")
+    verb.set_defaults(function=oracles)
     what = "how long a checkpoint holds up a step, against a plain copy of the same tensors, with a store that is slow"
     verb = verbs.add_parser("checkpoint", help=what, description=what)
     verb.add_argument("--size", type=cli.positive, default=200, metavar="MB", help="of the rank's part of the state (default: 200)")
@@ -302,17 +310,40 @@ def science(arguments: argparse.Namespace) -> int:
     from cluster.studies.comparison import Comparison, compare
 
     comparison = Comparison.read(arguments.config)
-    if arguments.write and (not arguments.write.is_file() or arguments.write.read_text().count(MARK) != 2):
-        raise ValueError(f"{arguments.write} is no file with two lines {MARK}: make it, the table goes between them")
+    _assert_marked(arguments.write, MARK)
+    kept = arguments.scores / f"{comparison.name}.json"
     with Display() as display:
         make_demo(anchored(comparison.load(arguments.overrides)).data.url, display)
-        table = compare(comparison, arguments.overrides, display)
-    print(table)
-    if arguments.write:
-        before, mark, rest = arguments.write.read_text().partition(MARK)
-        _, _, after = rest.partition(MARK)
-        arguments.write.write_text(f"{before}{mark}\n{table}\n{MARK}{after}")
+        table = compare(comparison, arguments.overrides, display, kept, keep=arguments.write is not None)
+    _say_table(table, arguments.write, MARK)
     return 0
+
+
+def oracles(arguments: argparse.Namespace) -> int:
+    """What can be known."""
+    from cluster.bench.oracles import score_oracles
+    from cluster.config.schema import Evaluation
+    from cluster.data.demo import DYADS
+    from cluster.studies.comparison_table import markdown
+
+    _assert_marked(arguments.write, ORACLES_MARK)
+    with Display() as display:
+        rows = score_oracles(DYADS, "test", Evaluation().predictions, (0, WINDOW), display.counter("oracles", "items"))
+    _say_table(markdown(rows), arguments.write, ORACLES_MARK)
+    return 0
+
+
+def _assert_marked(page: Path | None, mark: str) -> None:
+    if page and (not page.is_file() or page.read_text().count(mark) != 2):
+        raise ValueError(f"{page} is no file with two lines {mark}: make it, the table goes between them")
+
+
+def _say_table(table: str, page: Path | None, mark: str) -> None:
+    print(table)
+    if page:
+        before, _, rest = page.read_text().partition(mark)
+        _, _, after = rest.partition(mark)
+        page.write_text(f"{before}{mark}\n{table}\n{mark}{after}")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ The same command resumes: kill it at any time and type it again. A finished run 
 """
 
 import argparse
+import math
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -23,12 +24,15 @@ from cluster.driver.pin import pin
 from cluster.driver.plan import plan, plan_without_data
 from cluster.driver.run import STEPS, check_run, execute
 from cluster.evaluation.picture import keep_picture
-from cluster.evaluation.rows import MODEL, ORACLE, RANDOM, WRONG
+from cluster.evaluation.rows import MODEL, RANDOM, WRONG, chunk_of
 from cluster.evaluation.validation import SPLIT
 from cluster.runs.saved import SavedRun
 from cluster.storage import StorageError
 from cluster.telemetry.display import Display
 from reactdiff.data.sample import AUTHORS, AUTHORS_FRAMES, SIMULATED
+from reactdiff.data.synthetic.oracles import frontier_names, oracle_name
+from reactdiff.metrics.frontier import frontier_share
+from reactdiff.metrics.official import Scores
 from reactdiff.metrics.report import gap_closed, print_table
 from reactdiff.stage import Source
 
@@ -60,16 +64,24 @@ def main() -> int:
         scores = execute(experiment, pin(experiment, config.stem), steps, display, wait=not arguments.no_wait)
     if scores:
         print_table(scores)
-        if ORACLE in scores:
+        if oracle_name() in scores:
             corr = {row: score.official["FRCorr"] for row, score in scores.items()}
             try:
-                closed = {row: gap_closed(corr[row], corr[RANDOM], corr[ORACLE]) for row in (MODEL, WRONG)}
+                closed = {row: gap_closed(corr[row], corr[RANDOM], corr[oracle_name()]) for row in (MODEL, WRONG)}
                 print(f"FRCorr, from random listener (0 %) to oracle (100 %): model {closed[MODEL]:.0%}, {WRONG} {closed[WRONG]:.0%}")
             except ValueError as error:  # a few clips, say: the run is done all the same
                 print(f"FRCorr of random listener and oracle cannot be compared: {error}")
+            _say_share(scores, frontier_names(chunk_of(experiment.model)))
         words = ["--config", str(config)] if arguments.config else []
         _say_what_next(pin(experiment, config.stem).saved(experiment), [*words, *arguments.overrides])
     return 0
+
+
+def _say_share(scores: Mapping[str, Scores], frontier: Sequence[str]) -> None:
+    """How much of what can be known the model knows, at the variety that it shows."""
+    own, *points = ((scores[row].official["FRCorr"], scores[row].official["FRDiv"]) for row in (MODEL, *frontier))
+    if not math.isnan(share := frontier_share(*own, points)):
+        print(f"FRCorr, of what {frontier[0]} and means of its draws reach at the model's FRDiv: {share:.0%}")
 
 
 def _dry_run(experiment: Experiment, config_name: str, steps: Sequence[str], demo: bool) -> None:

@@ -16,6 +16,8 @@ ATTRIBUTES = ACTION_UNITS + AFFECT + EXPRESSIONS
 AU = slice(0, 15)
 VALENCE_AROUSAL = slice(15, 17)
 EXPRESSION = slice(17, 25)
+MOUTH = (13, 14)
+"""AU25 and AU26, lips and jaw: whoever knows whose turn it is to speak knows them."""
 
 COEFFICIENTS = tuple(f"expression_{i}" for i in range(52)) + tuple(
     f"{kind}_{axis}" for kind in ("rotation", "translation") for axis in "xyz"

@@ -45,8 +45,8 @@ MODULES = {
     "evaluation": "evaluate gate ground_truth picture plan rows validation",
     "training": "ahead compiler engine examine loop memory reporting requests resume spread stacks verdict warm_start",
     "driver": "board group interruption launch lookout pin plan pretrained ray_train run watchdog",
-    "studies": "case comparison course grounds prove retrain script sweep verdict",
-    "bench": "card challenge checkpoint empty_loop loading metrics noise_dataset recovery rival startup tables training",
+    "studies": "case comparison comparison_table course grounds kept_scores prove retrain script sweep verdict",
+    "bench": "card challenge checkpoint empty_loop loading metrics noise_dataset oracles recovery rival startup tables training",
 }
 """Package -> its modules."""
 

@@ -170,5 +170,3 @@ def in_turns(rivalry: Rivalry, rounds: int, progress: Callable[[int, int], None]
                 found[role].append(own.submit(rivalry.measure, role).result())
             progress(2 * number + place + 1, 2 * rounds)
     return found
-
-

@@ -14,15 +14,13 @@ from itertools import chain
 import numpy as np
 
 from cluster.config.schema import Experiment
-from cluster.data.reader import Reader
-from cluster.data.shards import CorruptData, encode_npy
+from cluster.data.shards import encode_npy
 from cluster.evaluation.plan import EvaluationPlan, plan_evaluation
-from cluster.evaluation.rows import MODEL, ROWS, RowInputs, rows_of
+from cluster.evaluation.rows import MODEL, RowInputs, rows_of, training_attributes
 from cluster.runs.export import Export
 from cluster.runs.latents import LatentDataset
 from cluster.runtime.tasks import map_tasks
 from cluster.storage import Store
-from reactdiff.clip import PERSONS
 from reactdiff.determinism import make_deterministic
 from reactdiff.metrics.official import Scores, merge
 
@@ -81,7 +79,7 @@ def _score(task: _Task, row: str, start: int) -> None:
     if run.exists(f"{name}.npz"):  # this task's machine was lost behind it
         return
     make_deterministic(plan.experiment.workers.threads)
-    predictions = ROWS[row].draw(task.inputs, items)
+    predictions = rows_of(plan)[row](task.inputs, items)
     if row == MODEL:
         run.put(f"{name}.predictions.npy", encode_npy(predictions))
     part = task.inputs.score(items, predictions)
@@ -91,13 +89,5 @@ def _score(task: _Task, row: str, start: int) -> None:
 
 
 def _mean_attributes(latents: LatentDataset) -> tuple[float, ...]:
-    """Mean of the training split's attributes over its first clips, (25,); without those that training was to do without, too."""
-    reader = Reader(latents.dataset, latents.clips, latents.split)
-    wanted, means = [(person, "attributes") for person in PERSONS], []
-    for clip in range(min(reader.clips, MEAN_CLIPS)):
-        try:
-            means.append(np.mean(list(reader.read(clip, wanted).arrays.values()), axis=(0, 1)))
-        except CorruptData:
-            if latents.on_corrupt == "stop":
-                raise
-    return tuple(np.mean(means, axis=0).tolist())
+    """Mean of the training split's attributes over its first clips, (25,)."""
+    return tuple(np.mean([faces.mean(axis=(0, 1)) for faces in training_attributes(latents, MEAN_CLIPS)], axis=0).tolist())

@@ -1,29 +1,33 @@
-"""The rows of an evaluation: the model, and beside it what shows how its scores are to be read. `ROWS` has all of them."""
+"""The rows of an evaluation: the model, and beside it what shows how its scores are to be read."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import numpy as np
 
 from cluster.data.reader import Reader
+from cluster.data.shards import CorruptData
 from cluster.evaluation.ground_truth import GroundTruth
 from cluster.evaluation.plan import EvaluationPlan
 from cluster.runs.export import load_reactor, untrained_reactor
-from cluster.runs.latents import corrupt_clips, encode_clip
-from reactdiff.clip import speaker_listener
+from cluster.runs.latents import LatentDataset, corrupt_clips, encode_clip
+from reactdiff.clip import PERSONS, WINDOW, speaker_listener
+from reactdiff.config import Model
 from reactdiff.data import synthetic
 from reactdiff.data.keyed import generator
+from reactdiff.data.synthetic.oracles import Oracle, ladder
 from reactdiff.generate import Reactor
 from reactdiff.metrics import baselines
+from reactdiff.metrics.retrieval import Retrieval
 from reactdiff.stage import LATENT
 
 MODEL = "model"
 WRONG = "wrong speaker"
 UNTRAINED = "untrained"
 RANDOM = "random listener"
-ORACLE = "oracle"
-ONLINE_ORACLE = "online oracle"
+
+RECORDINGS = 400
+"""Training clips that retrieval searches."""
 
 
 class RowInputs(GroundTruth):
@@ -44,6 +48,13 @@ class RowInputs(GroundTruth):
     def untrained(self) -> Reactor:
         """The same with the weights that training began with."""
         return untrained_reactor(self.plan.latents.export, self.plan.diffusion)
+
+    @cached_property
+    def retrieval(self) -> Retrieval:
+        """Real reactions of the training split, to be looked up."""
+        faces = np.concatenate(list(training_attributes(self.plan.latents, RECORDINGS)))
+        reactions = faces.reshape(-1, 2, *faces.shape[1:])[:, ::-1].reshape(faces.shape)  # the other person of each clip
+        return Retrieval(faces, reactions, chunk_of(self.plan.experiment.model))
 
     def keys(self, items: range) -> list[tuple[str, int]]:
         """(clip key, direction) of each item."""
@@ -104,53 +115,57 @@ def _mimic(inputs: RowInputs, items: range) -> np.ndarray:
     return baselines.mimic(np.stack([inputs.speaker(item) for item in items]), inputs.plan.predictions)
 
 
-def _oracle(inputs: RowInputs, items: range, online: bool = False) -> np.ndarray:
-    simulation, count = inputs.plan.latents.clips.provenance, inputs.plan.predictions
-    return np.stack([synthetic.oracle(simulation, *key, count, online=online) for key in inputs.keys(items)])
+def _retrieval(inputs: RowInputs, items: range) -> np.ndarray:
+    return np.stack([inputs.retrieval.react(inputs.speaker(item), inputs.plan.predictions, inputs.key(item)) for item in items])
 
 
-def _online_oracle(inputs: RowInputs, items: range) -> np.ndarray:
-    return _oracle(inputs, items, online=True)
+def _oracle(knows: Oracle) -> Draw:
+    def draw(inputs: RowInputs, items: range) -> np.ndarray:
+        simulation, count = inputs.plan.latents.clips.provenance, inputs.plan.predictions
+        return np.stack([synthetic.oracle(simulation, *key, count, knows) for key in inputs.keys(items)])
+
+    return draw
 
 
-def _always(plan: EvaluationPlan) -> bool:
-    return True
-
-
-def _with_baselines(plan: EvaluationPlan) -> bool:
-    return plan.experiment.evaluation.baselines
-
-
-def _simulated(plan: EvaluationPlan) -> bool:
-    return _with_baselines(plan) and "simulator" in plan.latents.clips.provenance
-
-
-def _simulated_online(plan: EvaluationPlan) -> bool:
-    return _simulated(plan) and plan.experiment.model.online
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row: how its predictions are drawn, and in which evaluations it stands."""
-
-    draw: Draw
-    stands: Callable[[EvaluationPlan], bool] = _with_baselines
-
-
-ROWS = {
-    MODEL: Row(_model, _always),
-    WRONG: Row(_wrong_speaker),
-    UNTRAINED: Row(_untrained),
-    "noise": Row(_noise),
-    RANDOM: Row(_random_listener),
-    "mean reaction": Row(_mean_reaction),
-    "mimic": Row(_mimic),
-    ORACLE: Row(_oracle, _simulated),
-    ONLINE_ORACLE: Row(_online_oracle, _simulated_online),
+BASELINES: dict[str, Draw] = {
+    WRONG: _wrong_speaker,
+    UNTRAINED: _untrained,
+    "noise": _noise,
+    RANDOM: _random_listener,
+    "mean reaction": _mean_reaction,
+    "mimic": _mimic,
 }
-"""Every row by name, in the order of the table."""
+"""What stands beside a model on any data, in the order of the table."""
 
 
-def rows_of(plan: EvaluationPlan) -> tuple[str, ...]:
-    """The names of the rows that an evaluation has."""
-    return tuple(name for name, row in ROWS.items() if row.stands(plan))
+def rows_of(plan: EvaluationPlan) -> dict[str, Draw]:
+    """The rows that an evaluation has, by name in the order of the table, and how their predictions are drawn."""
+    rows: dict[str, Draw] = {MODEL: _model}
+    if plan.experiment.evaluation.baselines:
+        rows |= BASELINES | {retrieval_name(chunk_of(plan.experiment.model)): _retrieval}
+        if "simulator" in plan.latents.clips.provenance:
+            rows |= {name: _oracle(knows) for name, knows in ladder(chunk_of(plan.experiment.model)).items()}
+    return rows
+
+
+def retrieval_name(chunk: int) -> str:
+    """The name of the retrieval beside models that react in chunks of so many frames (0: to whole clips)."""
+    return f"online retrieval {chunk}" if chunk else "retrieval"
+
+
+def training_attributes(latents: LatentDataset, most: int) -> Iterator[np.ndarray]:
+    """Both persons' attributes, (2, frames, 25), of the training split's first clips, without those that training was to do without."""
+    reader = Reader(latents.dataset, latents.clips, latents.split)
+    for clip in range(min(reader.clips, most)):
+        try:
+            found = reader.read(clip, [(person, "attributes") for person in PERSONS]).arrays
+        except CorruptData:
+            if latents.on_corrupt == "stop":
+                raise
+            continue
+        yield np.stack([found[person, "attributes"] for person in PERSONS])
+
+
+def chunk_of(model: Model) -> int:
+    """Frames that a model reacts in at once, knowing of the speaker only what came before; 0: it hears the whole clip."""
+    return WINDOW if model.online else 0

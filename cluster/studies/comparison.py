@@ -1,14 +1,15 @@
 """A comparison: rows of settings times seeds, each a run of its own, and one table of what they reach.
 
-Runs resume as runs do and are kept, so the same comparison again does what is left, and then only prints. Rows whose stage 1 is the
-same share it: the first one's run trains the autoencoder of a seed, the others take it over.
+Runs resume as runs do and are kept, so the same comparison again does what is left, and then only prints. A run whose scores are kept
+in a file is not trained at all. Rows whose stage 1 is the same share it: the first one's run trains the autoencoder of a seed, the
+others take it over.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import Field
 
@@ -20,17 +21,13 @@ from cluster.config.spec import Spec, assignments
 from cluster.driver.pin import pin
 from cluster.driver.run import STEPS, execute
 from cluster.evaluation.plan import plan_evaluation
-from cluster.evaluation.rows import MODEL, ONLINE_ORACLE, ORACLE, RANDOM, UNTRAINED, WRONG, rows_of
+from cluster.evaluation.rows import MODEL, UNTRAINED, WRONG, chunk_of, rows_of
 from cluster.runs.saved import SavedRun, open_run
+from cluster.studies.comparison_table import TableRow, markdown
+from cluster.studies.kept_scores import ClipScores, RunScores, read_scores, scores_key, write_scores
 from cluster.telemetry.display import Display
 from reactdiff.config import ENCODING
-from reactdiff.metrics.official import merge
-from reactdiff.metrics.partial import PartialScores
-from reactdiff.metrics.report import gap_closed
 from reactdiff.stage import flops_per_item, stages_of
-
-ORACLES = (ORACLE, ONLINE_ORACLE)
-METRICS = ("FRCorr", "FRDist", "FRDiv", "FRVar", "FRSyn_varying")
 
 
 class Comparison(Spec):
@@ -90,31 +87,46 @@ def _stage_1(experiment: Experiment) -> str:
     return digest([optim, data, experiment.optim.epochs["autoencoder"], model])
 
 
-def compare(comparison: Comparison, overrides: Sequence[str], display: Display) -> str:
-    """Bring every run to its end, and say what they reach.
+def compare(comparison: Comparison, overrides: Sequence[str], display: Display, kept: Path, keep: bool) -> str:
+    """Bring every run to its end, but for those whose scores are kept, and say what they reach.
+
+    Args:
+        comparison: its file.
+        overrides: `key=value` texts for every run.
+        display: that is told how it goes.
+        kept: file of scores.
+        keep: write the scores of all runs there.
 
     Returns:
-        A table in Markdown: over the seeds mean and standard deviation, with 95 % bootstrap intervals of FRCorr over the clips.
+        A table in Markdown: over the seeds mean and standard deviation, with 95 % bootstrap intervals over the clips.
     """
-    every = comparison_runs(comparison, overrides)
+    every, there = comparison_runs(comparison, overrides), read_scores(kept)
+    keys = {run.experiment.run.name: scores_key(run.experiment, pin(run.experiment, comparison.name).manifest.hash) for run in every}
+    lent = {run.experiment.run.autoencoder for run in every if keys[run.experiment.run.name] not in there}
+    found, names = {}, {}
+    rows: dict[str, TableRow] = {}
     for number, run in enumerate(every):
-        display.say(f"{number + 1} of {len(every)}: {run.row}, seed {run.experiment.seed}, run {run.experiment.run.name}")
-        execute(run.experiment, pin(run.experiment, comparison.name), STEPS, display)
-    parts: dict[str, dict[int, PartialScores]] = {}
-    sizes: dict[str, tuple[int, float]] = {}
-    for run in every:
-        saved = run.open()
-        sizes.setdefault(run.row, size(saved))
-        for name, part in scored(saved).items():
+        experiment, seed = run.experiment, run.experiment.seed
+        key = keys[experiment.run.name]
+        where = f"; its scores are in {kept}" if key in there else ""
+        display.say(f"{number + 1} of {len(every)}: {run.row}, seed {seed}, run {experiment.run.name}{where}")
+        if key not in there or experiment.run.name in lent:
+            execute(experiment, pin(experiment, comparison.name), STEPS if key not in there else STEPS[:1], display)
+        found[key], names[key] = there.get(key) or run_scores(run.open()), f"{run.row}, seed {seed}"
+        for name, scores in found[key].rows.items():
             label = run.row if name == MODEL else f"{name} ({run.row})" if name in (WRONG, UNTRAINED) else name
-            parts.setdefault(label, {})[run.experiment.seed] = part  # baselines are the same whichever row they stand beside
-    return markdown({row: list(each.values()) for row, each in parts.items()}, sizes)
+            sizes = (found[key].parameters, found[key].gflop) if name == MODEL else None
+            row = rows.setdefault(label, TableRow({}, chunk_of(experiment.model) if sizes else None, sizes))
+            row.seeds[seed] = scores  # baselines are the same whichever row they stand beside
+    if keep:
+        write_scores(kept, found, names)
+    return markdown(rows)
 
 
-def scored(saved: SavedRun) -> dict[str, PartialScores]:
-    """What the evaluation of a finished run kept, by row."""
+def run_scores(saved: SavedRun) -> RunScores:
+    """What is kept of a finished run."""
     plan = plan_evaluation(saved.experiment, saved.store, saved.latents(), saved.diffusion())
-    return {row: plan.read_row(row) for row in rows_of(plan)}
+    return RunScores(*size(saved), {row: ClipScores.of(plan.read_row(row)) for row in rows_of(plan)})
 
 
 def size(saved: SavedRun) -> tuple[int, float]:
@@ -127,32 +139,3 @@ def size(saved: SavedRun) -> tuple[int, float]:
         flops = flops_per_item(kind) / 1e9
         parameters += sum(parameter.numel() for parameter in module.parameters())
     return parameters, flops
-
-
-def markdown(parts: Mapping[str, Sequence[PartialScores]], sizes: Mapping[str, tuple[int, float]]) -> str:
-    """The table: a line for each row, of its parts under every seed."""
-    means = {row: float(np.mean([merge([part]).official["FRCorr"] for part in each])) for row, each in parts.items()}
-    oracles = [name for name in ORACLES if name in parts]
-    ways = [f"way to {name}" for name in oracles] if RANDOM in parts else []
-    head = ["", "FRCorr ↑", "95 % over clips", *ways, "FRDist ↓", "FRDiv", "FRVar", "FRSyn, varying ↓", "parameters", "GFLOP / item"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for row, each in parts.items():
-        scores = [one.official | one.repaired for one in (merge([part]) for part in each)]
-        # The seeds' mean for every clip, then the clips drawn anew: what another test set would have given.
-        mean_of_seeds = replace(each[0], values=np.mean([part.values for part in each], axis=0))
-        low, high = merge([mean_of_seeds]).intervals["FRCorr"]
-        closed = [f"{gap_closed(means[row], means[RANDOM], means[name]):.0%}" for name in oracles] if ways else []
-        corr, *others = (_spread([score[metric] for score in scores]) for metric in METRICS)
-        parameters, flops = sizes.get(row, (0, 0.0))
-        counted = [f"{parameters:,}", f"{flops:.2f}"] if parameters else ["", ""]
-        lines.append([row, corr, f"{low:.2f} .. {high:.2f}", *closed, *others, *counted])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _spread(values: Sequence[float]) -> str:
-    """Mean and, over several seeds, their standard deviation; a dash where it is undefined."""
-    if np.isnan(values).any():
-        return "–"
-    mean, digits = float(np.mean(values)), 3 if abs(np.mean(values)) < 10 else 1
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 and np.std(values) > 0 else ""
-    return f"{mean:.{digits}f}{spread}"

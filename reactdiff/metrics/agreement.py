@@ -42,7 +42,7 @@ def concordance(predictions: Reaction, listeners: Sequence[Reaction]) -> np.ndar
         listeners: series (25, frames) each.
 
     Returns:
-        (predictions, listeners), the mean over the 25 attributes.
+        (predictions, listeners, 25): FRCorr takes the mean over the attributes.
     """
     of = (predictions.series, predictions.mean, predictions.variance)
     return np.stack([_concordance(*of, other.series, other.mean, other.variance) for other in listeners], axis=1)
@@ -68,16 +68,16 @@ def _laid_out(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _concordance(
     x: np.ndarray, x_mean: np.ndarray, x_variance: np.ndarray, y: np.ndarray, y_mean: np.ndarray, y_variance: np.ndarray
 ) -> np.ndarray:
-    """Of each x (clips, width, frames) with the one y (width, frames): (clips,)."""
+    """Of each x (clips, width, frames) with the one y (width, frames): (clips, width)."""
     clips, width, frames = x.shape
-    found = np.zeros(clips)
+    found = np.zeros((clips, width))
     for clip in range(clips):
         for attribute in range(width):
             if y_variance[attribute] > 0:
                 # r sd_t sd_p is the covariance; clipping r to [-1, 1], as the official code does, would change rounding only.
                 covariance = _centred_product(x[clip, attribute], x_mean[clip, attribute], y[attribute]) / frames
                 spread = x_variance[clip, attribute] + y_variance[attribute] + (x_mean[clip, attribute] - y_mean[attribute]) ** 2
-                found[clip] += 2 * covariance / (spread + 1e-8) / width
+                found[clip, attribute] = 2 * covariance / (spread + 1e-8)
     return found
 
 

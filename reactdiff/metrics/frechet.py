@@ -7,10 +7,10 @@ FRRea compares rendered faces by the features of an image network (FID; Heusel e
 from dataclasses import dataclass
 from typing import Self
 
-import numba
 import numpy as np
 
 from reactdiff.clip import ATTRIBUTES
+from reactdiff.metrics.compiled import kernel
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def frechet(one: Moments, other: Moments) -> float:
     return max(float(distance), 0.0)  # rounding may leave a little less than nothing
 
 
-@numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
+@kernel(error_model="numpy", fastmath={"reassoc", "contract"})
 def _scatter(series: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Summed in one order, whatever the number of threads, which a BLAS does not promise."""
     width, frames = series.shape[1:]

@@ -33,15 +33,18 @@ def intervals(parts: Iterable[PartialScores], seed: int = 0, resamples: int = 10
     parts = list(parts)
     if not parts:
         raise ValueError("there are no parts to make intervals from: score at least one clip")
-    rows = np.concatenate([part.values for part in parts])
+    means = resampled_means(np.concatenate([part.values for part in parts]), seed, resamples)
+    return {name: percentiles(values, level) for name, values in means_to_metrics(means, len(parts[0].mean)).items()}
+
+
+def resampled_means(rows: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+    """Means of rows (clips, columns) that are drawn with replacement, as many as there are, (resamples, columns); in any order alike."""
     rows = rows[np.lexsort(rows.T)]
-    means = np.stack(
-        [rows[generator("intervals", seed, number).integers(len(rows), size=len(rows))].mean(0) for number in range(resamples)]
-    )
-    return {name: _interval(values, level) for name, values in means_to_metrics(means, len(parts[0].mean)).items()}
+    return np.stack([rows[generator("intervals", seed, number).integers(len(rows), size=len(rows))].mean(0) for number in range(resamples)])
 
 
-def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
+def percentiles(values: np.ndarray, level: float) -> tuple[float, float]:
+    """The middle of the resamples' values (resamples,), NaN aside; NaN where all are."""
     if np.isnan(values).all():
         return math.nan, math.nan
     low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()

@@ -1,4 +1,4 @@
-"""The official metrics of the REACT 2023 and 2024 challenges, their repaired twins, and the Frechet distance.
+"""The official metrics of the REACT 2023 and 2024 challenges, their repaired twins, and what they cannot tell.
 
 A split is scored whole with `score`, or in parts, anywhere and in any order, with `score_part` and `merge`: the same
 numbers. Definitions, and what is wrong with the official ones: docs/metrics.md.
@@ -15,19 +15,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from reactdiff.clip import ATTRIBUTES
+from reactdiff.clip import ATTRIBUTES, MOUTH
 from reactdiff.metrics.agreement import Reaction, concordance
 from reactdiff.metrics.arrays import Targets, check_part, check_whole
 from reactdiff.metrics.compiled import compiling
 from reactdiff.metrics.dtw import FRAMES, laid_out, nearest
+from reactdiff.metrics.energy import energy_scores
 from reactdiff.metrics.frechet import Moments, frechet
 from reactdiff.metrics.intervals import intervals
-from reactdiff.metrics.partial import PER_CLIP, PartialScores, means_to_metrics, total
+from reactdiff.metrics.partial import PER_CLIP, ROUGHNESS, PartialScores, means_to_metrics, total
+from reactdiff.metrics.roughness import at_seams, frame_steps
 from reactdiff.metrics.synchrony import offsets
 
 OFFICIAL = ("FRCorr", "FRDist", "FRDiv", "FRVar", "FRDvs", "FRSyn")
 REPAIRED = ("FRCorr_per_prediction", "FRDist_per_prediction", "FRSyn_varying")
-EXTRA = ("FrechetAttributes",)
+EXTRA = ("EnergyScore", "EnergyScore_frame", *ROUGHNESS, "FRCorr_of_mean", "FRCorr_no_mouth", "FrechetAttributes")
+NOT_MOUTH = [attribute for attribute in range(len(ATTRIBUTES)) if attribute not in MOUTH]
 
 Progress = Callable[[int, int], None]
 """Called with (clips done, clips in all) after each clip."""
@@ -41,9 +44,11 @@ class Scores:
         official: the names of `OFFICIAL`, computed as the challenge's code does.
         repaired: the names of `REPAIRED`: FRCorr and FRDist of one prediction instead of the sum over all, and FRSyn over
             all predictions and only those attributes that vary.
-        extra: the names of `EXTRA`, metrics of our own: the Frechet distance between the frames of all predictions and of the
-            same clips' real reactions, by their attributes; NaN unless these are known.
-        intervals: metric -> (low, high), 95 % bootstrap intervals of the metrics that are means over clips.
+        extra: the names of `EXTRA`, metrics of our own: energy scores (`reactdiff.metrics.energy`), frame steps divided by the real
+            ones (`reactdiff.metrics.roughness`), FRCorr of the mean of the predictions, as if each of them were it, FRCorr without the
+            mouth, and the Frechet distance between the frames of all predictions and of the same clips' real reactions, by their
+            attributes, which is NaN unless these are known.
+        intervals: metric -> (low, high), 95 % bootstrap intervals of the metrics that are means over clips, or ratios of such.
     """
 
     official: dict[str, float]
@@ -153,9 +158,10 @@ def merge(parts: Iterable[PartialScores]) -> Scores:
 @functools.cache
 def _compile(frames: int) -> None:
     """Have compiled what scores clips of so many frames; one process of a machine does it, while others wait for what it has made."""
-    still = np.zeros((1, frames, len(ATTRIBUTES)), np.float32)
+    still = np.zeros((2, frames, len(ATTRIBUTES)), np.float32)
     with compiling():
-        _score_clip(Reaction.of(still), still, still[0], [Reaction.of(still[0])])
+        _score_clip(predictions := Reaction.of(still), still, still[0], [Reaction.of(still[0])])
+        Moments.of(predictions.series)
 
 
 def _score_clip(predictions: Reaction, pred: np.ndarray, speaker: np.ndarray, listeners: Sequence[Reaction]) -> list[float]:
@@ -163,8 +169,16 @@ def _score_clip(predictions: Reaction, pred: np.ndarray, speaker: np.ndarray, li
     backwards, series = laid_out(predictions.series[..., ::-1]), [laid_out(listener.series) for listener in listeners]
     lag = offsets(predictions.series, Reaction.of(speaker).series)
     frames = len(speaker)
+    agreement, mean = concordance(predictions, listeners), Reaction.of(pred.mean(axis=0, dtype=np.float64)[None])
+    energy = energy_scores(predictions, listeners)
     values = {
-        "FRCorr": float(concordance(predictions, listeners).max(axis=1).sum()),
+        "EnergyScore": energy.attribute,
+        "EnergyScore_frame": energy.frame,
+        "FRCorr_of_mean": float(concordance(mean, listeners).mean(axis=2).max()) * len(pred),
+        "FRCorr_no_mouth": float(agreement[:, :, NOT_MOUTH].mean(axis=2).max(axis=1).sum()),
+        **dict(zip(ROUGHNESS, at_seams(frame_steps(predictions)).tolist(), strict=True)),
+        "real_step": float(np.mean([frame_steps(listener).mean() for listener in listeners])),
+        "FRCorr": float(agreement.mean(axis=2).max(axis=1).sum()),
         "FRDist": sum(nearest(one, series, frames) for one in backwards),
         "FRDiv": _diversity(pred.astype(np.float32)),
         "FRVar": float(predictions.variance.mean()) * frames / (frames - 1),

@@ -6,9 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from reactdiff.metrics.frechet import Moments
+from reactdiff.metrics.roughness import SEAMS
 
-PER_CLIP = ("FRCorr", "FRDist", "FRDiv", "FRVar", "FRSyn", "FRSyn_varying", "varying")
-"""What is kept of each clip. FRSyn_varying is a sum over the `varying` predictions in which an attribute varies."""
+ROUGHNESS = ("Roughness", *(f"Roughness_{length}" for length in SEAMS))
+PER_CLIP = (
+    *("EnergyScore", "EnergyScore_frame", "FRCorr_of_mean", "FRCorr_no_mouth", *ROUGHNESS, "real_step"),
+    *("FRCorr", "FRDist", "FRDiv", "FRVar", "FRSyn", "FRSyn_varying", "varying"),
+)
+"""What is kept of each clip. FRSyn_varying is a sum over the `varying` predictions in which an attribute varies; those of `ROUGHNESS` are
+frame steps, to be divided by the `real_step`. Intervals sort clips by the last of these first."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +86,16 @@ def total(parts: Iterable[PartialScores]) -> PartialScores:
 
 
 def means_to_metrics(means: np.ndarray, predictions: int) -> dict[str, np.ndarray]:
-    """The metrics that are means over clips, official and repaired, from means (..., len(PER_CLIP)) of `Part.values`."""
+    """The metrics that are means over clips, or ratios of such, from means (..., len(PER_CLIP)) of `PartialScores.values`."""
     each = dict(zip(PER_CLIP, np.moveaxis(means, -1, 0), strict=True))
-    total, varying = each.pop("FRSyn_varying"), each.pop("varying")
-    return each | {
-        "FRCorr_per_prediction": each["FRCorr"] / predictions,
-        "FRDist_per_prediction": each["FRDist"] / predictions,
-        "FRSyn_varying": np.divide(total, varying, out=np.full_like(total, np.nan), where=varying > 0),
-    }
+    total, varying, real = each.pop("FRSyn_varying"), each.pop("varying"), each.pop("real_step")
+    rough = {name: np.divide(each[name], real, out=np.full_like(real, np.nan), where=real > 0) for name in ROUGHNESS}
+    return (
+        each
+        | rough
+        | {
+            "FRCorr_per_prediction": each["FRCorr"] / predictions,
+            "FRDist_per_prediction": each["FRDist"] / predictions,
+            "FRSyn_varying": np.divide(total, varying, out=np.full_like(total, np.nan), where=varying > 0),
+        }
+    )

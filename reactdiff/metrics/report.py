@@ -2,13 +2,14 @@
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from reactdiff.metrics.official import OFFICIAL, Scores
+from reactdiff.metrics.partial import ROUGHNESS
 
 # Which way is better. The diversity metrics have no arrow: noise has the most of all three.
 ARROWS = {"FRCorr": "↑", "FRDist": "↓", "FRSyn": "↓"}
@@ -20,18 +21,30 @@ BELOW = {
     "FRSyn": ("varying", "FRSyn_varying"),
 }
 
+# What stands below those, as many as there are official metrics: headings and names; of several the largest is shown.
+BESIDE = {
+    "Energy ↓": ("EnergyScore",),
+    "frame ↓": ("EnergyScore_frame",),
+    "step": ROUGHNESS[:1],
+    "at ends": ROUGHNESS[1:],
+    "of mean": ("FRCorr_of_mean",),
+    "no mouth": ("FRCorr_no_mouth",),
+}
 
 LOG_WIDTH = 110
 
 
 def table(rows: Mapping[str, Scores], title: str = "Official metrics") -> Table:
-    """A line for each model or baseline with the official metrics; below, their repaired twins and the Frechet distance, then intervals.
+    """A line for each model or baseline with the official metrics; below, their repaired twins, what they cannot tell, and intervals.
 
     Args:
         rows: name -> scores, in the order of the lines.
         title: above the table.
     """
-    caption = "FRDist rewards timid reactions and FRDiv, FRVar and FRDvs noisy ones: read them together."
+    caption = (
+        "FRDist rewards timid reactions, FRDiv, FRVar and FRDvs noisy ones, FRCorr averages: the energy score none of them. "
+        "Steps from frame to frame are divided by the real ones."
+    )
     lines = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
     lines.add_column("")
     for metric in OFFICIAL:
@@ -43,6 +56,10 @@ def table(rows: Mapping[str, Scores], title: str = "Official metrics") -> Table:
     for name, scores in rows.items():
         below = scores.repaired | scores.extra
         lines.add_row(name, *(_number(below[BELOW[metric][1]]) if metric in BELOW else "" for metric in OFFICIAL))
+    lines.add_section()
+    lines.add_row("beside them", *BESIDE, style="dim")
+    for name, scores in rows.items():
+        lines.add_row(name, *(_number(largest([scores.extra[metric] for metric in metrics])) for metrics in BESIDE.values()))
     lines.add_section()
     lines.add_row("95 %", style="dim")
     for name, scores in rows.items():
@@ -64,6 +81,11 @@ def gap_closed(model: float, low: float, high: float) -> float:
     if not math.isfinite(high - low) or high == low:
         raise ValueError(f"there is no gap between the baseline's {low} and the ideal's {high}: give two different, finite scores")
     return (model - low) / (high - low)
+
+
+def largest(values: Sequence[float]) -> float:
+    """The largest of some values that are not NaN; NaN if all are."""
+    return max((value for value in values if not math.isnan(value)), default=math.nan)
 
 
 def _interval(bounds: tuple[float, float] | None) -> str:

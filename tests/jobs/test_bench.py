@@ -63,7 +63,7 @@ def test_seeded_data_are_read_from_a_server_of_their_own_beside_the_wire_and_web
 
 
 @pytest.mark.slow
-def test_science_trains_every_row_shares_autoencoders_and_writes_the_table_and_again_only_prints(shards: Path, tmp_path: Path) -> None:
+def test_science_trains_every_row_shares_autoencoders_writes_the_table_and_takes_up_what_is_kept(shards: Path, tmp_path: Path) -> None:
     rows = {
         "first": {"evaluation.baselines": True, "model.online": True},
         "transformer": ONLINE,
@@ -74,13 +74,23 @@ def test_science_trains_every_row_shares_autoencoders_and_writes_the_table_and_a
     overrides = {"evaluation.baselines": False, "evaluation.clips": 3}
     file.write_text(yaml.safe_dump({"name": "compared", "experiment": {}, "seeds": [0], "overrides": overrides, "rows": rows}))
     page.write_text("before\n<!-- table -->\nold\n<!-- table -->\nafter\n")
-    command = ["science", "--config", file, "--write", page, *settings(shards, tmp_path / "store")]
-    done = job("bench", *command)
+    command = ["science", "--config", file, "--write", page, "--scores", tmp_path / "scores"]
+    done = job("bench", *command, *settings(shards, tmp_path / "store"))
     assert done.stdout.count("stage autoencoder is that of run compared-") == 1
     text = page.read_text()
     assert "old" not in text and text.startswith("before\n<!-- table -->\n|") and text.endswith("|\n<!-- table -->\nafter\n")
-    for row in (*rows, "wrong speaker (first)", "mimic", "oracle", "online oracle"):
+    for row in (
+        *rows,
+        "wrong speaker (first)",
+        "mimic",
+        "online retrieval 50",
+        "oracle of turns",
+        "oracle",
+        "online oracle 50",
+        "online oracle 50 mean of 4",
+    ):
         assert f"| {row} |" in text
-    again = job("bench", *command)
     assert done.stdout.count("items, weights") == 6, "stages that were trained"
-    assert page.read_text() == text and "items, weights" not in again.stdout, "nothing is trained twice"
+    for store, scores in (("store", "none"), ("other store", "scores")):  # a run that is there, and scores of one that is nowhere
+        again = job("bench", *command[:-1], tmp_path / scores, *settings(shards, tmp_path / store))
+        assert page.read_text() == text and "items, weights" not in again.stdout, "nothing is trained twice"

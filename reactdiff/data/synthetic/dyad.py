@@ -38,6 +38,11 @@ SHORTEST_DELAY, USUAL_DELAY, LONGEST_DELAY = 0.3, 0.6, 1.5
 MISSED = 0.12
 """Chance that a listener lets an event pass."""
 
+SHORTEST_GAP, LONGEST_GAP, LAST_TRIGGER = 0.6, 1.1, 0.3
+"""Seconds between two triggers of a turn, and from the last one to its end, at least."""
+
+SHORTEST_TURN, LONGEST_TURN = 1.6, 3.2
+
 BEFORE = 4.0
 """Seconds of conversation before a clip begins: it is cut out of a longer one, like the real clips."""
 
@@ -77,7 +82,7 @@ class Manner:
 
 def turns(seconds: float, rng: np.random.Generator) -> np.ndarray:
     """Who has the floor when, (turns, 3): start and end in seconds, and the person, 0 or 1, in turns; some precede the clip."""
-    lengths = rng.uniform(1.6, 3.2, size=int((seconds + BEFORE) / 1.6) + 1)
+    lengths = rng.uniform(SHORTEST_TURN, LONGEST_TURN, size=int((seconds + BEFORE) / SHORTEST_TURN) + 1)
     ends = np.cumsum(lengths) - BEFORE
     holders = (np.arange(len(lengths)) + rng.integers(2)) % 2
     table = np.column_stack([ends - lengths, ends, holders])
@@ -90,13 +95,18 @@ def speech(floor: np.ndarray, person: int, rng: np.random.Generator) -> np.ndarr
     for start, end, holder in floor:
         if holder != person:
             continue
-        gaps = rng.uniform(0.6, 1.1, size=int((end - start) / 0.6) + 1)
+        gaps = rng.uniform(SHORTEST_GAP, LONGEST_GAP, size=int((end - start) / SHORTEST_GAP) + 1)
         onsets = start + np.cumsum(gaps) - gaps[0] * 0.7
-        onsets = onsets[onsets < end - 0.3]
-        lengths, channels = rng.uniform(0.5, 0.9, onsets.size), rng.integers(len(TRIGGERS), size=onsets.size)
-        events.append(np.column_stack([onsets, lengths, channels, rng.uniform(0.8, 1.1, onsets.size)]))
+        onsets = onsets[onsets < end - LAST_TRIGGER]
+        events.append(triggers_at(onsets, rng))
         events.append(np.array([[start + 0.1, max(end - start - 0.5, 0.3), INDEX["talk"], 0.9]]))
     return in_order(np.concatenate(events))
+
+
+def triggers_at(onsets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Events to react to that begin then, of any kind."""
+    lengths, channels = rng.uniform(0.5, 0.9, onsets.size), rng.integers(len(TRIGGERS), size=onsets.size)
+    return np.column_stack([onsets, lengths, channels, rng.uniform(0.8, 1.1, onsets.size)])
 
 
 def jittered(events: np.ndarray, rng: np.random.Generator) -> np.ndarray:

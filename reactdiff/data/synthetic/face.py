@@ -65,8 +65,13 @@ class Face:
 
 
 def face_of(events: np.ndarray, frames: int, rng: np.random.Generator) -> Face:
-    """How a person with these events looks, with a mood that drifts and a head that sways."""
-    activations = activation(events, frames)
+    """How a person with these events looks."""
+    return face_from(activation(events, frames), rng)
+
+
+def face_from(activations: np.ndarray, rng: np.random.Generator) -> Face:
+    """How a person with these activations (frames, 12) looks, with a mood that drifts and a head that sways."""
+    frames = len(activations)
     mood, sway, tremor = drift(frames, 2, rng), drift(frames, 3, rng), drift(frames, len(ACTION_UNITS), rng, fastest=3.0)
     seconds = np.arange(frames) / FRAME_RATE
     nodding = 0.12 * np.sin(2 * np.pi * (2.2 * seconds + rng.random())) * activations[:, INDEX["nod"]]
@@ -81,9 +86,12 @@ def face_of(events: np.ndarray, frames: int, rng: np.random.Generator) -> Face:
     return Face(activations, pose, attributes.astype(np.float32))
 
 
-def activation(events: np.ndarray, frames: int) -> np.ndarray:
-    """Events as smooth activations, (frames, 12): each comes, stays its length, and goes; a channel tops out at 1.3."""
-    since = np.arange(frames) / FRAME_RATE - events[:, ONSET, None]
+def activation(events: np.ndarray, frames: int, first: int = 0) -> np.ndarray:
+    """Events as smooth activations from the frame `first` on, (frames, 12): each comes, stays its length, and goes.
+
+    A channel tops out at 1.3.
+    """
+    since = np.arange(first, first + frames) / FRAME_RATE - events[:, ONSET, None]
     course = _smoothstep(since / RISE) * (1 - _smoothstep((since - RISE - events[:, LENGTH, None]) / FALL))
     channels = events[:, CHANNEL].astype(int)[:, None] == np.arange(len(CHANNELS))
     return np.minimum((course * events[:, STRENGTH, None]).T @ channels, 1.3)

@@ -9,7 +9,7 @@ import numpy as np
 from reactdiff.clip import FRAME_RATE, WINDOW
 from reactdiff.data.keyed import Part, generator
 from reactdiff.data.paths import SPLITS, key_of
-from reactdiff.data.synthetic.dyad import ONSET, Manner, answers, converse, idle, in_order, jittered, speech, turns
+from reactdiff.data.synthetic.dyad import Manner, converse, idle, in_order, jittered, speech, turns
 from reactdiff.data.synthetic.face import Face, face_of
 
 VERSION = 1
@@ -83,49 +83,27 @@ class Simulation:
 def dyad(simulation: Simulation, split: str, clip: int) -> tuple[Face, Face]:
     """Both persons of a clip as they are seen, `simulation.rows` frames."""
     events = behaviour(simulation, split, clip)
-    a, b = (face_of(events[person], simulation.rows, _rng(simulation, split, clip, "face", person)) for person in (0, 1))
+    a, b = (face_of(events[person], simulation.rows, clip_rng(simulation, split, clip, "face", person)) for person in (0, 1))
     return a, b
 
 
 def behaviour(simulation: Simulation, split: str, clip: int) -> tuple[np.ndarray, np.ndarray]:
     """Both persons' events in a clip."""
     seconds = simulation.rows / FRAME_RATE
-    floor = _floor(simulation, split, clip)
+    floor = floor_of(simulation, split, clip)
 
     def alone(person: int) -> np.ndarray:
-        script = speech(floor, person, _script_rng(simulation, split, clip, "speech", person))
-        acted = jittered(script, _rng(simulation, split, clip, "jitter", person))
-        return in_order(np.concatenate([acted, idle(seconds, _rng(simulation, split, clip, "idle", person))]))
+        script = speech(floor, person, script_rng(simulation, split, clip, "speech", person))
+        acted = jittered(script, clip_rng(simulation, split, clip, "jitter", person))
+        return in_order(np.concatenate([acted, idle(seconds, clip_rng(simulation, split, clip, "idle", person))]))
 
-    a, b = (Manner.draw(_rng(simulation, split, clip, "manner", person)) for person in (0, 1))
-    return converse(alone(0), alone(1), (a, b), lambda person, round_: _rng(simulation, split, clip, "reactions", person, round_))
-
-
-def redrawn(simulation: Simulation, split: str, clip: int, direction: int, draw: int, online: bool = False) -> Face:
-    """Another listener for a clip's real speaker: the turns stay; manner, reactions and all they do of themselves are new.
-
-    Online, nobody knows what the speaker did before the clip or does in the window of the reaction: such causes are drawn anew.
-    """
-
-    def rng(purpose: str) -> np.random.Generator:
-        return _rng(simulation, split, clip, "oracle", direction, draw, purpose)
-
-    speaker, listener = direction, 1 - direction
-    seconds, floor = simulation.rows / FRAME_RATE, _floor(simulation, split, clip)
-    own, idling = speech(floor, listener, rng("speech")), idle(seconds, rng("idle"))
-    manner = Manner.draw(rng("manner"))
-    answered, causes = answers(behaviour(simulation, split, clip)[speaker], manner, rng("reactions"))
-    if online:
-        imagined = in_order(np.concatenate([speech(floor, speaker, rng("imagined speech")), idle(seconds, rng("imagined idle"))]))
-        guessed, guesses = answers(imagined, manner, rng("imagined reactions"))
-        answered = np.concatenate([answered[_heard(answered, causes)], guessed[~_heard(guessed, guesses)]])
-    return face_of(in_order(np.concatenate([own, idling, answered])), simulation.rows, rng("face"))
+    a, b = (manner_of(simulation, split, clip, person) for person in (0, 1))
+    return converse(alone(0), alone(1), (a, b), lambda person, round_: clip_rng(simulation, split, clip, "reactions", person, round_))
 
 
-def _heard(events: np.ndarray, causes: np.ndarray) -> np.ndarray:
-    """Which reactions have a cause that began in the clip, in a window before their own."""
-    seconds = WINDOW / FRAME_RATE
-    return (causes >= 0) & (causes // seconds < events[:, ONSET] // seconds)
+def manner_of(simulation: Simulation, split: str, clip: int, person: int) -> Manner:
+    """How a person listens in a clip."""
+    return Manner.draw(clip_rng(simulation, split, clip, "manner", person))
 
 
 @lru_cache(maxsize=4)
@@ -149,13 +127,16 @@ def address(simulation: Simulation, key: str) -> tuple[str, int]:
     return book[key]
 
 
-def _floor(simulation: Simulation, split: str, clip: int) -> np.ndarray:
-    return turns(simulation.rows / FRAME_RATE, _script_rng(simulation, split, clip, "turns"))
+def floor_of(simulation: Simulation, split: str, clip: int) -> np.ndarray:
+    """Who has the floor when in a clip, as `turns` says it."""
+    return turns(simulation.rows / FRAME_RATE, script_rng(simulation, split, clip, "turns"))
 
 
-def _rng(simulation: Simulation, split: str, clip: int, *purpose: Part) -> np.random.Generator:
+def clip_rng(simulation: Simulation, split: str, clip: int, *purpose: Part) -> np.random.Generator:
+    """The generator of something in a clip."""
     return generator("synthetic", VERSION, simulation.seed, split, "clip", clip, *purpose)
 
 
-def _script_rng(simulation: Simulation, split: str, clip: int, *purpose: Part) -> np.random.Generator:
+def script_rng(simulation: Simulation, split: str, clip: int, *purpose: Part) -> np.random.Generator:
+    """The generator of something that all clips of a script share."""
     return generator("synthetic", VERSION, simulation.seed, split, "script", simulation.script(clip), *purpose)

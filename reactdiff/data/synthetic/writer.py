@@ -21,7 +21,7 @@ from reactdiff.data.keyed import generator
 from reactdiff.data.paths import emotion_of, recording_of, subject_of
 from reactdiff.data.synthetic.face import Face, coefficients_of
 from reactdiff.data.synthetic.senses import SAMPLE_RATE, features_of, voice_of
-from reactdiff.data.synthetic.simulation import Simulation, address, dyad, redrawn
+from reactdiff.data.synthetic.simulation import Simulation, dyad
 
 Progress = Callable[[int, int], None]
 CHUNK = 8
@@ -52,33 +52,6 @@ def write_tree(simulation: Simulation, root: str | Path, progress: Progress | No
         done += written
         report(done, len(clips))
     _write_lists(simulation, root)
-
-
-def oracle(provenance: dict[str, Any], key: str, direction: int, count: int, online: bool = False) -> np.ndarray:
-    """Fresh draws of a simulated clip's listener for its real speaker: what a perfect model would predict.
-
-    Args:
-        provenance: of the dataset, as `Tree.provenance` gives it.
-        key: of the clip.
-        direction: 0 if person a speaks and b listens, else 1.
-        count: how many reactions.
-        online: know of the speaker, in each window, only the windows before; and whose turn it is, which is generous.
-
-    Returns:
-        attributes (count, frames, 25), float32, with the used frames only; draw k is the same for any count.
-
-    Raises:
-        ValueError: if the data was not simulated by this version, or has no such clip.
-    """
-    if "simulator" not in provenance:
-        raise ValueError(f"only simulated data has an oracle; this data is from {provenance.get('source', 'elsewhere')}")
-    if direction not in (0, 1):
-        raise ValueError(f"direction is {direction}; 0: a speaks and b listens, 1: the reverse")
-    simulation = Simulation.of(provenance["simulator"])
-    place = address(simulation, key)
-    faces = (redrawn(simulation, *place, direction, draw, online) for draw in range(count))
-    attributes = [face.attributes[: simulation.frames] for face in faces]
-    return np.stack(attributes) if attributes else np.empty((0, simulation.frames, len(ATTRIBUTES)), np.float32)
 
 
 def appropriate(simulation: Simulation) -> np.ndarray:

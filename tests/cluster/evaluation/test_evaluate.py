@@ -12,7 +12,7 @@ import ray
 from cluster.evaluation.evaluate import _score, evaluate
 from cluster.runs.saved import open_run
 from cluster.runtime.tasks import map_tasks
-from reactdiff.metrics import agreement, dtw, synchrony
+from reactdiff.metrics import agreement, dtw, energy, frechet, roughness, synchrony
 from reactdiff.metrics.dtw import FRAMES
 from reactdiff.metrics.partial import PartialScores
 
@@ -25,10 +25,10 @@ def parts_alive() -> int:
 
 @pytest.mark.usefixtures("local_ray")
 def test_the_driver_holds_no_part_while_parts_are_scored(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 16 parts two are scored; the others are there, and only counted."""
+    """Of 40 parts two are scored; the others are there, and only counted."""
     shutil.copytree(finished.parent.parent, tmp_path / "store")
     for row in ("mimic", "oracle"):
-        next((tmp_path / "store/runs/tiny/evaluation").glob(f"*/{row}-*.npz")).unlink()
+        next((tmp_path / "store/runs/tiny/evaluation").glob(f"*/{row}-0*.npz")).unlink()
     run = open_run(str(tmp_path / "store/runs/tiny"), "")
     before, alive, asked = parts_alive(), [], []
 
@@ -38,7 +38,7 @@ def test_the_driver_holds_no_part_while_parts_are_scored(finished: Path, tmp_pat
 
     monkeypatch.setattr("cluster.evaluation.evaluate.map_tasks", recorded)
     scores = evaluate(run.experiment, run.store, run.latents(), run.diffusion(), lambda done, of: alive.append((done, of, parts_alive())))
-    assert [(done, of) for done, of, _ in alive] == [(done, 16) for done in range(1, 17)] and len(scores) == 8
+    assert [(done, of) for done, of, _ in alive] == [(done, 40) for done in range(1, 41)] and len(scores) == 20
     assert [row for row, _ in asked] == ["mimic", "oracle"], "no task is started for a part that is there"
     assert max(count for _, _, count in alive) == before
 
@@ -48,6 +48,7 @@ def counted(task: Any, row: str, start: int) -> tuple[int, bool, int, int]:
     opened = "inputs" in vars(task)
     _score(task, row, start)
     kernels = [agreement._laid_out, agreement._concordance, synchrony._correlations]
+    kernels += [energy._mean_distances, roughness._steps, frechet._scatter]
     kernels += [dtw._kernel(group.stop - group.start, dtw._pitch(FRAMES)) for group, _ in dtw.GROUPS]
     compiled, loaded = ([sum(getattr(one.stats, kind).values()) for one in kernels] for kind in ("cache_misses", "cache_hits"))
     return os.getpid(), opened, sum(compiled), sum(loaded)
@@ -71,9 +72,9 @@ def test_a_process_is_started_opened_and_compiled_for_once_whatever_the_number_o
     evaluate(run.experiment, run.store, run.latents(), run.diffusion(), lambda done, of: None)
     processes = {process for process, _, _, _ in found}
     slots = int(ray.cluster_resources()["CPU"] / run.experiment.workers.cpus)
-    assert len(found) == 16 and len(processes) <= slots < len(found)
+    assert len(found) == 40 and len(processes) <= slots < len(found)
     assert sum(not opened for _, opened, _, _ in found) == len(processes), "models and ground truth are opened once in each"
     counts = {process: (compiled, loaded) for process, _, compiled, loaded in found}
     assert len({(process, compiled, loaded) for process, _, compiled, loaded in found}) == len(processes), "nothing later"
-    assert all(compiled + loaded == 6 for compiled, loaded in counts.values())
-    assert sum(compiled for compiled, _ in counts.values()) <= 6, "one of them at most: the others load what it has made"
+    assert all(compiled + loaded == 9 for compiled, loaded in counts.values())
+    assert sum(compiled for compiled, _ in counts.values()) <= 9, "one of them at most: the others load what it has made"

@@ -5,7 +5,7 @@ import pytest
 
 from reactdiff.metrics.frechet import Moments
 from reactdiff.metrics.intervals import intervals
-from reactdiff.metrics.partial import PER_CLIP, PartialScores, total
+from reactdiff.metrics.partial import PER_CLIP, ROUGHNESS, PartialScores, total
 
 
 def part(**values):
@@ -39,8 +39,8 @@ def test_twins_have_the_intervals_of_their_metrics_and_two_metrics_have_none():
     found = intervals([part(FRCorr=[1, 2, 4], FRDist=[3, 5, 9], varying=[1, 1, 1])])
     assert found["FRCorr_per_prediction"] == tuple(edge / 2 for edge in found["FRCorr"])
     assert found["FRDist_per_prediction"] == tuple(edge / 2 for edge in found["FRDist"])
-    per_clip = {"FRCorr", "FRDist", "FRDiv", "FRVar", "FRSyn"}
-    assert found.keys() == per_clip | {"FRCorr_per_prediction", "FRDist_per_prediction", "FRSyn_varying"}
+    per_clip = {"FRCorr", "FRDist", "FRDiv", "FRVar", "FRSyn", "EnergyScore", "EnergyScore_frame", "FRCorr_of_mean", "FRCorr_no_mouth"}
+    assert found.keys() == per_clip | {*ROUGHNESS, "FRCorr_per_prediction", "FRDist_per_prediction", "FRSyn_varying"}
 
 
 def test_the_varying_synchrony_is_a_ratio_over_the_predictions_that_count():

@@ -17,7 +17,7 @@ def scores(offset):
 
 
 def test_the_table_shows_official_repaired_and_further_metrics_of_every_row():
-    undefined = Scores(scores(70).official | {"FRDvs": math.nan}, scores(70).repaired, {"FrechetAttributes": math.nan}, {})
+    undefined = Scores(scores(70).official | {"FRDvs": math.nan}, scores(70).repaired, dict.fromkeys(EXTRA, math.nan), {})
     console = Console(width=120)
     with console.capture() as capture:
         console.print(table({"model": scores(1), "mimic": undefined}))
@@ -26,7 +26,9 @@ def test_the_table_shows_official_repaired_and_further_metrics_of_every_row():
     assert ["model", "1.000", "2.000", "3.000", "4.000", "5.000", "6.000"] in lines
     assert ["mimic", "70.00", "71.00", "72.00", "73.00", "undefined", "75.00"] in lines
     assert ["repaired", "each", "each", "Frechet", "↓", "varying"] in lines
-    assert ["model", "1.500", "2.500", "1.750", "3.500"] in lines
+    assert ["model", "1.500", "2.500", "10.75", "3.500"] in lines
+    assert ["beside", "them", "Energy", "↓", "frame", "↓", "step", "at", "ends", "of", "mean", "no", "mouth"] in lines
+    assert ["model", "1.750", "2.750", "3.750", "7.750", "8.750", "9.750"] in lines, "of steps at ends the largest"
     assert ["model", "0.75–1.25"] in lines
     assert ["mimic", "70.50", "71.50", "undefined", "72.50"] in lines
 

@@ -24,7 +24,7 @@ from reactdiff.data.synthetic.dyad import (
     turns,
 )
 from reactdiff.data.synthetic.face import RISE, activation, face_of
-from reactdiff.data.synthetic.simulation import Simulation, _heard, behaviour, dyad, redrawn
+from reactdiff.data.synthetic.simulation import Simulation, behaviour, dyad
 
 SIMULATION = Simulation(seed=3, frames=200, clips={"train": 40, "test": 8})
 
@@ -142,34 +142,6 @@ def test_at_most_a_third_of_the_attributes_is_constant_in_a_clip(attributes):
     assert (attributes.std(axis=(0, 1)) > 0).all(), ATTRIBUTES
 
 
-def test_a_redrawn_listener_is_another_one_every_time_and_the_same_when_asked_again():
-    draws = [redrawn(SIMULATION, "test", 2, 0, draw).attributes for draw in (0, 1, 0)]
-    assert not np.array_equal(draws[0], draws[1])
-    np.testing.assert_array_equal(draws[0], draws[2])
-    assert not np.array_equal(draws[0], dyad(SIMULATION, "test", 2)[1].attributes)
-
-
 def test_lengths_and_onsets_of_a_clip_cover_it_from_before_its_beginning_to_its_end():
     events = np.concatenate(behaviour(SIMULATION, "train", 0))
     assert events[:, ONSET].min() < 0 and (events[:, ONSET] + events[:, LENGTH]).max() > 7
-
-
-def test_an_online_listener_reacts_to_what_it_heard_and_imagines_the_rest():
-    offline, online = (
-        np.stack([redrawn(SIMULATION, "test", clip, 0, 0, online).attributes for clip in range(8)]) for online in (False, True)
-    )
-    assert not np.array_equal(offline, online)
-    events = np.array([[2.5, 0.6, INDEX["smile"], 1.0], [3.9, 0.6, INDEX["smile"], 1.0], [0.4, 0.6, INDEX["smile"], 1.0]])
-    assert _heard(events, np.array([1.9, 2.1, -0.2])).tolist() == [True, False, False]
-
-
-def test_online_the_speakers_present_changes_no_reaction_in_its_window(monkeypatch):
-    def listeners(silent_until: float) -> np.ndarray:
-        def heard(*clip):
-            return tuple(events[(events[:, ONSET] < 4) | (events[:, ONSET] >= silent_until)] for events in behaviour(*clip))
-
-        monkeypatch.setattr("reactdiff.data.synthetic.simulation.behaviour", heard)
-        return np.stack([redrawn(SIMULATION, "test", clip, direction, 0, online=True).attributes for clip, direction in np.ndindex(8, 2)])
-
-    whole, silent = listeners(4.0), listeners(6.0)
-    assert np.array_equal(whole[:, :150], silent[:, :150]) and not np.array_equal(whole[:, 150:200], silent[:, 150:200])
