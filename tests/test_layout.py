@@ -39,7 +39,7 @@ MODULES = {
     "evaluation": "evaluate gate ground_truth picture plan rows validation",
     "training": "ahead compiler engine examine loop memory reporting requests resume spread stacks verdict warm_start",
     "driver": "board group interruption launch lookout pin plan pretrained ray_train run watchdog",
-    "studies": "case comparison course grounds prove retrain script sweep verdict",
+    "studies": "case comparison course grounds halving ledger prove retrain script searchers space sweep verdict",
     "bench": "card checkpoint loading metrics noise_dataset recovery rival tables training",
 }
 """Package -> its modules."""
