@@ -22,7 +22,7 @@ PLAIN = {"storage", "runtime", "telemetry"}
 
 RAY = {
     *("runtime/nodes", "runtime/placement", "runtime/postmortem", "runtime/ray_cluster", "runtime/remote_machine", "runtime/tasks"),
-    *("driver/board", "driver/group", "driver/launch", "driver/lookout", "driver/ray_train", "studies/sweep", "bench/recovery"),
+    *("driver/board", "driver/group", "driver/launch", "driver/lookout", "driver/ray_train", "studies/tuner", "bench/recovery"),
 }
 """The modules of cluster/ that place work, and so may import Ray."""
 
@@ -36,10 +36,13 @@ MODULES = {
         "sequential shards stream tar_scan verify"
     ),
     "runs": "build_latents checkpoint environment export latents lease lineage published registry retention saved snapshot state upkeep",
-    "evaluation": "evaluate gate ground_truth picture plan rows validation",
+    "evaluation": "evaluate gate ground_truth picture plan rows rung validation",
     "training": "ahead compiler engine examine loop memory reporting requests resume spread stacks verdict warm_start",
     "driver": "board group interruption launch lookout pin plan pretrained ray_train run watchdog",
-    "studies": "case comparison course grounds halving ledger prove retrain script searchers space sweep verdict",
+    "studies": (
+        "case comparison course first_stage grounds halving importance ledger prove retrain script search searchers space sweep "
+        "sweep_table trial tuner verdict"
+    ),
     "bench": "card checkpoint loading metrics noise_dataset recovery rival tables training",
 }
 """Package -> its modules."""

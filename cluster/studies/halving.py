@@ -49,7 +49,7 @@ class Halving(Branch):
         return math.ceil(-math.log2(self.level(max(1, trials - 1))))
 
 
-End = Literal["", "DONE", "FAILED"]
+End = Literal["", "DONE", "STOPPED", "FAILED"]
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Standing:
         bracket: trials of one bracket are compared.
         errors: rung -> the error of each item, (items,).
         goes_on: rung -> what was decided there.
-        end: how it ended; FAILED for good.
+        end: how it ended; FAILED for good, STOPPED by a decision.
     """
 
     bracket: str = ""

@@ -18,6 +18,9 @@ from cluster.studies.space import Point
 VERSION = 1
 """Of the records; ledgers of another one are other ledgers."""
 
+WORST = 1e9
+"""What an error counts for that is not a number."""
+
 
 @dataclass
 class TrialRecord:
@@ -48,7 +51,7 @@ class TrialRecord:
     @property
     def standing(self) -> Standing:
         """What halving sees of it: of each item the mean error over the levels."""
-        errors = {rung: np.array(facts["errors"]).mean(1) for rung, facts in self.rungs.items()}
+        errors = {rung: np.nan_to_num(np.array(facts["errors"]).mean(1), nan=WORST) for rung, facts in self.rungs.items()}
         return Standing(self.bracket, errors, {rung: choice.goes_on for rung, choice in self.choices.items()}, self.end)
 
     def error(self, rung: int) -> float:
@@ -69,6 +72,11 @@ class Ledger:
     def __init__(self, store: Store):
         self._store, self._facts = store, dict[str, Any]()
         self.trials: dict[int, TrialRecord] = {}
+
+    @property
+    def url(self) -> str:
+        """Where they are."""
+        return self._store.url
 
     def refresh(self) -> None:
         """Read what was entered since, by whomever."""
