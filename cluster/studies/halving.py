@@ -79,12 +79,9 @@ class Standing:
         return ended or self.stopped_at is not None
 
     def reached(self, rung: int) -> bool | None:
-        """Whether its errors at a rung count; None while nobody knows."""
-        before = range(rung)
-        if any(self.goes_on.get(earlier) is False for earlier in before):
+        """Whether its errors at a rung count, where every earlier rung is decided for trials above it; None while nobody knows."""
+        if any(self.goes_on.get(earlier) is False for earlier in range(rung)):
             return False
-        if any(earlier in self.errors and earlier not in self.goes_on for earlier in before):
-            return None
         return True if rung in self.errors else False if self.end else None
 
 
