@@ -22,7 +22,7 @@ PLAIN = {"storage", "runtime", "telemetry"}
 
 RAY = {
     *("runtime/nodes", "runtime/placement", "runtime/postmortem", "runtime/ray_cluster", "runtime/remote_machine", "runtime/tasks"),
-    *("driver/board", "driver/group", "driver/launch", "driver/lookout", "driver/ray_train", "studies/sweep"),
+    *("driver/board", "driver/group", "driver/launch", "driver/lookout", "driver/ray_train", "studies/tuner"),
     *("bench/empty_loop", "bench/recovery"),
 }
 """The modules of cluster/ that place work, and so may import Ray."""
@@ -39,13 +39,16 @@ MODULES = {
         "sequential shards stream tar_scan verify"
     ),
     "runs": (
-        "build_latents checkpoint checkpoint_writer environment export inventory latents lease lineage published registry retention saved "
-        "snapshot state upkeep"
+        "build_latents checkpoint checkpoint_writer environment export inventory latents lease lineage published registry retention "
+        "saved snapshot state upkeep"
     ),
-    "evaluation": "evaluate gate ground_truth picture plan rows validation",
+    "evaluation": "evaluate gate ground_truth picture plan rows rung validation",
     "training": "ahead compiler engine examine loop memory reporting requests resume spread stacks verdict warm_start",
     "driver": "board group interruption launch lookout pin plan pretrained ray_train run watchdog",
-    "studies": "case comparison comparison_table course grounds kept_scores prove retrain script sweep verdict",
+    "studies": (
+        "case comparison comparison_table course first_stage grounds halving importance kept_scores ledger prove retrain script search "
+        "searchers space sweep sweep_table trial tuner verdict"
+    ),
     "bench": "card challenge checkpoint empty_loop loading metrics noise_dataset oracles recovery rival startup tables training",
 }
 """Package -> its modules."""

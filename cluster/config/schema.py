@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import PositiveInt, model_validator
 
 from reactdiff.config import Branch, Diffusion, Model, Optim, PerStage, field, per_stage
 from reactdiff.data.order import VERSION
@@ -119,6 +119,13 @@ class Evaluation(Branch):
         unit="clips",
         ge=0,
     )
+    rungs: tuple[PositiveInt, ...] = field(
+        (),
+        "Progress of stage diffusion at which the error of the predicted x0 is measured; trials of a sweep are compared there.",
+        kind="placement",
+        unit="items",
+    )
+    rung_clips: int = field(16, "Clips of split val on which it is measured, the first ones.", kind="placement", unit="clips", ge=1)
 
 
 class Telemetry(Branch):

@@ -58,6 +58,7 @@ class Group:
         monitor: StageMonitor,
         interruption: Interruption,
         assert_ours: Callable[[], None],
+        enough: Callable[[], str],
     ):
         """Start nothing yet.
 
@@ -68,7 +69,9 @@ class Group:
             monitor: takes the ranks' numbers and what is said.
             interruption: whether the run was told to end.
             assert_ours: raises once another driver has the run.
+            enough: says why the ranks are to leave for good, once they are.
         """
+        self._enough = enough
         self._job, self._gang, self._place = job, gang, place
         self._monitor, self._interruption, self._assert_ours = monitor, interruption, assert_ours
         self._names = {node.id: f"{node.name} ({node.address})" for node in nodes()}
@@ -169,6 +172,9 @@ class Group:
         if self._interruption.signal and self.reason != "interrupted":
             self.reason = "interrupted"
             self._monitor.say("told to end: a checkpoint at the next step, then the end; the second Ctrl-C ends at once")
+        if not self.reason and (why := self._enough()):
+            self.reason, self.why = "enough", why
+            self._monitor.say(f"{why}: a checkpoint at the next step, then the end")
         if not self.reason and (answer := self._lookout.answer()):
             self._heed(*answer)
         try:

@@ -15,6 +15,15 @@ SAME = 1.0
 """Seconds in which a second signal is the first one again: `ray job stop` sends it to a whole tree of processes, and they hand it on."""
 
 
+class Enough(Exception):
+    """The run was told that it has come far enough: it ends before its end, and says why."""
+
+
+def never() -> str:
+    """Why a run has come far enough that goes to its end: nothing."""
+    return ""
+
+
 class Interruption:
     """Takes SIGINT and SIGTERM inside a `with`, where that is possible: in the main thread.
 

@@ -7,7 +7,7 @@ from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
 from cluster.driver.group import Group
-from cluster.driver.interruption import Interruption
+from cluster.driver.interruption import Enough, Interruption, never
 from cluster.driver.ray_train import set_defaults
 from cluster.runs.checkpoint import newest_progress
 from cluster.runtime.failures import Budget, StageFailed, classify
@@ -16,7 +16,9 @@ from cluster.telemetry.monitor import StageMonitor
 from cluster.training.loop import Job
 
 
-def launch(job: Job, gang: Gang, monitor: StageMonitor, notes: str, assert_ours: Callable[[], None]) -> dict[str, Any]:
+def launch(
+    job: Job, gang: Gang, monitor: StageMonitor, notes: str, assert_ours: Callable[[], None], enough: Callable[[], str] = never
+) -> dict[str, Any]:
     """Train one stage on groups of Ray workers, one after the other, until it is at its end.
 
     Args:
@@ -25,6 +27,7 @@ def launch(job: Job, gang: Gang, monitor: StageMonitor, notes: str, assert_ours:
         monitor: takes the ranks' numbers and what happens to the group.
         notes: URL Ray Train keeps its own notes under, visible to every node.
         assert_ours: raises once another driver has the run.
+        enough: asked all the time; says why the ranks are to leave for good, once they are.
 
     Returns:
         What rank 0's `train` returned.
@@ -33,16 +36,25 @@ def launch(job: Job, gang: Gang, monitor: StageMonitor, notes: str, assert_ours:
         StageFailed: if a failure is of a class that is not retried, or its budget is spent.
         ValueError: if there can never be room for the ranks.
         Superseded: if another driver has the run.
+        Enough: when the ranks have left for good.
         KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when the ranks have written a checkpoint.
     """
     set_defaults()
     with Interruption() as interruption:
-        return _Stage(job, gang, monitor, interruption, assert_ours).train(notes)
+        return _Stage(job, gang, monitor, interruption, assert_ours, enough).train(notes)
 
 
 class _Stage:
-    def __init__(self, job: Job, gang: Gang, monitor: StageMonitor, interruption: Interruption, assert_ours: Callable[[], None]):
-        self._job, self._gang = job, gang
+    def __init__(
+        self,
+        job: Job,
+        gang: Gang,
+        monitor: StageMonitor,
+        interruption: Interruption,
+        assert_ours: Callable[[], None],
+        enough: Callable[[], str],
+    ):
+        self._job, self._gang, self._enough = job, gang, enough
         self._monitor, self._interruption, self._assert_ours = monitor, interruption, assert_ours
         self._budget = Budget(job.experiment.run.retries)
         self._furthest = newest_progress(job.run, job.stage)
@@ -53,7 +65,7 @@ class _Stage:
         while True:
             group = None
             try:
-                group = Group(self._job, self._gang, self._place(), monitor, interruption, self._assert_ours)
+                group = Group(self._job, self._gang, self._place(), monitor, interruption, self._assert_ours, self._enough)
                 result = group.train(notes, self._judge)
             except (TrainingFailedError, RayError) as error:
                 self._judge(error, group)
@@ -63,6 +75,8 @@ class _Stage:
             if interruption.signal:  # also where the stage came to its end meanwhile: told to end is told to end
                 monitor.say(f"checkpoint at {result['progress']} items; the same command goes on from there")
                 interruption.end()
+            if group.reason == "enough":
+                raise Enough(group.why)
             monitor.restarted(group.reason, f"{group.why}: checkpoint at {result['progress']} items, starting the ranks again")
 
     def _place(self) -> list[str]:
@@ -72,6 +86,8 @@ class _Stage:
             self._assert_ours()
             if self._interruption.signal:  # nothing is lost, for nothing runs
                 self._interruption.end()
+            if why := self._enough():
+                raise Enough(why)
             self._monitor.waiting(waited, text)
 
         place = wait_for_place(self._gang, 60 * self._job.experiment.run.wait_minutes, report)
@@ -84,6 +100,7 @@ class _Stage:
         Raises:
             StageFailed: if they do not, for the class of failure or its budget.
             KeyboardInterrupt, SystemExit: if the run was told to end.
+            Enough: if it was told that it has come far enough.
         """
         hang = group.hang if group else None
         failure, cause = classify([hang] if hang else getattr(error, "worker_failures", {0: error}).values())
@@ -93,6 +110,8 @@ class _Stage:
             self._budget.refill()
         if self._interruption.signal:
             self._interruption.end()
+        if group and group.reason == "enough":
+            raise Enough(group.why) from cause
         allowed = self._budget.allows(failure)
         failed = StageFailed(self._job.stage, failure, cause, where, str(self._budget))
         if not allowed:

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from cluster.config.loading import ConfigError
 from cluster.config.schema import Experiment
 from cluster.data.manifest import CURRENT, Manifest
+from cluster.driver.interruption import Enough, never
 from cluster.driver.launch import launch
 from cluster.driver.pin import Pinned, pin, stage_end, write_config
 from cluster.driver.plan import gang_with_memory
@@ -46,7 +47,13 @@ LAST_SCRAPE = 15.0
 
 
 def execute(
-    experiment: Experiment, pinned: Pinned, steps: Sequence[str], display: Display, trial: str = "", wait: bool = True
+    experiment: Experiment,
+    pinned: Pinned,
+    steps: Sequence[str],
+    display: Display,
+    trial: str = "",
+    wait: bool = True,
+    enough: Callable[[], str] = never,
 ) -> dict[str, Scores]:
     """Bring a run to its end, from wherever it is, while nobody else does.
 
@@ -57,6 +64,7 @@ def execute(
         display: shows progress.
         trial: of a sweep that this run is, for Prometheus.
         wait: for another driver that is at this run; otherwise it is refused.
+        enough: asked all the time; says why the run has come far enough, once it has.
 
     Returns:
         The scores of the evaluation by row, empty when it was not among the steps.
@@ -64,17 +72,25 @@ def execute(
     Raises:
         ConfigError, StorageError: before anything is written.
         Held: if another driver is at this run and is not to be waited for.
-        StageFailed, Superseded, KeyboardInterrupt: after the state was written.
+        StageFailed, Superseded, Enough, KeyboardInterrupt: after the state was written.
     """
     for origin in check_run(experiment, pinned, steps):
         display.say(origin)
     pinned.home.assert_conditional_writes()
     with Lease(pinned.store, command(), wait, display.say) as lease:
         named = pinned.saved(experiment).experiment
-        return _execute(experiment, pin(named, pinned.name), steps, display, trial, lease)  # whoever held it may have begun this run
+        return _execute(experiment, pin(named, pinned.name), steps, display, trial, lease, enough)  # who held it may have begun this run
 
 
-def _execute(experiment: Experiment, pinned: Pinned, steps: Sequence[str], display: Display, trial: str, lease: Lease) -> dict[str, Scores]:
+def _execute(
+    experiment: Experiment,
+    pinned: Pinned,
+    steps: Sequence[str],
+    display: Display,
+    trial: str,
+    lease: Lease,
+    enough: Callable[[], str],
+) -> dict[str, Scores]:
     """Bring the run to its end; this process holds its lease."""
     there = connect(cpus=experiment.workers.least + 1)
     if there.gpus and is_private() and not experiment.workers.gpu:
@@ -91,15 +107,20 @@ def _execute(experiment: Experiment, pinned: Pinned, steps: Sequence[str], displ
     state = State("RUNNING", life, pinned.manifest.identity, pinned.manifest.hash)
     write_state(pinned.store, state)
     display.say(f"run {pinned.name}, life {life}, in {pinned.store.url}")
-    running = _Life(experiment, pinned, state, lease, display)
+    running = _Life(experiment, pinned, state, lease, display, enough)
     with ExitStack() as at_the_end:
         try:
             running.exporter = at_the_end.enter_context(_exporter(experiment, pinned.name, life, trial))
             for step in steps:
+                if why := enough():
+                    raise Enough(why)
                 running.update(stage=step)
                 with _classified(step):
                     _DO[step](running)
         except Superseded:
+            raise
+        except Enough as told:
+            running.update(status="STOPPED", why=str(told), stage="")  # wherever it was when it heard of it
             raise
         except (KeyboardInterrupt, SystemExit):  # Ray turns SIGTERM into SystemExit
             running.update(status="STOPPED", why="told to end")
@@ -142,9 +163,11 @@ class _Life:
 
     exporter: Exporter
 
-    def __init__(self, experiment: Experiment, pinned: Pinned, state: State, lease: Lease, display: Display):
+    def __init__(
+        self, experiment: Experiment, pinned: Pinned, state: State, lease: Lease, display: Display, enough: Callable[[], str]
+    ):
         self.experiment, self.store, self.clips = experiment, pinned.store, pinned.manifest
-        self.state, self.lease, self.display = state, lease, display
+        self.state, self.lease, self.display, self.enough = state, lease, display, enough
         self.run = pinned.saved(experiment)
         self.scores: dict[str, Scores] = {}
 
@@ -219,7 +242,7 @@ class _Life:
         )
         self.display.stage(stage, end)
         monitor, notes = StageMonitor(stage, self.exporter, self.display), f"{self.store.url}/ray"
-        trained = launch(job, gang_with_memory(self.experiment, kind), monitor, notes, self.lease.assert_not_taken)
+        trained = launch(job, gang_with_memory(self.experiment, kind), monitor, notes, self.lease.assert_not_taken, self.enough)
         self.lease.assert_held()
         for name in (stage, validation_name(stage)):
             write_tensorboard(self.store, name)
@@ -229,11 +252,12 @@ class _Life:
         self.display.end(f"stage {stage}: {end} items, weights {export.hash}{without}")
 
     def validation_clips(self, stage: str) -> ValidationClips | None:
-        """What is scored at the checkpoints of a stage: only the last one's generate reactions."""
-        if not self.experiment.evaluation.watch or stage != stages_of(self.experiment.model)[-1]:
+        """What is scored at the checkpoints of a stage, and measured at rungs: only the last one's generate reactions."""
+        asked = self.experiment.evaluation.watch or self.experiment.evaluation.rungs
+        if not asked or stage != stages_of(self.experiment.model)[-1]:
             return None
         if VALIDATION not in self.clips.splits or self.clips.splits[VALIDATION].appropriateness is None:
-            self.display.say(f"the dataset has no split {VALIDATION} with an appropriateness matrix: no clips to watch (evaluation.watch)")
+            self.display.say(f"the dataset has no split {VALIDATION} with an appropriateness matrix: no clips to watch")
             return None
         return ValidationClips(self.run.dataset, self.clips.hash, self.run.latents() if stage == "diffusion" else None)
 

@@ -38,13 +38,10 @@ class ValidationClips:
 class Validator:
     """Scores averaged weights of checkpoints. It draws keyed noise and keeps its own copy of the model, so training does not notice.
 
-    Attributes:
-        module: that copy, on the device; who asks for scores gives it weights and buffers before.
-
     Args:
         experiment: its configuration.
         clips: what is scored.
-        module: a copy of what is trained.
+        module: that copy; who asks for scores gives it weights and buffers before.
         gather: collects one object of every rank on all of them.
         rank: this rank.
         ranks: of how many.
@@ -64,7 +61,7 @@ class Validator:
         self._experiment, self._gather, self._rank, self._ranks = experiment, gather, rank, ranks
         manifest = load_manifest(clips.dataset, clips.manifest)
         self._truth = GroundTruth(clips.dataset, manifest, SPLIT, min(experiment.evaluation.watch, int(manifest.counts(SPLIT).sum())))
-        self.module = module.eval().to(device)
+        module.eval().to(device)
         if clips.latents is None:
             assert isinstance(module, Codec)
             self._reactor = Reactor(module, None)

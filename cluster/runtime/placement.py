@@ -115,6 +115,18 @@ def assert_possible(gang: Gang) -> None:
                 )
 
 
+def gangs_at_once(gang: Gang) -> int:
+    """How many gangs of the fewest ranks have room beside each other on the machines that are there, or that the autoscaler may start.
+
+    At least 1: what has no room yet is waited for.
+    """
+    if maximum := autoscaler_maximum():
+        return max(1, min(int(maximum.get(name, 0.0) / (gang.least * amount)) for name, amount in gang.resources.items() if amount))
+    there = [replace(node, free=node.total, draining=False) for node in nodes()]
+    ranks = len(fit(replace(gang, most=sum(int(max(node.total.values())) for node in there), per_host=0, memory=None), there))
+    return max(1, ranks // gang.least)
+
+
 class Demand:
     """A reservation for so many ranks of a gang, which Ray fills as soon as there is room."""
 

@@ -1,34 +1,31 @@
-"""A sweep: every combination of a grid as a run of its own, under Ray Tune; this is the only module that knows Tune.
+"""A sweep: what its file says, and the experiment of each of its trials. Every trial is a run like any other.
 
-Trials resume as runs do, by their own state, so Tune's is not needed: the same sweep again skips what is scored and goes on with
-the rest. All trials use one state of the dataset, the current one at the sweep's first start, and are compared on `val`.
+All trials use one state of the dataset, the current one at the sweep's first start, and are compared on `val`.
 """
 
-import itertools
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-from pydantic import Field, field_validator
-from ray import tune
+import yaml
+from pydantic import Field, field_validator, model_validator
 
 from cluster.config.identity import digest, name_fields
-from cluster.config.loading import ConfigError, to_yaml, value_of
+from cluster.config.loading import ConfigError, build, to_yaml, value_of
 from cluster.config.paths import anchored
 from cluster.config.schema import Experiment
 from cluster.config.spec import Spec, assignments, known_metric
-from cluster.data.manifest import load_manifest
-from cluster.driver.pin import pin
-from cluster.driver.run import STEPS, execute
-from cluster.evaluation.rows import MODEL
-from cluster.runs.environment import command
-from cluster.runs.lease import Lease
-from cluster.runs.state import read_state
-from cluster.runtime.ray_cluster import connect
+from cluster.data.manifest import Manifest, load_manifest
+from cluster.driver.pin import stage_end
 from cluster.storage import AlreadyExists, NotFound, Store, open_store
-from cluster.telemetry.display import Display
+from cluster.studies.first_stage import first_stage
+from cluster.studies.halving import Halving
+from cluster.studies.ledger import VERSION, Ledger
+from cluster.studies.searchers import Method, Mode, suggest
+from cluster.studies.space import Dimension, Point, Space, text_of
+from reactdiff.stage import stages_of
 
 SPLIT = "val"
 """What trials are compared on: never what is reported in the end."""
@@ -36,31 +33,77 @@ SPLIT = "val"
 QUESTION = ("evaluation.split", "evaluation.predictions", "evaluation.clips")
 """What a trial's scores depend on beside its weights."""
 
+LAST = "diffusion"
+"""The stage in which halving stops trials."""
+
 
 class Sweep(Spec):
     """The keys of a sweep's file."""
 
-    grid: dict[str, list[Any]] = Field(min_length=1, description="Dotted keys of the experiment, each with the values to try.")
-    metric: str = Field("FRCorr", description="Metric by which the best trial is chosen.")
-    mode: Literal["max", "min"] = Field("max", description="Whether more or less of it is better.")
-    concurrent: int = Field(1, ge=1, description="Trials at the same time; the cluster needs room for the ranks of all.")
+    space: dict[str, Dimension] = Field(min_length=1, description="Dotted keys of the experiment: a list, or choice, range, log_range.")
+    search: Method = Field("grid", description="grid: every point; random; optuna: what earlier trials suggest (TPE).")
+    trials: int = Field(0, ge=0, description="Most trials; 0: all of a grid.")
+    seed: int = Field(0, ge=0, description="Seed of the search, not of the trials.")
+    metrics: dict[str, Mode] = Field({"FRCorr": "max"}, min_length=1, description="What is searched for; the first one chooses the best.")
+    concurrent: int = Field(0, ge=0, description="Trials at the same time; 0: as many as there is room for.")
+    halving: Halving | None = Field(None, description="When a trial ends before its end; nothing: never.")
 
-    _metric = field_validator("metric")(known_metric)
-
-    @field_validator("grid")
+    @field_validator("metrics")
     @classmethod
-    def _not_empty(cls, grid: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        if empty := [key for key, values in grid.items() if not values]:
+    def _known(cls, metrics: dict[str, Mode]) -> dict[str, Mode]:
+        for name in metrics:
+            known_metric(name)
+        return metrics
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _lists(cls, space: Any) -> Any:
+        if not isinstance(space, dict):
+            return space
+        if empty := [key for key, values in space.items() if values == []]:
             raise ValueError(f"{empty[0]} has no value to try")
-        return grid
+        return {key: {"choice": values} if isinstance(values, list) else values for key, values in space.items()}
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Sweep":
+        space = Space(self.space)
+        if self.search == "grid":
+            space.grid()
+        elif not self.trials:
+            raise ValueError(f"search: {self.search} goes on for ever: say how many trials")
+        if self.search == "optuna" and not self.concurrent:
+            raise ValueError(
+                "search: optuna needs concurrent: what is proposed depends on how many trials are under way, so the file says it"
+            )
+        return self
+
+    @property
+    def first_metric(self) -> str:
+        """The metric by which the best trial is chosen."""
+        return next(iter(self.metrics))
+
+    @property
+    def most(self) -> int:
+        """The largest number of trials."""
+        points = len(Space(self.space).grid()) if self.search == "grid" else self.trials
+        return min(points, self.trials or points)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One combination of the grid; its run is named by the sweep and by what it computes."""
+    """A point of the space, and its run.
 
-    parameters: dict[str, Any]
+    Attributes:
+        number: of the trial.
+        point: dotted keys and values.
+        experiment: of its run, which is named by the sweep and by what it computes.
+        first: of the run whose autoencoder it takes, None where it trains its own.
+    """
+
+    number: int
+    point: Point
     experiment: Experiment
+    first: Experiment | None
 
     @property
     def run(self) -> str:
@@ -68,173 +111,167 @@ class Trial:
         return self.experiment.run.name
 
     @property
-    def record(self) -> str:
-        """Key of its scores in the sweep's folder, where they are once it is done; another end or question has another key."""
-        question = [value_of(self.experiment, key) for key in QUESTION]
-        asked = [name_fields(self.experiment), name_fields(self.experiment, "end"), *question]
-        return f"trials/{digest(asked)}.json"
+    def text(self) -> str:
+        """The point for people, and for Prometheus."""
+        return text_of(self.point)
 
     @property
-    def text(self) -> str:
-        """The parameters for people, and for Prometheus."""
-        return ",".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in self.parameters.items())
+    def bracket(self) -> str:
+        """Trials of one bracket are compared by halving: those of one seed share order, times and noise."""
+        return str(self.experiment.seed)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Where a trial stands: a status of `cluster.runs.state`, the reason of a failure, its scores by metric once it is DONE."""
+class OpenSweep:
+    """A sweep over one state of the dataset; opening it writes nothing.
 
-    trial: Trial
-    state: str
-    why: str = ""
-    scores: dict[str, float | None] | None = None
-
-    def value(self, metric: str) -> float | None:
-        """Its score, None where there is none or it is undefined."""
-        return self.scores[metric] if self.scores else None
-
-
-def open_home(sweep: Sweep, overrides: Sequence[str]) -> Store:
-    """The store of the sweep and of its trials' runs."""
-    return open_store(anchored(sweep.load(overrides)).run.store)
-
-
-def sweep_folder(sweep: Sweep, home: Store) -> Store:
-    """The sweep's folder in it."""
-    return home.at(f"sweeps/{sweep.name}")
-
-
-def trials(sweep: Sweep, overrides: Sequence[str]) -> list[Trial]:
-    """Every combination of the grid, the last key changing fastest; writes nothing.
+    Attributes:
+        sweep: what its file says.
+        overrides: of the experiment, `key=value`.
+        manifest: the state.
+        home: the store of all runs.
+        store: the sweep's folder in it.
 
     Raises:
-        ConfigError: for a key or value that no experiment has, a key that is set twice, or combinations that are one run.
+        ConfigError: for a key or value that no experiment has, or a key that is set twice.
         ValueError: if the dataset cannot be read, or has no `val` split that can be scored.
     """
-    if twice := {text.partition("=")[0] for text in overrides} & sweep.grid.keys():
-        raise ConfigError(f"{min(twice)} is in the grid of sweep {sweep.name}; change it there, not as an override")
-    points = [dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
-    for parameters in points:
-        sweep.load(overrides, assignments(parameters))  # a wrong key or value, before anything is looked up
-    manifest = _manifest(sweep, overrides)
-    found: dict[str, Trial] = {}
-    scored = (f"evaluation.split={SPLIT}", "evaluation.baselines=false")
-    for parameters in points:
-        trial = Trial(parameters, _experiment(sweep, overrides, parameters, manifest, *scored))
-        if trial.run in found:
-            raise ConfigError(
-                f"sweep {sweep.name}: {found[trial.run].text} and {trial.text} would be the same run, because they compute the same; "
-                "a grid is made of different values of keys that --help of jobs/train.py calls identity"
-            )
-        found[trial.run] = trial
-    return list(found.values())
 
+    def __init__(self, sweep: Sweep, overrides: Sequence[str]):
+        if twice := {text.partition("=")[0] for text in overrides} & sweep.space.keys():
+            raise ConfigError(f"{min(twice)} is in the space of sweep {sweep.name}; change it there, not as an override")
+        self.sweep, self.overrides, self.space = sweep, tuple(overrides), Space(sweep.space)
+        for point in [*self.space.corners(), *self._early_points()]:
+            sweep.load(self.overrides, assignments(point))  # a wrong key or value, before anything is looked up
+        self.home = open_store(anchored(sweep.load(self.overrides)).run.store)
+        self.store = self.home.at(f"sweeps/{sweep.name}")
+        self.manifest = _manifest(sweep, self.overrides, self.store)
 
-def search(sweep: Sweep, overrides: Sequence[str], display: Display) -> list[Outcome]:
-    """Bring every trial to its end, then write `trials.json` and, of the best one, the experiment `best.yaml`.
-
-    A trial that fails does not stop the others; the same call again goes on with it.
-
-    Raises:
-        ConfigError, ValueError: before anything starts, as `trials`.
-        Held: if another process is at this sweep.
-        Superseded: if one has taken it over.
-    """
-    trials(sweep, overrides)  # what cannot be run is refused before anything is written
-    home = open_home(sweep, overrides)
-    store = sweep_folder(sweep, home)
-    store.assert_conditional_writes()
-    with Lease(store, command(), wait=False) as lease:
-        every = trials(sweep, overrides)  # whoever held the lease may have pinned the dataset
-        waiting = [trial for trial in every if not store.exists(trial.record)]
-        done = len(every) - len(waiting)
-        display.say(f"sweep {sweep.name}: {len(every)} trials, {done} of them done, {sweep.concurrent} at a time, in {store.url}")
-        manifest = every[0].experiment.data.manifest
+    def pin(self) -> None:
+        """Note the state of the dataset, for every later start."""
         try:
-            store.create("sweep.json", json.dumps({"manifest": manifest}).encode())
+            self.store.create("sweep.json", json.dumps({"manifest": self.manifest.hash}).encode())
         except AlreadyExists:
-            pass  # the first start pinned the dataset
-        errors = _tune(sweep, waiting, store) if waiting else {}
-        outcomes = [_failed(outcome(sweep, trial, home), errors.get(trial.run)) for trial in every]
-        lease.assert_held()
-        store.put("trials.json", json.dumps([_row(one) for one in outcomes], indent=1).encode())
-        if (winner := best(sweep, outcomes)) is not None:
-            store.put("best.yaml", to_yaml(_experiment(sweep, overrides, winner.trial.parameters, manifest)).encode())
-        return outcomes
+            pass
+
+    def trial(self, number: int, point: Point) -> Trial:
+        """The trial at a point.
+
+        Raises:
+            ConfigError: if no experiment is like that.
+        """
+        halving = self.sweep.halving
+        rungs = [f"evaluation.rungs={list(halving.rungs)}", f"evaluation.rung_clips={halving.clips}"] if halving else []
+        experiment = self._experiment(point, *self._asked, *rungs)
+        experiment, first = self._shared(experiment)
+        return Trial(number, point, experiment, first)
+
+    def winner(self, point: Point) -> str:
+        """The experiment of the best trial as a file for jobs/train.py, which scores it on the experiment's own split."""
+        return to_yaml(self._shared(self._experiment(point))[0])
+
+    def known_trials(self, ledger: Ledger) -> list[Trial]:
+        """The trials that there are, and those that there will be as far as that can be said now: all but those Optuna proposes.
+
+        Raises:
+            ConfigError: if two of them are one run.
+        """
+        points = [ledger.trials[number].point for number in sorted(ledger.trials)]
+        while self.sweep.search != "optuna" and len(points) < self.sweep.most:
+            if (point := self.suggest(len(points), [], points)) is None:
+                break
+            points.append(point)
+        found: dict[str, Trial] = {}
+        for number, point in enumerate(points):
+            trial = self.trial(number, point)
+            if (twin := found.setdefault(trial.run, trial)) is not trial:
+                raise ConfigError(
+                    f"sweep {self.sweep.name}: {twin.text} and {trial.text} would be the same run, because they compute the same; "
+                    "a space is made of different values of keys that --help of jobs/train.py calls identity"
+                )
+        return list(found.values())
+
+    def suggest(self, number: int, told: Sequence[Any], taken: Sequence[Point]) -> Point | None:
+        """The point of a trial, as `cluster.studies.searchers.suggest`."""
+        sweep = self.sweep
+        return suggest(sweep.search, self.space, list(sweep.metrics.values()), sweep.seed, number, told, taken)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """Its records: of what is searched, how, for what and on which data. Another question has another ledger, of the same runs."""
+        sweep, base = self.sweep, self._experiment({}, *self._asked)
+        asked = sweep.model_dump(mode="json", include={"space", "search", "seed", "metrics", "halving"})
+        concurrent = sweep.concurrent if sweep.search == "optuna" else 0
+        question = [value_of(base, key) for key in QUESTION]
+        facts = [VERSION, asked, concurrent, self.manifest.hash, name_fields(base), name_fields(base, "end"), question]
+        return Ledger(self.store.at(f"ledger/{digest(facts)[:16]}"))
+
+    def check(self, trials: Sequence[Trial]) -> None:
+        """Refuse halving that could not be done with these trials.
+
+        Raises:
+            ConfigError: naming the key, and what to give it.
+        """
+        if (halving := self.sweep.halving) is None:
+            return
+        clips = min(halving.clips, int(self.manifest.counts(SPLIT).sum()))
+        if 2 * clips < (needed := halving.items_needed(self.sweep.most)):
+            raise ConfigError(
+                f"halving on {clips} clips of {SPLIT} ({2 * clips} items) could stop nothing: at an error of {halving.error:g} over "
+                f"{len(halving.rungs)} rungs and {self.sweep.most} trials it takes {needed} items. Raise halving.clips or halving.error, "
+                "lower the number of rungs, or leave halving out"
+            )
+        for trial in trials:
+            if LAST not in stages_of(trial.experiment.model):
+                raise ConfigError(f"trial {trial.text} has no stage {LAST}, in which halving compares trials: leave halving out")
+            end, batch = stage_end(trial.experiment, LAST, self.manifest), trial.experiment.optim.batch[LAST]
+            if halving.rungs[-1] > end - batch:
+                raise ConfigError(
+                    f"the last rung of halving.rungs is at {halving.rungs[-1]} items, but trial {trial.text} ends at {end} "
+                    f"(steps of {batch}): a rung lies before the last step of every trial"
+                )
+
+    @property
+    def _asked(self) -> tuple[str, ...]:
+        return f"evaluation.split={SPLIT}", "evaluation.baselines=false"
+
+    def _early_points(self) -> list[Point]:
+        """Points that are looked at before anything starts: what will be tried, or what might be."""
+        if self.sweep.search == "grid":
+            return self.space.grid()[: self.sweep.most]
+        points = (suggest("random", self.space, (), self.sweep.seed, number, (), ()) for number in range(self.sweep.most))
+        return [point for point in points if point is not None]
+
+    def _experiment(self, point: Point, *more: str) -> Experiment:
+        """The experiment at a point: its run's name, any free telemetry port, and what else is given."""
+        fixed = [f"data.manifest={json.dumps(self.manifest.hash)}", "telemetry.port=0", *more]
+        experiment = anchored(self.sweep.load(self.overrides, assignments(point), fixed))
+        return _renamed(experiment, name=f"{self.sweep.name}-{digest(name_fields(experiment))[:8]}")
+
+    def _shared(self, experiment: Experiment) -> tuple[Experiment, Experiment | None]:
+        """The experiment with the autoencoder that it takes, and that one's; a run that began with its own goes on with that."""
+        first = first_stage(_renamed(experiment, name=""), self.sweep.name)
+        try:
+            url = f"runs/{experiment.run.name}/config.yaml"
+            begun = build(yaml.safe_load(self.home.read(url)), f"{self.home.url}/{url}").run.autoencoder
+        except NotFound:
+            begun = first.run.name if first else ""
+        if first is None or begun != first.run.name:
+            return experiment, None
+        return _renamed(experiment, autoencoder=begun), first
 
 
-def outcome(sweep: Sweep, trial: Trial, home: Store) -> Outcome:
-    """Where a trial of a sweep in this store stands."""
-    try:
-        return Outcome(trial, "DONE", scores=json.loads(sweep_folder(sweep, home).read(trial.record))["scores"])
-    except NotFound:
-        state = read_state(home.at(f"runs/{trial.run}"))
-    if state is None:
-        return Outcome(trial, "PENDING")
-    return Outcome(trial, "STOPPED" if state.status == "DONE" else state.status, state.why)  # done, but not to this end or question
+def _renamed(experiment: Experiment, **run: str) -> Experiment:
+    return experiment.model_copy(update={"run": experiment.run.model_copy(update=run)})
 
 
-def _failed(one: Outcome, error: Exception | None) -> Outcome:
-    """The outcome, with what its driver died of, unless the run could say itself why it failed."""
-    if error is None or one.state in ("DONE", "FAILED"):
-        return one
-    return replace(one, state="FAILED", why=str(error).strip().splitlines()[-1])
-
-
-def best(sweep: Sweep, outcomes: Sequence[Outcome]) -> Outcome | None:
-    """The trial with the best metric, the first of equals; None while one may still win, or if none has a score."""
-    if any(one.state not in ("DONE", "FAILED") for one in outcomes):
-        return None
-    sign = 1 if sweep.mode == "max" else -1
-    scored = [(sign * value, one) for one in outcomes if (value := one.value(sweep.metric)) is not None]
-    return max(scored, key=lambda pair: pair[0])[1] if scored else None
-
-
-def _manifest(sweep: Sweep, overrides: Sequence[str]) -> str:
-    """Hash of the dataset state that every trial uses."""
+def _manifest(sweep: Sweep, overrides: Sequence[str], store: Store) -> Manifest:
+    """The dataset state that every trial uses."""
     experiment = anchored(sweep.load(overrides))
     try:
-        wanted = experiment.data.manifest or json.loads(sweep_folder(sweep, open_home(sweep, overrides)).read("sweep.json"))["manifest"]
+        wanted = experiment.data.manifest or json.loads(store.read("sweep.json"))["manifest"]
     except NotFound:
         wanted = ""
     manifest = load_manifest(open_store(experiment.data.url), wanted)
     if manifest.split(SPLIT).appropriateness is None:
         raise ValueError(f"split {SPLIT} of {experiment.data.url} has no appropriateness matrix, so trials cannot be compared on it")
-    return manifest.hash
-
-
-def _experiment(sweep: Sweep, overrides: Sequence[str], parameters: dict[str, Any], manifest: str, *more: str) -> Experiment:
-    """The experiment of one combination: its run's name, any free telemetry port, and what else is given."""
-    fixed = [f"data.manifest={json.dumps(manifest)}", "telemetry.port=0", *more]
-    experiment = anchored(sweep.load(overrides, assignments(parameters), fixed))
-    name = f"{sweep.name}-{digest(name_fields(experiment))[:8]}"
-    return experiment.model_copy(update={"run": experiment.run.model_copy(update={"name": name})})
-
-
-def _tune(sweep: Sweep, waiting: list[Trial], store: Store) -> dict[str, Exception]:
-    """Run these trials; each is a process beside the ranks it starts, and reserves next to nothing. Returns the errors by run."""
-    connect(cpus=sweep.concurrent * waiting[0].experiment.workers.least + 1)
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # an interruption ends this process, as that of any job does
-    function = tune.with_parameters(_trial, trials={trial.run: trial for trial in waiting}, store=store)
-    results = tune.Tuner(
-        tune.with_resources(function, {"cpu": 0.01}),  # with a whole CPU each, drivers could leave none for ranks
-        param_space={"run": tune.grid_search([trial.run for trial in waiting])},
-        tune_config=tune.TuneConfig(max_concurrent_trials=sweep.concurrent),
-        run_config=tune.RunConfig(name="tune", storage_path=store.url, verbose=0),
-    ).fit()
-    every = [results[number] for number in range(len(results))]
-    return {result.config["run"]: result.error for result in every if result.config and result.error}
-
-
-def _trial(config: dict[str, str], trials: dict[str, Trial], store: Store) -> None:
-    """The driver of one trial, as Tune starts it."""
-    trial = trials[config["run"]]
-    with Display() as display:
-        scores = execute(trial.experiment, pin(trial.experiment, trial.run), STEPS, display, trial.text)[MODEL].to_dict()
-    record = {"run": trial.run, "parameters": trial.parameters, "scores": scores["official"] | scores["repaired"]}
-    store.put(trial.record, json.dumps(record, indent=1).encode())
-    tune.report(record["scores"])
-
-
-def _row(one: Outcome) -> dict[str, Any]:
-    return {"run": one.trial.run, "parameters": one.trial.parameters, "state": one.state, "why": one.why, "scores": one.scores}
+    return manifest

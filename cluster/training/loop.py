@@ -20,6 +20,7 @@ from cluster.data.manifest import load_manifest
 from cluster.data.quarantine import BadItem, Quarantine
 from cluster.data.reader import Reader
 from cluster.data.stream import Batch, Share, Stream
+from cluster.evaluation.rung import RungMeter, read_rung, write_rung
 from cluster.evaluation.validation import ValidationClips, Validator
 from cluster.runs.checkpoint import Checkpoint
 from cluster.runs.checkpoint_writer import CheckpointWriter
@@ -63,7 +64,7 @@ class Job:
         life: this start of the driver.
         dataset: what the stage reads: clips or latents.
         manifest: hash of the dataset's state.
-        validation: clips that are scored at each checkpoint.
+        validation: clips that are scored at each checkpoint and measured at rungs.
         attempt: how often a worker group of this life was started before, for this stage or an earlier one.
         flops: floating point operations of forward and backward for one item, for telemetry; counted once, by the driver.
     """
@@ -151,10 +152,15 @@ class _Training:
         self.writer = CheckpointWriter(job.run, _gather, place.rank, Retention.of(experiment.run, job.stage), self.superseded)
         self.log = MetricsLog(job.run, job.life, job.attempt, job.stage) if place.rank == 0 else None
         self.validator: Validator | None = None
-        if job.validation:
-            ranks = place.rank, place.ranks
-            self.validator = Validator(experiment, job.validation, kind.module(), _gather, *ranks, place.device)
-        validates = place.rank == 0 and job.validation
+        self.rung_meter: RungMeter | None = None
+        self.looked_at = kind.module() if job.validation else None
+        if job.validation and self.looked_at:
+            ours = _gather, place.rank, place.ranks, place.device
+            if experiment.evaluation.watch:
+                self.validator = Validator(experiment, job.validation, self.looked_at, *ours)
+            if experiment.evaluation.rungs and isinstance(self.looked_at, LatentDiffusion):
+                self.rung_meter = RungMeter(job.validation, experiment.evaluation.rung_clips, self.looked_at, *ours)
+        validates = place.rank == 0 and self.validator
         self.validation_log = MetricsLog(job.run, job.life, job.attempt, validation_name(job.stage)) if validates else None
 
     def run(self) -> dict[str, Any]:
@@ -195,10 +201,13 @@ class _Training:
             return 0
         if self.place.rank == 0:
             tell_other_arithmetic(job.run, found)
-        if self.validator and found.progress < self.share.total and self.looks_at(found) and not self.validated(found):
+        validates = self.validator and self.looks_at(found) and not self.validated(found)
+        if found.progress < self.share.total and (validates or self.rungs_at(found)):
             # The life that wrote it died before.
-            self.take_averages(self.validator, [(one.name, one.start, one.tensors["average"]) for one in self.engine.fragments()])
-            self.validate(self.validator, found)
+            self.take_averages([(one.name, one.start, one.tensors["average"]) for one in self.engine.fragments()])
+            if validates:
+                self.validate(found)
+            self.measure(found)
         self.meter.gauges["progress_items"] = found.progress
         return found.steps
 
@@ -343,12 +352,14 @@ class _Training:
         if self.log is not None and logged:
             self.log.add(progress=after, step=batch.step, **numbers, ledger=int(told.ledger))
         all_uploaded = told.uploaded == self.place.ranks
-        due = self.checkpoint_due(before, after) or bool(told.checkpoint or told.leave)
+        due = self.checkpoint_due(before, after) or bool(self.rungs_within(before, after) or told.checkpoint or told.leave)
         if all_uploaded or told.written or due:
             with self.meter.phase("checkpoint"):
                 committed = self.go_on_with_checkpoint(batch.step + 1, after, bool(told.written), due)
             if committed and self.validator and self.looks_at(committed):
-                self.validate(self.validator, committed)
+                self.validate(committed)
+            if committed:
+                self.measure(committed)
         self.meter.gauges["peak_memory_bytes"] = peak_memory(self.place.device)
         items = len(batch.positions)
         self.meter.step_done(items=items, bytes=batch.bytes, flops=items * self.job.flops)
@@ -359,19 +370,20 @@ class _Training:
         finished = None
         if written or (due and self.writer.busy):  # where the next one is due already, it is waited for
             finished = self.writer.commit()
-            if self.validator and self.looks_at(finished):
-                self.take_averages(self.validator, self.writer.begun("average"))  # before the next one overwrites them
+            if (self.validator and self.looks_at(finished)) or self.rungs_at(finished):
+                self.take_averages(self.writer.begun("average"))  # before the next one overwrites them
         elif self.writer.busy:
             self.writer.publish()
         if due:
             self.checkpoint(steps, progress)
         return finished
 
-    def take_averages(self, validator: Validator, stretches: list[tuple[str, int, torch.Tensor]]) -> None:
-        """Give the copy that is scored the averaged weights that ranks have in memory: those of a checkpoint."""
-        spread(stretches, validator.module, _gather)
+    def take_averages(self, stretches: list[tuple[str, int, torch.Tensor]]) -> None:
+        """Give the copy that is looked at the averaged weights that ranks have in memory: those of a checkpoint."""
+        assert self.looked_at
+        spread(stretches, self.looked_at, _gather)
         for name, buffer in self.engine.stage.named_buffers():
-            validator.module.get_buffer(name).copy_(buffer)
+            self.looked_at.get_buffer(name).copy_(buffer)
 
     def looks_at(self, found: Checkpoint) -> bool:
         """Whether clips of validation are scored with a checkpoint: those that a clock or a fault asked for are not looked at."""
@@ -382,14 +394,33 @@ class _Training:
         name = validation_name(self.job.stage)
         return _gather(self.place.rank == 0 and any(row["progress"] == found.progress for row in read_rows(self.job.run, name)))[0]
 
-    def validate(self, validator: Validator, found: Checkpoint) -> None:
+    def validate(self, found: Checkpoint) -> None:
         """Score a checkpoint on the clips of validation."""
+        assert self.validator
         with self.meter.phase("evaluation"):
-            scores = validator.validate()
+            scores = self.validator.validate()
         self.meter.gauges.update(val_progress_items=found.progress, val_frcorr=scores["FRCorr"], val_frdist=scores["FRDist"])
         if self.validation_log is not None:
             self.validation_log.add(progress=found.progress, **scores)
             self.validation_log.flush()
+
+    def rungs_within(self, before: int, after: int) -> list[int]:
+        """The rungs that a step reaches."""
+        return [rung for rung in self.job.experiment.evaluation.rungs if before < rung <= after] if self.rung_meter else []
+
+    def rungs_at(self, found: Checkpoint) -> list[int]:
+        """The rungs at which this checkpoint is to be measured, and was not."""
+        reached = self.rungs_within(found.progress - self.share.batch, found.progress)
+        return [rung for rung in reached if _gather(self.place.rank == 0 and read_rung(self.job.run, rung) is None)[0]]
+
+    def measure(self, found: Checkpoint) -> None:
+        """Measure a checkpoint, if it is one of a rung."""
+        for rung in self.rungs_at(found):
+            assert self.rung_meter
+            with self.meter.phase("evaluation"):
+                measured = self.rung_meter.measure()
+            if self.place.rank == 0:
+                write_rung(self.job.run, rung, found.progress, measured)
 
     def checkpoint_due(self, before: int, after: int) -> bool:
         """At every multiple of the cadence, at the end, and before a last step that is not a whole batch."""

@@ -44,6 +44,11 @@ class Process:
         above = (below + 1).clamp(max=len(table) - 1)
         return torch.lerp(table[below], table[above], times - below)
 
+    def nearest(self, log_snr: float) -> tuple[int, float]:
+        """The step whose log-SNR is nearest to this one, and its log-SNR."""
+        step = int((self._log_snr - log_snr).abs().argmin())
+        return step, float(self._log_snr[step])
+
     def scales(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """The alpha = sqrt(abar) and sigma = sqrt(1 - abar) at whole or fractional `times`, computed in float64.
 

@@ -144,6 +144,25 @@ class LatentDiffusion(nn.Module):
     forward = loss
 
     @torch.no_grad()
+    def predict_clean(self, speaker: Tensor, listener: Tensor, noise: Tensor, time: int) -> Tensor:
+        """What the denoiser makes of the listener at one time of the process, in a single call, clamped as a sampler does.
+
+        Args:
+            speaker: raw latents (items, frames, encoding).
+            listener: raw latents of the same shape.
+            noise: what they are mixed with, (items, windows, 50, target), standard normal.
+            time: the step.
+
+        Returns:
+            Raw latents of the listener, (items, frames, target).
+        """
+        clean = _windows(self.normalise(listener))[..., : self.target]
+        times = torch.full(clean.shape[:2], time, device=clean.device)
+        noisy = self.process.q_sample(clean, noise, times)
+        prediction = self._denoise(noisy, times, self._condition(self._heard(speaker)))
+        return self.denormalise(self.process.clean(noisy, prediction, times).clamp(-1, 1).flatten(1, 2))
+
+    @torch.no_grad()
     def sample(self, speaker: Tensor, noise: Noise) -> Tensor:
         """K reactions to each speaker, all denoised in one batch under one encoding of the condition.
 

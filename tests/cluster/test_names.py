@@ -1,6 +1,7 @@
 """The same command finds its run for ever: names are golden values, and a field that is added later leaves them as they are."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,22 +9,18 @@ from cluster.config.identity import ORIGINAL_FIELDS, ends, identity, name_fields
 from cluster.config.loading import load
 from cluster.config.schema import Experiment
 from cluster.config.spec import Spec
+from cluster.data.manifest import Manifest
 from cluster.driver.pin import run_name
 from cluster.studies.comparison import Comparison, comparison_runs
-from cluster.studies.sweep import Sweep, trials
+from cluster.studies.sweep import OpenSweep, Sweep
 from reactdiff.config import Model, Optim, field
 from tests.tiny import ROOT
 
 CONFIGS = ROOT / "jobs" / "configs"
 DATASET = "0123456789abcdef0123456789abcdef"
 RUNS = {"demo": "demo-51f31449", "online": "online-a5082c18", "react2024": "react2024-e04336ca"}
-TRIALS = {
-    "demo-sweep-69f5475b": "trials/0f0657b63b8f8d9838df999031d4a557.json",
-    "demo-sweep-796cd5af": "trials/0a1f84f6560ff55de52f800068c9ddc6.json",
-    "demo-sweep-201b0d74": "trials/e494e540f5334eb92ceee699aa23991f.json",
-    "demo-sweep-d65fa655": "trials/3543558fb02a4832a732474f8ce572d3.json",
-}
-"""Run -> record of each trial of the demo's sweep."""
+TRIALS = ["demo-sweep-69f5475b", "demo-sweep-796cd5af", "demo-sweep-201b0d74", "demo-sweep-d65fa655"]
+"""Run of each trial of the demo's sweep."""
 
 ROWS = {
     "ReactDiff, x0": "af91c7d4 da55c17f 5d88c922",
@@ -81,9 +78,12 @@ def test_a_run_has_the_name_it_always_had(config: str) -> None:
 
 
 @pytest.mark.usefixtures("release")
-def test_the_trials_of_the_demo_s_sweep_have_the_names_they_always_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.studies.sweep._manifest", lambda *_: DATASET)
-    assert {trial.run: trial.record for trial in trials(Sweep.read(CONFIGS / "sweep.yaml"), [])} == TRIALS
+def test_the_trials_of_the_demo_s_sweep_have_the_names_they_always_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Manifest(kind="clips", frames=100, streams=[], targets={}, members=[], splits={})
+    manifest._hash = DATASET
+    monkeypatch.setattr("cluster.studies.sweep._manifest", lambda *_: manifest)
+    opened = OpenSweep(Sweep.read(CONFIGS / "sweep.yaml"), [f"run.store={tmp_path}"])
+    assert [trial.run for trial in opened.known_trials(opened.ledger)] == TRIALS
 
 
 @pytest.mark.usefixtures("release")

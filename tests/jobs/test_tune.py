@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -34,24 +35,73 @@ def lives(store: Path) -> dict[str, int]:
     return {path.name: newest_life(open_store(str(path))) for path in (store / "runs").iterdir()}
 
 
+def ledger(store: Path, name: str) -> dict[str, bytes]:
+    """The records of the only ledger of a sweep, by key."""
+    (folder,) = (store / "sweeps" / name / "ledger").iterdir()
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.json"))}
+
+
+def ends(store: Path, name: str) -> list[dict[str, Any]]:
+    """How its trials ended, in the order of their numbers."""
+    return [json.loads(data) for key, data in ledger(store, name).items() if key.endswith("/end.json")]
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_seeded_sweep_trains_every_trial_shares_latents_and_leaves_the_best_as_a_configuration(every_split: Path, tmp_path: Path) -> None:
     store, config = tmp_path / "store", tmp_path / "sweep.yaml"
-    config.write_text("name: two\ngrid: {diffusion.schedule: [cosine, linear]}\nmetric: FRDist\nmode: min")
+    config.write_text("name: two\nspace: {diffusion.schedule: [cosine, linear]}\nmetrics: {FRDist: min}")
     command = ["--config", config, *arguments(every_split, store)]
     first = call("tune", *command)
-    assert "2 trials, 0 of them done" in first.stdout
-    assert set(states(store).values()) == {"DONE"} and len(states(store)) == 2
+    assert "2 trials, 0 of them done" in first.stdout and "share of the variance of FRDist over 2 trials" in first.stdout
+    (shared,) = [run for run in states(store) if "autoencoder" in run]
+    assert states(store).pop(shared) == "STOPPED", "it is asked for no more than its autoencoder and latents"
+    assert sorted(states(store).values()) == ["DONE", "DONE", "STOPPED"]
     assert len(list((store / "latents").iterdir())) == 1, "both trials have the same autoencoder, so they share its latents"
-    rows = json.loads((store / "sweeps/two/trials.json").read_text())
-    winner = min(rows, key=lambda row: row["scores"]["FRDist"])
+    exports = {json.loads(path.read_text())["hash"] for path in (store / "runs").glob("*/exports/autoencoder/*.json")}
+    assert len(exports) == 1 and not list((store / "runs").glob("two-????????/checkpoints/autoencoder/*")), "trained once"
+    records = [json.loads(data) for key, data in ledger(store, "two").items() if key.endswith("/trial.json")]
+    number = min(range(2), key=lambda number: ends(store, "two")[number]["scores"]["FRDist"])
     chosen = yaml.safe_load((store / "sweeps/two/best.yaml").read_text())
-    assert (chosen["run"]["name"], chosen["diffusion"]["schedule"]) == (winner["run"], winner["parameters"]["diffusion.schedule"])
+    winner = records[number]
+    assert (chosen["run"]["name"], chosen["diffusion"]["schedule"]) == (winner["run"], winner["point"]["diffusion.schedule"])
     assert chosen["evaluation"]["split"] == "test", "the winner is reported on another split than it was chosen on"
     again = call("tune", *command)
     assert "2 trials, 2 of them done" in again.stdout and set(lives(store).values()) == {1}
     assert not pin(load(store / "sweeps/two/best.yaml"), "best").fresh, "jobs/train.py goes on with the winner's run"
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.slow
+def test_a_halved_sweep_decides_alike_however_many_trials_run_at_a_time_and_after_a_kill(every_split: Path, tmp_path: Path) -> None:
+    config = tmp_path / "sweep.yaml"
+    config.write_text(
+        "name: half\nspace: {optim.lr.diffusion: [1.0e-2, 1.0e-9, 1.0e-8]}\nmetrics: {FRDist: min}\n"
+        "halving: {rungs: [6], error: 0.3, clips: 4}\nsearch: grid\n"
+    )
+    more = ("optim.ema=0", "optim.epochs={autoencoder: 1, diffusion: 12}")
+    found = {}
+    for name, concurrent in (("one", 1), ("three", 3)):
+        store, file = tmp_path / name, tmp_path / f"{name}.yaml"
+        file.write_text(config.read_text() + f"concurrent: {concurrent}\n")
+        command = [str(text) for text in ("--config", file, *arguments(every_split, store), *more)]
+        if concurrent > 1:
+            driver = subprocess.Popen([sys.executable, ROOT / "jobs/tune.py", *command], start_new_session=True)
+            try:
+                deadline = time.monotonic() + 900
+                while not list(store.glob("sweeps/half/ledger/*/*/rung-0.json")):
+                    assert driver.poll() is None and time.monotonic() < deadline, "the sweep ended before it could be killed"
+                    time.sleep(0.1)
+            finally:
+                os.kill(driver.pid, signal.SIGKILL)
+                driver.wait()
+        said = job("tune", *command).stdout
+        assert said.count("stopped at rung 1: trial 0 is better") == 2, said
+        assert "times below unpaired" in said and "nearest steps" in said
+        found[name] = {key: data for key, data in ledger(store, "half").items() if not key.endswith("/end.json")}
+        exports = [json.loads(path.read_text())["hash"] for path in (store / "runs").glob("half-????????/exports/diffusion/*.json")]
+        found[f"{name} weights"] = exports[:1]
+    assert found["one"] == found["three"] and found["one weights"] == found["three weights"]
 
 
 def test_a_dry_run_lists_the_trials_and_starts_nothing(every_split: Path, tmp_path: Path) -> None:
@@ -61,7 +111,7 @@ def test_a_dry_run_lists_the_trials_and_starts_nothing(every_split: Path, tmp_pa
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
-    (tmp_path / "sweep.yaml").write_text("name: x\ngrid: {diffusion.shedule: [cosine]}")
+    (tmp_path / "sweep.yaml").write_text("name: x\nspace: {diffusion.shedule: [cosine]}")
     done = call("tune", "--config", tmp_path / "sweep.yaml", f"run.store={tmp_path}/store", check=False)
     assert done.returncode == 1 and "did you mean diffusion.schedule?" in done.stderr
     assert not (tmp_path / "store").exists()
@@ -75,7 +125,7 @@ def test_a_killed_sweep_goes_on_with_the_same_command(every_split: Path, tmp_pat
     driver = subprocess.Popen([sys.executable, ROOT / "jobs/tune.py", *command], start_new_session=True)
     try:
         deadline = time.monotonic() + 900
-        while sorted(states(store).values()) != ["DONE", "RUNNING"]:
+        while sorted(state for run, state in states(store).items() if "autoencoder" not in run) != ["DONE", "RUNNING"]:
             assert driver.poll() is None and time.monotonic() < deadline, "the sweep ended before it could be killed"
             time.sleep(0.2)
     finally:
@@ -84,6 +134,8 @@ def test_a_killed_sweep_goes_on_with_the_same_command(every_split: Path, tmp_pat
     before = states(store)
     done = job("tune", *command)
     assert "4 trials, 1 of them done" in done.stdout
-    assert set(states(store).values()) == {"DONE"} and len(states(store)) == 4
-    assert sorted(lives(store).values()) == [1, 1, 1, 2], f"only the trial that was running is started again; before: {before}"
+    trials = [run for run in states(store) if "autoencoder" not in run]
+    assert [states(store)[run] for run in trials] == ["DONE"] * 4
+    assert sorted(lives(store)[run] for run in trials) == [1, 1, 1, 2], f"only the one that was running is started again; before: {before}"
+    assert len(states(store)) == 6, "trials of equal depth share an autoencoder"
     assert (store / "sweeps/demo-sweep/best.yaml").exists()

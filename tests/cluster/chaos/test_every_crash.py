@@ -147,7 +147,7 @@ def alone() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def programs(alone: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Undisturbed]:
-    """The three programs by name, each run when it is first asked for."""
+    """The programs by name, each run when it is first asked for."""
     made: dict[str, Undisturbed] = {}
 
     def program(name: str) -> Undisturbed:
@@ -165,8 +165,20 @@ def run(folder: Path) -> Undisturbed:
 
 def two_trials(folder: Path) -> Undisturbed:
     make_shards(folder, "train=4", "val=2", per_shard=4)
-    (folder / "sweep.yaml").write_text("name: two\ngrid: {diffusion.schedule: [cosine, linear]}\nmetric: FRDist\nmode: min")
+    (folder / "sweep.yaml").write_text("name: two\nspace: {diffusion.schedule: [cosine, linear]}\nmetrics: {FRDist: min}")
     return Undisturbed(folder, "tune", "--config", str(folder / "sweep.yaml"), *settings(folder / "shards", folder / "store"), *TINY)
+
+
+def halved(folder: Path) -> Undisturbed:
+    """Its second trial learns nothing, and is stopped at the rung."""
+    make_shards(folder, "train=4", "val=2", per_shard=4)
+    (folder / "sweep.yaml").write_text(
+        "name: half\nspace: {optim.lr.diffusion: [1.0e-2, 1.0e-9]}\nmetrics: {FRDist: min}\nhalving: {rungs: [4], error: 0.3, clips: 2}"
+    )
+    command = ("tune", "--config", str(folder / "sweep.yaml"), *settings(folder / "shards", folder / "store"), *TINY, "optim.ema=0")
+    sweep = Undisturbed(folder, *command)
+    assert "trial 1 is stopped" in sweep.said and "trial 0 is at its end: DONE" in sweep.said, sweep.said
+    return sweep
 
 
 def tick(folder: Path) -> Undisturbed:
@@ -181,7 +193,7 @@ def tick(folder: Path) -> Undisturbed:
     return second
 
 
-PROGRAMS = {"run": run, "two trials": two_trials, "tick": tick}
+PROGRAMS = {"run": run, "two trials": two_trials, "halved": halved, "tick": tick}
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -195,7 +207,7 @@ def test_killed_before_any_of_its_writes_a_program_ends_in_the_same_bytes(
     assert not wrong, json.dumps(wrong, indent=1)
 
 
-def test_seeded_ten_crash_points_of_the_three_programs(programs: Callable[[str], Undisturbed], capsys: pytest.CaptureFixture[str]) -> None:
+def test_seeded_ten_crash_points_of_the_programs(programs: Callable[[str], Undisturbed], capsys: pytest.CaptureFixture[str]) -> None:
     chance = random.Random(int(os.environ.get("REACTDIFF_SEED", "0")))
     there = [(name, point) for name in PROGRAMS for point in programs(name).points]
     wrong = {}

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray.train import WorkerGroupError
 
 from cluster.driver import launch as launching
+from cluster.driver.interruption import Enough
 from cluster.driver.launch import launch
 from cluster.runtime.placement import Gang
 from cluster.storage import open_store
@@ -54,6 +56,45 @@ def test_told_to_end_is_told_to_end_also_where_the_stage_ends_meanwhile(monkeypa
     with closing(exporter), Display(said) as display, pytest.raises(KeyboardInterrupt):
         launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None)
     assert "checkpoint at 12 items; the same command goes on from there" in said.getvalue()
+
+
+class Leaving:
+    """A group whose ranks leave, or fail, after they were told that they have come far enough."""
+
+    hang, reason, why, fails = None, "enough", "another trial is better", False
+
+    def __init__(self, *given: object):
+        self.enough = given[-1]
+
+    def where(self, *_: object) -> str:
+        return ""
+
+    def train(self, *_: object) -> dict[str, object]:
+        assert callable(self.enough) and self.enough() == self.why
+        if self.fails:
+            raise WorkerGroupError("a rank died of it", {0: RuntimeError("gone")})
+        return {"progress": 12, "steps": 2, "left": True}
+
+
+@pytest.mark.starts
+@pytest.mark.parametrize("fails", [False, True])
+def test_ranks_that_came_far_enough_are_not_started_again(fails: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(launching, "Group", Leaving)
+    monkeypatch.setattr(Leaving, "fails", fails)
+    monkeypatch.setattr(launching, "wait_for_place", lambda *_: ["node"])
+    exporter = Exporter("run", 1, port=0)
+    job = Job(tiny(tmp_path, tmp_path), STAGE, open_store(str(tmp_path)), 1, open_store(str(tmp_path)), "")
+    with closing(exporter), Display(StringIO()) as display, pytest.raises(Enough, match="another trial is better"):
+        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None, lambda: Leaving.why)
+
+
+@pytest.mark.starts
+def test_a_run_that_came_far_enough_does_not_wait_for_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(launching, "wait_for_place", lambda gang, limit, report: report(1.0, "waiting"))
+    exporter = Exporter("run", 1, port=0)
+    job = Job(tiny(tmp_path, tmp_path), STAGE, open_store(str(tmp_path)), 1, open_store(str(tmp_path)), "")
+    with closing(exporter), Display(StringIO()) as display, pytest.raises(Enough, match="far enough"):
+        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None, lambda: "far enough")
 
 
 @pytest.fixture(scope="module")

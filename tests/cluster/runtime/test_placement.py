@@ -6,7 +6,7 @@ import pytest
 
 from cluster.runtime import placement
 from cluster.runtime.nodes import Node
-from cluster.runtime.placement import Gang, NoPlace, assert_possible, fit, wait_for_place
+from cluster.runtime.placement import Gang, NoPlace, assert_possible, fit, gangs_at_once, wait_for_place
 
 
 def node(name: str, cpus: float, free: float | None = None, draining: bool = False, **labels: str) -> Node:
@@ -119,6 +119,20 @@ def test_more_than_the_autoscaler_may_have_is_refused_with_the_numbers(cluster: 
 
 def test_a_cluster_started_by_hand_may_grow_so_nothing_is_refused(cluster: dict) -> None:
     assert_possible(Gang(100, 100, {"CPU": 1.0, "GPU": 8.0}))
+
+
+def test_as_many_gangs_run_at_once_as_the_machines_have_room_for_busy_or_not(cluster: dict) -> None:
+    cluster.update(private=False, nodes=[node("1", 4, free=0), node("2", 3), node("3", 9, pool="driver", draining=True)])
+    assert gangs_at_once(Gang(2, 2, ONE_CPU)) == 8
+    assert gangs_at_once(Gang(2, 4, {"CPU": 2.0})) == 3
+    assert gangs_at_once(Gang(2, 2, ONE_CPU, labels={"pool": "driver"})) == 4
+    assert gangs_at_once(Gang(64, 64, ONE_CPU)) == 1, "what has no room yet is waited for"
+
+
+def test_an_autoscaler_s_maximum_is_what_counts_where_there_is_one(cluster: dict) -> None:
+    cluster.update(private=False, nodes=[node("1", 2)], maximum={"CPU": 40.0, "GPU": 6.0})
+    assert gangs_at_once(Gang(2, 2, ONE_CPU)) == 20
+    assert gangs_at_once(Gang(2, 2, {"CPU": 4.0, "GPU": 1.0})) == 3
 
 
 def test_a_wait_tells_what_for_and_is_given_up_after_its_limit(cluster: dict, monkeypatch: pytest.MonkeyPatch) -> None:

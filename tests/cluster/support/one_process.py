@@ -20,9 +20,10 @@ from cluster.evaluation import evaluate
 from cluster.runs import build_latents, checkpoint_writer, inventory, lease
 from cluster.runs.lineage import open_attempt
 from cluster.runtime.ray_cluster import Resources
-from cluster.storage import Store
-from cluster.studies import sweep
-from cluster.studies.sweep import Sweep, Trial
+from cluster.studies import trial, tuner
+from cluster.studies.search import Search
+from cluster.studies.trial import run_trial
+from cluster.studies.tuner import Show
 from cluster.training.loop import Job, Place, train
 from jobs import prepare as prepare_job
 from tests.cluster.support.interleaving import Inline
@@ -35,15 +36,17 @@ NEVER = 1e6
 def one_process() -> Iterator[None]:
     """Until the end of the block, this process is all there is, and each command it gives that of a new driver: the one before is dead."""
     with pytest.MonkeyPatch.context() as patch, _group_of_one():
-        for module in (run, sweep, prepare_job):
+        for module in (run, tuner, prepare_job):
             patch.setattr(module, "connect", lambda *_, **__: Resources(1, 0, 1))
         for name in ("assert_visible", "assert_possible", "driver_risk"):
             patch.setattr(run, name, lambda *_: None)
         patch.setattr(run, "launch", _launch)
+        patch.setattr(tuner, "assert_possible", lambda *_: None)
+        patch.setattr(tuner, "gangs_at_once", lambda *_: 1)
+        patch.setattr(tuner, "tune_trials", _tune_trials)
+        patch.setattr(trial, "Lookout", _Asked)
         for module in (build_latents, evaluate, prepare):
             patch.setattr(module, "map_tasks", _map_tasks)
-        patch.setattr(sweep, "_tune", _tune)
-        patch.setattr(sweep.tune, "report", lambda _: None)
         patch.setattr(checkpoint_writer, "ThreadPoolExecutor", lambda *_, **__: Inline())
         patch.setattr(inventory, "parallel_map", map)
         patch.setattr(lease, "BEAT", NEVER)
@@ -82,7 +85,16 @@ def _map_tasks(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], _
         yield number, function(shared, *call)
 
 
-def _tune(_: Sweep, waiting: list[Trial], store: Store) -> dict[str, Exception]:
-    for trial in waiting:
-        sweep._trial({"run": trial.run}, {trial.run: trial}, store)
+class _Asked:
+    """A lookout that asks when it is asked."""
+
+    def __init__(self, ask: Callable[[], str], _: float):
+        self.answer = ask
+
+
+def _tune_trials(search: Search, _: int, show: Show) -> dict[int, str]:
+    while (number := search.next(())) is not None:
+        run_trial(search.opened, number, lambda _: search.refresh())
+        search.refresh()
+        show(search, {})
     return {}

@@ -1,0 +1,123 @@
+"""Which point a sweep tries next: a grid, at random, or as Optuna proposes; this is the only module that knows Optuna.
+
+A suggestion is a pure function of the seed, the trial's number and what it is told of earlier trials. No searcher keeps a state.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import TPESampler
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from cluster.studies.space import Dimension, Point, Space
+from reactdiff.data.keyed import generator, seed_of
+
+Method = Literal["grid", "random", "optuna"]
+Mode = Literal["max", "min"]
+
+TRIES = 100
+"""Draws that were all tried before, after which a space is taken to be exhausted."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a searcher is told of a trial.
+
+    Attributes:
+        point: that was tried.
+        values: of the metrics, in their order; None where it was stopped, failed, or one is undefined.
+        errors: items -> mean error at that rung, up to the rung at which it was stopped.
+    """
+
+    point: Point
+    values: Sequence[float] | None
+    errors: Mapping[int, float] = field(default_factory=dict)
+
+
+def suggest(
+    method: Method, space: Space, modes: Sequence[Mode], seed: int, number: int, told: Sequence[Told], taken: Collection[Point]
+) -> Point | None:
+    """The point of a trial.
+
+    Args:
+        method: how to search.
+        space: what to search.
+        modes: whether more or less of each metric is better.
+        seed: of the search.
+        number: of the trial.
+        told: of the trials that it may know, from number 0 on.
+        taken: points of all lower-numbered trials, which are not tried again.
+
+    Returns:
+        The point, None if there is none left.
+    """
+    if method == "grid":
+        points = space.grid()
+        return points[number] if number < len(points) else None
+    for attempt in range(TRIES):
+        if method == "random":
+            point = space.draw(lambda key, attempt=attempt: float(generator("sweep", seed, number, attempt, key).random()))  # type: ignore[misc]
+        else:
+            point = _ask(space, modes, seed_of("sweep", seed, number, attempt) % 2**32, told)
+        if point not in taken:
+            return point
+    return None
+
+
+def _ask(space: Space, modes: Sequence[Mode], seed: int, told: Sequence[Told]) -> Point:
+    """What a new study proposes that is told all of this (TPE; Bergstra et al., 2011)."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        directions = [StudyDirection.MAXIMIZE if mode == "max" else StudyDirection.MINIMIZE for mode in modes]
+        # One key at a time, so that keys may depend on others.
+        study = optuna.create_study(directions=directions, sampler=TPESampler(seed=seed, multivariate=False, constant_liar=False))
+        study.add_trials([_frozen(space, modes, one) for one in told])
+        trial = study.ask()
+        return space.point(lambda key, dimension: _proposed(trial, key, dimension))
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def _frozen(space: Space, modes: Sequence[Mode], told: Told) -> FrozenTrial:
+    """A finished trial as Optuna has it: one that was stopped is pruned, and one without values has failed."""
+    distributions = {key: _distribution(space.dimensions[key]) for key in told.point}
+    params = {key: _internal(space.dimensions[key], value) for key, value in told.point.items()}
+    if told.values is not None:
+        return create_trial(values=list(told.values), params=params, distributions=distributions)
+    if told.errors and len(modes) == 1:  # of several metrics, Optuna ranks no pruned trials
+        sign = -1 if modes[0] == "max" else 1
+        errors = {items: sign * error for items, error in told.errors.items()}
+        return create_trial(state=TrialState.PRUNED, params=params, distributions=distributions, intermediate_values=errors)
+    return create_trial(state=TrialState.FAIL, params=params, distributions=distributions)
+
+
+def _distribution(dimension: Dimension) -> BaseDistribution:
+    if dimension.choice:
+        return CategoricalDistribution(range(len(dimension.choice)))  # its values may be lists, which Optuna does not take
+    assert dimension.bounds
+    (low, high), log = dimension.bounds, dimension.log_range is not None
+    return IntDistribution(int(low), int(high), log=log) if dimension.whole else FloatDistribution(low, high, log=log)
+
+
+def _internal(dimension: Dimension, value: Any) -> Any:
+    return dimension.choice.index(value) if dimension.choice else value
+
+
+def _proposed(trial: optuna.Trial, key: str, dimension: Dimension) -> Any:
+    if dimension.choice:
+        return dimension.choice[trial.suggest_categorical(key, range(len(dimension.choice)))]
+    assert dimension.bounds
+    (low, high), log = dimension.bounds, dimension.log_range is not None
+    return trial.suggest_int(key, int(low), int(high), log=log) if dimension.whole else trial.suggest_float(key, low, high, log=log)
+
+
+def defined(scores: Mapping[str, float | None] | None, metrics: Collection[str]) -> list[float] | None:
+    """The scores of these metrics, None if one of them is missing or undefined."""
+    found = [(scores or {}).get(metric) for metric in metrics]
+    return [value for value in found if value is not None] if all(v is not None and math.isfinite(v) for v in found) else None

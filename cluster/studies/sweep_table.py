@@ -1,0 +1,164 @@
+"""A sweep as a table: its trials, what they measured at the rungs, what was decided, and what they reached."""
+
+import sys
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+
+from cluster.runs.state import read_state
+from cluster.studies.importance import importance
+from cluster.studies.ledger import TrialRecord
+from cluster.studies.search import Search
+from cluster.studies.searchers import defined
+from cluster.studies.space import value_text
+from cluster.studies.sweep import Trial
+
+WIDTH = 200
+"""Columns where there is no terminal."""
+
+
+def sweep_console() -> Console:
+    """Where tables of sweeps are shown."""
+    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+
+
+def sweep_table(search: Search, states: Mapping[int, str], more: Mapping[int, Trial] | None = None) -> Table:
+    """A line for each trial, the best one marked.
+
+    Args:
+        search: the sweep.
+        states: what is known of trials beside the ledger: number -> "RUNNING", or why it failed.
+        more: trials that will be, and are in no ledger yet.
+    """
+    sweep, records = search.opened.sweep, search.ledger.trials
+    halving, winner = sweep.halving, search.best()
+    rungs = [f"at {items}" for items in halving.rungs] if halving else []
+    metrics = ", ".join(f"{name} ({mode})" for name, mode in sweep.metrics.items())
+    table = Table(title=f"sweep {sweep.name}: {metrics} on val", title_justify="left")
+    for column in ("", "trial", *sweep.space, *rungs, *sweep.metrics, "run", "state"):
+        table.add_column(column, overflow="fold")
+    for number in sorted(records):
+        record = records[number]
+        values = [value_text(record.point[key]) if key in record.point else "" for key in sweep.space]
+        errors = [f"{record.error(rung):.5f}{_mark(record, rung)}" if rung in record.rungs else "" for rung in range(len(rungs))]
+        scores = [_score(record, metric) for metric in sweep.metrics]
+        best = "best" if record is winner else ""
+        table.add_row(best, str(number), *values, *errors, *scores, record.run, _state(search, record, states.get(number, "")))
+    for number, trial in (more or {}).items():
+        values = [value_text(trial.point[key]) if key in trial.point else "" for key in sweep.space]
+        table.add_row("", str(number), *values, *([""] * (len(rungs) + len(sweep.metrics))), trial.run, "PENDING")
+    if halving:
+        table.caption = "\n".join(_rung_lines(search))
+        table.caption_justify = "left"
+    return table
+
+
+def importance_table(search: Search) -> Table | None:
+    """How much each key matters, None if nothing can be said: by the first rung where there is one, which all trials reach."""
+    sweep, records = search.opened.sweep, [search.ledger.trials[number] for number in sorted(search.ledger.trials)]
+    if sweep.halving:
+        pairs = [(record.point, record.error(0)) for record in records if 0 in record.rungs]
+        what = f"the error at {sweep.halving.rungs[0]} items"
+    else:
+        scored = [(record.point, defined(record.scores, [sweep.first_metric])) for record in records]
+        pairs, what = [(point, values[0]) for point, values in scored if values], sweep.first_metric
+    shares = importance(search.opened.space, [point for point, _ in pairs], [value for _, value in pairs])
+    if not shares:
+        return None
+    title = f"share of the variance of {what} over {len(pairs)} trials"
+    table = Table(title=title, title_justify="left", min_width=len(title))
+    table.add_column("key")
+    table.add_column("share", justify="right")
+    for key, share in sorted(shares.items(), key=lambda pair: -pair[1]):
+        table.add_row(key, f"{share:.0%}")
+    return table
+
+
+class LiveSweep:
+    """Shows a sweep that is under way: a table on a terminal, elsewhere a line for each thing that happens."""
+
+    def __init__(self) -> None:
+        self._console = sweep_console()
+        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        self._said: set[str] = set()
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            self._live.update(Group())  # the table at the end says it all
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        self._console.print(text, soft_wrap=True)
+
+    def show(self, search: Search, states: Mapping[int, str]) -> None:
+        """How it stands now."""
+        if self._live:
+            self._live.update(sweep_table(search, states), refresh=True)
+            return
+        for number in sorted(search.ledger.trials):
+            for line in _news(search.ledger.trials[number], states.get(number, "")):
+                if line not in self._said:
+                    self._said.add(line)
+                    self.say(line)
+
+
+def _news(record: TrialRecord, state: str) -> list[str]:
+    name = f"trial {record.number}"
+    lines = [f"{name} starts: {record.run}"] if state == "RUNNING" else []
+    lines += [f"{name} at {facts['progress']} items: error {record.error(rung):.5f}" for rung, facts in sorted(record.rungs.items())]
+    lines += [f"{name} is stopped: {_why_stopped(record)}"] if record.standing.stopped_at is not None else []
+    return lines + ([f"{name} is at its end: {record.end} {record.why}".rstrip()] if record.end in ("DONE", "FAILED") else [])
+
+
+def _mark(record: TrialRecord, rung: int) -> str:
+    return "" if rung not in record.choices else "" if record.choices[rung].goes_on else " x"
+
+
+def _score(record: TrialRecord, metric: str) -> str:
+    if record.scores is None or record.standing.stopped_at is not None:
+        return ""
+    value = defined(record.scores, [metric])
+    return f"{value[0]:.4f}" if value else "undefined"
+
+
+def _state(search: Search, record: TrialRecord, known: str) -> str:
+    if record.standing.stopped_at is not None:
+        return _why_stopped(record)
+    if record.end or known:
+        return f"{record.end or known} {record.why}".strip() if record.end or known == "RUNNING" else f"FAILED {known}"
+    state = read_state(search.opened.home.at(f"runs/{record.run}"))
+    if state is None:
+        return "PENDING"
+    return f"{'STOPPED' if state.status == 'DONE' else state.status} {state.why}".strip()  # done, but not to this end or question
+
+
+def _why_stopped(record: TrialRecord) -> str:
+    choice = record.choices[record.standing.stopped_at or 0]
+    return f"stopped at rung {choice.rung + 1}: trial {choice.against} is better, p = {choice.p:.2g} (at most {choice.level:.2g})"
+
+
+def _rung_lines(search: Search) -> list[str]:
+    """What the errors of the table are, and what pairing is worth."""
+    records = search.ledger.trials.values()
+    measured = [facts for record in records for facts in record.rungs.values()]
+    if not measured:
+        return []
+    asked = [level for level, _ in measured[0]["levels"]]
+    used = {tuple(round(got, 2) for _, got in facts["levels"]) for facts in measured}
+    steps = "; ".join(", ".join(f"{got:g}" for got in each) for each in sorted(used))
+    lines = [f"errors: of the decoded x0 prediction, at log-SNR {', '.join(f'{level:g}' for level in asked)} (nearest steps: {steps})"]
+    ratios = [choice.smaller for record in records for choice in record.choices.values() if choice.smaller]
+    if ratios:
+        middle = sorted(ratios)[len(ratios) // 2]
+        lines.append(f"the variance of paired differences is {middle:.3g} times below unpaired (median of {len(ratios)} comparisons)")
+    return lines

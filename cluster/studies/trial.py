@@ -1,0 +1,99 @@
+"""The driver of one trial: a run like any other, whose rungs go into the ledger, and which ends where the ledger says so."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cluster.driver.interruption import Enough
+from cluster.driver.lookout import Lookout
+from cluster.driver.pin import pin
+from cluster.driver.run import STEPS, execute
+from cluster.evaluation.rows import MODEL
+from cluster.evaluation.rung import read_rung
+from cluster.runtime.failures import StageFailed
+from cluster.storage import StorageError
+from cluster.studies.first_stage import train_first_stage
+from cluster.studies.sweep import OpenSweep
+from cluster.telemetry.display import Display
+
+LOOK = 1.0
+"""Seconds between two looks for rungs that were measured, and for decisions."""
+
+FOR_GOOD = ("non_finite",)
+"""Failures of a trial that would come again: its end."""
+
+log = logging.getLogger(__name__)
+
+
+def run_trial(opened: OpenSweep, number: int, report: Callable[[Mapping[str, Any]], None]) -> None:
+    """Bring a trial to its end, or to where it is stopped.
+
+    Args:
+        opened: the sweep.
+        number: of the trial.
+        report: told that something of the trial was entered in the ledger.
+
+    Raises:
+        ConfigError, StageFailed, Superseded, KeyboardInterrupt: as `cluster.driver.run.execute`; the same trial goes on later.
+    """
+    ledger = opened.ledger
+    ledger.refresh()
+    trial = opened.trial(number, ledger.trials[number].point)
+    steering = _Steering(opened, number, trial.run, report)
+    stopped = steering.look()
+    with Display() as display:
+        try:
+            if trial.first and not stopped:
+                train_first_stage(trial.first, display, trial.text)
+            pinned = pin(trial.experiment, trial.run)
+            enough = (lambda: stopped) if stopped else steering
+            scores = execute(trial.experiment, pinned, STEPS, display, trial.text, enough=enough)[MODEL].to_dict()
+            steering.look()
+            ledger.enter_end(number, "DONE", scores=scores["official"] | scores["repaired"])
+        except Enough as told:
+            ledger.enter_end(number, "STOPPED", str(told))
+            display.say(f"trial {number} ends: {told}")
+        except StageFailed as failed:
+            if failed.failure.name not in FOR_GOOD:
+                raise
+            steering.look()
+            ledger.enter_end(number, "FAILED", failed.what)
+            display.say(f"trial {number} failed: {failed}")
+    report({"trial": number})
+
+
+class _Steering:
+    """Tells the ledger what the run has measured, and the run what the ledger says; called by the run all the time."""
+
+    def __init__(self, opened: OpenSweep, number: int, run: str, report: Callable[[Mapping[str, Any]], None]):
+        halving = opened.sweep.halving
+        self._rungs = halving.rungs if halving else ()
+        self._ledger, self._number, self._run, self._report = opened.ledger, number, opened.home.at(f"runs/{run}"), report
+        self._entered, self._reported = set[int](), 0
+        self._lookout = Lookout(self._ask, LOOK)
+
+    def __call__(self) -> str:
+        if not self._rungs or (why := self._lookout.answer()) is None:
+            return ""
+        if len(self._entered) > self._reported:
+            self._reported = len(self._entered)
+            self._report({"trial": self._number, "rungs": self._reported})
+            return self._lookout.answer() or why  # what was decided on that may be known already
+        return why
+
+    def look(self) -> str:
+        """Enter what was measured since; why the trial is stopped, if it is."""
+        for rung, items in enumerate(self._rungs):
+            if rung not in self._entered and (measured := read_rung(self._run, items)) is not None:
+                self._ledger.enter_rung(self._number, rung, measured)
+                self._entered.add(rung)
+        if (choice := self._ledger.stopped(self._number, len(self._rungs))) is None:
+            return ""
+        return f"stopped at rung {choice.rung + 1}, where trial {choice.against} is better (p = {choice.p:.2g}, at most {choice.level:.2g})"
+
+    def _ask(self) -> str:
+        try:
+            return self.look()
+        except StorageError as error:
+            log.warning("no look into the ledger: %s", error)
+            return ""

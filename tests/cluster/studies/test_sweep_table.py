@@ -1,0 +1,80 @@
+"""What is shown of a sweep: every trial with its rungs, why it was stopped, what pairing is worth, and each thing that happens once."""
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cluster.data.manifest import File, Manifest, Split, publish
+from cluster.storage import open_store
+from cluster.studies.search import Search
+from cluster.studies.sweep import OpenSweep, Sweep
+from cluster.studies.sweep_table import LiveSweep, importance_table, sweep_table
+
+
+def rung(progress: int, worse: float) -> dict[str, Any]:
+    errors = [[0.1 + item / 10 + worse + 1e-4 * (item % 3) * worse, 0.02] for item in range(16)]
+    return {"progress": progress, "levels": [[0.0, -0.1234], [3.0, 2.71]], "errors": errors}
+
+
+@pytest.fixture
+def search(tmp_path: Path) -> Search:
+    splits = {"train": Split(), "val": Split(appropriateness=File(file="val/matrix.npy", hash="0" * 32))}
+    publish(open_store(f"{tmp_path}/shards"), Manifest(kind="clips", frames=100, streams=[], targets={}, members=[], splits=splits))
+    space = {
+        "model.denoiser": ["unet", "transformer"],
+        "model.layers": {"choice": [2, 4], "when": {"model.denoiser": "transformer"}},
+    }
+    given = {"name": "shown", "space": space, "metrics": {"FRDist": "min"}, "halving": {"rungs": [10, 20], "clips": 8}}
+    return Search(OpenSweep(Sweep.model_validate(given), [f"data.url={tmp_path}/shards", f"run.store={tmp_path}/store"]))
+
+
+def shown(what: Any) -> str:
+    console = Console(width=200, file=io.StringIO(), markup=False)
+    console.print(what)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def line(text: str, number: int) -> list[str]:
+    (found,) = [row for row in text.splitlines() if row.startswith("│") and row.split("│")[2].strip() == str(number)]
+    return [cell.strip() for cell in found.split("│")[1:-1]]
+
+
+def test_the_table_has_each_trial_its_rungs_and_why_it_was_stopped(search: Search, capsys: pytest.CaptureFixture[str]) -> None:
+    live = LiveSweep()
+    live.show(search, {0: "RUNNING"})
+    for number, worse in enumerate((0.0, 0.05, 0.0)):
+        search.ledger.enter_rung(number, 0, rung(12, worse))
+    search.refresh()
+    live.show(search, {0: "RUNNING"})
+    search.ledger.enter_rung(0, 1, rung(20, 0.0))
+    search.ledger.enter_end(0, "DONE", scores={"FRDist": 1.25})
+    search.ledger.enter_end(1, "STOPPED", "stopped at rung 1")
+    search.refresh()
+    live.show(search, {})
+    text = shown(sweep_table(search, {2: "the machine is gone"}))
+    assert line(text, 0)[2:7] == ["unet", "", "0.43500", "0.43500", "1.2500"] and line(text, 0)[-1] == "DONE"
+    assert line(text, 1)[2:7] == ["transformer", "2", "0.46000 x", "", ""]
+    assert line(text, 1)[-1] == "stopped at rung 1: trial 0 is better, p = 0.0001 (at most 0.025)"
+    assert line(text, 2)[-1] == "FAILED the machine is gone"
+    assert "at log-SNR 0, 3 (nearest steps: -0.12, 2.71)" in text and "times below unpaired (median of 1 comparisons)" in text
+    said = capsys.readouterr().out.splitlines()
+    assert [one for one in said if one.startswith("trial 1")] == [
+        "trial 1 at 12 items: error 0.46000",
+        "trial 1 is stopped: stopped at rung 1: trial 0 is better, p = 0.0001 (at most 0.025)",
+    ]
+    assert sum(one.startswith("trial 0 starts") for one in said) == 1 and said[-1] == "trial 0 is at its end: DONE"
+
+
+def test_importance_is_that_of_the_first_rung_which_every_trial_reaches(search: Search) -> None:
+    assert importance_table(search) is None
+    for number, worse in enumerate((0.0, 0.05, 0.05)):
+        search.ledger.enter_rung(number, 0, rung(12, worse))
+    search.refresh()
+    text = shown(importance_table(search))
+    assert "share of the variance of the error at 10 items over 3 trials" in text
+    assert re.search(r"model\.denoiser\s+│\s+100%", text)
