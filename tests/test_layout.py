@@ -29,16 +29,18 @@ RAY = {
 MODULES = {
     "config": "identity loading paths schema spec",
     "storage": "base deadline folder hashing multipart parallel retry s3",
-    "runtime": "device failures faults hosts machines nodes placement postmortem ray_cluster remote_machine scratch tasks",
-    "telemetry": "display exporter meter metrics_log monitor reminder tensorboard",
+    "runtime": "device failures faults hosts machines nodes placement postmortem prices ray_cluster remote_machine scratch tasks",
+    "telemetry": "books books_log display exporter meter metrics metrics_log monitor receipt reminder tensorboard",
     "data": (
         "build_shard cache cache_file cache_space checksums demo index_tars manifest prepare quarantine ranges reader "
         "sequential shards stream tar_scan verify"
     ),
-    "runs": "build_latents checkpoint environment export latents lease lineage published registry retention saved snapshot state upkeep",
-    "evaluation": "evaluate gate ground_truth picture plan rows validation",
+    "runs": (
+        "build_latents checkpoint environment export latents lease lineage logs published registry retention saved snapshot state upkeep"
+    ),
+    "evaluation": "evaluate gate ground_truth picture plan report rows validation",
     "training": "ahead compiler engine examine loop memory reporting requests resume spread stacks verdict warm_start",
-    "driver": "board group interruption launch lookout pin plan pretrained ray_train run watchdog",
+    "driver": "berths board group interruption launch lookout pin plan pretrained ray_train run watchdog",
     "studies": "case comparison course grounds prove retrain script sweep verdict",
     "bench": "card checkpoint loading metrics noise_dataset recovery rival tables training",
 }
@@ -202,6 +204,6 @@ def test_every_dependency_is_explained_in_docs() -> None:
 
 def test_every_dependency_is_pinned_exactly() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == [], "a pin is name==version, without a build tag"
+    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==(\d+!)?[\w.]+", line)] == [], "a pin is name==version, no build tag"
     pinned = {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower() for line in lines}
     assert set(_dependencies()) <= pinned

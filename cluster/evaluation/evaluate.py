@@ -20,7 +20,7 @@ from cluster.evaluation.plan import EvaluationPlan, plan_evaluation
 from cluster.evaluation.rows import MODEL, ROWS, RowInputs, rows_of
 from cluster.runs.export import Export
 from cluster.runs.latents import LatentDataset
-from cluster.runtime.tasks import map_tasks
+from cluster.runtime.tasks import Account, map_tasks
 from cluster.storage import Store
 from reactdiff.clip import PERSONS
 from reactdiff.determinism import make_deterministic
@@ -31,7 +31,12 @@ MEAN_CLIPS = 1000
 
 
 def evaluate(
-    experiment: Experiment, run: Store, latents: LatentDataset, diffusion: Export | None, progress: Callable[[int, int], None]
+    experiment: Experiment,
+    run: Store,
+    latents: LatentDataset,
+    diffusion: Export | None,
+    progress: Callable[[int, int], None],
+    account: Account | None = None,
 ) -> dict[str, Scores]:
     """Score a run's exports as its `evaluation` branch says.
 
@@ -41,6 +46,7 @@ def evaluate(
         latents: its autoencoder and dataset.
         diffusion: its export of stage 2, if its family has one.
         progress: told (parts done, parts in all).
+        account: told where the time of the tasks goes.
 
     Returns:
         Scores by row: the model and, if asked for, the baselines.
@@ -54,7 +60,8 @@ def evaluate(
     there = {entry.key.removesuffix(".npz") for entry in run.list(f"{plan.folder}/")}
     missing = [call for call in calls if plan.file(*call) not in there]
     kept = range(len(calls) - len(missing))
-    for done, _ in enumerate(chain(kept, map_tasks(_score, missing, experiment.workers, shared=_Task(plan))), start=1):
+    scored = map_tasks(_score, missing, experiment.workers, shared=_Task(plan), account=account)
+    for done, _ in enumerate(chain(kept, scored), start=1):
         progress(done, len(calls))
     scores = {row: merge([plan.read_row(row)]) for row in rows}
     report = {"evaluation": plan.id, "split": plan.split, "clips": plan.clips, "predictions": plan.predictions}
