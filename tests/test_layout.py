@@ -22,7 +22,8 @@ PLAIN = {"storage", "runtime", "telemetry"}
 
 RAY = {
     *("runtime/nodes", "runtime/placement", "runtime/postmortem", "runtime/ray_cluster", "runtime/remote_machine", "runtime/tasks"),
-    *("driver/board", "driver/group", "driver/launch", "driver/lookout", "driver/ray_train", "studies/sweep", "bench/recovery"),
+    *("driver/board", "driver/group", "driver/launch", "driver/lookout", "driver/ray_metrics", "driver/ray_train"),
+    *("studies/sweep", "bench/recovery"),
 }
 """The modules of cluster/ that place work, and so may import Ray."""
 
@@ -40,17 +41,19 @@ MODULES = {
     ),
     "evaluation": "evaluate gate ground_truth picture plan report rows validation",
     "training": "ahead compiler engine examine loop memory reporting requests resume spread stacks verdict warm_start",
-    "driver": "berths board group interruption launch lookout pin plan pretrained ray_train run watchdog",
+    "driver": "berths board group interruption launch lookout pin plan pretrained ray_metrics ray_train run watchdog",
     "studies": "case comparison course grounds prove retrain script sweep verdict",
     "bench": "card checkpoint loading metrics noise_dataset recovery rival tables training",
 }
 """Package -> its modules."""
 
 ACROSS = {
+    "driver/test_books_close.py",
     "driver/test_card.py",
     "driver/test_hangs.py",
     "data/test_stream_faults.py",
     "storage/test_storage.py",
+    "telemetry/test_alerts.py",
     "telemetry/test_prometheus.py",
 }
 """Tests of a package that are about more than one of its modules."""

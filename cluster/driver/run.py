@@ -17,6 +17,7 @@ from cluster.driver.launch import launch
 from cluster.driver.pin import Pinned, pin, stage_end, write_config
 from cluster.driver.plan import gang_with_memory
 from cluster.driver.pretrained import check_pretrained, take_pretrained
+from cluster.driver.ray_metrics import told_to_ray
 from cluster.driver.ray_train import gang_of
 from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.plan import assert_scorable
@@ -107,6 +108,7 @@ def _execute(experiment: Experiment, pinned: Pinned, steps: Sequence[str], displ
             earlier = read_books(pinned.store)
             running.faults = inherit(running.exporter.books, earlier)
             running.exporter.money(receipt(earlier)["cost"], experiment.telemetry.budget)
+            at_the_end.enter_context(told_to_ray(running.exporter))
             at_the_end.enter_context(keeping(pinned.store, running.exporter.books, running.facts))
             for step in steps:
                 running.update(stage=step)

@@ -168,6 +168,7 @@ class Exporter:
         yield self._metric("rank_info", places)
         yield self._metric("ranks", [({"stage": stage, "phase": phase}, float(count)) for (stage, phase), count in phases.items()])
         yield self._metric("at", at)
+        yield self._metric("heartbeat_seconds", [({}, time.time())])
         yield self._metric("tasks_done", tasks)
         yield self._metric("failed", failed)
         yield self._metric("cost_dollars", [({}, self._cost())])

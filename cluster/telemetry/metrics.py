@@ -99,6 +99,7 @@ METRICS = (
         row="Storage",
     ),
     MetricSpec("at", "gauge", "The step that the run is at; 1.", "driver", row="Workers"),
+    MetricSpec("heartbeat_seconds", "gauge", "Unix time at which the driver told its numbers.", "driver", "dateTimeFromNow", (), "Workers"),
     MetricSpec("tasks_done", "counter", "Tasks that are done: shards of latents, parts of the evaluation.", "driver", "ops", row="Workers"),
     MetricSpec(
         "ranks", "gauge", "Ranks of the present worker group by what they are at.", "driver", "short", ("stage", "phase"), "Workers"

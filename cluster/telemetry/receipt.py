@@ -152,9 +152,9 @@ def receipt_lines(made: Mapping[str, Any]) -> ReceiptLines:
 def receipt_table(made: Mapping[str, Any]) -> Group:
     """A receipt as rich shows it."""
     lines = receipt_lines(made)
-    table = Table(*lines.head, box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table(*lines.head, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    for number, column in enumerate(table.columns):
+        column.justify, column.no_wrap = "right" if number else "left", True
     for row in lines.rows[:-1]:
         table.add_row(*row)
     table.add_section()

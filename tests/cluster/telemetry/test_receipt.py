@@ -76,6 +76,12 @@ def test_a_rank_that_the_others_wait_for_is_in_the_verdict() -> None:
     assert "rank 3 on cpu-1 (diffusion) kept 7 others waiting, for 30.0 s in all" in verdict(receipt([record]))[0]
 
 
+def test_a_table_of_all_steps_has_room_on_eighty_columns() -> None:
+    steps = ("autoencoder", "latents", "diffusion", "evaluation")
+    said = receipt_text(receipt([life(1, *((step, "checkpoint", 599_900, GPU) for step in steps))]), width=80)
+    assert "checkpoint     599.9 s 599.9 s   599.9 s    599.9 s 40.0 min 100.0% $1.33" in said
+
+
 def test_a_run_that_has_held_nobody_has_a_receipt() -> None:
     assert verdict(receipt([])) == ["no worker has been held yet"]
     assert "0.0 s of wall time" in receipt_text(receipt([life(1, seconds=0)]))
