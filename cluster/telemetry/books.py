@@ -16,6 +16,9 @@ BOOK_STATES = (*STATES, "encode", "recovery", "replay", "waiting", "idle")
 """The states of a rank's meter; tasks that make latents; starting again after a fault; work done a second time; no room for the ranks,
 which costs nothing; and places that are held for nobody: after the ranks' last word, until Ray has them back."""
 
+VERSION = 1
+"""Of a record."""
+
 AGAIN = ("recovery", "replay")
 """States whose every second belongs to a fault."""
 
@@ -157,7 +160,7 @@ class Books:
         berths = list(dict.fromkeys(line.berth for line in sums))
         lines = [[line.stage, line.state, line.fault, berths.index(line.berth), ms] for line, ms in sums.items() if ms]
         return {
-            "version": 1,
+            "version": VERSION,
             "life": self.life,
             "began": self._began,
             "until": now,

@@ -8,7 +8,7 @@ from threading import Event, Thread
 from typing import Any
 
 from cluster.storage import StorageError, Store
-from cluster.telemetry.books import Berth, Books
+from cluster.telemetry.books import VERSION, Berth, Books
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +23,18 @@ DRIVER = "driver"
 
 
 def read_books(store: Store) -> list[dict[str, Any]]:
-    """The records of all lives that have books, in order."""
-    return [json.loads(store.read(entry.key)) for entry in store.list("books/")]
+    """The records of all lives that have books, in order; one that cannot be read is left out, for a run goes on without it."""
+    found = []
+    for entry in store.list("books/"):
+        try:
+            record = json.loads(store.read(entry.key))
+        except ValueError:
+            record = {}
+        if record.get("version") == VERSION:
+            found.append(record)
+        else:
+            log.warning("%s/%s are no books of version %d: its life is not in the receipt", store.url, entry.key, VERSION)
+    return found
 
 
 @contextmanager

@@ -101,10 +101,10 @@ SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
 def faster(rules, factor):
-    """The rules with durations divided: of ranges, offsets, `for`, and the age of a checkpoint."""
+    """The rules with durations divided: of ranges, offsets, `for`, and of ages."""
     pattern = re.compile(r"(\[|offset |for: )(\d+)([smh])\b")
     rules = pattern.sub(lambda found: f"{found[1]}{1000 * int(found[2]) * SECONDS[found[3]] // factor}ms", rules)
-    return re.sub(r"> (3600)\b", lambda found: f"> {int(found[1]) / factor:g}", rules)
+    return re.sub(r"> (3600|60)\b", lambda found: f"> {int(found[1]) / factor:g}", rules)
 
 
 class Clock:

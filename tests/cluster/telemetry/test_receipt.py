@@ -1,5 +1,7 @@
 """The receipt: time and money of all lives, faults with what they cost, and a verdict that names what binds."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,7 +99,7 @@ def test_a_driver_that_is_silent_is_said_so_and_one_that_has_ended_is_not() -> N
     assert "nothing for" not in text(life(1, **{ENDED: "DONE"}), 3700)
 
 
-def test_the_books_of_a_life_are_kept_while_it_lasts_and_as_they_are_at_its_end(tmp_path: Any) -> None:
+def test_the_books_of_a_life_are_kept_while_it_lasts_and_as_they_are_at_its_end(tmp_path: Path) -> None:
     store, clock = open_store(str(tmp_path)), Clock(0.0)
     books, facts = Books(7, clock), {"stage": "diffusion"}
     with keeping(store, books, lambda: facts):
@@ -109,6 +111,15 @@ def test_the_books_of_a_life_are_kept_while_it_lasts_and_as_they_are_at_its_end(
     assert record["life"] == 7 and record[ENDED] == "DONE" and record["until"] == 5000 and record["lines"][0][-1] == 5000
     made = write_receipt(store)
     assert made["cost"] == pytest.approx(1.0 * 0.5 * 5 / 3600) and open_store(str(tmp_path)).exists("receipt.json")
+
+
+def test_books_that_cannot_be_read_do_not_stop_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = open_store(str(tmp_path))
+    store.put("books/000001.json", b'{"version": 1, "li')
+    store.put("books/000002.json", b'{"version": 9}')
+    store.put("books/000003.json", json.dumps(life(3, ("diffusion", "compute", 10, CPU))).encode())
+    assert [record["life"] for record in read_books(store)] == [3]
+    assert caplog.text.count("are no books of version 1: its life is not in the receipt") == 2
 
 
 def test_a_life_after_a_lost_driver_has_that_fault_with_the_seconds_that_nobody_wrote_down() -> None:
