@@ -68,12 +68,10 @@ class Line(NamedTuple):
 def even(total: int, weights: Mapping[str, float]) -> dict[str, int]:
     """A whole number divided in proportion to weights of at least 0, not all of them 0: the parts sum to it exactly."""
     whole, parts, seen, given = sum(weights.values()), {}, 0.0, 0
-    for name, weight in weights.items():
+    for number, (name, weight) in enumerate(weights.items(), start=1):
         seen += weight
-        upto = round(total * seen / whole)
+        upto = total if number == len(weights) else min(total, round(total * seen / whole))
         parts[name], given = upto - given, upto
-    last = max(weights, key=lambda name: weights[name])
-    parts[last] += total - given
     return {name: part for name, part in parts.items() if part}
 
 

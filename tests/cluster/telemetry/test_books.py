@@ -100,6 +100,18 @@ def test_a_fault_owns_what_was_not_followed_by_a_step_the_new_start_and_what_is_
     ]
 
 
+def test_ranks_that_fail_lose_what_no_step_followed_and_those_that_leave_do_not() -> None:
+    for failed, lost in ((True, 5 + 3), (False, 3)):
+        ranks = Ranks(1)
+        ranks.load(2)
+        ranks.step(1)
+        ranks.step(5, done=False)
+        ranks.clock.now += 3
+        fault = ranks.books.fault("preempted", STAGE, "the machine goes")
+        ranks.group.close(fault, failed)
+        assert ranks.seconds()[f"recovery {fault}"] == lost and ranks.seconds()["compute"] == 9 - lost
+
+
 def test_a_report_that_spans_the_end_of_the_replay_is_divided_by_items() -> None:
     ranks = Ranks(1)
     ranks.books.furthest[STAGE] = 15.0
