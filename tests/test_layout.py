@@ -31,7 +31,7 @@ MODULES = {
     "config": "identity loading paths schema spec",
     "storage": "base deadline folder hashing multipart parallel retry s3",
     "runtime": "device failures faults hosts machines nodes placement postmortem prices ray_cluster remote_machine scratch tasks",
-    "telemetry": "books books_log display exporter meter metrics metrics_log monitor receipt reminder tensorboard",
+    "telemetry": "books books_log display exporter meter metrics metrics_log monitor places receipt reminder tensorboard",
     "data": (
         "build_shard cache cache_file cache_space checksums demo index_tars manifest prepare quarantine ranges reader "
         "sequential shards stream tar_scan verify"

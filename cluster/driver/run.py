@@ -34,12 +34,12 @@ from cluster.runtime.nodes import is_private
 from cluster.runtime.placement import assert_possible
 from cluster.runtime.ray_cluster import assert_visible, connect, driver_risk
 from cluster.storage import NotFound, StorageError, Store
-from cluster.telemetry.books import TaskBooks
 from cluster.telemetry.books_log import ENDED, inherit, keeping, read_books
 from cluster.telemetry.display import Display
 from cluster.telemetry.exporter import Exporter
 from cluster.telemetry.metrics_log import validation_name
 from cluster.telemetry.monitor import StageMonitor
+from cluster.telemetry.places import TaskBooks
 from cluster.telemetry.receipt import receipt, receipt_text, write_receipt
 from cluster.telemetry.tensorboard import write_tensorboard
 from cluster.training.loop import Job

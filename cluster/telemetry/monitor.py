@@ -4,10 +4,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from cluster.telemetry.books import NO_FAULT, NOWHERE, Berth, GroupBooks, PlaceBooks
+from cluster.telemetry.books import NO_FAULT, NOWHERE, Berth
 from cluster.telemetry.display import Display
 from cluster.telemetry.exporter import Exporter
 from cluster.telemetry.meter import Snapshot, Totals
+from cluster.telemetry.places import GroupBooks, PlaceBooks
 from cluster.telemetry.reminder import Reminder
 
 

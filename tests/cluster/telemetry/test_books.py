@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.telemetry.books import NOWHERE, SPANS, Berth, Books, GroupBooks, PlaceBooks, TaskBooks, even
+from cluster.telemetry.books import NOWHERE, SPANS, Berth, Books, even
 from cluster.telemetry.meter import Meter
+from cluster.telemetry.places import GroupBooks, PlaceBooks, TaskBooks
 from tests.cluster.telemetry.test_meter import Clock
 
 STAGE, HERE = "diffusion", Berth("host", 3.6, 0.5)

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from cluster.storage import open_store
-from cluster.telemetry.books import NOWHERE, Berth, Books, GroupBooks
+from cluster.telemetry.books import NOWHERE, Berth, Books
 from cluster.telemetry.books_log import ENDED, inherit, keeping, read_books
+from cluster.telemetry.places import GroupBooks
 from cluster.telemetry.receipt import live_table, receipt, receipt_text, verdict, write_receipt
 from tests.cluster.telemetry.test_meter import Clock
 
