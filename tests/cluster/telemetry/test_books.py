@@ -174,8 +174,9 @@ def test_late_and_foreign_reports_change_nothing() -> None:
     ranks.group.hear(early)
     ranks.group.hear(Meter(0, 2, STAGE, ranks.clock).snapshot())
     ranks.group.hear(Meter(7, 8, STAGE, ranks.clock).snapshot())
+    ranks.step(4, phase="data_wait")
     ranks.group.close()
-    assert ranks.seconds() == {"starting": 2, "compute": 2}
+    assert ranks.seconds() == {"starting": 2, "compute": 2, "data_wait": 8}
 
 
 MOVES = st.lists(
