@@ -2,6 +2,7 @@
 # make check          for every save: lint, types, and the tests that need no process, Ray or server
 # make test           what a change must pass
 # make test-cluster   the slow suites: clusters, S3, many ranks, several hosts.   make test-chaos: things are killed
+# make monitor        a Prometheus, and a Grafana where it is installed, beside the runs of this machine.   make dashboard: its panels
 # PYTHON=python3.13   makes .venv, where there is none yet, with that Python and not with the first one that is there
 # GPU=1               one rank on each of so many GPUs: make train GPU=1
 # ARGS="..."          goes to the command: make train ARGS="optim.lr=1e-4", make test ARGS="-k order"
@@ -21,7 +22,7 @@ train_s3   := $(PY) infra/objectstore.py work/s3 --bucket $(BUCKET) -- \
               $(PY) jobs/train.py run.store=s3://$(BUCKET)/store data.url=s3://$(BUCKET)/shards
 after_s3   := @echo 'The S3 server has ended; what names s3://$(BUCKET) needs it: $(PY) infra/objectstore.py work/s3 --bucket $(BUCKET) -- COMMAND'
 
-.PHONY: setup train check quick test lint test-cluster test-chaos clean
+.PHONY: monitor dashboard setup train check quick test lint test-cluster test-chaos clean
 
 train: $(SETUP)
 	$(or $(train_$(STORE)),$(error STORE=$(STORE): use file or s3)) $(if $(GPU),workers.gpu=true workers.count=$(GPU)) $(ARGS)
@@ -46,6 +47,12 @@ test-cluster: $(SETUP)
 
 test-chaos: $(SETUP)
 	$(PY) -m pytest -m slow tests/cluster/chaos $(ARGS)
+
+monitor: $(SETUP)
+	$(PY) infra/monitor.py $(ARGS)
+
+dashboard: $(SETUP)
+	$(PY) infra/dashboard.py
 
 setup: $(SETUP)
 

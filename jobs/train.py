@@ -24,6 +24,7 @@ from cluster.driver.pin import pin
 from cluster.driver.plan import plan, plan_without_data
 from cluster.driver.run import STEPS, check_run, execute
 from cluster.evaluation.picture import keep_picture
+from cluster.evaluation.report import write_report
 from cluster.evaluation.rows import MODEL, RANDOM, WRONG, chunk_of
 from cluster.evaluation.validation import SPLIT
 from cluster.runs.saved import SavedRun
@@ -118,6 +119,7 @@ def _say_what_next(run: SavedRun, words: Sequence[str]) -> None:
         print(f"its reactions to clip {picture.clip} of split {picture.split}, beside the real one: {picture.url}")
     except (ValueError, StorageError) as error:  # the run is done all the same
         print(f"no picture of its reactions: {error}")
+    print(f"a page about it: {write_report(run.store)}")
     print("\nWhat to type next:")
     programs = Path(sys.prefix, "bin")
     if Path(shutil.which("python") or "").parent != programs and (programs / "activate").exists():

@@ -21,7 +21,12 @@ ROOT = Path(__file__).parents[1]
 STARTING = {"object_store", "local_ray", "shards", "finished", "every_split"}
 """The fixtures that start something, also where a test asks for them through others."""
 
-HOSTS = ("tests/cluster/multihost/", "tests/cluster/driver/test_launch.py", "tests/cluster/chaos/test_prove.py")
+HOSTS = (
+    "tests/cluster/multihost/",
+    "tests/cluster/driver/test_books_close.py",
+    "tests/cluster/driver/test_launch.py",
+    "tests/cluster/chaos/test_prove.py",
+)
 """Where the tests are that start a Ray of several nodes."""
 
 EVENTS = {

@@ -41,6 +41,7 @@ S3 = "tests/cluster/test_whole.py::test_shards_latents_checkpoints_and_runs_in_s
 JOB = "tests/cluster/test_whole.py::test_seeded_ray_start_and_job_submit_bring_the_run_to_done"
 AGAIN = "tests/infra/test_supervise.py::test_a_command_is_given_again_on_75_and_on_a_kill_and_its_last_code_comes_through"
 PROMETHEUS = "tests/cluster/telemetry/test_prometheus.py::test_items_are_exact_over_a_restart_of_the_workers_and_of_the_driver"
+MONITOR = "tests/cluster/telemetry/test_prometheus.py::test_monitor_says_where_it_is_and_when_a_sample_has_come"
 PROVE = "tests/cluster/chaos/test_prove.py::test_five_kinds_of_faults_of_two_seeds_change_nothing"
 INSTALLS = "tests/test_docs.py::test_the_page_installs_what_make_and_the_pins_say"
 MAKE = "tests/test_docs.py::test_a_target_that_a_page_names_is_one_of_make"
@@ -73,6 +74,7 @@ ELSEWHERE = {
     f"{DEMO} --no-wait": NO_WAIT,
     ".venv/bin/pip install --index-url https://download.pytorch.org/whl/cpu torch==2.13.0": INSTALLS,
     ".venv/bin/pip install -c constraints.txt -e '.[dev]'": INSTALLS,
+    "make monitor": MONITOR,
     "apt-get update && apt-get install -y --no-install-recommends prometheus": PROMETHEUS,
     "prometheus --config.file=infra/prometheus/prometheus.yml "
     "--storage.tsdb.path=work/prometheus-data --web.listen-address=127.0.0.1:9090": PROMETHEUS,

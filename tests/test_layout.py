@@ -22,8 +22,8 @@ PLAIN = {"storage", "runtime", "telemetry"}
 
 RAY = {
     *("runtime/nodes", "runtime/placement", "runtime/postmortem", "runtime/ray_cluster", "runtime/remote_machine", "runtime/tasks"),
-    *("driver/board", "driver/group", "driver/launch", "driver/lookout", "driver/ray_train", "studies/tuner"),
-    *("bench/empty_loop", "bench/recovery"),
+    *("driver/board", "driver/group", "driver/launch", "driver/lookout", "driver/ray_metrics", "driver/ray_train"),
+    *("studies/tuner", "bench/empty_loop", "bench/recovery"),
 }
 """The modules of cluster/ that place work, and so may import Ray."""
 
@@ -31,20 +31,21 @@ MODULES = {
     "config": "identity loading paths schema spec",
     "storage": "base deadline folder hashing multipart parallel retry s3",
     "runtime": (
-        "after_import device failures faults hosts machines nodes placement postmortem ray_cluster remote_machine run_watch scratch tasks"
+        "after_import device failures faults hosts machines nodes placement postmortem prices ray_cluster remote_machine run_watch "
+        "scratch tasks"
     ),
-    "telemetry": "display exporter meter metrics_log monitor reminder tensorboard",
+    "telemetry": "books books_log display exporter meter metrics metrics_log monitor places receipt reminder tensorboard",
     "data": (
-        "build_shard cache cache_file cache_space checksums demo index_tars manifest prepare quarantine ranges reader "
-        "sequential shards stream tar_scan verify"
+        "build_shard cache cache_file cache_space checksums demo index_tars manifest prepare quarantine ranges reader sequential "
+        "shards stream tar_scan verify"
     ),
     "runs": (
-        "build_latents checkpoint checkpoint_writer environment export inventory latents lease lineage published registry retention "
-        "saved snapshot state upkeep"
+        "build_latents checkpoint checkpoint_writer environment export inventory latents lease lineage logs published registry "
+        "retention saved snapshot state upkeep"
     ),
-    "evaluation": "evaluate gate ground_truth picture plan rows rung validation",
+    "evaluation": "evaluate gate ground_truth picture plan report rows rung validation",
     "training": "ahead compiler engine examine loop memory reporting requests resume spread stacks verdict warm_start",
-    "driver": "board group interruption launch lookout pin plan pretrained ray_train run watchdog",
+    "driver": "berths board group interruption launch lookout pin plan pretrained ray_metrics ray_train run watchdog",
     "studies": (
         "case comparison comparison_table course first_stage grounds halving importance kept_scores ledger prove retrain script search "
         "searchers space sweep sweep_table trial tuner verdict"
@@ -54,10 +55,12 @@ MODULES = {
 """Package -> its modules."""
 
 ACROSS = {
+    "driver/test_books_close.py",
     "driver/test_card.py",
     "driver/test_hangs.py",
     "data/test_stream_faults.py",
     "storage/test_storage.py",
+    "telemetry/test_alerts.py",
     "telemetry/test_prometheus.py",
 }
 """Tests of a package that are about more than one of its modules."""
@@ -211,6 +214,6 @@ def test_every_dependency_is_explained_in_docs() -> None:
 
 def test_every_dependency_is_pinned_exactly() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == [], "a pin is name==version, without a build tag"
+    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==(\d+!)?[\w.]+", line)] == [], "a pin is name==version, no build tag"
     pinned = {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower() for line in lines}
     assert set(_dependencies()) <= pinned

@@ -134,6 +134,14 @@ class Telemetry(Branch):
     host: str = field("127.0.0.1", "Address the exporter binds to.", kind="placement")
     port: int = field(0, "Port of the exporter; 0: any free one.", kind="placement", ge=0, le=65535)
     targets: str = field("work/prometheus", "Folder that receives a Prometheus file_sd target while the run lives.", kind="placement")
+    prices: dict[str, float] = field(
+        {},
+        "Price of a whole machine, by the value of one of its Ray node's labels, such as {g5.12xlarge: 2.3} or {gpu: 2.3}; `any`: of every "
+        "other. Where none is given, the list price of cluster/runtime/prices.yaml by the label `instance-type`.",
+        kind="placement",
+        unit="dollars an hour",
+    )
+    budget: float = field(0, "What the run may cost before an alert says so; 0: no limit.", kind="placement", unit="dollars", ge=0)
 
 
 class Experiment(Branch):

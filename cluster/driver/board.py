@@ -1,5 +1,7 @@
 """The actor through which a stage's driver and its ranks speak: numbers come from the ranks, requests and decisions from the driver."""
 
+import time
+
 import ray
 
 from cluster.telemetry.meter import Snapshot
@@ -19,6 +21,7 @@ class Board:
         self._error: bytes | None = None
         self._decided: bool | None = None
         self._closed = False
+        self._placed = self._given_back = 0.0
 
     def begin(self, attempt: int) -> None:
         """The driver starts the ranks: only this attempt is heard from now on."""
@@ -44,6 +47,19 @@ class Board:
     def ask(self, request: Request) -> None:
         """Ask this from now on, and take nothing."""
         self._request = request
+
+    def placed(self) -> None:
+        """Ray is asked for the ranks' places now."""
+        self._placed = self._placed or time.time()
+        self._given_back = 0.0
+
+    def given_back(self) -> None:
+        """Ray has them back now."""
+        self._given_back = time.time()
+
+    def places(self) -> tuple[float, float]:
+        """When Ray was first asked for places, and when it had them back; 0 where that has not been."""
+        return self._placed, self._given_back
 
     def failed(self, error: bytes) -> None:
         """Ray Train has seen the ranks fail, and waits for a decision; of the pickled error nothing is imported here."""

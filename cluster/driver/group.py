@@ -13,12 +13,15 @@ from ray.exceptions import RayError
 from ray.train import WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.driver.berths import Berths
 from cluster.driver.board import Board
 from cluster.driver.interruption import Interruption
 from cluster.driver.lookout import Lookout
 from cluster.driver.ray_train import Fit
 from cluster.driver.watchdog import Hang, Watchdog
+from cluster.runs.checkpoint import newest_progress
 from cluster.runs.lineage import open_attempt
+from cluster.runs.logs import log_folder, make_room
 from cluster.runtime.failures import StageFailed, inner
 from cluster.runtime.nodes import draining_nodes, listens, nodes
 from cluster.runtime.placement import Demand, Gang, fit
@@ -79,6 +82,8 @@ class Group:
         self._board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         self._growth: Demand | None = None
         self._growing = Lock()
+        self._reserved, self._price = False, Berths(job.experiment.telemetry.prices)
+        self._berths = [self._price.of(node, gang.each(len(place))) for node in place]
         self._lookout = Lookout(self._ask_of_machines, CLUSTER_POLL)
         self._begin()
         if len(hosts := dict.fromkeys(place)) > 1:
@@ -110,6 +115,7 @@ class Group:
             fit_thread.join(ENDING)
             raise
         finally:
+            self._book_places()
             self._board.close.remote()
             self._withdraw_growth()
         if fit_thread.error:
@@ -122,8 +128,11 @@ class Group:
         self.hang: Hang | None = None
         self._progress, self._heard = 0.0, dict[int, Snapshot]()
         self._watchdog = Watchdog(len(self._place), self._rank_name)
+        make_room(self._job.run)
         self._job = replace(self._job, attempt=open_attempt(self._job.run, self._job.life))
         ray.get(self._board.begin.remote(self._job.attempt))
+        self._goes_on_from = newest_progress(self._job.run, self._job.stage)
+        self._monitor.again(self._goes_on_from)
 
     def _decide(self, error: Exception, judge: Callable[[Exception, "Group"], None]) -> None:
         """Answer Ray Train, which waits: the same ranks again, or the end of this group."""
@@ -153,8 +162,14 @@ class Group:
                 with suppress(RayError):
                     self._growth.remove()
                 self._growth = None
+                self._monitor.release()
         finally:
             self._growing.release()
+
+    @property
+    def attempt(self) -> int:
+        """The number of the present start of the ranks."""
+        return self._job.attempt
 
     def where(self, error: BaseException, cause: BaseException) -> str:
         """Host, rank and progress of a failure, as far as they are known."""
@@ -181,6 +196,7 @@ class Group:
             snapshots, error = ray.get(self._board.take.remote(self._request()))
         except RayError:
             return None  # Ray is ending; the ranks' own error says more
+        self._book_places()
         for snapshot in snapshots:
             self._monitor.take(snapshot)
             self._watchdog.hear(snapshot)
@@ -190,12 +206,17 @@ class Group:
             self._look_for_hang()
         return cloudpickle.loads(error) if error else None
 
+    def _book_places(self) -> None:
+        """Tell from when to when the ranks' places are held: Ray Train itself takes seconds to start and to end."""
+        with suppress(RayError):
+            self._monitor.hold(self._berths, self._goes_on_from, *ray.get(self._board.places.remote()))
+
     def _look_for_hang(self) -> None:
         if said := self._watchdog.slow():
             self._monitor.say(said)
         if (stuck := self._watchdog.look()) is None:
             return
-        folder = f"logs/{self._job.life:06d}.{self._job.attempt}"
+        folder = log_folder(self._job.life, self._job.attempt)
         self.hang = Hang(f"{stuck.text}; stacks of all ranks are in {self._job.run.url}/{folder}/")
         self._monitor.say(f"{stuck.text}: writing the stacks of all ranks, then killing what hangs")
         with suppress(RayError):
@@ -244,14 +265,17 @@ class Group:
             return leaving, 0
         with self._growing:
             if self._growth is None:  # what an autoscaler sees
-                self._growth = Demand(replace(self._gang, memory=None), lacking)
+                self._growth, self._reserved = Demand(replace(self._gang, memory=None), lacking), False
             return leaving, self._room()
 
     def _room(self) -> int:
         """How many ranks there would be room for, if these and what is asked for beside them gave back what they have."""
         held = [(host, self._gang.each(len(self._place))) for host in self._place]
-        if self._growth:
-            held += [(host, dict(self._gang.resources)) for host in self._growth.place() or ()]
+        if self._growth and (grown := self._growth.place()):
+            held += [(host, dict(self._gang.resources)) for host in grown]
+            if not self._reserved:
+                self._monitor.reserve([self._price.of(host, self._gang.resources) for host in grown])
+            self._reserved = True
         there = {node.id: node for node in nodes()}
         for host, amounts in held:
             if host in there:

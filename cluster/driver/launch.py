@@ -10,6 +10,7 @@ from cluster.driver.group import Group
 from cluster.driver.interruption import Enough, Interruption, never
 from cluster.driver.ray_train import set_defaults
 from cluster.runs.checkpoint import newest_progress
+from cluster.runs.logs import write_end
 from cluster.runtime.failures import Budget, StageFailed, classify
 from cluster.runtime.placement import Gang, wait_for_place
 from cluster.telemetry.monitor import StageMonitor
@@ -41,7 +42,11 @@ def launch(
     """
     set_defaults()
     with Interruption() as interruption:
-        return _Stage(job, gang, monitor, interruption, assert_ours, enough).train(notes)
+        try:
+            return _Stage(job, gang, monitor, interruption, assert_ours, enough).train(notes)
+        finally:
+            monitor.release()
+            monitor.give_back()
 
 
 class _Stage:
@@ -69,15 +74,18 @@ class _Stage:
                 result = group.train(notes, self._judge)
             except (TrainingFailedError, RayError) as error:
                 self._judge(error, group)
+                monitor.give_back(failed=True)
                 continue
             if not result["left"] and not interruption.signal:
                 return result
             if interruption.signal:  # also where the stage came to its end meanwhile: told to end is told to end
                 monitor.say(f"checkpoint at {result['progress']} items; the same command goes on from there")
                 interruption.end()
+            write_end(self._job.run, self._job.life, group.attempt, self._job.stage, group.why)
             if group.reason == "enough":
                 raise Enough(group.why)
             monitor.restarted(group.reason, f"{group.why}: checkpoint at {result['progress']} items, starting the ranks again")
+            monitor.give_back(left=True)
 
     def _place(self) -> list[str]:
         """The machine of each rank, when there is room."""
@@ -90,6 +98,7 @@ class _Stage:
                 raise Enough(why)
             self._monitor.waiting(waited, text)
 
+        self._monitor.placing(self._gang.least)
         place = wait_for_place(self._gang, 60 * self._job.experiment.run.wait_minutes, report)
         self._monitor.placed()
         return place
@@ -108,6 +117,8 @@ class _Stage:
         if (progress := newest_progress(self._job.run, self._job.stage)) > self._furthest:
             self._furthest = progress
             self._budget.refill()
+        if group:
+            write_end(self._job.run, self._job.life, group.attempt, self._job.stage, f"{failure.name}, {where}\n{error}")
         if self._interruption.signal:
             self._interruption.end()
         if group and group.reason == "enough":
@@ -115,5 +126,7 @@ class _Stage:
         allowed = self._budget.allows(failure)
         failed = StageFailed(self._job.stage, failure, cause, where, str(self._budget))
         if not allowed:
+            self._monitor.blame(failure.name, failed.what)
+            self._monitor.give_back(failed=True)
             raise failed from cause
         self._monitor.restarted(failure.name, f"{failed.what}; starting the ranks again ({self._budget})")

@@ -8,8 +8,6 @@ import dataclasses
 import logging
 import os
 import time
-import traceback
-from contextlib import suppress
 from threading import Thread
 from typing import Any
 
@@ -30,7 +28,6 @@ from cluster.config.schema import Workers
 from cluster.runtime.device import worker_environment
 from cluster.runtime.nodes import NODE_ID
 from cluster.runtime.placement import Gang
-from cluster.storage import StorageError
 from cluster.telemetry.meter import Snapshot
 from cluster.training.loop import Job, Place, train
 from cluster.training.requests import Request
@@ -87,7 +84,7 @@ class Fit(Thread):
 
 
 class _Start(WorkerGroupCallback, ControllerCallback):
-    """In Ray Train's controller, before its own callbacks: the attempt's number for the ranks, and an end for ranks that it forgets.
+    """In Ray Train's controller, before its own callbacks: an attempt's number, word of when places are held, an end of forgotten ranks.
 
     A group that fails while its ranks load is not known to Ray Train any more; its places would stay taken until the driver ends.
     """
@@ -95,15 +92,19 @@ class _Start(WorkerGroupCallback, ControllerCallback):
     def __init__(self, board: Any):
         self._board, self._state = board, None
 
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        self._board.placed.remote()
+
     def after_worker_group_start(self, worker_group: Any) -> None:
         self._state = worker_group.get_worker_group_state()
         worker_group.execute(_begin_attempt, ray.get(self._board.attempt.remote()))
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
         self._state = None
+        self._board.given_back.remote()
 
     def after_worker_group_abort(self, worker_group_context: Any) -> None:
-        self._state = None
+        self.after_worker_group_shutdown(worker_group_context)
 
     async def before_controller_shutdown(self) -> None:
         if self._state is not None:
@@ -195,9 +196,4 @@ def _rank(config: dict[str, Any]) -> dict[str, Any]:
             return Request.NOTHING  # the driver is gone, or slow: it asks again
 
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # it prints the traceback of every rank, of which one says what happened
-    try:
-        return train(job, place, report)
-    except BaseException:
-        with suppress(StorageError):
-            job.run.put(f"logs/{job.life:06d}.{job.attempt}/{job.stage}-rank-{place.rank}.txt", traceback.format_exc().encode())
-        raise
+    return train(job, place, report)

@@ -4,17 +4,21 @@ The steps follow each other: autoencoder -> latents -> diffusion -> evaluation. 
 (an export, a dataset of latents, scores), so a later life goes on where the last one left off.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from cluster.config.loading import ConfigError
 from cluster.config.schema import Experiment
 from cluster.data.manifest import CURRENT, Manifest
+from cluster.driver.berths import Berths
 from cluster.driver.interruption import Enough, never
 from cluster.driver.launch import launch
 from cluster.driver.pin import Pinned, pin, stage_end, write_config
 from cluster.driver.plan import gang_with_memory
 from cluster.driver.pretrained import check_pretrained, take_pretrained
+from cluster.driver.ray_metrics import told_to_ray
 from cluster.driver.ray_train import gang_of
 from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.plan import assert_scorable
@@ -30,17 +34,22 @@ from cluster.runtime.failures import StageFailed, failure_of
 from cluster.runtime.nodes import is_private
 from cluster.runtime.placement import assert_possible
 from cluster.runtime.ray_cluster import assert_visible, connect, driver_risk
-from cluster.storage import NotFound, Store
+from cluster.storage import NotFound, StorageError, Store
+from cluster.telemetry.books_log import ENDED, inherit, keeping, read_books
 from cluster.telemetry.display import Display
 from cluster.telemetry.exporter import Exporter
 from cluster.telemetry.metrics_log import validation_name
 from cluster.telemetry.monitor import StageMonitor
+from cluster.telemetry.places import TaskBooks
+from cluster.telemetry.receipt import receipt, receipt_text, write_receipt
 from cluster.telemetry.tensorboard import write_tensorboard
 from cluster.training.loop import Job
 from cluster.training.warm_start import check_warm_start
 from reactdiff.metrics.official import Scores
 from reactdiff.stage import Source, flops_per_item, stages_of, stages_over
 from reactdiff.stage import stage as stage_of
+
+log = logging.getLogger(__name__)
 
 LAST_SCRAPE = 15.0
 """Seconds a Prometheus that scrapes the run is given to take its last numbers."""
@@ -109,26 +118,41 @@ def _execute(
     display.say(f"run {pinned.name}, life {life}, in {pinned.store.url}")
     running = _Life(experiment, pinned, state, lease, display, enough)
     with ExitStack() as at_the_end:
+        at_the_end.callback(running.settle, trial)
         try:
             running.exporter = at_the_end.enter_context(_exporter(experiment, pinned.name, life, trial))
+            earlier = read_books(pinned.store)
+            running.faults = inherit(running.exporter.books, earlier)
+            running.exporter.money(receipt(earlier)["cost"], experiment.telemetry.budget)
+            at_the_end.enter_context(told_to_ray(running.exporter))
+            at_the_end.enter_context(keeping(pinned.store, running.exporter.books, running.facts))
             for step in steps:
                 if why := enough():
                     raise Enough(why)
                 running.update(stage=step)
+                running.exporter.at(step)
                 with _classified(step):
                     _DO[step](running)
         except Superseded:
+            running.ended = "SUPERSEDED"
             raise
         except Enough as told:
+            running.ended = "STOPPED"
             running.update(status="STOPPED", why=str(told), stage="")  # wherever it was when it heard of it
             raise
         except (KeyboardInterrupt, SystemExit):  # Ray turns SIGTERM into SystemExit
+            running.ended = "STOPPED"
             running.update(status="STOPPED", why="told to end")
             raise
         except BaseException as error:
+            running.ended = "FAILED"
+            if isinstance(error, StageFailed):  # of a step: there is an exporter
+                running.exporter.failed(error.failure.name)
             running.update(status="FAILED", why=str(error))
             raise
-    done = tuple(steps) == STEPS
+        done = tuple(steps) == STEPS
+        running.ended = "DONE" if done else "STOPPED"
+        running.exporter.at("")
     running.update(status="DONE" if done else "STOPPED", why="" if done else f"only {', '.join(steps)} asked for")
     return running.scores
 
@@ -159,9 +183,17 @@ def _exporter(experiment: Experiment, run: str, life: int, trial: str) -> Iterat
 
 
 class _Life:
-    """One start of a run's driver; each step's method brings it to its end, wherever it stood."""
+    """One start of a run's driver; each step's method brings it to its end, wherever it stood.
+
+    Attributes:
+        exporter: serves its numbers, and has its books.
+        faults: stage -> why it must be started again, where an earlier life ended by a fault.
+        ended: the status it leaves, empty while it lasts.
+    """
 
     exporter: Exporter
+    faults: dict[str, str]
+    ended = ""
 
     def __init__(
         self, experiment: Experiment, pinned: Pinned, state: State, lease: Lease, display: Display, enough: Callable[[], str]
@@ -171,6 +203,42 @@ class _Life:
         self.run = pinned.saved(experiment)
         self.scores: dict[str, Scores] = {}
 
+    def facts(self) -> dict[str, Any]:
+        """What is kept with the books."""
+        tally = self.exporter.tally
+        work = {stage: {key: totals[key] for key in ("items", "bytes", "flops")} for stage, totals in tally.stages().items()}
+        peaks = {rank["stage"]: rank["gauges"].get("peak_flops", 0.0) for rank in tally.ranks()}
+        now = {"stage": self.state.stage, "work": work, "peak": peaks, "gauges": tally.gauges()}
+        return {**now, **({ENDED: self.ended} if self.ended else {})}
+
+    def settle(self, trial: str) -> None:
+        """Keep the receipt of the run so far, and show it unless the run is one of many."""
+        if self.ended == "SUPERSEDED":
+            return
+        try:
+            receipt = write_receipt(self.store)
+        except StorageError as error:  # the run itself has ended, and how says its state
+            log.warning("no receipt: %s", error)
+        else:
+            if not trial:
+                self.display.say(receipt_text(receipt))
+
+    def counter(self, step: str, what: str) -> Callable[[int, int], None]:
+        """Show, and tell Prometheus, how many tasks of a step are done."""
+        shown = self.display.counter(step, what)
+
+        def tick(done: int, total: int) -> None:
+            self.exporter.tasks_done(step, done)
+            shown(done, total)
+
+        self.exporter.tasks_done(step, 0)
+        return tick
+
+    def tasks(self, stage: str, state: str) -> TaskBooks:
+        """The books of a step's tasks, each with what a rank has."""
+        berths, each = Berths(self.experiment.telemetry.prices), gang_of(self.experiment.workers).resources
+        return TaskBooks(self.exporter.books, stage, state, lambda address: berths.of(address, each))
+
     def autoencoder(self) -> None:
         if self.experiment.run.autoencoder:
             export = take_pretrained(self.experiment, self.clips, self.store)
@@ -179,7 +247,8 @@ class _Life:
             self.train("autoencoder", self.run.dataset, self.clips)
 
     def latents(self) -> None:
-        made = build_latents(self.finished_latents(), self.experiment.workers, self.display.counter("latents", "shards"))
+        progress, account = self.counter("latents", "shards"), self.tasks("latents", "encode")
+        made = build_latents(self.finished_latents(), self.experiment.workers, progress, account)
         self.display.end(f"latents {made.hash}")
 
     def diffusion(self) -> None:
@@ -192,8 +261,9 @@ class _Life:
     def evaluation(self) -> None:
         for stage in stages_of(self.experiment.model):
             self.assert_finished(stage)
-        progress = self.display.counter("evaluation", "parts")
-        self.scores = evaluate(self.experiment, self.store, self.run.latents(), self.run.diffusion(), progress)
+        progress = self.counter("evaluation", "parts")
+        account = self.tasks("evaluation", "evaluate")
+        self.scores = evaluate(self.experiment, self.store, self.run.latents(), self.run.diffusion(), progress, account)
 
     def update(self, **changes: str) -> None:
         """Write the run's changed state.
@@ -241,7 +311,7 @@ class _Life:
             flops=flops_per_item(kind),
         )
         self.display.stage(stage, end)
-        monitor, notes = StageMonitor(stage, self.exporter, self.display), f"{self.store.url}/ray"
+        monitor, notes = StageMonitor(stage, self.exporter, self.display, self.faults.pop(stage, "")), f"{self.store.url}/ray"
         trained = launch(job, gang_with_memory(self.experiment, kind), monitor, notes, self.lease.assert_not_taken, self.enough)
         self.lease.assert_held()
         for name in (stage, validation_name(stage)):

@@ -19,7 +19,7 @@ from cluster.evaluation.plan import EvaluationPlan, plan_evaluation
 from cluster.evaluation.rows import MODEL, RowInputs, rows_of, training_attributes
 from cluster.runs.export import Export
 from cluster.runs.latents import LatentDataset
-from cluster.runtime.tasks import map_tasks
+from cluster.runtime.tasks import Account, map_tasks
 from cluster.storage import Store
 from reactdiff.determinism import make_deterministic
 from reactdiff.metrics.official import Scores, merge
@@ -29,7 +29,12 @@ MEAN_CLIPS = 1000
 
 
 def evaluate(
-    experiment: Experiment, run: Store, latents: LatentDataset, diffusion: Export | None, progress: Callable[[int, int], None]
+    experiment: Experiment,
+    run: Store,
+    latents: LatentDataset,
+    diffusion: Export | None,
+    progress: Callable[[int, int], None],
+    account: Account | None = None,
 ) -> dict[str, Scores]:
     """Score a run's exports as its `evaluation` branch says.
 
@@ -39,6 +44,7 @@ def evaluate(
         latents: its autoencoder and dataset.
         diffusion: its export of stage 2, if its family has one.
         progress: told (parts done, parts in all).
+        account: told where the time of the tasks goes.
 
     Returns:
         Scores by row: the model and, if asked for, the baselines.
@@ -52,7 +58,8 @@ def evaluate(
     there = {entry.key.removesuffix(".npz") for entry in run.list(f"{plan.folder}/")}
     missing = [call for call in calls if plan.file(*call) not in there]
     kept = range(len(calls) - len(missing))
-    for done, _ in enumerate(chain(kept, map_tasks(_score, missing, experiment.workers, shared=_Task(plan))), start=1):
+    scored = map_tasks(_score, missing, experiment.workers, shared=_Task(plan), account=account)
+    for done, _ in enumerate(chain(kept, scored), start=1):
         progress(done, len(calls))
     scores = {row: merge([plan.read_row(row)]) for row in rows}
     report = {"evaluation": plan.id, "split": plan.split, "clips": plan.clips, "predictions": plan.predictions}

@@ -6,18 +6,21 @@ from cluster.config.schema import Workers
 from cluster.data.manifest import CURRENT, File, Manifest, ShardTable, Split, StreamEntry, publish
 from cluster.data.shards import decode_npy, encode_npy, members
 from cluster.runs.latents import CORRUPT, RANGE, EncodedShard, LatentDataset, empty_range, encode_shard, range_union
-from cluster.runtime.tasks import map_tasks
+from cluster.runtime.tasks import Account, map_tasks
 from cluster.storage import AlreadyExists, content_hash
 from reactdiff.stage import LATENT
 
 
-def build_latents(latents: LatentDataset, workers: Workers, progress: Callable[[int, int], None]) -> Manifest:
+def build_latents(
+    latents: LatentDataset, workers: Workers, progress: Callable[[int, int], None], account: Account | None = None
+) -> Manifest:
     """Encode the whole dataset, unless that is done; shards that exist are kept.
 
     Args:
         latents: what to encode with, and what.
         workers: what each encoding task gets.
         progress: told (shards done, shards in all).
+        account: told where the time of the tasks goes.
 
     Raises:
         CorruptData: if a clip of the source is damaged, unless latents of zeros were asked for (`latents.on_corrupt`).
@@ -28,7 +31,7 @@ def build_latents(latents: LatentDataset, workers: Workers, progress: Callable[[
     calls = [(split, position) for split, part in latents.clips.splits.items() for position in range(len(part.shards))]
     shards: dict[tuple[str, int], EncodedShard] = {}
     corrupt: dict[str, dict[int, str]] = {}
-    for number, encoded in map_tasks(encode_shard, calls, workers, shared=latents):
+    for number, encoded in map_tasks(encode_shard, calls, workers, shared=latents, account=account):
         shards[calls[number]] = encoded
         if encoded.corrupt:
             split = calls[number][0]

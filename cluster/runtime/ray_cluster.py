@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.runtime.nodes import draining_nodes, listens
+from cluster.runtime.prices import MARKET
 from cluster.storage import Permanent, StorageError, Store
 
 OBJECT_STORE_BYTES = 200_000_000  # only small results pass through it; Ray's own default takes 30 % of the memory
@@ -29,9 +30,6 @@ VISIBLE_SECONDS = 60.0
 
 HEAD = "node:__internal_head__"
 """The resource by which Ray marks its head."""
-
-MARKET = ("market-type", "ray.io/market-type")
-"""Labels that say how a node is paid for: ray_config.yaml's, and Ray's own, which KubeRay sets."""
 
 LINE = 200
 """Most characters of what a raylet says of an error; its log has the rest."""

@@ -4,9 +4,11 @@ import logging
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from itertools import islice
+from typing import Any, Protocol
 
 import psutil
 import ray
@@ -43,6 +45,19 @@ TaskProcess = tuple[str, int]
 """Address of a machine, and number of a process on it."""
 
 
+class Account(Protocol):
+    """Who is told where the time of calls goes."""
+
+    def begin(self, call: int) -> None:
+        """There is room for a call from now on."""
+
+    def end(self, call: int, address: str = "", starting: float = 0.0, working: float = 0.0) -> None:
+        """It was answered by a machine, in seconds of its process's start and of its own; or it is given up."""
+
+    def lose(self, call: int, kind: str, text: str) -> None:
+        """It failed, for a class of failure, and is tried again."""
+
+
 class TaskLost(RuntimeError):
     """The processes that answered a call, or their machines, went away each time."""
 
@@ -50,7 +65,11 @@ class TaskLost(RuntimeError):
 
 
 def map_tasks(
-    function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], workers: Workers, shared: Any = None
+    function: Callable[..., Any],
+    calls: Sequence[tuple[Any, ...]],
+    workers: Workers,
+    shared: Any = None,
+    account: Account | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """Run `function(shared, *call)` for every call as a Ray task; one that fails is tried again where the failure table says so.
 
@@ -60,6 +79,7 @@ def map_tasks(
         workers: a task gets what a rank gets: CPUs, threads, a GPU where ranks have one.
         shared: put into the object store once, and taken out once by each process, not once per call; the same object for
             all calls that a process answers, so what it keeps of itself (`cached_property`) is kept.
+        account: told where the time of the calls goes.
 
     Processes that had a GPU are ended when all calls are done: Ray would keep them, and with each a context and a cache on its GPU, which
     the ranks that come next need.
@@ -81,7 +101,8 @@ def map_tasks(
     )
     box = [ray.put(shared)]  # in a list: else Ray takes it out itself, for every call
     there = resources()
-    at_once = 2 * max(1, int(there.gpus if workers.gpu else there.cpus / workers.cpus))
+    places = max(1, int(there.gpus if workers.gpu else there.cpus / workers.cpus))
+    at_once, begun = 2 * places, set[int]()
     waiting = list(enumerate(calls))[::-1]
     running: dict[Any, int] = {}
     processes: set[TaskProcess] = set()
@@ -91,13 +112,17 @@ def map_tasks(
             while waiting and len(running) < at_once:
                 number, call = waiting.pop()
                 running[task.remote(function, box, call)] = number
+            for number in islice(running.values(), places):  # the others wait in Ray's queue
+                if account and number not in begun:
+                    begun.add(number)
+                    account.begin(number)
             done, _ = ray.wait(list(running), num_returns=1, timeout=SAID_EVERY)
             if not done:
                 log.warning("%s: no result for %g s; %s", function.__name__, SAID_EVERY, _room(workers))
                 continue
             number = running.pop(done[0])
             try:
-                process, result = ray.get(done[0])
+                process, seconds, result = ray.get(done[0])
                 processes.add(process)
             except RayError as error:
                 processes |= {(address, int(pid)) for pid, address in RAISED_IN.findall(str(error))}
@@ -107,12 +132,23 @@ def map_tasks(
                     raise cause from error
                 log.warning("%s of call %d, which is tried again (%s): %s", failure.name, number, budget, cause)
                 waiting.append((number, calls[number]))
+                if account and number in begun:
+                    begun.remove(number)
+                    account.lose(number, failure.name, str(cause))
             else:
                 budget.refill()
+                if account:
+                    if number not in begun:
+                        account.begin(number)
+                    begun.discard(number)
+                    account.end(number, process[0], *seconds)
                 yield number, result
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
+        for number in begun:
+            assert account
+            account.end(number)
         if workers.gpu:
             with suppress(RayError):  # a cluster that does not answer; what came before says more
                 _end(processes)
@@ -151,9 +187,18 @@ _taken: dict[str, Any] = {}
 """What this process took out of the object store last."""
 
 
-def _call(function: Callable[..., Any], box: list[ray.ObjectRef], call: tuple[Any, ...]) -> tuple[TaskProcess, Any]:
+_loaded: list[float] = [time.monotonic()]
+"""When this process began to load what its first call needs; empty after that call."""
+
+
+def _call(
+    function: Callable[..., Any], box: list[ray.ObjectRef], call: tuple[Any, ...]
+) -> tuple[TaskProcess, tuple[float, float], Any]:
+    began = time.monotonic()
+    starting = began - _loaded.pop() if _loaded else 0.0
     (reference,) = box
     if (name := reference.hex()) not in _taken:
         _taken.clear()
         _taken[name] = ray.get(reference)
-    return (ray.util.get_node_ip_address(), os.getpid()), function(_taken[name], *call)
+    result = function(_taken[name], *call)
+    return (ray.util.get_node_ip_address(), os.getpid()), (starting, time.monotonic() - began), result

@@ -13,11 +13,17 @@ MAX_BACKOFF_SECONDS = 8.0
 """Longest pause between two tries, in seconds."""
 
 _local = threading.local()
+_counted, _lock = [0], threading.Lock()
 
 
 def cancel_retries_on(event: threading.Event) -> None:
     """Once this event is set, the calling thread retries nothing and does not wait for a retry."""
     _local.cancel = event
+
+
+def store_faults() -> int:
+    """How often a request of this process failed so far where to try again may help."""
+    return _counted[0]
 
 
 class Retry:
@@ -44,6 +50,8 @@ class Retry:
         if not self.faults:
             self._first_fault = now
         self.faults += 1
+        with _lock:
+            _counted[0] += 1
         if now - self._first_fault >= seconds:
             return False
         return not cancel.wait(random.SystemRandom().uniform(0, min(MAX_BACKOFF_SECONDS, 0.1 * 2**self.faults)))

@@ -19,7 +19,9 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Metric, make_wsgi_app, start_http_server
 
-from cluster.telemetry.meter import BUCKETS, COUNTERS, GAUGES, Snapshot, Tally, Totals
+from cluster.telemetry.books import Books
+from cluster.telemetry.meter import BUCKETS, Snapshot, Tally, Totals
+from cluster.telemetry.metrics import METRICS, NAMED
 
 POLL = 0.1
 """Seconds between two looks of `drain`."""
@@ -34,7 +36,8 @@ class Exporter:
     """Serves `/metrics` for one life of a run; within a life no counter falls, whatever happens to the ranks.
 
     Attributes:
-        tally: the sums it serves.
+        tally: the sums over ranks that it serves.
+        books: where the seconds of the life's workers went.
         port: the port it listens on, chosen by the system when 0 was asked for.
 
     Raises:
@@ -42,12 +45,15 @@ class Exporter:
     """
 
     def __init__(
-        self, run: str, life: int, trial: str = "", host: str = "127.0.0.1", port: int = 0, clock: Callable[[], float] = time.monotonic
+        self, run: str, life: int, trial: str = "", host: str = "127.0.0.1", port: int = 0, clock: Callable[[], float] | None = None
     ):
-        self.tally = Tally(clock)
+        self.tally, self.books = Tally(), Books(life, clock)
         self._labels = {"run": run, "life": str(life), "trial": trial}
         self._lock = threading.Lock()
         self._restarts: Counter[str] = Counter()
+        self._at, self._failed, self._budget = "", "", 0.0
+        self._spent_before = 0.0
+        self._tasks: dict[str, int] = {}
         self._waited = 0.0
         self._version, self._scraped = 0, -1
         self._target: tuple[Path, str] | None = None
@@ -74,6 +80,28 @@ class Exporter:
         with self._lock:
             self._restarts[kind] += 1
             self._version += 1
+
+    def at(self, step: str) -> None:
+        """The run is at this step from now on; empty: at none."""
+        with self._lock:
+            self._at = step
+            self._version += 1
+
+    def failed(self, kind: str) -> None:
+        """A failure of this class ends the run."""
+        with self._lock:
+            self._failed, self._at = kind, ""
+            self._version += 1
+
+    def tasks_done(self, step: str, done: int) -> None:
+        """So many tasks of a step are done."""
+        with self._lock:
+            self._tasks[step] = done
+            self._version += 1
+
+    def money(self, spent_before: float, budget: float) -> None:
+        """What earlier lives have cost, and what the run may cost, in dollars; 0: no limit."""
+        self._spent_before, self._budget = spent_before, budget
 
     def waited(self, seconds: float) -> None:
         """Count seconds in which there was no room for the ranks."""
@@ -122,31 +150,48 @@ class Exporter:
             stages, gauges, ranks = self.tally.stages(), self.tally.gauges(), self.tally.ranks()
             restarts = [({"class": kind}, count) for kind, count in self._restarts.items()]
             waited: list[Sample] = [({}, self._waited)]
-        for key, counter in COUNTERS.items():
-            yield self._metric("counter", *counter[:2], [({"stage": stage}, totals[key]) for stage, totals in stages.items()])
-        for gauge in GAUGES:
-            name = gauge.name
-            if gauge.per_rank:
-                values = [({"stage": r["stage"], "rank": str(r["rank"])}, r["gauges"][name]) for r in ranks if name in r["gauges"]]
-            else:
-                values = [({"stage": stage}, latest[name]) for stage, latest in gauges.items() if name in latest]
-            yield self._metric("gauge", name, gauge.help, values)
+            at: list[Sample] = [({"stage": self._at}, 1.0)] if self._at else []
+            failed: list[Sample] = [({"class": self._failed}, 1.0)] if self._failed else []
+            tasks: list[Sample] = [({"stage": step}, done) for step, done in self._tasks.items()]
+        for metric in METRICS:
+            name = metric.name
+            if metric.source == "totals":
+                sums: dict[str, Any] = dict(stages)
+                yield self._metric(name, [({"stage": stage}, totals[metric.key]) for stage, totals in sums.items()])
+            elif metric.source == "rank 0":
+                yield self._metric(name, [({"stage": stage}, latest[name]) for stage, latest in gauges.items() if name in latest])
+            elif metric.source == "every rank":
+                here = [r for r in ranks if name in r["gauges"]]
+                yield self._metric(name, [({"stage": r["stage"], "rank": str(r["rank"])}, r["gauges"][name]) for r in here])
         places = [({"stage": r["stage"], "rank": str(r["rank"]), "host": r["host"], "pid": str(r["pid"])}, 1.0) for r in ranks]
-        yield self._metric("gauge", "rank_info", "Where each rank of the present worker group is; 1.", places)
-        states = [({"stage": stage, "state": state}, s) for stage, totals in stages.items() for state, s in totals["states"].items()]
-        yield self._metric("counter", "goodput_seconds", "Allocated worker seconds, each in exactly one state.", states)
-        yield self._metric("counter", "restarts", "Restarts of the worker group, by failure class, or `resized`.", restarts)
-        yield self._metric("counter", "waiting_seconds", "Seconds in which the run waited for room for its ranks.", waited)
+        phases = Counter((r["stage"], r["phase"]) for r in ranks)
+        yield self._metric("rank_info", places)
+        yield self._metric("ranks", [({"stage": stage, "phase": phase}, float(count)) for (stage, phase), count in phases.items()])
+        yield self._metric("at", at)
+        yield self._metric("heartbeat_seconds", [({}, time.time())])
+        yield self._metric("tasks_done", tasks)
+        yield self._metric("failed", failed)
+        yield self._metric("cost_dollars", [({}, self._cost())])
+        yield self._metric("budget_dollars", [({}, self._budget)] if self._budget else [])
+        states = [({"stage": stage, "state": state}, seconds) for (stage, state), seconds in self.books.states().items()]
+        yield self._metric("goodput_seconds", states)
+        yield self._metric("restarts", restarts)
+        yield self._metric("waiting_seconds", waited)
         yield self._step_seconds(stages)
 
-    def _metric(self, kind: str, name: str, what: str, rows: Iterable[Sample]) -> Metric:
-        metric = Metric(f"reactdiff_{name}", what, kind)
+    def _cost(self) -> float:
+        return self._spent_before + self.books.cost()
+
+    def _metric(self, name: str, rows: Iterable[Sample] = ()) -> Metric:
+        spec = NAMED[name]
+        metric = Metric(f"reactdiff_{name}", spec.help, spec.kind)
         for labels, value in rows:
-            metric.add_sample(metric.name + "_total" * (kind == "counter"), {**self._labels, **labels}, value)
+            assert tuple(labels) == spec.labels, f"{name} has the labels {spec.labels}"
+            metric.add_sample(metric.name + "_total" * (spec.kind == "counter"), {**self._labels, **labels}, value)
         return metric
 
     def _step_seconds(self, stages: dict[str, Totals]) -> Metric:
-        metric = Metric("reactdiff_step_seconds", "Seconds of a rank in a phase of a step, of steps with that phase.", "histogram")
+        metric = self._metric("step_seconds")
         bounds = [*(f"{bound:g}" for bound in BUCKETS), "+Inf"]
         for stage, totals in stages.items():
             for phase, spent in totals["phases"].items():

@@ -1,7 +1,7 @@
 """The meter of one rank and the tally of all: what was done and where the seconds went, as numbers that only grow.
 
 Nothing but the standard library is imported, so that a rank builds its meter before torch: the account opens there, and from
-then on every second lies in exactly one goodput state.
+then on every second lies in exactly one state.
 """
 
 import os
@@ -13,7 +13,9 @@ from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, TypedDict
+
+from cluster.telemetry.metrics import METRICS
 
 PHASES = {
     "data_wait": "data_wait",
@@ -22,41 +24,21 @@ PHASES = {
     "agree": "compute",
     "optimizer": "compute",
     "checkpoint": "checkpoint",
-    "evaluation": "evaluation",
+    "evaluation": "evaluate",
 }
-"""The phases of a step, each with the goodput state its seconds fall in."""
+"""The phases of a step, each with the state its seconds fall in."""
 
-STATES = ("startup", "data_wait", "compute", "checkpoint", "evaluation", "other")
-"""Goodput states: `startup` lasts until the first phase, `other` is whatever lies outside the phases after it."""
-
-class MetricSpec(NamedTuple):
-    """A number that a rank reports: its name in Prometheus after `reactdiff_`, its help, and whether it is each rank's own."""
-
-    name: str
-    help: str
-    per_rank: bool = False
+STATES = ("starting", "compute", "data_wait", "checkpoint", "evaluate")
+"""States of a rank. What lies outside the phases is `starting` until `Meter.begin` and `compute` from then on."""
 
 
-COUNTERS: dict[Literal["items", "bytes", "flops"], MetricSpec] = {
-    "items": MetricSpec("items_processed", "Items the ranks trained on, those replayed after a restart included."),
-    "bytes": MetricSpec("read_bytes", "Bytes the ranks read from storage."),
-    "flops": MetricSpec("flops", "Floating point operations of the model, without recomputation."),
-}
-"""What `Meter.step_done` takes and `Totals` sums."""
+def state_of(phase: str) -> str:
+    """The state in which a rank is at this: a phase, `startup`, or `other`."""
+    return PHASES.get(phase) or ("starting" if phase == "startup" else "compute")
 
-GAUGES = (
-    MetricSpec("progress_items", "Progress of the committed training state in items; falls back to the checkpoint after a restart."),
-    MetricSpec("loss", "Loss of the latest step over the global batch."),
-    MetricSpec("gradient_norm", "Norm of the latest step's gradient before clipping."),
-    MetricSpec("learning_rate", "Learning rate of the latest step."),
-    MetricSpec("quarantined_items", "Items that count nothing: their bytes are damaged, or their loss or gradient is not finite."),
-    MetricSpec("val_progress_items", "Progress of the checkpoint that was last scored on clips of val."),
-    MetricSpec("val_frcorr", "Its FRCorr there."),
-    MetricSpec("val_frdist", "Its FRDist there."),
-    MetricSpec("peak_memory_bytes", "Peak device memory of the rank.", per_rank=True),
-    MetricSpec("peak_flops", "Peak operations per second of the rank's device.", per_rank=True),
-)
-"""What a rank may set in `Meter.gauges`, by name."""
+
+RANK_GAUGES = frozenset(metric.name for metric in METRICS if metric.source in ("rank 0", "every rank"))
+"""What a rank may set in `Meter.gauges`."""
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 """Upper bounds in seconds of the step histogram's buckets; one more bucket takes what lasts longer."""
@@ -75,6 +57,7 @@ class Totals(TypedDict):
     items: int
     bytes: int
     flops: float
+    store_faults: int
     states: dict[str, float]
     phases: dict[str, PhaseTotals]
 
@@ -105,11 +88,13 @@ class Meter:
     """Counts for one rank in one stage; a snapshot may be taken from another thread at any moment.
 
     Attributes:
-        gauges: the latest value of any of `GAUGES`, by name.
+        gauges: the latest value of any of `RANK_GAUGES`, by name.
+        store_faults: tells how many requests to storage failed in this process so far.
     """
 
     def __init__(self, rank: int, ranks: int, stage: str, clock: Callable[[], float] = time.monotonic):
         self.gauges: dict[str, float] = {}
+        self.store_faults: Callable[[], int] = lambda: 0
         self._rank, self._ranks, self._stage = rank, ranks, stage
         self._process = uuid.uuid4().hex
         self._clock = clock
@@ -129,7 +114,11 @@ class Meter:
         try:
             yield
         finally:
-            self._enter("other" if outer == "startup" else outer)
+            self._enter(outer)
+
+    def begin(self) -> None:
+        """The rank has started: it trains from here on."""
+        self._enter("other")
 
     def step_done(self, *, items: int, bytes: int = 0, flops: float = 0.0) -> None:
         """Close an optimiser step: what this rank contributed to it, and its seconds per phase into the histogram.
@@ -157,8 +146,8 @@ class Meter:
         """Everything so far, the running phase included: the states sum to `elapsed`, the seconds since the meter was built."""
         with self._lock:
             self._charge()
-            known = {gauge.name for gauge in GAUGES}
-            assert self.gauges.keys() <= known, f"gauges are {', '.join(sorted(known))}, not {', '.join(self.gauges)}"
+            self._totals["store_faults"] = self.store_faults()
+            assert self.gauges.keys() <= RANK_GAUGES, f"gauges are {', '.join(sorted(RANK_GAUGES))}, not {', '.join(self.gauges)}"
             return {
                 "rank": self._rank,
                 "ranks": self._ranks,
@@ -183,7 +172,7 @@ class Meter:
 
     def _charge(self) -> None:
         now = self._clock()
-        self._totals["states"][PHASES.get(self._now, self._now)] += now - self._mark
+        self._totals["states"][state_of(self._now)] += now - self._mark
         if self._now in PHASES:
             self._step[self._now] += now - self._mark
         self._mark = now
@@ -192,29 +181,26 @@ class Meter:
 class Tally:
     """The sum of the meters of a run, per stage, over every process each rank ever had.
 
-    A new process counts from 0 and what the old one had counted is kept, so no sum ever falls. Seconds between the last snapshot
-    of a process and the start of its successor go to the state `startup`: the worker was allocated. The clock is the driver's.
+    A new process counts from 0 and what the old one had counted is kept, so no sum ever falls.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._clock = clock
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._live: dict[int, Snapshot] = {}
-        self._heard: dict[int, float] = {}
         self._past: defaultdict[str, Totals] = defaultdict(_nothing)
         self._retired: set[str] = set()
         self._gauges: dict[str, dict[str, float]] = {}
 
     def update(self, snapshot: Snapshot) -> None:
         """Take a snapshot; one of a replaced process, or older than what is known of its process, changes nothing."""
-        now, rank, process = self._clock(), snapshot["rank"], snapshot["process"]
+        rank, process = snapshot["rank"], snapshot["process"]
         with self._lock:
             before = self._live.get(rank)
             if process in self._retired or (before and before["process"] == process and before["elapsed"] > snapshot["elapsed"]):
                 return
             if before is None or before["process"] != process:
-                self._take_over(snapshot, now)
-            self._live[rank], self._heard[rank] = snapshot, now
+                self._take_over(snapshot)
+            self._live[rank] = snapshot
             if rank == 0:
                 self._gauges[snapshot["stage"]] = snapshot["gauges"]
 
@@ -236,20 +222,18 @@ class Tally:
         with self._lock:
             return list(self._live.values())
 
-    def _take_over(self, snapshot: Snapshot, now: float) -> None:
+    def _take_over(self, snapshot: Snapshot) -> None:
         """A process takes its rank over; ranks that its group no longer has are gone."""
         rank = snapshot["rank"]
         for gone in [other for other in self._live if other == rank or other >= snapshot["ranks"]]:
-            old, heard = self._live.pop(gone), self._heard.pop(gone)
+            old = self._live.pop(gone)
             self._retired.add(old["process"])
             self._past[old["stage"]] = _add(self._past[old["stage"]], old["totals"])
-            if gone == rank:
-                self._past[snapshot["stage"]]["states"]["startup"] += max(0.0, now - snapshot["elapsed"] - heard)
 
 
 def _nothing() -> Totals:
     phases: dict[str, PhaseTotals] = {phase: {"seconds": 0.0, "counts": [0] * (len(BUCKETS) + 1)} for phase in PHASES}
-    return {"items": 0, "bytes": 0, "flops": 0.0, "states": dict.fromkeys(STATES, 0.0), "phases": phases}
+    return {"items": 0, "bytes": 0, "flops": 0.0, "store_faults": 0, "states": dict.fromkeys(STATES, 0.0), "phases": phases}
 
 
 def _add(one: Any, other: Any) -> Any:

@@ -2,6 +2,8 @@
 
 import itertools
 import logging
+import os
+import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -26,10 +28,12 @@ from cluster.runs.checkpoint import Checkpoint
 from cluster.runs.checkpoint_writer import CheckpointWriter
 from cluster.runs.inventory import remove_orphans
 from cluster.runs.latents import corrupt_clips, read_range
+from cluster.runs.logs import log_folder, rank_log
 from cluster.runs.retention import Retention
 from cluster.runs.state import Attempt, assert_newest_life
 from cluster.runtime.device import peak_flops, peak_memory
 from cluster.storage import StorageError, Store
+from cluster.storage.retry import store_faults
 from cluster.telemetry.meter import Meter, Snapshot
 from cluster.telemetry.metrics_log import MetricsLog, read_rows, validation_name
 from cluster.training.ahead import Ahead
@@ -104,9 +108,12 @@ def train(job: Job, place: Place, report: Callable[[Snapshot], Request | None]) 
         NonFinite, CorruptData, NoUsableCheckpoint, StorageError, Superseded: the run must not go on.
     """
     meter = Meter(place.rank, place.ranks, job.stage)
+    meter.store_faults = store_faults
     make_deterministic(job.experiment.workers.threads, tf32=job.experiment.optim.precision == "tf32")
     load_compiler_late()
-    with reporting(meter, report, lambda: _write_stacks(job, place)) as inbox:
+    log_key = f"{log_folder(job.life, job.attempt)}/{job.stage}-rank-{place.rank}.log"
+    begins = f"rank {place.rank} of {place.ranks} on {platform.node()}, process {os.getpid()}"
+    with rank_log(job.run, log_key, place.ranks, begins), reporting(meter, report, lambda: _write_stacks(job, place)) as inbox:
         training = _Training(job, place, meter, inbox)
         try:
             return training.run()
@@ -167,6 +174,8 @@ class _Training:
         step, progress, loss, left = self.resume(), 0, float("nan"), False
         zero = torch.zeros((), device=self.place.device)
         self.writer.prepare(self.engine.fragments(), dict(self.engine.stage.named_buffers()))
+        self.meter.begin()
+        self.meter.gauges["checkpoint_time_seconds"] = time.time()
         batches = self.stream.batches(step)
         batch = self.fetch(batches)
         valid = int(self.heed(self.word(None, batch).summed(zero, zero), batch).of_all.next_valid)
@@ -179,9 +188,10 @@ class _Training:
             self.ahead.drop(batch)
             progress, left = self.bounds(batch)[1], self.stepped(batch, verdict)
             step, batch, valid, loss = batch.step + 1, upcoming, int(verdict.of_all.next_valid), verdict.loss
-        if self.writer.busy:
-            self.writer.commit()
-        self.writer.close()
+        with self.meter.phase("checkpoint"):
+            if self.writer.busy:
+                self.writer.commit()
+            self.writer.close()
         if self.cache:
             self.cache.close()
         done = {"progress": progress, "steps": step} if left else {"progress": self.share.total, "steps": self.share.steps}
@@ -370,6 +380,7 @@ class _Training:
         finished = None
         if written or (due and self.writer.busy):  # where the next one is due already, it is waited for
             finished = self.writer.commit()
+            self.meter.gauges["checkpoint_time_seconds"] = time.time()
             if (self.validator and self.looks_at(finished)) or self.rungs_at(finished):
                 self.take_averages(self.writer.begun("average"))  # before the next one overwrites them
         elif self.writer.busy:
@@ -460,4 +471,4 @@ def _gather(value: Any) -> list[Any]:
 
 def _write_stacks(job: Job, place: Place) -> None:
     with suppress(StorageError):  # who asks gives up waiting
-        job.run.put(f"logs/{job.life:06d}.{job.attempt}/{job.stage}-stacks-{place.rank}.txt", stacks().encode())
+        job.run.put(f"{log_folder(job.life, job.attempt)}/{job.stage}-stacks-{place.rank}.txt", stacks().encode())

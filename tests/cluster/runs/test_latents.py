@@ -61,7 +61,7 @@ def latents_of(store: Store, codec: Any, split: str = "train", counts: Sequence[
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks run in this process."""
 
-    def map_tasks(function: Callable[..., Any], calls: list[tuple[Any, ...]], _: Workers, shared: Any) -> Iterator[tuple[int, Any]]:
+    def map_tasks(function: Callable[..., Any], calls: list[tuple[Any, ...]], _: Workers, shared: Any, account: Any) -> Iterator[Any]:
         for number, call in enumerate(calls):
             yield number, function(shared, *call)
 

@@ -17,13 +17,14 @@ from cluster.config.schema import Workers
 from cluster.data import prepare
 from cluster.driver import run
 from cluster.evaluation import evaluate
-from cluster.runs import build_latents, checkpoint_writer, inventory, lease
+from cluster.runs import build_latents, checkpoint_writer, inventory, lease, logs
 from cluster.runs.lineage import open_attempt
 from cluster.runtime.ray_cluster import Resources
 from cluster.studies import trial, tuner
 from cluster.studies.search import Search
 from cluster.studies.trial import run_trial
 from cluster.studies.tuner import Show
+from cluster.telemetry import books_log
 from cluster.training.loop import Job, Place, train
 from jobs import prepare as prepare_job
 from tests.cluster.support.interleaving import Inline
@@ -49,7 +50,8 @@ def one_process() -> Iterator[None]:
             patch.setattr(module, "map_tasks", _map_tasks)
         patch.setattr(checkpoint_writer, "ThreadPoolExecutor", lambda *_, **__: Inline())
         patch.setattr(inventory, "parallel_map", map)
-        patch.setattr(lease, "BEAT", NEVER)
+        for module in (lease, books_log, logs):
+            patch.setattr(module, "BEAT" if module is lease else "EVERY", NEVER)
         patch.setattr(lease, "LAPSE", NEVER)
         patch.setattr(lease, "_started", _started)
         yield
@@ -79,7 +81,9 @@ def _launch(job: Job, *_: Any) -> dict[str, Any]:
         return train(job, Place(0, 1, torch.device("cpu")), lambda _: None)
 
 
-def _map_tasks(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], _: Workers, shared: Any = None) -> Iterator[tuple[int, Any]]:
+def _map_tasks(
+    function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], _: Workers, shared: Any = None, account: Any = None
+) -> Iterator[tuple[int, Any]]:
     shared = pickle.loads(pickle.dumps(shared))
     for number, call in enumerate(calls):
         yield number, function(shared, *call)

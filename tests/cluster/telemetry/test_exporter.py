@@ -9,6 +9,7 @@ from contextlib import closing
 
 import pytest
 
+from cluster.telemetry.books import Berth
 from cluster.telemetry.exporter import Exporter
 from cluster.telemetry.meter import Meter
 
@@ -86,9 +87,9 @@ def test_a_scrape_shows_sums_over_ranks_and_gauges_per_rank(exporter, clock):
         'reactdiff_peak_flops{rank="1",stage="autoencoder"}': 1e12,
         f'reactdiff_rank_info{{host="{platform.node()}",pid="{os.getpid()}",rank="1",stage="autoencoder"}}': 1,
         'reactdiff_restarts_total{class="preempted"}': 1,
-        'reactdiff_goodput_seconds_total{stage="autoencoder",state="compute"}': 1.625,
-        'reactdiff_goodput_seconds_total{stage="autoencoder",state="data_wait"}': 0.25,
-        'reactdiff_goodput_seconds_total{stage="autoencoder",state="startup"}': 0,
+        'reactdiff_ranks{phase="startup",stage="autoencoder"}': 2,
+        'reactdiff_store_faults_total{stage="autoencoder"}': 0,
+        'reactdiff_cost_dollars{}': 0,
         'reactdiff_step_seconds_bucket{le="0.1",phase="forward",stage="autoencoder"}': 0,
         'reactdiff_step_seconds_bucket{le="0.25",phase="forward",stage="autoencoder"}': 2,
         'reactdiff_step_seconds_bucket{le="+Inf",phase="forward",stage="autoencoder"}': 2,
@@ -96,6 +97,36 @@ def test_a_scrape_shows_sums_over_ranks_and_gauges_per_rank(exporter, clock):
         'reactdiff_step_seconds_sum{phase="forward",stage="autoencoder"}': 0.5,
     }
     assert {name: samples[name] for name in expected} == expected
+
+
+def test_the_books_of_the_life_are_served_with_what_it_cost_and_may_cost(exporter, clock):
+    exporter.books.book("autoencoder", {"compute": 1_800_000, "data_wait": 250}, exporter.books.now(), Berth("host", 4.0, 0.5))
+    exporter.money(spent_before=2.0, budget=2.5)
+    samples = scrape(exporter)
+    expected = {
+        'reactdiff_goodput_seconds_total{stage="autoencoder",state="compute"}': 1800,
+        'reactdiff_goodput_seconds_total{stage="autoencoder",state="data_wait"}': 0.25,
+        "reactdiff_budget_dollars{}": 2.5,
+    }
+    assert {name: samples[name] for name in expected} == expected
+    assert samples["reactdiff_cost_dollars{}"] == pytest.approx(3.0, abs=1e-3)
+
+
+def test_where_a_run_is_what_tasks_are_done_and_what_ended_it_are_told(exporter):
+    exporter.at("latents")
+    exporter.tasks_done("latents", 3)
+    samples = scrape(exporter)
+    assert samples['reactdiff_at{stage="latents"}'] == 1 and samples['reactdiff_tasks_done_total{stage="latents"}'] == 3
+    exporter.failed("non_finite")
+    samples = scrape(exporter)
+    assert samples['reactdiff_failed{class="non_finite"}'] == 1 and not any(name.startswith("reactdiff_at") for name in samples)
+
+
+def test_requests_to_storage_that_fail_are_counted_before_a_step_is_done(exporter, clock):
+    meter = Meter(0, 1, "autoencoder", clock)
+    meter.store_faults = lambda: 7
+    exporter.update(meter.snapshot())
+    assert scrape(exporter)['reactdiff_store_faults_total{stage="autoencoder"}'] == 7
 
 
 def test_the_number_of_series_grows_with_the_ranks_only_by_their_gauges(exporter, clock):

@@ -1,0 +1,55 @@
+"""Show where the time and the money of a run go, and say what binds it: from its folder alone, wherever it runs.
+
+On a terminal it goes on until Ctrl-C or the run's end.
+"""
+
+import argparse
+import sys
+import time
+
+from rich.console import Console, Group
+from rich.live import Live
+
+from cluster import cli
+from cluster.config.schema import Run
+from cluster.runs.saved import open_folder
+from cluster.runs.state import read_state
+from cluster.storage import Store
+from cluster.telemetry.books_log import read_books
+from cluster.telemetry.receipt import live_table
+
+EVERY = 2.0
+"""Seconds between two looks."""
+
+
+def main() -> int:
+    """Parse the command line and look."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="name, folder or URL of a run")
+    parser.add_argument("--store", default=Run().store, help="folder or URL that a mere name is looked up in")
+    parser.add_argument("--once", action="store_true", help="look once")
+    arguments = parser.parse_args()
+    store, console = open_folder(arguments.run, arguments.store).store, Console(markup=False, highlight=False, emoji=False)
+    shown, over = _look(store)
+    if arguments.once or not console.is_terminal:
+        console.print(shown)
+        return 0
+    with Live(shown, console=console, auto_refresh=False) as live:
+        while not over:
+            time.sleep(EVERY)
+            shown, over = _look(store)
+            live.update(shown, refresh=True)
+    return 0
+
+
+def _look(store: Store) -> tuple[Group, bool]:
+    """What there is to see, and whether the run has ended."""
+    state = read_state(store)
+    if state is None:
+        raise ValueError(f"run {store.url} ended before it began (no state.json): start it again with jobs/train.py")
+    status = f"{state.status}{f' in {state.stage}' if state.stage else ''}, life {state.life}{f': {state.why}' if state.why else ''}"
+    return Group(f"{store.url}: {status}", live_table(read_books(store), time.time())), state.status != "RUNNING"
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

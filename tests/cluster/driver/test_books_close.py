@@ -1,0 +1,87 @@
+"""The books of a real run against Ray's own tables of placement groups: a killed rank, a lost machine, a killed driver."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from ray._private.state import GlobalState
+from ray._raylet import GcsClientOptions
+
+from cluster.telemetry.books_log import read_books
+from cluster.telemetry.receipt import receipt
+from tests.cluster.support.machines import STAGE, Running, machines
+
+PRICE = 36.0
+"""Dollars an hour of a machine, which a rank has for itself: a cent a second."""
+
+LOOK = 0.02
+"""Seconds between two looks at Ray's table."""
+
+
+class Held:
+    """Seconds of all bundles of all placement groups that are there, as Ray tells."""
+
+    def __init__(self, address: str):
+        self.seconds, self._done = 0.0, threading.Event()
+        self._state = GlobalState()
+        self._state._initialize_global_state(
+            GcsClientOptions.create(address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
+        )
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        before, was = time.monotonic(), 0
+        while not self._done.wait(LOOK):
+            groups = self._state.placement_group_table().values()
+            there = sum(len(one["bundles"]) for one in groups if one["state"] == "CREATED")
+            now = time.monotonic()
+            self.seconds += (now - before) * (there + was) / 2
+            before, was = now, there
+
+    def close(self) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+@contextmanager
+def held(address: str) -> Iterator[Held]:
+    seen = Held(address)
+    try:
+        yield seen
+    finally:
+        seen.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_states_sum_to_the_seconds_that_ray_held_places_and_money_to_their_price(shards: Path, tmp_path: Path) -> None:
+    command = (shards, tmp_path, "books", "workers.count=[1,2]", f"telemetry.prices={{any: {PRICE}}}", "optim.epochs=100")
+    with machines(2) as there:
+        there.wait(2)
+        with held(there.address) as seen:
+            run = Running(*command, address=there.address)
+            run.until(lambda: run.progress >= 240)
+            run.rank(1).kill()
+            run.until_said("failed (lost)")
+            reached = run.progress
+            run.until(lambda: run.progress > reached + 240)
+            there.kill()
+            run.until_said("1 of at most 2 ranks")
+            reached = run.progress
+            run.until(lambda: run.progress > reached + 240)
+            run.kill()
+            again = Running(*command, address=there.address)
+            assert again.end() == 0, again.said
+    made = receipt(read_books(run.store))
+    assert [fault["class"] for fault in made["faults"]] == ["lost", "lost", "driver"]
+    assert all(fault["recovery"] > 0 for fault in made["faults"]) and sum(fault["replay"] for fault in made["faults"]) > 0
+    assert made["held"] == pytest.approx(seen.seconds, rel=0.005)
+    assert made["cost"] == pytest.approx(seen.seconds * PRICE / 3600, rel=0.005)
+    assert made["items"][STAGE] >= 100 * 40 and made["lives"] == 2
+    assert "receipt: 2 lives" in again.said and json.loads((run.folder / "receipt.json").read_text())["cost"] == made["cost"]
+    assert {path.name for path in run.folder.glob("logs/*/*-end.txt")} == {f"{STAGE}-end.txt"}

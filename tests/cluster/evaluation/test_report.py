@@ -1,0 +1,108 @@
+"""The page about a run: everything is in it, it asks for nothing, and what a run says cannot become a tag."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from cluster.evaluation.report import REPORT, report, write_report
+from cluster.runs.state import State, open_life, write_state
+from cluster.storage import Store, open_store
+from cluster.telemetry.books import Berth, Books
+from cluster.telemetry.metrics_log import MetricsLog
+from reactdiff.metrics.official import OFFICIAL
+from tests.cluster.telemetry.test_meter import Clock
+
+EMPTY = {"meta", "img", "link", "br", "path", "use", "rect", "circle"}
+
+
+class Tags(HTMLParser):
+    """Every tag with its attributes, and that each is closed."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        assert self.open == [], "every tag is closed"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in EMPTY:
+            assert self.open.pop() == tag
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Store:
+    """A run of two lives with curves, faults, scores and a picture; its name would be a tag."""
+    store = open_store(str(tmp_path / "runs" / "a&b"))
+    store.put("config.yaml", b"seed: 1 # <script>alert(1)</script>\n")
+    for _ in range(2):
+        life = open_life(store, {})
+    write_state(store, State("FAILED", life, "d", "m", "diffusion", "rank 1 <b>hangs</b>"))
+    log = MetricsLog(store, 1, 0, "autoencoder")
+    for step in range(3000):
+        log.add(progress=10 * step, loss=1.0 / (step + 1))
+    log.flush()
+    scores = MetricsLog(store, 1, 0, "val-diffusion")
+    scores.add(progress=10, FRCorr=0.25, FRDist=3.5)
+    scores.flush()
+    for number in (1, 2):
+        clock = Clock(1000.0 * number)
+        books = Books(number, clock)
+        clock.now += 300
+        books.book("autoencoder", {"compute": 250_000, "data_wait": 50_000}, books.now(), Berth("host", 3.6, 1.0))
+        fault = books.fault("hang", "autoencoder", "<i>stuck</i>")
+        books.book("autoencoder", {"recovery": 10_000}, books.now(), Berth("host", 3.6, 1.0), fault)
+        store.put(f"books/{number:06d}.json", json.dumps(books.record()).encode())
+    official = dict.fromkeys(OFFICIAL, 0.125) | {"FRSyn": None}
+    rows = {"model": {"official": official}, "a random listener": {"official": official}}
+    facts = {"split": "test", "clips": 4, "predictions": 10, "scores": rows}
+    store.put("evaluation/test-0123.json", json.dumps(facts).encode())
+    store.put("evaluation/test-0123.png", b"\x89PNG")
+    return store
+
+
+def test_the_page_has_what_the_folder_has(run: Store) -> None:
+    page = report(run)
+    for said in ("Loss of stage autoencoder", "on clips of val", "Scores on split test", "random listener", "0.125"):
+        assert said in page
+    assert "2 lives, 21.7 min of wall time, 11.7 min of it without a driver" in page and "$0.62" in page
+    assert page.count("<svg") == 3 and "data:image/png;base64,iVBORw" in page
+    assert len(page) < 3_000_000 and max(map(len, re.findall(r'd="([^"]*)"', page))) < 40_000, "a curve has a few hundred points"
+
+
+def test_it_asks_for_nothing_and_what_a_run_says_stays_text(run: Store) -> None:
+    page = report(run)
+    tags = Tags(page)
+    assert {tag for tag, _ in tags.found} & {"script", "link", "iframe", "b", "i"} == set()
+    asked = [value for _, values in tags.found for name, value in values.items() if name in ("src", "href", "xlink:href")]
+    assert [value for value in asked if not (value or "").startswith(("#", "data:"))] == []
+    assert "url(http" not in page and "@import" not in page
+    assert "&lt;script&gt;" in page and "&lt;b&gt;hangs&lt;/b&gt;" in page and "&lt;i&gt;stuck&lt;/i&gt;" in page and "a&amp;b" in page
+
+
+def test_the_same_folder_makes_the_same_page(run: Store) -> None:
+    assert report(run) == report(run)
+    assert write_report(run) == f"{run.url}/{REPORT}" and run.read(REPORT).decode() == report(run)
+
+
+def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.put("config.yaml", b"seed: 1\n")
+    write_state(store, State("RUNNING", open_life(store, {}), "d", "m"))
+    Tags(report(store))
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="ended before it began"):
+        report(open_store(str(tmp_path)))
