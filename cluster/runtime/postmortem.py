@@ -33,7 +33,13 @@ def postmortem(store: Store, key: str, pid: int, kill: bool) -> None:
     except psutil.NoSuchProcess:
         return
     if kill:
-        with suppress(ProcessLookupError):
+        kill_worker(pid)
+
+
+def kill_worker(pid: int) -> None:
+    """Kill a process of this machine, unless it is gone and another one, which is no Ray worker, has its number."""
+    with suppress(psutil.NoSuchProcess, ProcessLookupError):
+        if psutil.Process(pid).name().startswith("ray::"):
             os.kill(pid, signal.SIGKILL)
 
 

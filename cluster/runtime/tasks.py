@@ -3,14 +3,12 @@
 import logging
 import os
 import re
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any, Protocol
 
-import psutil
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -19,6 +17,7 @@ from cluster.config.schema import Workers
 from cluster.runtime.device import worker_environment
 from cluster.runtime.failures import Budget, failure_of
 from cluster.runtime.nodes import nodes
+from cluster.runtime.postmortem import kill_worker
 from cluster.runtime.ray_cluster import resources
 
 log = logging.getLogger(__name__)
@@ -167,9 +166,7 @@ def _end(processes: set[TaskProcess]) -> None:
 @ray.remote(num_cpus=0, max_retries=0)
 def _kill(pids: list[int]) -> None:
     for pid in pids:
-        with suppress(psutil.NoSuchProcess, ProcessLookupError):
-            if psutil.Process(pid).name().startswith("ray::"):
-                os.kill(pid, signal.SIGKILL)
+        kill_worker(pid)
 
 
 def _room(workers: Workers) -> str:
