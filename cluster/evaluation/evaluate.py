@@ -22,6 +22,7 @@ from cluster.runs.export import Export
 from cluster.runs.latents import LatentDataset
 from cluster.runtime.tasks import map_tasks
 from cluster.storage import Store
+from cluster.storage.parallel import parallel_map
 from reactdiff.clip import PERSONS
 from reactdiff.determinism import make_deterministic
 from reactdiff.metrics.official import Scores, merge
@@ -93,11 +94,15 @@ def _score(task: _Task, row: str, start: int) -> None:
 def _mean_attributes(latents: LatentDataset) -> tuple[float, ...]:
     """Mean of the training split's attributes over its first clips, (25,); without those that training was to do without, too."""
     reader = Reader(latents.dataset, latents.clips, latents.split)
-    wanted, means = [(person, "attributes") for person in PERSONS], []
-    for clip in range(min(reader.clips, MEAN_CLIPS)):
+    wanted = [(person, "attributes") for person in PERSONS]
+
+    def mean(clip: int) -> np.ndarray | None:
         try:
-            means.append(np.mean(list(reader.read(clip, wanted).arrays.values()), axis=(0, 1)))
+            return np.mean(list(reader.read(clip, wanted).arrays.values()), axis=(0, 1))
         except CorruptData:
             if latents.on_corrupt == "stop":
                 raise
-    return tuple(np.mean(means, axis=0).tolist())
+            return None
+
+    means = parallel_map(mean, range(min(reader.clips, MEAN_CLIPS)))
+    return tuple(np.mean([one for one in means if one is not None], axis=0).tolist())
