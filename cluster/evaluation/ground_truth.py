@@ -10,6 +10,7 @@ import numpy as np
 from cluster.data.manifest import Manifest, load_appropriateness
 from cluster.data.reader import Reader
 from cluster.storage import Store
+from cluster.storage.parallel import parallel_map
 from reactdiff.clip import speaker_listener
 from reactdiff.metrics.official import score_part
 from reactdiff.metrics.partial import PartialScores
@@ -51,8 +52,9 @@ class GroundTruth:
     def score(self, items: Sequence[int], predictions: np.ndarray) -> PartialScores:
         """Score predictions (items, K, frames, 25)."""
         neighbours = [np.flatnonzero(self.matrix[item]) for item in items]
-        targets = {int(other): self.listener(int(other)) for other in np.unique(np.concatenate([*neighbours, items]))}
-        return score_part(predictions, targets, np.stack([self.speaker(item) for item in items]), neighbours, own=items)
+        others = np.unique(np.concatenate([*neighbours, items])).tolist()
+        targets = dict(zip(others, parallel_map(self.listener, others), strict=True))
+        return score_part(predictions, targets, np.stack(list(parallel_map(self.speaker, items))), neighbours, own=items)
 
     def _attributes(self, item: int, role: int) -> np.ndarray:
         clip, direction = self.clip_and_direction(item)

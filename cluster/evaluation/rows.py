@@ -11,6 +11,7 @@ from cluster.evaluation.ground_truth import GroundTruth
 from cluster.evaluation.plan import EvaluationPlan
 from cluster.runs.export import load_reactor, untrained_reactor
 from cluster.runs.latents import LatentDataset, corrupt_clips, encode_clip
+from cluster.storage.parallel import parallel_map
 from reactdiff.clip import PERSONS, WINDOW, speaker_listener
 from reactdiff.config import Model
 from reactdiff.data import synthetic
@@ -155,15 +156,18 @@ def retrieval_name(chunk: int) -> str:
 
 def training_attributes(latents: LatentDataset, most: int) -> Iterator[np.ndarray]:
     """Both persons' attributes, (2, frames, 25), of the training split's first clips, without those that training was to do without."""
-    reader = Reader(latents.dataset, latents.clips, latents.split)
-    for clip in range(min(reader.clips, most)):
+    reader, wanted = Reader(latents.dataset, latents.clips, latents.split), [(person, "attributes") for person in PERSONS]
+
+    def read(clip: int) -> np.ndarray | None:
         try:
-            found = reader.read(clip, [(person, "attributes") for person in PERSONS]).arrays
+            found = reader.read(clip, wanted).arrays
+            return np.stack([found[key] for key in wanted])
         except CorruptData:
             if latents.on_corrupt == "stop":
                 raise
-            continue
-        yield np.stack([found[person, "attributes"] for person in PERSONS])
+            return None
+
+    return (found for found in parallel_map(read, range(min(reader.clips, most))) if found is not None)
 
 
 def chunk_of(model: Model) -> int:
