@@ -21,6 +21,9 @@ from cluster.telemetry.receipt import live_table
 EVERY = 2.0
 """Seconds between two looks."""
 
+LOG_WIDTH = 140
+"""Columns where there is no terminal."""
+
 
 def main() -> int:
     """Parse the command line and look."""
@@ -29,7 +32,8 @@ def main() -> int:
     parser.add_argument("--store", default=Run().store, help="folder or URL that a mere name is looked up in")
     parser.add_argument("--once", action="store_true", help="look once")
     arguments = parser.parse_args()
-    store, console = open_folder(arguments.run, arguments.store).store, Console(markup=False, highlight=False, emoji=False)
+    store = open_folder(arguments.run, arguments.store).store
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, markup=False, highlight=False, emoji=False)
     shown, over = _look(store)
     if arguments.once or not console.is_terminal:
         console.print(shown)

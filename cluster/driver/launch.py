@@ -44,6 +44,9 @@ def launch(
     with Interruption() as interruption:
         try:
             return _Stage(job, gang, monitor, interruption, assert_ours, enough).train(notes)
+        except StageFailed:
+            monitor.give_back(failed=True)
+            raise
         finally:
             monitor.release()
             monitor.give_back()
@@ -127,6 +130,5 @@ class _Stage:
         failed = StageFailed(self._job.stage, failure, cause, where, str(self._budget))
         if not allowed:
             self._monitor.blame(failure.name, failed.what)
-            self._monitor.give_back(failed=True)
             raise failed from cause
         self._monitor.restarted(failure.name, f"{failed.what}; starting the ranks again ({self._budget})")

@@ -4,7 +4,8 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from io import StringIO
 from pathlib import Path
@@ -16,8 +17,10 @@ from ray.train import WorkerGroupError
 from cluster.driver import launch as launching
 from cluster.driver.interruption import Enough
 from cluster.driver.launch import launch
+from cluster.runtime.failures import StageFailed
 from cluster.runtime.placement import Gang
 from cluster.storage import open_store
+from cluster.telemetry.books import Berth
 from cluster.telemetry.display import Display
 from cluster.telemetry.exporter import Exporter
 from cluster.telemetry.monitor import StageMonitor
@@ -61,7 +64,7 @@ def test_told_to_end_is_told_to_end_also_where_the_stage_ends_meanwhile(monkeypa
 class Leaving:
     """A group whose ranks leave, or fail, after they were told that they have come far enough."""
 
-    hang, reason, why, fails = None, "enough", "another trial is better", False
+    hang, attempt, reason, why, fails = None, 0, "enough", "another trial is better", False
 
     def __init__(self, *given: object):
         self.enough = given[-1]
@@ -95,6 +98,42 @@ def test_a_run_that_came_far_enough_does_not_wait_for_room(monkeypatch: pytest.M
     job = Job(tiny(tmp_path, tmp_path), STAGE, open_store(str(tmp_path)), 1, open_store(str(tmp_path)), "")
     with closing(exporter), Display(StringIO()) as display, pytest.raises(Enough, match="far enough"):
         launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None, lambda: "far enough")
+
+
+class Failing:
+    """A group that holds two places and fails, for a reason that is not tried again."""
+
+    hang, attempt = None, 0
+
+    def __init__(self, job: Job, gang: Gang, place: list[str], monitor: StageMonitor, *_: object):
+        self.monitor, self.since = monitor, time.time() - 30
+        monitor.hold([Berth("host")] * 2, 0.0, self.since, 0.0)
+
+    def where(self, *_: object) -> str:
+        return "rank 1, host"
+
+    def train(self, notes: str, judge: Callable[[Exception, "Failing"], None]) -> None:
+        try:
+            judge(ValueError("no such stream"), self)
+        finally:  # Ray has the places back
+            self.monitor.hold([], 0.0, self.since, self.since + 20)
+
+
+@pytest.mark.starts
+def test_what_ends_a_stage_owns_the_time_until_ray_has_the_places_back_and_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(launching, "Group", Failing)
+    monkeypatch.setattr(launching, "wait_for_place", lambda *_: ["node", "node"])
+    exporter, store = Exporter("run", 1, port=0), open_store(str(tmp_path))
+    job = Job(tiny(tmp_path, tmp_path), STAGE, store, 1, store, "")
+    with closing(exporter), Display(StringIO()) as display, pytest.raises(StageFailed, match="no such stream"):
+        launch(job, Gang(2, 2, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None)
+    record = exporter.books.record()
+    assert record["held"] == [] and [fault["class"] for fault in record["faults"]] == ["user"]
+    ((_, state, fault, _, ms),) = [line for line in record["lines"] if line[1] != "waiting"]
+    assert (state, fault) == ("recovery", "1.1") and ms == pytest.approx(2 * 20_000, abs=2)
+    assert store.read(f"logs/000001.0/{STAGE}-end.txt") == b"user, rank 1, host\nno such stream\n"
 
 
 @pytest.fixture(scope="module")

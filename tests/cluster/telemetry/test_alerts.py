@@ -111,7 +111,7 @@ def test_a_loss_that_is_not_finite(watched: Watched, shards: Path) -> None:
 @slow
 def test_items_in_quarantine_and_a_driver_that_is_killed(watched: Watched, tmp_path: Path) -> None:
     shards = make_shards(tmp_path / "damaged", "train=8", "test=4")
-    flip(shards, "train", 1, "person_1.attributes.npy")
+    flip(shards, "train", 1, "a.au.npy")
     run = watched.start(shards, "data.on_corrupt=quarantine", "telemetry.budget=0")
     watched.fires("Quarantine")
     assert "DriverLost" not in watched.firing

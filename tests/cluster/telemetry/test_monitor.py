@@ -148,3 +148,13 @@ def test_a_stage_that_an_earlier_life_lost_starts_on_the_account_of_that(driver:
     again.step(5)
     again.end(0)
     assert again.states == {"recovery": 20, "replay": 10, "compute": 10}
+
+
+def test_a_wait_that_a_silent_cluster_broke_off_is_not_counted_on_when_it_begins_anew(driver: Driver) -> None:
+    driver.monitor.placing(2)
+    driver.clock.now += 5
+    driver.monitor.placing(2)
+    driver.clock.now += 5
+    driver.monitor.placed()
+    driver.clock.now += 5
+    assert driver.states == {"waiting": 20}
