@@ -103,7 +103,7 @@ def test_a_run_that_came_far_enough_does_not_wait_for_room(monkeypatch: pytest.M
 class Failing:
     """A group that holds two places and fails, for a reason that is not tried again."""
 
-    hang, attempt = None, 0
+    hang, attempt, reason = None, 0, ""
 
     def __init__(self, job: Job, gang: Gang, place: list[str], monitor: StageMonitor, *_: object):
         self.monitor, self.since = monitor, time.time() - 30
