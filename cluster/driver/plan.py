@@ -13,7 +13,7 @@ from cluster.data.manifest import Manifest
 from cluster.driver.pin import Pinned, stage_end
 from cluster.driver.ray_train import gang_of
 from cluster.runtime.placement import Gang
-from cluster.training.engine import engine_settings, micro_batches, zero_stage
+from cluster.training.engine import engine_settings, micro_batches
 from cluster.training.memory import beside_steps, memory_per_rank
 from cluster.training.rehearsal import rehearse
 from reactdiff.clip import windows_of
@@ -105,23 +105,20 @@ def _stage(experiment: Experiment, manifest: Manifest | None, name: str, kind: S
 
 
 def _most_memory(experiment: Experiment, name: str, kind: Stage, ranks: int) -> Iterator[tuple[str, str]]:
-    """What a rank holds at most while it trains, activations included, at each ZeRO stage that its precision has."""
-    optim, workers = experiment.optim, experiment.workers
+    """The most that one of so many ranks holds while it trains, activations included."""
+    gpu, settings, share = experiment.workers.gpu, engine_settings(experiment, name, ranks), -(-experiment.optim.batch[name] // ranks)
+    held = rehearse(kind, settings, ranks, -(-share // settings.micro_batches))
     with torch.device("meta"):
         parameters = sum(p.numel() for p in kind.module().parameters())
-    share, settings = -(-optim.batch[name] // ranks), engine_settings(experiment, name, ranks)
     batch_bytes = share * sum(tensor.nbytes for tensor in stored_batch(kind, 1, "meta").values())
     beside = beside_steps(parameters, ranks, batch_bytes, int(1e6 * experiment.data.read_ahead))
-    said = " + ".join(f"{size / 1e9:.2f} {what}" for what, size in beside.items())
-    for zero in sorted({zero_stage(zero, optim.precision, ranks) for zero in (0, 1, 2, 3)} - ({0} if optim.precision == "bf16" else set())):
-        held = rehearse(kind, replace(settings, zero=zero), ranks, -(-share // settings.micro_batches))
-        if workers.gpu:
-            yield f"GPU memory / rank, ZeRO-{zero}", f"{held.living / 1e9:.2f} GB of tensors"
-        else:
-            whole = held.resident + sum(beside.values())
-            yield f"memory / rank, ZeRO-{zero}", f"{whole / 1e9:.2f} GB = {held.resident / 1e9:.2f} tensors + {said}"
-    if workers.gpu:
-        yield "host memory / rank", f"{sum(beside.values()) / 1e9:.2f} GB = {said}"
+    said, zero = " + ".join(f"{size / 1e9:.2f} {what}" for what, size in beside.items()), f"ZeRO-{settings.zero}"
+    if gpu:
+        yield f"most GPU memory / rank ({zero})", f"{held.living / 1e9:.2f} GB of tensors"
+        yield "most host memory / rank", f"{sum(beside.values()) / 1e9:.2f} GB = {said}"
+    else:
+        whole = held.resident + sum(beside.values())
+        yield f"most memory / rank ({zero})", f"{whole / 1e9:.2f} GB = {held.resident / 1e9:.2f} tensors + {said}"
 
 
 def _cluster(experiment: Experiment) -> Table:

@@ -32,6 +32,7 @@ from deepspeed.accelerator import get_accelerator, set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.runtime import compiler
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION
+from deepspeed.utils import groups
 
 ALIGNED = 1024  # DeepSpeed wants buckets that divide evenly
 BUCKET = 50 * 1024 * ALIGNED
@@ -288,7 +289,8 @@ def last_of(ranks: int) -> Iterator[None]:
             yield
     finally:
         set_accelerator(usual)
-        deepspeed.comm.destroy_process_group()
+        torch.distributed.destroy_process_group()
+        groups._release_process_group_references()
 
 
 def _deepspeed_config(settings: EngineSettings, parameters: int, device: torch.device) -> dict[str, Any]:
