@@ -1,7 +1,7 @@
 """A step of a rank on tensors without memory, under the real engine: what it would hold, activations and DeepSpeed's buffers included."""
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,9 @@ from reactdiff.stage import Stage, build_without_memory, stored_batch
 
 MAPPED = 32 << 20
 """Bytes from which on glibc maps memory for a tensor alone and gives it back with it. Of smaller ones it keeps the pages."""
+
+HOLES = 0.3
+"""Bytes of those pages that lie between what is alive, for each byte that small tensors take at most in a step; measured."""
 
 COPIED = ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_")
 """Collectives for which gloo makes a copy of the larger tensor."""
@@ -49,6 +52,7 @@ def rehearse(kind: Stage, settings: EngineSettings, ranks: int, items: int) -> H
             module = build_without_memory(kind)
             shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
             engine = Engine(module, lambda name: torch.empty(shapes[name]), settings, torch.device("cpu"))
+            counting.begin_steps()
             for _ in range(2 if settings.zero == 3 else 1):  # ZeRO-3 knows from its first step what to gather beforehand
                 _step(engine, batch, items)
             engine.end()
@@ -75,14 +79,19 @@ class _Counting(TorchDispatchMode):
     def __init__(self, there: Iterable[torch.Tensor]):
         super().__init__()
         self.living = self.resident = 0
-        self._small = self._large = self._kept = 0
-        self._there = list(there)
-        self._known = weakref.WeakSet[Any](tensor.untyped_storage() for tensor in self._there)
+        self._small = self._large = self._kept = self._lasting = 0
+        self._holes = 0.0
+        self._known = weakref.WeakSet[Any](tensor.untyped_storage() for tensor in there)
 
-    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def begin_steps(self) -> None:
+        """What is there now stays; glibc was asked to let go of the rest."""
+        self._kept = self._lasting = self._small
+        self._holes = HOLES
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.name() in COPIED:
             copy = max(tensor.nbytes for tensor in tree_iter(args) if isinstance(tensor, torch.Tensor))
-            self.resident = max(self.resident, self._kept + self._large + copy)
+            self.resident = max(self.resident, self._pages() + copy)
         made = func(*args, **(kwargs or {}))
         tensors = (tensor for tensor in tree_iter(made) if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta")
         for memory in (tensor.untyped_storage() for tensor in tensors):
@@ -99,4 +108,7 @@ class _Counting(TorchDispatchMode):
         else:
             self._large += change
         self.living = max(self.living, self._small + self._large)
-        self.resident = max(self.resident, self._kept + self._large)
+        self.resident = max(self.resident, self._pages())
+
+    def _pages(self) -> int:
+        return self._large + self._kept + int(self._holes * (self._kept - self._lasting))
