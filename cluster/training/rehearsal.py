@@ -24,7 +24,7 @@ COPIED = ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_")
 
 
 @dataclass(frozen=True)
-class Held:
+class StepMemory:
     """Most bytes that the tensors of a rank take while it trains, but for its batches.
 
     Attributes:
@@ -36,7 +36,7 @@ class Held:
     resident: int
 
 
-def rehearse(kind: Stage, settings: EngineSettings, ranks: int, items: int) -> Held:
+def rehearse(kind: Stage, settings: EngineSettings, ranks: int, items: int) -> StepMemory:
     """Build a rank's engine and have it take a step, without memory and without the other ranks.
 
     Args:
@@ -56,7 +56,7 @@ def rehearse(kind: Stage, settings: EngineSettings, ranks: int, items: int) -> H
             for _ in range(2 if settings.zero == 3 else 1):  # ZeRO-3 knows from its first step what to gather beforehand
                 _step(engine, batch, items)
             engine.end()
-    return Held(counting.living, counting.resident)
+    return StepMemory(counting.living, counting.resident)
 
 
 def _step(engine: Engine, batch: dict[str, torch.Tensor], items: int) -> None:
