@@ -44,7 +44,7 @@ MODULES = {
         "retention saved snapshot state upkeep"
     ),
     "evaluation": "evaluate gate ground_truth picture plan report rows rung validation",
-    "training": "ahead compiler engine examine loop memory reporting requests resume spread stacks verdict warm_start",
+    "training": "ahead compiler engine examine loop memory rehearsal reporting requests resume spread stacks verdict warm_start",
     "driver": "berths board group interruption launch lookout pin plan pretrained ray_metrics ray_train run watchdog",
     "studies": (
         "case comparison comparison_table course first_stage grounds halving importance kept_scores ledger prove retrain script search "
