@@ -1,12 +1,15 @@
 """One autoencoder for many trials: those whose stage 1 is the same take it from one run, which trains it and makes its latents once."""
 
 import json
+import time
+from collections.abc import Callable
 
 from cluster.config.identity import digest, name_fields
 from cluster.config.schema import Experiment
 from cluster.driver.pin import Pinned, pin, stage_end
 from cluster.driver.run import STEPS, execute
 from cluster.runs.export import read_export
+from cluster.runs.lease import Held
 from cluster.runs.state import read_state
 from cluster.storage import NotFound
 from cluster.telemetry.display import Display
@@ -15,6 +18,9 @@ from reactdiff.stage import stages_of
 
 FIRST_STEPS = STEPS[:2]
 """Autoencoder and latents."""
+
+LOOK_AGAIN = 5.0
+"""Seconds between two looks whether another trial has trained what this one needs."""
 
 
 def first_stage(experiment: Experiment, study: str) -> Experiment | None:
@@ -54,16 +60,24 @@ def finished(pinned: Pinned, experiment: Experiment) -> bool:
     return True
 
 
-def train_first_stage(experiment: Experiment, display: Display, trial: str) -> None:
-    """Bring such a run to its end, unless it is there; whoever else is at it is waited for.
+def train_first_stage(experiment: Experiment, display: Display, trial: str, pause: Callable[[float], None] = time.sleep) -> None:
+    """Bring such a run to its end, unless it is there; while another driver is at it, it is waited for.
 
     Args:
         experiment: of `first_stage`.
         display: shows progress.
         trial: that needs it, for Prometheus.
+        pause: waits so many seconds.
 
     Raises:
         ConfigError, StageFailed, Superseded, KeyboardInterrupt: as `cluster.driver.run.execute`.
     """
-    if not finished(pinned := pin(experiment, experiment.run.name), experiment):
-        execute(experiment, pinned, FIRST_STEPS, display, trial)
+    said = False
+    while not finished(pinned := pin(experiment, experiment.run.name), experiment):
+        try:
+            execute(experiment, pinned, FIRST_STEPS, display, trial, wait=False)
+        except Held:
+            if not said:
+                display.say(f"waiting for the autoencoder of run {pinned.name}, which another trial trains")
+            said = True
+            pause(LOOK_AGAIN)

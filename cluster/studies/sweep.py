@@ -205,8 +205,12 @@ class OpenSweep:
         facts = [VERSION, asked, concurrent, self.manifest.hash, name_fields(base), name_fields(base, "end"), question]
         return Ledger(self.store.at(f"ledger/{digest(facts)[:16]}"))
 
+    def corner_trials(self) -> list[Trial]:
+        """Trials at the corners of the space: what there may be where nobody knows yet what there will be."""
+        return [self.trial(number, point) for number, point in enumerate(self.space.corners())]
+
     def check(self, trials: Sequence[Trial]) -> None:
-        """Refuse halving that could not be done with these trials.
+        """Refuse halving that could not be done with these trials, or those at the corners of the space.
 
         Raises:
             ConfigError: naming the key, and what to give it.
@@ -220,7 +224,7 @@ class OpenSweep:
                 f"{len(halving.rungs)} rungs and {self.sweep.most} trials it takes {needed} items. Raise halving.clips or halving.error, "
                 "lower the number of rungs, or leave halving out"
             )
-        for trial in trials:
+        for trial in [*trials, *self.corner_trials()]:
             if LAST not in stages_of(trial.experiment.model):
                 raise ConfigError(f"trial {trial.text} has no stage {LAST}, in which halving compares trials: leave halving out")
             end, batch = stage_end(trial.experiment, LAST, self.manifest), trial.experiment.optim.batch[LAST]

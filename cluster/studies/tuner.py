@@ -55,7 +55,7 @@ def run_sweep(sweep: Sweep, overrides: Sequence[str], say: Callable[[str], None]
         opened = OpenSweep(sweep, overrides)  # whoever held the lease may have pinned the dataset
         opened.ledger.refresh()
         known = opened.known_trials(opened.ledger)
-        concurrent = _concurrent(sweep, known or [opened.trial(0, next(iter(opened.space.corners())))], opened, say)
+        concurrent = _concurrent(sweep, [*known, *opened.corner_trials()], opened, say)
         opened.pin()
         search = Search(opened)
         there = search.ledger.trials.values()
