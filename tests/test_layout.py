@@ -22,7 +22,7 @@ PLAIN = {"storage", "runtime", "telemetry"}
 
 RAY = {
     *("runtime/nodes", "runtime/placement", "runtime/postmortem", "runtime/ray_cluster", "runtime/remote_machine", "runtime/tasks"),
-    *("driver/board", "driver/group", "driver/launch", "driver/lookout", "driver/ray_metrics", "driver/ray_train"),
+    *("driver/berths", "driver/board", "driver/group", "driver/launch", "driver/lookout", "driver/ray_metrics", "driver/ray_train"),
     *("studies/tuner", "bench/empty_loop", "bench/recovery"),
 }
 """The modules of cluster/ that place work, and so may import Ray."""

@@ -45,7 +45,8 @@ TINY = (
 """Several checkpoints of each stage, so that old ones are deleted; none by the clock."""
 
 WHO = re.compile(
-    r"((runs|sweeps|registry)/[^/]+/)?(proof-|lease\.json|lives/|lineage/|logs/|books/|receipt|metrics/|checkpoints/|tensorboard/|ray/)"
+    r"((runs|sweeps|registry)/[^/]+/)?"
+    r"(proof-|lease\.json|lives/|lineage/|logs/|books/|receipt|report|metrics/|checkpoints/|tensorboard/|ray/)"
 )
 """What says who did the work, how often and when: not what the work is. Rows, checkpoints and curves are compared by `_of_run`."""
 

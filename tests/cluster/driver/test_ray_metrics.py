@@ -80,11 +80,11 @@ def test_without_a_cluster_nobody_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 
 @contextmanager
 def a_node() -> Iterator[tuple[str, Path]]:
-    """A head with its agent, and the file in which it lists all agents."""
+    """A head with its agent, and the file in which its dashboard lists all agents."""
     with TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         environment = clean | {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
-        command = [RAY, "start", "--head", "--port=0", "--num-cpus=1", "--include-dashboard=false", "--block", "--disable-usage-stats"]
+        command = [RAY, "start", "--head", "--port=0", "--num-cpus=1", "--include-dashboard=true", "--block", "--disable-usage-stats"]
         log = Path(folder) / "said"
         with log.open("w") as out:
             head = subprocess.Popen(
