@@ -189,7 +189,7 @@ def _clip_costs(clip: int, neighbours: int, reactions: str, metrics: Sequence[st
         pred, real = ((one + _reactions("common", clip, 1)) / 2 for one in (pred, real))
     times = [time.thread_time()]
     predictions, listeners = Reaction.of(pred), [Reaction.of(one) for one in real]
-    agreement = concordance(predictions, listeners).max(axis=1).sum()
+    agreement = concordance(predictions, listeners).mean(axis=2).max(axis=1).sum()
     times.append(time.thread_time())
     laid = [laid_out(listener.series) for listener in listeners]
     distance = sum(nearest(one, laid, FRAMES) for one in laid_out(predictions.series[..., ::-1]))
