@@ -9,7 +9,7 @@ compiles holds a lock, so that others wait and load, and no two write one index.
 import fcntl
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,22 +40,35 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         settings: Any = numba.config
         before, settings.CACHE_LOCATOR_CLASSES = settings.CACHE_LOCATOR_CLASSES, LOCATOR
         try:
-            return numba.njit(nogil=True, cache=True, **options)(function)
+            compiled = numba.njit(nogil=True, cache=True, **options)(function)
         except RuntimeError:  # no such folder: each process compiles for itself
             return numba.njit(nogil=True, **options)(function)
+        else:
+            compiled._cache.save_overload = _if_there_is_room(compiled._cache.save_overload)
+            return compiled
         finally:
             settings.CACHE_LOCATOR_CLASSES = before
 
     return decorate
 
 
+def _if_there_is_room(save: Callable[..., None]) -> Callable[..., None]:
+    """What was compiled is of use, too, where the disk is full."""
+
+    def saved(*given: Any) -> None:
+        with suppress(OSError):
+            save(*given)
+
+    return saved
+
+
 @contextmanager
 def compiling() -> Iterator[None]:
     """One process of the machine, or of all that share the folder, is in here."""
     locator = SourceLocator.from_function(kernel, __file__)
-    if locator is None:
-        yield
-        return
-    with open(Path(locator.get_cache_path()) / "reactdiff.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as held:
+        if locator is not None:
+            with suppress(OSError):  # of a full disk
+                lock = held.enter_context(open(Path(locator.get_cache_path()) / "reactdiff.lock", "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield

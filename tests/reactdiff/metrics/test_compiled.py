@@ -1,6 +1,7 @@
 """What is compiled once on a machine, counted by numba in processes that come at the same time."""
 
 import ast
+import errno
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from numba.core.caching import IndexDataCacheFile
 
 from reactdiff.metrics.compiled import compiling, kernel
 
@@ -46,6 +48,25 @@ def test_of_processes_that_come_at_once_one_compiles_and_a_changed_source_is_com
     assert len(code) == 1
     assert answers(tmp_path, tmp_path / "cache", 3) == ["63.0 1 0"]
     assert {path: path.read_bytes() for path in code} == code, "an index of one source never names the code of another"
+
+
+def test_a_full_disk_ends_no_scoring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tried = []
+
+    def full(*_: object) -> None:
+        tried.append(True)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(IndexDataCacheFile, "save", full)
+
+    @kernel()
+    def thrice(x: float) -> float:
+        return 3 * x
+
+    with compiling():
+        assert thrice(14.0) == 42
+    assert tried, "it was to be kept"
 
 
 def test_without_a_folder_that_can_be_written_each_process_compiles_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
