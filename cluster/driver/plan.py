@@ -14,8 +14,8 @@ from cluster.driver.pin import Pinned, stage_end
 from cluster.driver.ray_train import gang_of
 from cluster.runtime.placement import Gang
 from cluster.training.engine import engine_settings, micro_batches
-from cluster.training.memory import beside_steps, memory_per_rank
-from cluster.training.rehearsal import rehearse
+from cluster.training.memory import memory_per_rank
+from cluster.training.rehearsal import beside_steps, rehearse
 from reactdiff.clip import windows_of
 from reactdiff.model.shapes import parameters_by_module
 from reactdiff.stage import Source, Stage, flops_per_item, shapes, stages_over, stored_batch

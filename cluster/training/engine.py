@@ -8,6 +8,7 @@ are not used: they load at no other number of ranks.
 import ctypes
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -275,22 +276,22 @@ def last_of(ranks: int) -> Iterator[None]:
 
     The last one holds most: under ZeRO-1 and 2 its part ends with padding, for which DeepSpeed copies its gradients once more.
     """
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=ranks - 1, world_size=ranks)
-    coordinator = "deepspeed.runtime.zero.partitioned_param_coordinator"
-    usual = get_accelerator()
-    try:
-        set_accelerator(CPU_Accelerator())
-        with (
-            warnings.catch_warnings(action="ignore"),  # DeepSpeed asks where tensors lie
-            patch.dict(os.environ, LOCAL_RANK="0"),  # it insists
-            patch(f"{coordinator}.assert_ints_same_as_other_ranks"),  # would read values
-            patch.object(nn.Module, "_apply", lambda module, *_, **__: module),  # everything is where it belongs
-        ):
+    coordinator, usual = "deepspeed.runtime.zero.partitioned_param_coordinator", get_accelerator()
+    with (
+        warnings.catch_warnings(action="ignore"),  # DeepSpeed asks where tensors lie
+        patch.object(sys, "excepthook", sys.excepthook),  # a group of torch sets its own
+        patch.dict(os.environ, LOCAL_RANK="0"),  # DeepSpeed insists
+        patch(f"{coordinator}.assert_ints_same_as_other_ranks"),  # would read values
+        patch.object(nn.Module, "_apply", lambda module, *_, **__: module),  # everything is where it belongs
+    ):
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=ranks - 1, world_size=ranks)
+        try:
+            set_accelerator(CPU_Accelerator())
             yield
-    finally:
-        set_accelerator(usual)
-        torch.distributed.destroy_process_group()
-        groups._release_process_group_references()
+        finally:
+            set_accelerator(usual)
+            torch.distributed.destroy_process_group()
+            groups._release_process_group_references()
 
 
 def _deepspeed_config(settings: EngineSettings, parameters: int, device: torch.device) -> dict[str, Any]:

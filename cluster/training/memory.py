@@ -1,26 +1,6 @@
-"""Memory of a rank: its part of what is trained, from the number of parameters alone, and what its process holds beside its tensors."""
+"""Memory of a rank's part of what is trained, worked out from the number of parameters alone."""
 
-from cluster.data.stream import WINDOWS, steps_ahead
-from cluster.training.engine import KINDS, zero_stage
-
-BASE = 550_000_000
-"""Bytes that the process of a rank holds before there is a model: Python, torch, DeepSpeed, Ray, gloo; measured on Linux."""
-
-
-def beside_steps(parameters: int, ranks: int, batch_bytes: int, read_ahead: int) -> dict[str, int]:
-    """Bytes of a rank's host memory that hold no tensor of a step.
-
-    Args:
-        parameters: of the stage.
-        ranks: number of ranks.
-        batch_bytes: of a rank's share of a step, as it is read.
-        read_ahead: bytes that may be read before they are asked for.
-    """
-    return {
-        "libraries": BASE,
-        "read ahead": WINDOWS * steps_ahead(batch_bytes, read_ahead) * batch_bytes,
-        "copy for checkpoints": 4 * len(KINDS) * -(-parameters // ranks),
-    }
+from cluster.training.engine import zero_stage
 
 
 def memory_per_rank(parameters: int, zero: int, ranks: int, precision: str) -> dict[str, int]:

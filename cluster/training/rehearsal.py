@@ -1,4 +1,7 @@
-"""A step of a rank on tensors without memory, under the real engine: what it would hold, activations and DeepSpeed's buffers included."""
+"""A step of a rank on tensors without memory, under the real engine: what it would hold, activations and DeepSpeed's buffers included.
+
+And what its process holds beside.
+"""
 
 import weakref
 from collections.abc import Iterable
@@ -10,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from cluster.training.engine import Engine, EngineSettings, last_of
+from cluster.data.stream import WINDOWS, steps_ahead
+from cluster.training.engine import KINDS, Engine, EngineSettings, last_of
 from reactdiff.stage import Stage, build_without_memory, stored_batch
 
 MAPPED = 32 << 20
@@ -21,6 +25,9 @@ HOLES = 0.3
 
 COPIED = ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_")
 """Collectives for which gloo makes a copy of the larger tensor."""
+
+BASE = 550_000_000
+"""Bytes that the process of a rank holds before there is a model: Python, torch, DeepSpeed, Ray, gloo; measured on Linux."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,22 @@ def rehearse(kind: Stage, settings: EngineSettings, ranks: int, items: int) -> S
                 _step(engine, batch, items)
             engine.end()
     return StepMemory(counting.living, counting.resident)
+
+
+def beside_steps(parameters: int, ranks: int, batch_bytes: int, read_ahead: int) -> dict[str, int]:
+    """Bytes of a rank's host memory that hold no tensor of a step.
+
+    Args:
+        parameters: of the stage.
+        ranks: number of ranks.
+        batch_bytes: of a rank's share of a step, as it is read.
+        read_ahead: bytes that may be read before they are asked for.
+    """
+    return {
+        "libraries": BASE,
+        "read ahead": WINDOWS * steps_ahead(batch_bytes, read_ahead) * batch_bytes,
+        "copy for checkpoints": 4 * len(KINDS) * -(-parameters // ranks),
+    }
 
 
 def _step(engine: Engine, batch: dict[str, torch.Tensor], items: int) -> None:
