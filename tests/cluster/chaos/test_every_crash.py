@@ -107,12 +107,27 @@ def _link(source: Path, target: Path) -> None:
 
 
 def left(store: Path) -> dict[str, Any]:
-    """What counts of a store, by key, without life numbers and times."""
+    """What counts of a store, by key, without life numbers and times.
+
+    How far a trial has come when it hears that it is stopped is a matter of time: of its run, what it measured and how it ended.
+    """
     home = open_store(str(store))
-    found: dict[str, Any] = {entry.key: _plain(entry.key, home.read(entry.key)) for entry in home.list() if not WHO.match(entry.key)}
-    for run in sorted({entry.key.split("/")[1] for entry in home.list("runs/")}):
+    stopped = _stopped(home)
+    found: dict[str, Any] = {}
+    for entry in home.list():
+        run, _, what = entry.key.removeprefix("runs/").partition("/")
+        late = entry.key.startswith("runs/") and run in stopped and not what.startswith(("rungs/", "state.json", "config.yaml"))
+        if not WHO.match(entry.key) and not late:
+            found[entry.key] = _plain(entry.key, home.read(entry.key))
+    for run in sorted({entry.key.split("/")[1] for entry in home.list("runs/")} - stopped):
         found |= {f"runs/{run}: {what}": value for what, value in _of_run(home.at(f"runs/{run}")).items()}
     return found
+
+
+def _stopped(home: Store) -> set[str]:
+    """Runs of the trials that a sweep has stopped."""
+    keys = [entry.key for entry in home.list("sweeps/") if "/choice-" in entry.key and not json.loads(home.read(entry.key))["goes_on"]]
+    return {json.loads(home.read(f"{key.rpartition('/')[0]}/trial.json"))["run"] for key in keys}
 
 
 def _plain(key: str, data: bytes) -> Any:
