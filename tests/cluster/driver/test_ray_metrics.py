@@ -128,5 +128,5 @@ def test_a_prometheus_on_the_head_finds_a_driver_by_its_node_s_agent_and_hears_w
             server.sees("reactdiff_budget_dollars{run='demo', life='3'}", {"9"})
             server.sees("max by (run, stage) (reactdiff_at)", {"1"})
             driver.kill()
-            driver.wait()
+            driver.communicate()
             server.sees("count(ALERTS{alertname='ReactdiffDriverSilent', alertstate='firing'})", {"1"})
