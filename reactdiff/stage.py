@@ -184,6 +184,12 @@ def empty_batch(stage: Stage, items: int, device: str) -> dict[str, torch.Tensor
     return {name: tensor.long() if name == "times" else tensor for name, tensor in batch.items()}
 
 
+def stored_batch(stage: Stage, items: int, device: str) -> dict[str, torch.Tensor]:
+    """An `empty_batch` in the types that datasets have: streams in half precision, targets and what is drawn in single."""
+    streams = {name for name, (_, stream) in stage.reads(0).items() if stream not in TARGETS}
+    return {name: tensor.half() if name in streams else tensor for name, tensor in empty_batch(stage, items, device).items()}
+
+
 def flops_per_item(stage: Stage) -> int:
     """Floating point operations of training on one item, as `training_flops` counts them."""
     with torch.device("meta"):

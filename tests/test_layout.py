@@ -37,7 +37,7 @@ MODULES = {
     ),
     "runs": "build_latents checkpoint environment export latents lease lineage published registry retention saved snapshot state upkeep",
     "evaluation": "evaluate gate ground_truth picture plan rows validation",
-    "training": "ahead compiler engine examine loop memory reporting requests resume spread stacks verdict warm_start",
+    "training": "ahead compiler engine examine loop memory rehearsal reporting requests resume spread stacks verdict warm_start",
     "driver": "board group interruption launch lookout pin plan pretrained ray_train run watchdog",
     "studies": "case comparison course grounds prove retrain script sweep verdict",
     "bench": "card checkpoint loading metrics noise_dataset recovery rival tables training",

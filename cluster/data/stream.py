@@ -28,6 +28,14 @@ from reactdiff.stage import Stage
 DRAW_AHEAD = 2
 """Steps whose random arrays are drawn ahead: they are larger than what is read, and quickly made."""
 
+WINDOWS = 3
+"""Most windows that are held: one that is read, one that is handed out, and one whose last batch is still in use."""
+
+
+def steps_ahead(step_bytes: int, read_ahead: int) -> int:
+    """Steps of a window, as many as WINDOWS of them have room for in so many bytes."""
+    return max(1, read_ahead // (WINDOWS * step_bytes))
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -165,9 +173,8 @@ class Stream:
         self._members = np.array([[reader.member(side[name]) for name in self._kinds] for side in sides], dtype=np.int64)
         self._draws = bool(stage.draw(seed, 0))
         item_bytes = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in self._kinds.values())
-        # Three windows are held at most: one that is read, one that is handed out, and one whose last batch is still in use.
         rows = -(-share.batch // share.ranks)
-        self._window = max(1, min(read_ahead // (3 * item_bytes * rows), share.steps))
+        self._window = min(steps_ahead(item_bytes * rows, read_ahead), share.steps)
         self._memory = _BufferPool(self._window * rows, pin)
         self._closing = Event()
         self._pool, self._indices, self._planner, self._drawer = (

@@ -1,5 +1,6 @@
 """What a run would do, worked out without starting anything: data, steps, parameters, memory, shapes, cluster."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 
@@ -12,11 +13,12 @@ from cluster.data.manifest import Manifest
 from cluster.driver.pin import Pinned, stage_end
 from cluster.driver.ray_train import gang_of
 from cluster.runtime.placement import Gang
-from cluster.training.engine import micro_batches
+from cluster.training.engine import engine_settings, micro_batches
 from cluster.training.memory import memory_per_rank
+from cluster.training.rehearsal import beside_steps, rehearse
 from reactdiff.clip import windows_of
 from reactdiff.model.shapes import parameters_by_module
-from reactdiff.stage import Source, Stage, flops_per_item, shapes, stages_over
+from reactdiff.stage import Source, Stage, flops_per_item, shapes, stages_over, stored_batch
 
 
 def gang_with_memory(experiment: Experiment, kind: Stage) -> Gang:
@@ -93,10 +95,30 @@ def _stage(experiment: Experiment, manifest: Manifest | None, name: str, kind: S
     for what in most:
         fewer = f" ({least[what] / 1e6:,.1f} MB with {workers.least} ranks)" if least[what] != most[what] else ""
         table.add_row(f"{what} / rank (ZeRO-{workers.zero}, {optim.precision})", f"{most[what] / 1e6:,.1f} MB{fewer}")
+    for ranks in sorted({workers.least, workers.most}, reverse=True):
+        for what, said in _most_memory(experiment, name, kind, ranks):
+            table.add_row(f"{what}{f', {ranks} ranks' if workers.least < workers.most else ''}", said)
     for tensor, shape in shapes(kind).items():
         whole = (-(-share // parts), *shape)
         table.add_row(f"tensor {tensor}", f"{whole} = {4 * prod(whole) / 1e6:,.1f} MB in fp32")
     return table
+
+
+def _most_memory(experiment: Experiment, name: str, kind: Stage, ranks: int) -> Iterator[tuple[str, str]]:
+    """The most that one of so many ranks holds while it trains, activations included."""
+    gpu, settings, share = experiment.workers.gpu, engine_settings(experiment, name, ranks), -(-experiment.optim.batch[name] // ranks)
+    held = rehearse(kind, settings, ranks, -(-share // settings.micro_batches))
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in kind.module().parameters())
+    batch_bytes = share * sum(tensor.nbytes for tensor in stored_batch(kind, 1, "meta").values())
+    beside = beside_steps(parameters, ranks, batch_bytes, int(1e6 * experiment.data.read_ahead))
+    said, zero = " + ".join(f"{size / 1e9:.2f} {what}" for what, size in beside.items()), f"ZeRO-{settings.zero}"
+    if gpu:
+        yield f"most GPU memory / rank ({zero})", f"{held.living / 1e9:.2f} GB of tensors"
+        yield "most host memory / rank", f"{sum(beside.values()) / 1e9:.2f} GB = {said}"
+    else:
+        whole = held.resident + sum(beside.values())
+        yield f"most memory / rank ({zero})", f"{whole / 1e9:.2f} GB = {held.resident / 1e9:.2f} tensors + {said}"
 
 
 def _cluster(experiment: Experiment) -> Table:

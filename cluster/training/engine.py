@@ -8,13 +8,17 @@ are not used: they load at no other number of ranks.
 import ctypes
 import logging
 import os
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster.config.schema import Experiment
 from reactdiff.model.init import Weights
@@ -25,8 +29,11 @@ if not torch.cuda.is_available():  # of a rank its environment says it
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.accelerator import get_accelerator, set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.runtime import compiler
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION
+from deepspeed.utils import groups
 
 ALIGNED = 1024  # DeepSpeed wants buckets that divide evenly
 BUCKET = 50 * 1024 * ALIGNED
@@ -261,6 +268,30 @@ class Engine:
         for state in _inner(self._engine).state.values():
             state["step"].fill_(steps)
         _push_masters(self._engine)
+
+
+@contextmanager
+def last_of(ranks: int) -> Iterator[None]:
+    """In this context the process is the last of so many ranks, whose collectives do nothing: for engines on tensors without memory.
+
+    The last one holds most: under ZeRO-1 and 2 its part ends with padding, for which DeepSpeed copies its gradients once more.
+    """
+    coordinator, usual = "deepspeed.runtime.zero.partitioned_param_coordinator", get_accelerator()
+    with (
+        warnings.catch_warnings(action="ignore"),  # DeepSpeed asks where tensors lie
+        patch.object(sys, "excepthook", sys.excepthook),  # a group of torch sets its own
+        patch.dict(os.environ, LOCAL_RANK="0"),  # DeepSpeed insists
+        patch(f"{coordinator}.assert_ints_same_as_other_ranks"),  # would read values
+        patch.object(nn.Module, "_apply", lambda module, *_, **__: module),  # everything is where it belongs
+    ):
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=ranks - 1, world_size=ranks)
+        try:
+            set_accelerator(CPU_Accelerator())
+            yield
+        finally:
+            set_accelerator(usual)
+            torch.distributed.destroy_process_group()
+            groups._release_process_group_references()
 
 
 def _deepspeed_config(settings: EngineSettings, parameters: int, device: torch.device) -> dict[str, Any]:
