@@ -163,7 +163,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(shards: Path, tmp_path: Pa
         "3 CPUs, 0 GPUs",
         "GFLOP",
         "most memory / rank (ZeRO-3)",
-        " tensors + 0.55 libraries + 0.51 read ahead + 0.00 copy for checkpoints",
+        " tensors + 0.55 libraries + 0.51 read ahead + ",
     ):
         assert said in printed, said
     assert not (tmp_path / "store").exists()
