@@ -68,7 +68,7 @@ def test_seeded_sweep_trains_every_trial_shares_latents_and_leaves_the_best_as_a
     assert chosen["evaluation"]["split"] == "test", "the winner is reported on another split than it was chosen on"
     again = call("tune", *command)
     assert "2 trials, 2 of them done" in again.stdout
-    assert {life for run, life in lives(store).items() if run != shared} == {1}, "who waited for the autoencoder may have looked into its run"
+    assert {life for run, life in lives(store).items() if run != shared} == {1}, "who waited for the autoencoder may have opened its run"
     assert not pin(load(store / "sweeps/two/best.yaml"), "best").fresh, "jobs/train.py goes on with the winner's run"
 
 
