@@ -52,7 +52,7 @@ def report(record_property, run: Run, done) -> None:
         record_property(f"{done.fault.kind} {name}", round(value, 1))
 
 
-def test_seeded_a_killed_rank_is_brought_back(whole: Hosts, tiny_shards: Path, record_property) -> None:
+def test_a_killed_rank_is_brought_back(whole: Hosts, tiny_shards: Path, record_property) -> None:
     disturbed(whole, tiny_shards, HALFWAY.kill(rank=1), record_property)
 
 
