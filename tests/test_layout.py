@@ -34,7 +34,7 @@ MODULES = {
         "after_import device failures faults hosts machines nodes placement postmortem prices ray_cluster remote_machine run_watch "
         "scratch tasks"
     ),
-    "telemetry": "books books_log display exporter meter metrics metrics_log monitor places receipt reminder tensorboard",
+    "telemetry": "books books_log display exporter meter metrics metrics_log monitor places receipt reminder repeating tensorboard",
     "data": (
         "build_shard cache cache_file cache_space checksums demo index_tars manifest prepare quarantine ranges reader sequential "
         "shards stream tar_scan verify"

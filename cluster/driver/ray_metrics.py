@@ -7,13 +7,13 @@ the metric's name, which infra/prometheus/ray.yml takes off again.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Event, Thread
 
 import ray
 from ray.util.metrics import Gauge
 
 from cluster.runtime.nodes import is_private
 from cluster.telemetry.exporter import Exporter
+from cluster.telemetry.repeating import repeating
 
 log = logging.getLogger(__name__)
 
@@ -57,18 +57,10 @@ def told_to_ray(exporter: Exporter) -> Iterator[None]:
     if not ray.is_initialized() or is_private():
         yield
         return
-    metrics, done = RayMetrics(exporter), Event()
-
-    def repeat() -> None:
-        while not done.wait(EVERY):
-            metrics.tell()
-
+    metrics = RayMetrics(exporter)
     metrics.tell()
-    thread = Thread(target=repeat, name="ray metrics", daemon=True)
-    thread.start()
     try:
-        yield
+        with repeating(metrics.tell, EVERY, "ray metrics"):
+            yield
     finally:
-        done.set()
-        thread.join()
         metrics.tell(over=True)

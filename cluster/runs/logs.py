@@ -5,7 +5,6 @@ what it says beside that are warnings, and of those that come often one a minute
 """
 
 import logging
-import threading
 import time
 import traceback
 from collections import deque
@@ -14,6 +13,7 @@ from contextlib import contextmanager, suppress
 
 from cluster.runs.state import Attempt
 from cluster.storage import StorageError, Store
+from cluster.telemetry.repeating import repeating
 
 FOLDER = "logs"
 
@@ -93,26 +93,19 @@ def rank_log(store: Store, key: str, ranks: int, begins: str) -> Iterator[RankLo
         ranks: of its group.
         begins: its first line.
     """
-    log, done = RankLog(store, key, ranks), threading.Event()
+    log = RankLog(store, key, ranks)
     log.say(begins)
 
-    def repeat() -> None:
-        while not done.wait(EVERY):
-            log.write()
-
-    thread = threading.Thread(target=repeat, name="log", daemon=True)
     logging.getLogger().addHandler(log)
-    thread.start()
     try:
-        yield log
+        with repeating(log.write, EVERY, "log"):
+            yield log
         log.say("ended")
     except BaseException:
         log.say(f"ended by an error\n{traceback.format_exc()}")
         raise
     finally:
         logging.getLogger().removeHandler(log)
-        done.set()
-        thread.join()
         log.write()
 
 

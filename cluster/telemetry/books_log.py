@@ -4,11 +4,11 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from threading import Event, Thread
 from typing import Any
 
 from cluster.storage import StorageError, Store
 from cluster.telemetry.books import VERSION, Berth, Books
+from cluster.telemetry.repeating import repeating
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def keeping(store: Store, books: Books, facts: Callable[[], dict[str, Any]]) -> 
         books: of the life.
         facts: more to keep with them.
     """
-    key, done = f"books/{books.life:06d}.json", Event()
+    key = f"books/{books.life:06d}.json"
 
     def write() -> None:
         try:
@@ -54,18 +54,11 @@ def keeping(store: Store, books: Books, facts: Callable[[], dict[str, Any]]) -> 
         except StorageError as error:
             log.warning("the books are not kept for now: %s", error)
 
-    def repeat() -> None:
-        while not done.wait(EVERY):
-            write()
-
     write()
-    thread = Thread(target=repeat, name="books", daemon=True)
-    thread.start()
     try:
-        yield
+        with repeating(write, EVERY, "books"):
+            yield
     finally:
-        done.set()
-        thread.join()
         write()
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Event, Thread
 
 from cluster.telemetry.meter import Meter, Snapshot
+from cluster.telemetry.repeating import repeating
 from cluster.training.requests import Request
 
 
@@ -19,19 +19,15 @@ class Inbox:
 @contextmanager
 def reporting(meter: Meter, report: Callable[[Snapshot], Request | None], write_stacks: Callable[[], None]) -> Iterator[Inbox]:
     """Hand over a snapshot about once a second and at the end; what is asked for comes back."""
-    done, inbox = Event(), Inbox()
+    inbox = Inbox()
 
-    def repeat() -> None:
-        while not done.wait(1.0):
-            before, inbox.request = inbox.request, report(meter.snapshot()) or Request.NOTHING
-            if inbox.request == Request.STACKS != before:
-                write_stacks()
+    def tell() -> None:
+        before, inbox.request = inbox.request, report(meter.snapshot()) or Request.NOTHING
+        if inbox.request == Request.STACKS != before:
+            write_stacks()
 
-    thread = Thread(target=repeat, name="report", daemon=True)
-    thread.start()
     try:
-        yield inbox
+        with repeating(tell, 1.0, "report"):
+            yield inbox
     finally:
-        done.set()
-        thread.join()
         report(meter.snapshot())

@@ -1,0 +1,23 @@
+"""Something that is done again and again beside the work of a block."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
+
+
+@contextmanager
+def repeating(act: Callable[[], None], every: float, name: str) -> Iterator[None]:
+    """Act after each so many seconds, in a thread of that name; at the end of the block none is under way any more."""
+    done = Event()
+
+    def repeat() -> None:
+        while not done.wait(every):
+            act()
+
+    thread = Thread(target=repeat, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
