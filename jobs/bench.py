@@ -187,9 +187,9 @@ def online(arguments: argparse.Namespace) -> int:
     from cluster.bench.training import bench_online
 
     experiment = load(arguments.config, arguments.overrides)
-    windows = -(-arguments.seconds * FRAME_RATE // WINDOW)
-    spent = bench_online(experiment, SIMULATED, windows, arguments.count)
-    Console().print(online_table(spent, WINDOW / FRAME_RATE, arguments.count))
+    chunk = experiment.model.chunk
+    spent = bench_online(experiment, SIMULATED, -(-arguments.seconds * FRAME_RATE // chunk), arguments.count)
+    Console().print(online_table(spent, chunk / FRAME_RATE, arguments.count))
     return 0
 
 

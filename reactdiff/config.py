@@ -8,9 +8,11 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
+from reactdiff.clip import WINDOW
+
 STAGES = ("autoencoder", "diffusion")
 ENCODING = (
-    *("family", "facial", "acoustic", "online", "hidden", "latent", "heads"),
+    *("family", "space", "facial", "acoustic", "online", "chunk", "hidden", "latent", "heads"),
     *("intra", "intra_depth", "inter", "inter_depth", "dropout", "bounded"),
 )
 """Fields of the model that decide what stage 1 of a model with a second stage is; the others are about stage 2."""
@@ -55,13 +57,21 @@ class Model(Branch):
     family: Literal["reactdiff", "perfrdiff", "trans-vae"] = field(
         "reactdiff", "The model: ReactDiff, or a peer it is compared with (PerFRDiff's window denoiser, Trans-VAE)."
     )
+    space: Literal["latent", "attributes"] = field(
+        "latent",
+        "What ReactDiff denoises: latents of a first stage, or, without such a stage, attributes and coefficients themselves, under the "
+        "speaker's streams as they are.",
+    )
     facial: tuple[str, ...] = field(
         ("au", "fer", "va"), "Facial streams; the first asks, the others answer in this order. Empty: voice only."
     )
     acoustic: tuple[str, ...] = field(
         ("w2v", "mfcc"), "Acoustic streams; the first asks, the others answer in this order. Empty: face only."
     )
-    online: bool = field(False, "A reaction frame sees only the windows of the speaker before its own.")
+    online: bool = field(False, "A reaction frame sees of the speaker only the chunks before its own.")
+    chunk: int = field(
+        WINDOW, f"Frames of a chunk, in which an online listener hears and reacts; divides {WINDOW}. 10 are 0.4 s.", unit="frames", gt=0
+    )
     hidden: int = field(1024, "Width of the attention units.", unit="features", gt=0)
     latent: int = field(256, "Width of one latent frame.", unit="features", gt=0)
     heads: int = field(4, "Attention heads of every unit and layer but the UNet's.", gt=0)
@@ -84,6 +94,20 @@ class Model(Branch):
     )
     width: int = field(512, "Width of the transformer denoiser, and of a peer's transformers.", unit="features", gt=0, multiple_of=4)
     layers: int = field(8, "Layers of the transformer denoiser, and of a peer's transformers.", gt=0)
+    patch: int = field(1, "Frames of one token of the transformer denoiser; divides a chunk.", unit="frames", gt=0)
+    lags: tuple[int, ...] = field(
+        (),
+        "What the speaker did so many frames before is added to each token of the transformer denoiser, once it was heard; attention then "
+        "sees an online speaker at the true time. Multiples of model.patch.",
+        unit="frames",
+    )
+    convolution: int = field(
+        0,
+        "Kernel, an odd number, of two convolutions over frames that join what the transformer denoiser says where tokens and chunks meet; "
+        "0: none.",
+        unit="frames",
+        ge=0,
+    )
     context: int = field(
         2, "Windows that a frame of the transformer denoiser sees beside its own, before and (offline) after.", unit="windows", gt=0
     )
@@ -112,14 +136,63 @@ class Model(Branch):
             raise ValueError("model.family=trans-vae hears the whole clip before it reacts: set model.online=false")
         return self
 
+    @model_validator(mode="after")
+    def _divided(self) -> "Model":
+        transformer = self.family == "reactdiff" and self.denoiser == "transformer"
+        for name, default in (("chunk", WINDOW), ("patch", 1), ("lags", ()), ("convolution", 0), ("space", "latent")):
+            if not transformer and (value := getattr(self, name)) != default:
+                raise ValueError(f"model.{name} is {value}, which only the transformer denoiser takes: set model.denoiser=transformer")
+        if self.chunk != WINDOW and not self.online:
+            raise ValueError(f"model.chunk is {self.chunk}, but a model that hears the whole clip has no chunks: set model.online=true")
+        if WINDOW % self.chunk:
+            raise ValueError(f"model.chunk is {self.chunk}, but must divide the {WINDOW} frames of a window: 1, 2, 5, 10, 25 or {WINDOW}")
+        if self.chunk_frames % self.patch:
+            raise ValueError(f"model.patch is {self.patch}, but must divide the {self.chunk_frames} frames that are denoised at one time")
+        if any(lag < 0 or lag % self.patch for lag in self.lags):
+            raise ValueError(f"model.lags are {list(self.lags)}, but must be multiples of model.patch={self.patch}, none below 0")
+        if self.convolution and self.convolution % 2 == 0:
+            raise ValueError(f"model.convolution is {self.convolution}, but a kernel with a middle is odd: try {self.convolution + 1}")
+        return self
+
+    @property
+    def chunk_frames(self) -> int:
+        """Frames that have one diffusion time: those of a chunk online, of a window offline."""
+        return self.chunk if self.online else WINDOW
+
 
 class Diffusion(Branch):
-    """The diffusion process in latent space."""
+    """The diffusion process."""
 
     steps: int = field(20, "Diffusion steps T of the training process.", unit="steps", gt=0)
-    schedule: Literal["cosine", "linear", "sqrt", "sigmoid", "karras"] = field("cosine", "Noise schedule.")
-    prediction: Literal["epsilon", "x0", "v"] = field(
-        "epsilon", "What the denoiser predicts: the noise, the clean latent, or v between them."
+    schedule: Literal["cosine", "linear", "sqrt", "sigmoid", "karras", "flow"] = field("cosine", "Noise schedule.")
+    prediction: Literal["epsilon", "x0", "v", "flow"] = field(
+        "epsilon",
+        "What the denoiser predicts: the noise, the clean latent, v between them (with normalisation=variance this is EDM's "
+        "preconditioning), or flow matching's velocity.",
+    )
+    times: Literal["uniform", "log-normal"] = field(
+        "uniform",
+        "Diffusion times in training: every step alike, or the ratio of noise to signal log-normal, as EDM has it.",
+    )
+    level: float = field(0.7, "With times=log-normal, the mean of the logarithm of noise over signal.")
+    level_deviation: float = field(1.5, "With times=log-normal, its standard deviation.", gt=0)
+    loss: Literal["absolute", "squared"] = field(
+        "absolute", "Error of a prediction in the loss: the authors' absolute one, or the squared one; PerFRDiff's is always squared."
+    )
+    history: Literal["noisy", "clean"] = field(
+        "noisy",
+        "What an online denoiser sees in training of the chunks before: them at diffusion times of their own, or, as in sampling, finished "
+        "(twice the listener's tokens).",
+    )
+    history_noise: float = field(
+        0.0, "With history=clean, the largest deviation of noise on it, drawn anew for each item.", unit="deviations", ge=0
+    )
+    history_swap: float = field(
+        0.0,
+        "With history=clean, probability that an item's history is of other moments of its clip, lest the model trust its own too much.",
+        unit="probability",
+        ge=0,
+        lt=1,
     )
     weighting: Literal["uniform", "min-snr", "elbo"] = field(
         "uniform", "How the loss is weighted over diffusion times; the mean weight is 1."
@@ -127,11 +200,20 @@ class Diffusion(Branch):
     condition_dropout: float = field(
         0.0, "Probability that the speaker is hidden from a window in training, which guidance needs.", unit="probability", ge=0, lt=1
     )
+    stream_dropout: float = field(
+        0.0,
+        "Probability that a stream of the speaker is hidden from an item in training, each by itself; for model.space=attributes.",
+        unit="probability",
+        ge=0,
+        lt=1,
+    )
     sampler: Literal["ddim", "ddpm", "dpm++"] = field("ddim", "Sampler of a generation; dpm++ is DPM-Solver++(2M).")
     sampling_steps: int = field(20, "Calls of the denoiser in one generation; any number.", unit="steps", gt=0)
     guidance: float = field(1.0, "Classifier-free guidance: 1 is none, above it the speaker counts for more.", ge=0)
-    normalisation: Literal["feature", "frame"] = field(
-        "feature", "Latents are mapped to [-1, 1] by the training set's range per feature, or per frame and feature (the authors' choice)."
+    normalisation: Literal["feature", "frame", "variance"] = field(
+        "feature",
+        "What is denoised is mapped to [-1, 1] by the training set's range per feature, or per frame and feature (the authors' choice), or "
+        "to mean 0 and variance 1 per feature.",
     )
 
     @model_validator(mode="after")
@@ -141,6 +223,9 @@ class Diffusion(Branch):
                 f"diffusion.guidance is {self.guidance}, but a denoiser that was never trained without the speaker cannot be guided: "
                 "set diffusion.condition_dropout, 0.1 for example, or diffusion.guidance=1"
             )
+        for name in ("history_noise", "history_swap"):
+            if getattr(self, name) and self.history != "clean":
+                raise ValueError(f"diffusion.{name} is {getattr(self, name)}, which only a clean history has: set diffusion.history=clean")
         return self
 
 

@@ -15,6 +15,7 @@ from reactdiff.model.autoencoder import Autoencoder
 from reactdiff.model.codec import Codec
 from reactdiff.model.latent_diffusion import LatentDiffusion
 from reactdiff.model.perfrdiff import AttributeAutoencoder
+from reactdiff.model.raw_streams import RawStreams
 from reactdiff.model.trans_vae import TransVAE
 
 Item = tuple[str, int]
@@ -50,7 +51,7 @@ class Reactor:
     @torch.no_grad()
     def decode(self, drawn: Tensor) -> dict[str, np.ndarray]:
         """Raw latents of listeners (items, K, frames, features) to what they show, one array (items, K, frames, ...) each."""
-        assert isinstance(self.codec, (Autoencoder, AttributeAutoencoder))
+        assert isinstance(self.codec, (Autoencoder, AttributeAutoencoder, RawStreams))
         decoded = [self.codec.decode(reactions) for reactions in drawn]  # one item at a time: attention memory grows with the batch
         return {name: torch.stack([one[name] for one in decoded]).float().cpu().numpy() for name in decoded[0]}
 

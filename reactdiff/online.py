@@ -1,4 +1,4 @@
-"""A listener that reacts while the speaker speaks, window by window, and never takes anything back."""
+"""A listener that reacts while the speaker speaks, chunk by chunk, and never takes anything back."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reactdiff.clip import WINDOW
+from reactdiff.clip import TARGETS, WINDOW
 from reactdiff.diffusion.noise import window_noise
 from reactdiff.generate import Item, Reactor
 from reactdiff.model.latent_diffusion import Conversation
@@ -15,11 +15,18 @@ from reactdiff.model.latent_diffusion import Conversation
 class Listener:
     """K listeners to one speaker, online. Their reactions are those `Reactor.react` draws for the whole clip, up to rounding.
 
+    A reaction frame depends on what the speaker did up to the last whole chunk before it. So once so many frames were heard, all
+    reactions up to the end of the chunk after them are known; those of the first chunk are before anything was heard.
+
     Args:
         reactor: trained with `model.online`.
         item: (clip key, direction), which keys the noise.
         count: K.
         seed: keys the noise.
+
+    Attributes:
+        chunk: frames that are heard, and reacted in, at once.
+        hears: names of the speaker's streams.
 
     Raises:
         ValueError: if the model needs the whole clip.
@@ -30,37 +37,70 @@ class Listener:
             raise ValueError("this model needs the speaker's whole clip before it reacts; train one with model.online=true")
         self._reactor, self._diffusion = reactor, reactor.diffusion
         self._item, self._count, self._seed = item, count, seed
-        self._now, self._hears = Conversation(), False
+        self.chunk = self._diffusion.chunk
+        self.hears = tuple(name for name in reactor.codec.inputs if not (self._diffusion.direct and name in TARGETS))
+        self._now = Conversation()
+        self._streams: dict[str, np.ndarray] = {}
+        self._waiting = 0
+        self._drawn: Tensor | None = None
 
     def react(self) -> dict[str, np.ndarray]:
-        """The next window of every reaction, (K, 50, ...) by name, to what was heard before it.
-
-        Raises:
-            RuntimeError: if the speaker's window that belongs to the last one was not heard yet.
-        """
-        self._turn(hears=False)
-        drawn, self._now = self._diffusion.react(self._now, partial(self._noise, self._now.window))
-        return {name: array[0] for name, array in self._reactor.decode(drawn).items()}
+        """The reactions that became known since the last call, (K, frames, ...) by name; no frames where too little was heard since."""
+        made: list[dict[str, np.ndarray]] = []
+        while self._now.chunk == 0 or self._waiting >= self.chunk:
+            if self._now.chunk:
+                self._listen()
+            drawn, self._now = self._diffusion.react(self._now, partial(self._noise, self._now.chunk))
+            made.append(self._decode(drawn))
+        if not made:
+            shown = self._decoded(torch.zeros(1, self._count, self.chunk, self._diffusion.target, device=self._reactor.codec.device))
+            return {name: array[:, :0] for name, array in shown.items()}
+        return {name: np.concatenate([chunk[name] for chunk in made], axis=1) for name in made[0]}
 
     def hear(self, streams: dict[str, np.ndarray]) -> None:
-        """Listen to what the speaker did in the window that was just reacted in: the codec's inputs, (50, width) each.
+        """Listen to what the speaker did next: the streams of `hears`, (frames, width) each, any number of frames.
 
         Raises:
-            RuntimeError: if there was no reaction in that window yet.
+            ValueError: if a stream is lacking, or they differ in length.
         """
-        self._turn(hears=True)
-        here = {name: torch.from_numpy(stream)[None].to(self._reactor.codec.device) for name, stream in streams.items()}
+        if lacking := [name for name in self.hears if name not in streams]:
+            raise ValueError(f"the listener hears {', '.join(self.hears)}; {', '.join(lacking)} is lacking")
+        lengths = {name: len(streams[name]) for name in self.hears}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"all streams of the speaker must go on by equally many frames, but these go on by {lengths}")
+        for name in self.hears:
+            before = self._streams.get(name)
+            self._streams[name] = streams[name] if before is None else np.concatenate((before, streams[name]))
+        self._waiting += lengths[self.hears[0]]
+
+    def _listen(self) -> None:
+        """Take in the next chunk of what was heard."""
+        codec = self._reactor.codec
+        have = len(self._streams[self.hears[0]])
+        end = have - self._waiting + self.chunk
+        begin = max(0, end - self.chunk - codec.encoder_reach)
+        here = {name: torch.from_numpy(stream[begin:end])[None].to(codec.device) for name, stream in self._streams.items()}
         with torch.no_grad():
             # Latents are kept in half precision, and so the model has only seen such.
-            latent = self._reactor.codec.encode(here).half().float()
+            latent = codec.listen(here)[:, -self.chunk :].half().float()
         self._now = self._diffusion.hear(self._now, latent)
+        self._waiting -= self.chunk
+        forget = max(0, end - codec.encoder_reach)
+        self._streams = {name: stream[forget:] for name, stream in self._streams.items()}
 
-    def _turn(self, hears: bool) -> None:
-        if hears != self._hears:
-            raise RuntimeError("react and hear take turns: first the reactions in a window, then what the speaker did in it")
-        self._hears = not hears
+    def _decode(self, drawn: Tensor) -> dict[str, np.ndarray]:
+        """What the listeners show in the chunk (1, K, frames, features) that was drawn last."""
+        reach = self._reactor.codec.decoder_reach
+        seen = drawn if self._drawn is None else torch.cat((self._drawn, drawn), dim=2)
+        self._drawn = seen[:, :, -reach:] if reach else None
+        return {name: array[:, -self.chunk :] for name, array in self._decoded(seen).items()}
 
-    def _noise(self, window: int, number: int) -> Tensor:
-        features = self._diffusion.target
+    def _decoded(self, drawn: Tensor) -> dict[str, np.ndarray]:
+        return {name: array[0] for name, array in self._reactor.decode(drawn).items()}
+
+    def _noise(self, chunk: int, number: int) -> Tensor:
+        features, first = self._diffusion.target, chunk * self.chunk
+        window, within = divmod(first, WINDOW)
         drawn = [window_noise(self._seed, *self._item, k, window, features, number) for k in range(self._count)]
-        return torch.from_numpy(np.stack(drawn)).reshape(1, self._count, WINDOW, features).to(self._reactor.codec.device)
+        these = np.stack(drawn)[None, :, within : within + self.chunk]
+        return torch.from_numpy(these).to(self._reactor.codec.device)

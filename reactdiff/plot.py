@@ -73,7 +73,7 @@ def schedules_png(steps: int) -> bytes:
     snr, share = figure.subplots(1, 2)
     times, u = torch.arange(steps), np.arange(1, steps + 1) / steps
     fine = np.linspace(0.002, 0.998, 499)
-    for (name, schedule), colour in zip(SCHEDULES.items(), ("#000000", *COLOURS[1:3], *COLOURS[5:7]), strict=True):
+    for (name, schedule), colour in zip(SCHEDULES.items(), ("#000000", *COLOURS[1:3], *COLOURS[5:]), strict=True):
         process = Process(config.Diffusion.model_validate({"schedule": name, "steps": steps}))
         curve, dots = torch.from_numpy(schedule.log_snr(fine)), process.log_snr(times)
         for panel, line, points in ((snr, curve, dots), (share, (-curve).sigmoid().sqrt(), (-dots).sigmoid().sqrt())):

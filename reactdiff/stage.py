@@ -16,17 +16,16 @@ from reactdiff.clip import PERSONS, TARGETS, speaker_listener, windows_of
 from reactdiff.config import STAGES, Diffusion, Model
 from reactdiff.data.keyed import normal
 from reactdiff.data.sample import StreamSpec
-from reactdiff.diffusion.noise import training_hearing, training_noise
+from reactdiff.diffusion.noise import training_chance, training_hearing, training_levels, training_noise, training_times
+from reactdiff.diffusion.process import Process
 from reactdiff.model.autoencoder import Autoencoder
-from reactdiff.model.codec import Codec
+from reactdiff.model.codec import LATENT, Codec
 from reactdiff.model.flops import training_flops
 from reactdiff.model.init import initialise, parameters_without_memory
 from reactdiff.model.latent_diffusion import LatentDiffusion
 from reactdiff.model.perfrdiff import AttributeAutoencoder
+from reactdiff.model.raw_streams import RawStreams
 from reactdiff.model.trans_vae import TransVAE
-
-LATENT = "latent"
-"""The one stream of every person in a dataset of latents: their encoding by stage 1."""
 
 CODECS: dict[str, Callable[[Model, Sequence[StreamSpec]], Codec]] = {
     "reactdiff": Autoencoder,
@@ -37,7 +36,9 @@ CODECS: dict[str, Callable[[Model, Sequence[StreamSpec]], Codec]] = {
 
 
 def stages_of(model: Model) -> tuple[str, ...]:
-    """The stages that a family is trained in; Trans-VAE has only the first."""
+    """The stages that a model is trained in: Trans-VAE has only the first, one that denoises attributes themselves only the second."""
+    if model.space == "attributes":
+        return STAGES[1:]
     return STAGES[:1] if model.family == "trans-vae" else STAGES
 
 
@@ -91,8 +92,8 @@ class AutoencoderStage:
         return {"noise": normal((self.model.latent,), seed, "posterior", position)} if self.model.family == "trans-vae" else {}
 
     def module(self) -> Codec:
-        """The family's codec."""
-        return CODECS[self.model.family](self.model, self.source.streams)
+        """The family's codec; without a first stage, what stands for it."""
+        return (RawStreams if self.model.space == "attributes" else CODECS[self.model.family])(self.model, self.source.streams)
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
@@ -103,7 +104,8 @@ class AutoencoderStage:
     def encoded(self) -> Source:
         """What stage 2 will find: the encodings of these streams."""
         with torch.device("meta"):
-            return Source([StreamSpec(LATENT, "latent", self.module().width)], self.source.frames)
+            parts = self.module().parts
+        return Source([StreamSpec(name, "latent", width) for name, width in parts.items()], self.source.frames)
 
 
 @dataclass(frozen=True)
@@ -115,20 +117,45 @@ class DiffusionStage:
     source: Source
 
     def reads(self, side: int) -> dict[str, tuple[str, str]]:
-        """Both persons' latents."""
+        """Both persons' latents; or what the listener shows, and the speaker's streams."""
         speaker, listener = speaker_listener(side)
-        return {"speaker": (speaker, LATENT), "listener": (listener, LATENT)}
+        if self.model.space == "latent":
+            return {"speaker": (speaker, LATENT), "listener": (listener, LATENT)}
+        heard = {f"speaker {spec.name}": (speaker, spec.name) for spec in self.source.streams if spec.name not in TARGETS}
+        return heard | {f"listener {name}": (listener, name) for name in TARGETS}
 
     def draw(self, seed: int, position: int) -> dict[str, np.ndarray]:
-        """Diffusion times and noise of each window, and whether the speaker is heard where that is a matter of chance."""
-        windows, dropout = windows_of(self.source.frames), self.diffusion.condition_dropout
-        noise, times = training_noise(seed, position, windows, self.target, self.diffusion.steps)
-        drawn = {"noise": noise, "times": times}
-        return drawn | {"hears": training_hearing(seed, position, windows, dropout)} if dropout else drawn
+        """Noise, the diffusion time of each chunk, and what else is a matter of chance: what is heard, and what is remembered."""
+        windows, chunks, asked = windows_of(self.source.frames), self.source.frames // self.model.chunk_frames, self.diffusion
+        drawn = {"noise": training_noise(seed, position, windows, self.target), "times": self._times(seed, position, chunks)}
+        if asked.condition_dropout:
+            drawn["hears"] = training_hearing(seed, position, chunks, asked.condition_dropout)
+        if asked.stream_dropout:
+            count = len(self.source.streams) - len(TARGETS)
+            drawn["streams"] = (training_chance(seed, position, "training streams", count) >= asked.stream_dropout).astype(np.float32)
+        if asked.history_swap:
+            swapped, where = training_chance(seed, position, "training history", 2)
+            drawn["shift"] = np.array(1 + int(where * (chunks - 1)) if swapped < asked.history_swap else 0)
+        if asked.history_noise:
+            deviation = np.float32(asked.history_noise * training_chance(seed, position, "training history noise")[0])
+            drawn["history_noise"] = deviation * training_noise(seed, position, windows, self.target, "noise on history")
+        return drawn
+
+    def _times(self, seed: int, position: int, chunks: int) -> np.ndarray:
+        """The diffusion time of each chunk, (chunks,): whole numbers where they are uniform."""
+        if self.diffusion.times == "uniform":
+            return training_times(seed, position, chunks, self.diffusion.steps)
+        levels = training_levels(seed, position, chunks, self.diffusion.level, self.diffusion.level_deviation)
+        return self._process.times(levels).astype(np.float32)
 
     def module(self) -> LatentDiffusion:
         """The denoiser and its condition, whose latent range is not yet set."""
-        return LatentDiffusion(self.model, self.diffusion, self.source.frames, self.source.width(LATENT))
+        parts = {spec.name: spec.width for spec in self.source.streams}
+        return LatentDiffusion(self.model, self.diffusion, self.source.frames, parts)
+
+    @cached_property
+    def _process(self) -> Process:
+        return Process(self.diffusion)
 
     @cached_property
     def target(self) -> int:
@@ -149,9 +176,9 @@ def stages_over(clips: Source, model: Model, diffusion: Diffusion) -> dict[str, 
         ValueError: if the dataset lacks a stream that the model reads, or a width does not suit a network.
     """
     first = AutoencoderStage(model, clips)
-    kinds: dict[str, AutoencoderStage | DiffusionStage] = {"autoencoder": first}
-    if "diffusion" in stages_of(model):
-        kinds["diffusion"] = DiffusionStage(model, diffusion, first.encoded())
+    second = DiffusionStage(model, diffusion, first.encoded())
+    both: dict[str, AutoencoderStage | DiffusionStage] = dict(zip(STAGES, (first, second), strict=True))
+    kinds = {name: both[name] for name in stages_of(model)}
     with torch.device("meta"):
         for kind in kinds.values():
             kind.module()
@@ -180,8 +207,9 @@ def shapes(stage: Stage) -> dict[str, tuple[int, ...]]:
 
 def empty_batch(stage: Stage, items: int, device: str) -> dict[str, torch.Tensor]:
     """A batch of zeros of the right shapes and types, for counting and measuring."""
+    whole = {name for name, drawn in stage.draw(0, 0).items() if drawn.dtype == np.int64}
     batch = {name: torch.zeros(items, *shape, device=device) for name, shape in shapes(stage).items()}
-    return {name: tensor.long() if name == "times" else tensor for name, tensor in batch.items()}
+    return {name: tensor.long() if name in whole else tensor for name, tensor in batch.items()}
 
 
 def stored_batch(stage: Stage, items: int, device: str) -> dict[str, torch.Tensor]:

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from cluster.config.schema import Experiment
 from cluster.runtime.device import best_device, peak_flops, peak_memory
 from cluster.training.engine import Engine, engine_settings
-from reactdiff.clip import WINDOW
 from reactdiff.data.keyed import normal
 from reactdiff.determinism import make_deterministic
 from reactdiff.generate import Reactor
@@ -19,7 +18,17 @@ from reactdiff.model.codec import Codec
 from reactdiff.model.init import initial_weights
 from reactdiff.model.latent_diffusion import LatentDiffusion
 from reactdiff.online import Listener
-from reactdiff.stage import Source, Stage, build, build_without_memory, empty_batch, flops_per_item, stages_over
+from reactdiff.stage import (
+    AutoencoderStage,
+    DiffusionStage,
+    Source,
+    Stage,
+    build,
+    build_without_memory,
+    empty_batch,
+    flops_per_item,
+    stages_over,
+)
 
 WARM_UP = 3
 
@@ -67,22 +76,23 @@ def bench_training(experiment: Experiment, name: str, source: Source, steps: int
     return StepSpeed(speed, batch_items / plain, speed * flops / peak if peak else 0.0, memory)
 
 
-def bench_online(experiment: Experiment, source: Source, windows: int, count: int) -> list[float]:
-    """Seconds that each window of a clip takes an online listener, untrained: to react, and to listen.
+def bench_online(experiment: Experiment, source: Source, chunks: int, count: int) -> list[float]:
+    """Seconds that each chunk of a clip takes an online listener, untrained: to react, and to listen.
 
     Args:
         experiment: with `model.online`.
         source: widths of the speaker's streams.
-        windows: of the clip.
+        chunks: of the clip.
         count: K.
     """
-    kinds = stages_over(source, experiment.model, experiment.diffusion)
-    codec, diffusion = (build(kind, experiment.seed).eval().to(best_device()) for kind in kinds.values())
+    first = AutoencoderStage(experiment.model, source)
+    second = DiffusionStage(experiment.model, experiment.diffusion, first.encoded())
+    codec, diffusion = (build(kind, experiment.seed).eval().to(best_device()) for kind in (first, second))
     assert isinstance(codec, Codec) and isinstance(diffusion, LatentDiffusion)
     listener = Listener(Reactor(codec, diffusion), ("clip", 0), count, experiment.seed)
     spent = []
-    for window in range(WARM_UP + windows):
-        streams = {name: normal((WINDOW, source.width(name)), "bench", name, window) for name in codec.inputs}
+    for chunk in range(WARM_UP + chunks):
+        streams = {name: normal((listener.chunk, source.width(name)), "bench", name, chunk) for name in listener.hears}
         start = time.perf_counter()
         listener.react()
         listener.hear(streams)

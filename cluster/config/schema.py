@@ -171,6 +171,17 @@ class Experiment(Branch):
             )
         if self.model.family == "trans-vae" and self.run.autoencoder:
             raise ValueError("run.autoencoder would take the only stage of model.family=trans-vae and leave nothing to train: leave it out")
+        if self.model.space == "attributes" and self.run.autoencoder:
+            raise ValueError("run.autoencoder is of no use to model.space=attributes, which has no first stage: leave it out")
+        if self.diffusion.stream_dropout and self.model.space != "attributes":
+            raise ValueError(
+                f"diffusion.stream_dropout is {self.diffusion.stream_dropout}, but latents are made of all streams together: "
+                "set model.space=attributes, or diffusion.stream_dropout=0"
+            )
+        if self.diffusion.history == "clean" and not (self.model.online and self.model.denoiser == "transformer"):
+            raise ValueError("diffusion.history=clean needs an online transformer: set model.online=true model.denoiser=transformer")
+        if self.model.convolution and self.model.online and self.diffusion.history != "clean":
+            raise ValueError("model.convolution sees the finished end of the chunk before, online: set diffusion.history=clean")
         unused = [f"diffusion.{name}={value}" for name, value in Diffusion() if value != getattr(self.diffusion, name)]
         if self.model.family == "trans-vae" and unused:
             raise ValueError(

@@ -26,7 +26,7 @@ from cluster.evaluation.validation import SPLIT as VALIDATION
 from cluster.evaluation.validation import ValidationClips
 from cluster.runs.build_latents import build_latents
 from cluster.runs.environment import command, environment
-from cluster.runs.export import read_export, write_export
+from cluster.runs.export import read_export, write_export, write_untrained
 from cluster.runs.latents import LatentDataset
 from cluster.runs.lease import Lease
 from cluster.runs.state import State, Superseded, open_life, update_state, write_state
@@ -243,6 +243,10 @@ class _Life:
         if self.experiment.run.autoencoder:
             export = take_pretrained(self.experiment, self.clips, self.store)
             self.display.say(f"stage autoencoder is that of run {self.experiment.run.autoencoder}: weights {export.hash}")
+        elif "autoencoder" not in stages_of(self.experiment.model):
+            source = Source(self.clips.stream_specs, self.clips.frames)
+            write_untrained(self.store, self.experiment, "autoencoder", source, self.clips.hash)
+            self.display.say("stage autoencoder has nothing to train: what is denoised are attributes and coefficients themselves")
         else:
             self.train("autoencoder", self.run.dataset, self.clips)
 
@@ -282,8 +286,8 @@ class _Life:
     def assert_finished(self, stage: str) -> None:
         """Refuse to go on from a stage that has not reached its end."""
         export, end = self.run.export(stage), stage_end(self.experiment, stage, self.clips)
-        pretrained = stage == "autoencoder" and self.experiment.run.autoencoder
-        if export.progress != end and not pretrained:
+        untrained = stage == "autoencoder" and (self.experiment.run.autoencoder or stage not in stages_of(self.experiment.model))
+        if export.progress != end and not untrained:
             raise ConfigError(
                 f"run {self.store.url} has not finished stage {stage} (it ends at progress {end}, the newest export is of "
                 f"{export.progress}): run it without --stage, or with --stage {stage} first"

@@ -12,7 +12,7 @@ from cluster.evaluation.plan import EvaluationPlan
 from cluster.runs.export import load_reactor, untrained_reactor
 from cluster.runs.latents import LatentDataset, corrupt_clips, encode_clip
 from cluster.storage.parallel import parallel_map
-from reactdiff.clip import PERSONS, WINDOW, speaker_listener
+from reactdiff.clip import AU, PERSONS, speaker_listener
 from reactdiff.config import Model
 from reactdiff.data import synthetic
 from reactdiff.data.keyed import generator
@@ -20,9 +20,9 @@ from reactdiff.data.synthetic.oracles import Oracle, ladder
 from reactdiff.generate import Reactor
 from reactdiff.metrics import baselines
 from reactdiff.metrics.retrieval import Retrieval
-from reactdiff.stage import LATENT
 
 MODEL = "model"
+CUT = "units cut at 0.5"
 WRONG = "wrong speaker"
 UNTRAINED = "untrained"
 RANDOM = "random listener"
@@ -69,10 +69,12 @@ class RowInputs(GroundTruth):
     def speaker_latent(self, item: int) -> np.ndarray:
         """The encoded speaker, (frames, latent)."""
         clip, direction = self.clip_and_direction(item)
-        source = (speaker_listener(direction)[0], LATENT)
+        speaker = speaker_listener(direction)[0]
         if clip in self._corrupt:  # nothing is scored on zeros: the source is whole by now, or this raises
-            return encode_clip(self.trained.codec, self.reader, clip)[source[0]]
-        return self._latents.read(clip, [source]).arrays[source]
+            return encode_clip(self.trained.codec, self.reader, clip)[speaker]
+        parts = [(speaker, part) for part in self.plan.latents.parts]
+        read = self._latents.read(clip, parts).arrays
+        return np.concatenate([read[part] for part in parts], axis=-1)
 
     def react(self, reactor: Reactor, speakers: list[int], items: range) -> np.ndarray:
         """Reactions to the speakers of other or the same items, drawn with the noise of these, (items, K, frames, 25)."""
@@ -86,6 +88,11 @@ Draw = Callable[[RowInputs, range], np.ndarray]
 
 def _model(inputs: RowInputs, items: range) -> np.ndarray:
     return inputs.react(inputs.trained, list(items), items)
+
+
+def _cut(inputs: RowInputs, items: range) -> np.ndarray:
+    drawn = _model(inputs, items)
+    return np.concatenate([(drawn[..., AU] > 0.5).astype(drawn.dtype), drawn[..., AU.stop :]], axis=-1)
 
 
 def _wrong_speaker(inputs: RowInputs, items: range) -> np.ndarray:
@@ -142,6 +149,8 @@ BASELINES: dict[str, Draw] = {
 def rows_of(plan: EvaluationPlan) -> dict[str, Draw]:
     """The rows that an evaluation has, by name in the order of the table, and how their predictions are drawn."""
     rows: dict[str, Draw] = {MODEL: _model}
+    if plan.experiment.model.space == "attributes":  # real units are 0 or 1; a denoiser's are not quite
+        rows[CUT] = _cut
     if plan.experiment.evaluation.baselines:
         rows |= BASELINES | {retrieval_name(chunk_of(plan.experiment.model)): _retrieval}
         if "simulator" in plan.latents.clips.provenance:
@@ -172,4 +181,4 @@ def training_attributes(latents: LatentDataset, most: int) -> Iterator[np.ndarra
 
 def chunk_of(model: Model) -> int:
     """Frames that a model reacts in at once, knowing of the speaker only what came before; 0: it hears the whole clip."""
-    return WINDOW if model.online else 0
+    return model.chunk if model.online else 0

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from cluster.config.schema import Workers
 from cluster.data.manifest import CURRENT, File, Manifest, ShardTable, Split, StreamEntry, publish
 from cluster.data.shards import decode_npy, encode_npy, members
-from cluster.runs.latents import CORRUPT, RANGE, EncodedShard, LatentDataset, empty_range, encode_shard, range_union
+from cluster.runs.latents import CORRUPT, MOMENTS, RANGE, EncodedShard, LatentDataset, empty_range, encode_shard, range_union
 from cluster.runtime.tasks import Account, map_tasks
-from cluster.storage import AlreadyExists, content_hash
-from reactdiff.stage import LATENT
+from cluster.storage import AlreadyExists, Store, content_hash
 
 
 def build_latents(
@@ -43,14 +44,15 @@ def build_latents(
     manifest = Manifest(
         kind="latents",
         frames=latents.clips.frames,
-        streams=[StreamEntry(name=LATENT, kind="latent", width=latents.width)],
+        streams=[StreamEntry(name=name, kind="latent", width=width) for name, width in latents.parts.items()],
         targets={},
-        members=list(members([LATENT])),
+        members=list(members(latents.parts)),
         splits={split: Split(shards=ShardTable().plus({one.number: one.info for one in every})) for split, every in made.items()},
         provenance={
             "autoencoder": latents.export.hash,
             "source": latents.source_hash,
             RANGE: _range(latents, made[latents.split]).model_dump(),
+            **_moments(latents, made[latents.split]),
             **lacking,
         },
     )
@@ -70,7 +72,21 @@ def _range(latents: LatentDataset, shards: Sequence[EncodedShard]) -> File:
         raise ValueError(
             f"split {latents.split} of {latents.dataset.url} has no clips to take the latents' range from; set data.split to one that has"
         )
-    data = encode_npy(bounds)
-    part = File(file=f"range-{content_hash(data)}.npy", hash=content_hash(data))
+    return _kept(store, RANGE, bounds)
+
+
+def _moments(latents: LatentDataset, shards: Sequence[EncodedShard]) -> dict[str, dict[str, str]]:
+    """Write mean and standard deviation of the training split's latents; nothing where a shard was made before sums were kept."""
+    if not all(shard.sums for shard in shards):
+        return {}
+    count, total, squares = np.sum([decode_npy(latents.store.read(shard.sums)) for shard in shards], axis=0)
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - np.square(mean), 0))
+    return {MOMENTS: _kept(latents.store, MOMENTS, np.stack((mean, deviation))).model_dump()}
+
+
+def _kept(store: Store, what: str, array: np.ndarray) -> File:
+    data = encode_npy(array)
+    part = File(file=f"{what}-{content_hash(data)}.npy", hash=content_hash(data))
     store.put(part.file, data)
     return part

@@ -7,7 +7,7 @@ description is created last, so an export is whole or absent.
 import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load, save
@@ -55,6 +55,14 @@ class Export:
         return build(self.kind, self.seed).eval()
 
 
+class Checkpointed(NamedTuple):
+    """What an export says of where its weights come from."""
+
+    stage: str
+    progress: int
+    dataset: str
+
+
 def write_export(store: Store, experiment: Experiment, name: str, source: Source, progress: int) -> Export:
     """Export the averaged weights of a stage's checkpoint at its end.
 
@@ -73,13 +81,31 @@ def write_export(store: Store, experiment: Experiment, name: str, source: Source
         where = f"{store.url}/checkpoints/{name}"
         raise StorageError(f"{where} has no whole checkpoint at progress {progress}, the end of the stage; run the command again")
     data = save(checkpoint.assemble(store, found, "average"))
-    export = export_of(experiment, source, found, content_hash(data))
-    store.put(f"exports/{name}/{export.hash}.safetensors", data)
+    return _write(store, export_of(experiment, source, found, content_hash(data)), data)
+
+
+def write_untrained(store: Store, experiment: Experiment, name: str, source: Source, dataset: str) -> Export:
+    """Export a stage in which there is nothing to train.
+
+    Args:
+        store: the run's folder.
+        experiment: the run's configuration.
+        name: the stage.
+        source: streams and frames of its dataset.
+        dataset: hash of that.
+    """
+    data = save(build(stage(name, experiment.model, experiment.diffusion, source), experiment.seed).state_dict())
+    found = Checkpointed(name, 0, dataset)
+    return _write(store, export_of(experiment, source, found, content_hash(data)), data)
+
+
+def _write(store: Store, export: Export, data: bytes) -> Export:
+    store.put(f"exports/{export.stage}/{export.hash}.safetensors", data)
     _describe(store, export)
-    return read_export(store, name, progress)
+    return read_export(store, export.stage, export.progress)
 
 
-def export_of(experiment: Experiment, source: Source, found: Checkpoint, digest: str) -> Export:
+def export_of(experiment: Experiment, source: Source, found: Checkpoint | Checkpointed, digest: str) -> Export:
     """The description of weights of this hash that were taken out of a checkpoint.
 
     Args:

@@ -26,7 +26,7 @@ from reactdiff.clip import PERSONS
 from reactdiff.data.sample import Clip
 from reactdiff.determinism import make_deterministic
 from reactdiff.model.codec import Codec
-from reactdiff.stage import LATENT, AutoencoderStage
+from reactdiff.stage import AutoencoderStage
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,9 @@ CORRUPT = "corrupt"
 
 RANGE = "range"
 """Key of the manifest's provenance that names the file with the training split's range, (2, frames, latent) float32."""
+
+MOMENTS = "moments"
+"""Key of the manifest's provenance that names the file with the training split's mean and standard deviation, (2, latent) float64."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,16 @@ class LatentDataset:
     on_corrupt: str
 
     @property
-    def width(self) -> int:
-        """Features of an encoded frame."""
+    def parts(self) -> dict[str, int]:
+        """What an encoded frame consists of, and the features of each."""
         kind = self.export.kind
         assert isinstance(kind, AutoencoderStage)
-        return kind.encoded().width(LATENT)
+        return {spec.name: spec.width for spec in kind.encoded().streams}
+
+    @property
+    def width(self) -> int:
+        """Features of an encoded frame."""
+        return sum(self.parts.values())
 
     @cached_property
     def store(self) -> Store:
@@ -128,6 +136,21 @@ def read_range(store: Store, manifest: Manifest) -> tuple[torch.Tensor, torch.Te
     return low, high
 
 
+def read_moments(store: Store, manifest: Manifest) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the training split's latents, (latent,) each.
+
+    Raises:
+        ValueError: if they were made before these were kept.
+    """
+    if MOMENTS not in manifest.provenance:
+        raise ValueError(
+            f"the latents in {store.url} were made by a version that kept no mean of them, which diffusion.normalisation=variance needs: "
+            "delete that folder and give the same command again"
+        )
+    mean, deviation = torch.from_numpy(decode_npy(read_file(store, File(**manifest.provenance[MOMENTS]))).astype(np.float32))
+    return mean, deviation
+
+
 def encode_clip(codec: Codec, reader: Reader, clip: int) -> dict[str, np.ndarray]:
     """Both persons' latents of a clip: person -> (frames, latent) float16."""
     return _encode(codec, _read_persons(reader, codec.inputs, clip))
@@ -155,16 +178,18 @@ class EncodedShard:
         corrupt: clip of the split -> why it could not be encoded: its latents are zeros.
         number: what the manifest names it by within its split.
         range: file with the range of its latents, (2, frames, latent) of minimum and maximum.
+        sums: file with their number, sum and sum of squares over frames, (3, latent) float64; empty in an older record.
     """
 
     info: ShardInfo
     corrupt: dict[int, str]
     number: int | str
     range: str
+    sums: str = ""
 
     def encode(self) -> bytes:
         """The record as JSON."""
-        values = asdict(self.info) | {"number": self.number, RANGE: self.range}
+        values = asdict(self.info) | {"number": self.number, RANGE: self.range, "sums": self.sums}
         return json.dumps(values | ({CORRUPT: list(self.corrupt.items())} if self.corrupt else {})).encode()
 
     @classmethod
@@ -172,8 +197,8 @@ class EncodedShard:
         """The record that `encode` wrote; one of a time when names carried no hash has none, and means those of the source's shard."""
         values = json.loads(data)
         corrupt, number = dict(values.pop(CORRUPT, [])), values.pop("number", number)
-        bounds = values.pop(RANGE, f"{source}.range.npy")
-        return cls(ShardInfo(**values), corrupt, number, bounds)
+        bounds, sums = values.pop(RANGE, f"{source}.range.npy"), values.pop("sums", "")
+        return cls(ShardInfo(**values), corrupt, number, bounds, sums)
 
 
 def encode_shard(latents: LatentDataset, split: str, position: int) -> EncodedShard:
@@ -192,7 +217,7 @@ def encode_shard(latents: LatentDataset, split: str, position: int) -> EncodedSh
     codec, reader = latents.codec, Reader(latents.dataset, latents.clips, split)
     first = int(reader.counts[:position].sum())
     clips: list[Clip] = []
-    corrupt, bounds = {}, empty_range(latents)
+    corrupt, bounds, sums = {}, empty_range(latents), np.zeros((3, latents.width))
     numbers = range(first, first + int(reader.counts[position]))
     for clip, read in zip(numbers, _read_ahead(reader, codec.inputs, numbers), strict=True):
         key = reader.key(clip)
@@ -204,11 +229,15 @@ def encode_shard(latents: LatentDataset, split: str, position: int) -> EncodedSh
             corrupt[clip] = str(read)
         else:
             encoded = _encode(codec, read)
-            bounds = range_union(bounds, np.stack([f(list(encoded.values()), axis=0) for f in (np.min, np.max)]))
-        clips.append(Clip(key, {person: {LATENT: latent} for person, latent in encoded.items()}))
-    info, limits = upload_shard(target, name, clips, [LATENT], hashed=True), encode_npy(bounds)
-    shard = EncodedShard(info, corrupt, hashed_name(name, info).removeprefix(f"{split}/"), f"{name}-{content_hash(limits)}.range.npy")
+            both = np.stack(list(encoded.values()))
+            bounds = range_union(bounds, np.stack((both.min(axis=0), both.max(axis=0))))
+            sums += _sums(both)
+        clips.append(Clip(key, {person: _parted(encoding, latents.parts) for person, encoding in encoded.items()}))
+    info, limits, moments = upload_shard(target, name, clips, latents.parts, hashed=True), encode_npy(bounds), encode_npy(sums)
+    files = f"{name}-{content_hash(limits)}.range.npy", f"{name}-{content_hash(moments)}.sums.npy"
+    shard = EncodedShard(info, corrupt, hashed_name(name, info).removeprefix(f"{split}/"), *files)
     target.put(shard.range, limits)
+    target.put(shard.sums, moments)
     try:
         target.create(record, shard.encode())
         return shard
@@ -228,6 +257,17 @@ def _read_ahead(reader: Reader, names: Sequence[str], clips: range) -> Iterator[
     arrays = [reader.array((person, name)) for person in PERSONS for name in names]
     size = sum(dtype.itemsize * frames * width for (frames, width), dtype in arrays)
     return parallel_map(read, clips, ahead=max(1, min(MOST_AHEAD, READ_AHEAD // size)))
+
+
+def _parted(encoding: np.ndarray, parts: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """An encoding (frames, width) as an array for each of its parts."""
+    return dict(zip(parts, np.split(encoding, np.cumsum(list(parts.values()))[:-1], axis=1), strict=True))
+
+
+def _sums(encodings: np.ndarray) -> np.ndarray:
+    """Number, sum and sum of squares over persons and frames, (persons, frames, latent) -> (3, latent) float64."""
+    rows = encodings.astype(np.float64).reshape(-1, encodings.shape[-1])
+    return np.stack((np.full(rows.shape[1], len(rows)), rows.sum(axis=0), np.square(rows).sum(axis=0)))
 
 
 def empty_range(latents: LatentDataset) -> np.ndarray:

@@ -21,12 +21,12 @@ from cluster.config.spec import Spec, assignments
 from cluster.driver.pin import pin
 from cluster.driver.run import STEPS, execute
 from cluster.evaluation.plan import plan_evaluation
-from cluster.evaluation.rows import MODEL, UNTRAINED, WRONG, chunk_of, rows_of
+from cluster.evaluation.rows import CUT, MODEL, UNTRAINED, WRONG, chunk_of, rows_of
 from cluster.runs.saved import SavedRun, open_run
 from cluster.studies.comparison_table import TableRow, markdown
 from cluster.studies.kept_scores import ClipScores, RunScores, read_scores, scores_key, write_scores
 from cluster.telemetry.display import Display
-from reactdiff.config import ENCODING
+from reactdiff.config import ENCODING, STAGES
 from reactdiff.stage import flops_per_item, stages_of
 
 
@@ -61,10 +61,11 @@ def comparison_runs(comparison: Comparison, overrides: Sequence[str]) -> list[Co
         for row, keys in comparison.rows.items():
             experiment = anchored(comparison.load(overrides, assignments(keys), [f"seed={seed}", "telemetry.port=0"]))
             key = _stage_1(experiment)
-            owner = owners.get(key, "") if "diffusion" in stages_of(experiment.model) else ""
+            owner = owners.get(key, "") if stages_of(experiment.model) == STAGES else ""
             experiment = _with(experiment, autoencoder=owner)
             experiment = _with(experiment, name=f"{comparison.name}-{digest(name_fields(experiment))[:8]}")
-            owners.setdefault(key, experiment.run.name)
+            if stages_of(experiment.model) == STAGES:
+                owners.setdefault(key, experiment.run.name)
             if (twin := found.setdefault(experiment.run.name, ComparisonRun(row, experiment))).row != row:
                 raise ConfigError(
                     f"{comparison.name}: rows {twin.row!r} and {row!r} would be the same run; rows differ in keys that --help of "
@@ -114,7 +115,7 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display, 
             execute(experiment, pin(experiment, comparison.name), STEPS if key not in there else STEPS[:1], display)
         found[key], names[key] = there.get(key) or run_scores(run.open()), f"{run.row}, seed {seed}"
         for name, scores in found[key].rows.items():
-            label = run.row if name == MODEL else f"{name} ({run.row})" if name in (WRONG, UNTRAINED) else name
+            label = run.row if name == MODEL else f"{name} ({run.row})" if name in (CUT, WRONG, UNTRAINED) else name
             sizes = (found[key].parameters, found[key].gflop) if name == MODEL else None
             row = rows.setdefault(label, TableRow({}, chunk_of(experiment.model) if sizes else None, sizes))
             row.seeds[seed] = scores  # baselines are the same whichever row they stand beside

@@ -26,14 +26,14 @@ LOOK_AGAIN = 5.0
 def first_stage(experiment: Experiment, study: str) -> Experiment | None:
     """The experiment of a run that only trains the autoencoder of this one, the same for all whose autoencoder is the same.
 
-    What is not about stage 1 has its default there. None where there is nothing to share: the family has no other stage, the autoencoder
+    What is not about stage 1 has its default there. None where there is nothing to share: the model has one stage only, the autoencoder
     is another run's already, or weights to start from come for both stages together.
 
     Args:
         experiment: with `run.autoencoder` empty.
         study: the name that the run's begins with.
     """
-    if experiment.run.autoencoder or experiment.model.init_from or "diffusion" not in stages_of(experiment.model):
+    if experiment.run.autoencoder or experiment.model.init_from or stages_of(experiment.model) != STAGES:
         return None
     tree, defaults = (json.loads(one.model_dump_json()) for one in (experiment, type(experiment)()))
     tree["model"] = {name: tree["model"][name] if name in ENCODING else value for name, value in defaults["model"].items()}

@@ -24,7 +24,7 @@ from cluster.evaluation.rows import MODEL
 from cluster.runs import registry
 from cluster.runs.build_latents import build_latents
 from cluster.runs.environment import command
-from cluster.runs.export import read_export
+from cluster.runs.export import newest_export, read_export
 from cluster.runs.latents import LatentDataset
 from cluster.runs.lease import Lease
 from cluster.runs.registry import Decision, Version
@@ -160,7 +160,7 @@ class _Gate:
         if (found := {stage: export.hash for stage, export in exports.items()}) != version.weights:
             raise Permanent(f"{store.url} has exports {found}, but the registry knows {version.weights}: restore the run from a copy")
         trained = build(yaml.safe_load(store.read("config.yaml")), f"{store.url}/config.yaml")
-        data, export = trained.data, exports["autoencoder"]
+        data, export = trained.data, exports.get("autoencoder") or newest_export(store, "autoencoder")
         latents = LatentDataset(export, store, self.dataset, version.manifest, self.home, data.split, data.on_corrupt)
         build_latents(latents, asked.workers, self.display.counter(f"latents of {version.run}", "shards"))
         judged = trained.model_copy(update={"evaluation": _asked(asked, clips), "workers": asked.workers})

@@ -27,7 +27,7 @@ from cluster.evaluation.validation import ValidationClips, Validator
 from cluster.runs.checkpoint import Checkpoint
 from cluster.runs.checkpoint_writer import CheckpointWriter
 from cluster.runs.inventory import remove_orphans
-from cluster.runs.latents import corrupt_clips, read_range
+from cluster.runs.latents import corrupt_clips, read_moments, read_range
 from cluster.runs.logs import log_folder, rank_log
 from cluster.runs.retention import Retention
 from cluster.runs.state import Attempt, assert_newest_life
@@ -153,7 +153,7 @@ class _Training:
         module = build_without_memory(kind)
         weights = first_weights(kind, job.stage, experiment, log.warning if place.rank == 0 else log.debug)
         if isinstance(module, LatentDiffusion):
-            module.set_range(*read_range(job.dataset, manifest))
+            module.set_range(*read_range(job.dataset, manifest), *(read_moments(job.dataset, manifest) if module.standardised else ()))
         self.ahead = Ahead(place.device)
         self.engine = Engine(module, weights, engine_settings(experiment, job.stage, place.ranks), place.device)
         self.writer = CheckpointWriter(job.run, _gather, place.rank, Retention.of(experiment.run, job.stage), self.superseded)

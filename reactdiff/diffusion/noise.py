@@ -6,15 +6,25 @@ from reactdiff.clip import WINDOW
 from reactdiff.data.keyed import generator, normal
 
 
-def training_noise(seed: int, position: int, windows: int, latent: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """The noise and diffusion times of the item at a place in the order.
+def training_noise(seed: int, position: int, windows: int, latent: int, what: str = "training noise") -> np.ndarray:
+    """The noise of the item at a place in the order, (windows, 50, latent) float32, standard normal; `what` it is for tells draws apart."""
+    return np.stack([normal((WINDOW, latent), seed, what, position, window) for window in range(windows)])
 
-    Returns:
-        noise (windows, 50, latent) float32, standard normal; times (windows,) int64, uniform over 0 .. steps - 1.
-    """
-    noise = np.stack([normal((WINDOW, latent), seed, "training noise", position, window) for window in range(windows)])
-    times = [generator(seed, "training time", position, window).integers(steps) for window in range(windows)]
-    return noise, np.array(times, dtype=np.int64)
+
+def training_times(seed: int, position: int, chunks: int, steps: int) -> np.ndarray:
+    """The diffusion time of each chunk of the item at a place in the order, (chunks,) int64, uniform over 0 .. steps - 1."""
+    return np.array([generator(seed, "training time", position, chunk).integers(steps) for chunk in range(chunks)], dtype=np.int64)
+
+
+def training_levels(seed: int, position: int, chunks: int, mean: float, deviation: float) -> np.ndarray:
+    """The log-SNR of each chunk of the item at a place in the order, (chunks,) float64: -2 ln s with ln s normal (Karras et al., 2022)."""
+    drawn = [generator(seed, "training level", position, chunk).standard_normal() for chunk in range(chunks)]
+    return -2 * (mean + deviation * np.array(drawn))
+
+
+def training_chance(seed: int, position: int, what: str, count: int = 1) -> np.ndarray:
+    """Uniform numbers in [0, 1) of the item at a place in the order, (count,) float64, for what is a matter of chance."""
+    return generator(seed, what, position).random(count)
 
 
 def training_hearing(seed: int, position: int, windows: int, dropout: float) -> np.ndarray:

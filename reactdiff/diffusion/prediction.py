@@ -55,7 +55,11 @@ class Clean:
 
 
 class Velocity:
-    """v = alpha noise - sigma x_0 (Salimans and Ho, 2022, appendix D): the noise where all is clean, minus x_0 where all is noise."""
+    """v = alpha noise - sigma x_0 (Salimans and Ho, 2022, appendix D): the noise where all is clean, minus x_0 where all is noise.
+
+    On data of unit variance it is the network's answer, but for its sign, under EDM's whole preconditioning (Karras et al., 2022, table 1):
+    c_skip = 1 / (1 + s^2) of x_0 + s noise with s = sigma / alpha is alpha of x_t, and c_out = s / sqrt(1 + s^2) is sigma.
+    """
 
     def target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """V of the clean latent and the noise."""
@@ -70,9 +74,25 @@ class Velocity:
         return 1 / (snr + 1)
 
 
+class Straight:
+    """The velocity noise - x_0 of the straight line between them (flow matching; Lipman et al., 2023)."""
+
+    def target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The difference."""
+        return noise - clean
+
+    def clean(self, noisy: Tensor, prediction: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """x_0 = (x_t - sigma velocity) / (alpha + sigma)."""
+        return (noisy - sigma * prediction) / (alpha + sigma)
+
+    def clean_error(self, snr: np.ndarray) -> np.ndarray:
+        """sigma^2 / (alpha + sigma)^2."""
+        return 1 / (1 + np.sqrt(snr)) ** 2
+
+
 def noise_of(noisy: Tensor, clean: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """The noise that leads from x_0 to x_t: (x_t - alpha x_0) / sigma."""
     return (noisy - alpha * clean) / sigma
 
 
-PREDICTIONS: dict[str, Prediction] = {"epsilon": Epsilon(), "x0": Clean(), "v": Velocity()}
+PREDICTIONS: dict[str, Prediction] = {"epsilon": Epsilon(), "x0": Clean(), "v": Velocity(), "flow": Straight()}

@@ -39,15 +39,16 @@ class Process:
 
     def log_snr(self, times: Tensor) -> Tensor:
         """Log(abar / (1 - abar)) at whole or fractional times 0 .. steps - 1 of any shape, float64 of the same shape."""
-        table, times = self._on(times.device)[0], times.double()
-        below = times.floor().long()
-        above = (below + 1).clamp(max=len(table) - 1)
-        return torch.lerp(table[below], table[above], times - below)
+        return _between(self._on(times.device)[0], times.double())
 
     def nearest(self, log_snr: float) -> tuple[int, float]:
         """The step whose log-SNR is nearest to this one, and its log-SNR."""
         step = int((self._log_snr - log_snr).abs().argmin())
         return step, float(self._log_snr[step])
+
+    def times(self, log_snr: np.ndarray) -> np.ndarray:
+        """The inverse of `log_snr`: the times, mostly fractional, at which the log-SNR is this; beyond the process, its ends."""
+        return np.interp(-log_snr, -self._log_snr.numpy(), np.arange(len(self._log_snr)))
 
     def scales(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """The alpha = sqrt(abar) and sigma = sqrt(1 - abar) at whole or fractional `times`, computed in float64.
@@ -76,14 +77,21 @@ class Process:
         return self.prediction.clean(noisy, prediction, *self.scales(times, noisy))
 
     def weight(self, times: Tensor) -> Tensor:
-        """How much the loss at whole `times` counts, float32 of the same shape; the mean over all steps is 1."""
-        return self._on(times.device)[1][times]
+        """How much the loss at whole or fractional `times` counts, float32 of the same shape; the mean over all steps is 1."""
+        return _between(self._on(times.device)[1], times) if times.is_floating_point() else self._on(times.device)[1][times]
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The log-SNR and the weight of each step, on a device; to copy them in each forward pass would wait for it each time."""
         if device not in self._copies:
             self._copies[device] = self._log_snr.to(device), self._weight.to(device)
         return self._copies[device]
+
+
+def _between(table: Tensor, times: Tensor) -> Tensor:
+    """Values of a table at fractional places, linear between whole ones."""
+    below = times.floor().long()
+    above = (below + 1).clamp(max=len(table) - 1)
+    return torch.lerp(table[below], table[above], times - below)
 
 
 def _floored(log_snr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

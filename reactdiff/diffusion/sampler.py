@@ -1,7 +1,7 @@
 """From noise to a clean latent.
 
-At each time it visits, a sampler asks the denoiser once and clamps the x_0 that follows to [-1, 1]. Samplers differ in how they move on to
-the next time. With h half the rise of log-SNR from one to the other, all three are short.
+At each time it visits, a sampler asks the denoiser once and clamps the x_0 that follows to what the data hold. Samplers differ in how they
+move on to the next time. With h half the rise of log-SNR from one to the other, all three are short.
 """
 
 import math
@@ -18,12 +18,15 @@ Predict = Callable[[Tensor, float], Tensor]
 """The denoiser: x_t and the time, whole or fractional -> its prediction, in the parameterisation of the process."""
 Noise = Callable[[int], Tensor]
 """Standard normal numbers by the number of the draw: 0 is where a sample starts, i goes into step i."""
+Limits = tuple[float, float] | tuple[Tensor, Tensor]
+"""Least and largest x_0, of all features or of each."""
+UNIT: Limits = (-1.0, 1.0)
 
 
 class Sampler(Protocol):
     """A way from noise to x_0."""
 
-    def __call__(self, process: Process, predict: Predict, noise: Noise, sampling_steps: int) -> Tensor:
+    def __call__(self, process: Process, predict: Predict, noise: Noise, sampling_steps: int, limits: Limits = UNIT) -> Tensor:
         """A sample.
 
         Args:
@@ -31,6 +34,7 @@ class Sampler(Protocol):
             predict: the denoiser.
             noise: draws of one shape, that of the sample.
             sampling_steps: calls of the denoiser.
+            limits: least and largest x_0, to which every estimate of it is clamped.
 
         Returns:
             The last x_0, of the shape of the noise.
@@ -67,16 +71,16 @@ def sampling_times(steps: int, sampling_steps: int) -> list[float]:
     return [(steps - 1) * left / (sampling_steps - 1) for left in range(sampling_steps - 1, -1, -1)]
 
 
-def ddim(process: Process, predict: Predict, noise: Noise, sampling_steps: int) -> Tensor:
+def ddim(process: Process, predict: Predict, noise: Noise, sampling_steps: int, limits: Limits = UNIT) -> Tensor:
     """The deterministic sampler (Song et al., 2021a, eq. 12 with sigma = 0): the same x_0 and the same noise, less of it."""
 
     def move(now: Estimate, before: Estimate | None, ahead: Ahead) -> Tensor:
         return ahead.alpha * now.clean + ahead.sigma * now.noise
 
-    return _walk(process, predict, noise, sampling_steps, move)
+    return _walk(process, predict, noise, sampling_steps, limits, move)
 
 
-def ddpm(process: Process, predict: Predict, noise: Noise, sampling_steps: int) -> Tensor:
+def ddpm(process: Process, predict: Predict, noise: Noise, sampling_steps: int, limits: Limits = UNIT) -> Tensor:
     """The ancestral sampler (Ho et al., 2020, eq. 7): each step draws from q(x_s | x_t, x_0).
 
     In terms of the noise in x_t, e^-h of it stays and fresh noise makes up the rest of the variance.
@@ -86,10 +90,10 @@ def ddpm(process: Process, predict: Predict, noise: Noise, sampling_steps: int) 
         kept = math.exp(now.half - ahead.half)
         return ahead.alpha * now.clean + ahead.sigma * (kept * now.noise + math.sqrt(1 - kept**2) * noise(ahead.step))
 
-    return _walk(process, predict, noise, sampling_steps, move)
+    return _walk(process, predict, noise, sampling_steps, limits, move)
 
 
-def dpm_solver(process: Process, predict: Predict, noise: Noise, sampling_steps: int) -> Tensor:
+def dpm_solver(process: Process, predict: Predict, noise: Noise, sampling_steps: int, limits: Limits = UNIT) -> Tensor:
     """DPM-Solver++(2M) (Lu et al., 2022b, algorithm 2), deterministic and of second order.
 
     DDIM takes x_0 for constant over a step. This one takes it to change as it did over the step before, as a function of half the log-SNR.
@@ -102,7 +106,7 @@ def dpm_solver(process: Process, predict: Predict, noise: Noise, sampling_steps:
             clean = clean + (1 - math.exp(-h)) * h / (2 * last) * (now.clean - before.clean)
         return ahead.alpha * clean + ahead.sigma * now.noise
 
-    return _walk(process, predict, noise, sampling_steps, move)
+    return _walk(process, predict, noise, sampling_steps, limits, move)
 
 
 def _walk(
@@ -110,6 +114,7 @@ def _walk(
     predict: Predict,
     noise: Noise,
     sampling_steps: int,
+    limits: Limits,
     move: Callable[[Estimate, Estimate | None, Ahead], Tensor],
 ) -> Tensor:
     """Visits the sampling times: `move` leads from what is known, now and one call before, to the next x_t."""
@@ -123,7 +128,7 @@ def _walk(
     for step, (time, half, (alpha, sigma)) in enumerate(zip(times, halves, scales, strict=True)):
         if now is not None:
             noisy = move(now, before, Ahead(alpha, sigma, half, step))
-        clean = process.prediction.clean(noisy, predict(noisy, time), alpha, sigma).clamp(-1, 1)
+        clean = process.prediction.clean(noisy, predict(noisy, time), alpha, sigma).clamp(*limits)
         before, now = now, Estimate(clean, noise_of(noisy, clean, alpha, sigma), half)
     return clean
 

@@ -95,4 +95,25 @@ class Karras:
         return -14 * (self.high - self.low) / (self.low + u * (self.high - self.low))
 
 
-SCHEDULES: dict[str, Schedule] = {"cosine": Cosine(), "linear": Linear(), "sqrt": Sqrt(), "sigmoid": Sigmoid(), "karras": Karras()}
+class Flow:
+    """The straight line of flow matching (Lipman et al., 2023): (1 - u) x_0 + u noise, scaled here to unit variance."""
+
+    def log_snr(self, u: np.ndarray) -> np.ndarray:
+        """2 log((1 - u) / u)."""
+        with np.errstate(divide="ignore"):
+            return 2 * (np.log1p(-u) - np.log(u))
+
+    def derivative(self, u: np.ndarray) -> np.ndarray:
+        """-2 / (u (1 - u))."""
+        with np.errstate(divide="ignore"):
+            return -2 / (u * (1 - u))
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "cosine": Cosine(),
+    "linear": Linear(),
+    "sqrt": Sqrt(),
+    "sigmoid": Sigmoid(),
+    "karras": Karras(),
+    "flow": Flow(),
+}

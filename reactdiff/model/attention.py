@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 
 class AttentionUnit(nn.Module):
-    """A(q, kv) = LayerNorm(attention(q, k, v) + q): no feed-forward, no mask, no position, no dropout.
+    """A(q, kv) = LayerNorm(attention(q, k, v) + q): no feed-forward, no position, no dropout.
 
     q, k and v are first projected to the hidden width, each only where its stream is not that wide already. Projections of
     one stream are one matrix product.
@@ -26,13 +26,16 @@ class AttentionUnit(nn.Module):
         self.attention = nn.MultiheadAttention(hidden, heads, batch_first=True)
         self.norm = nn.LayerNorm(hidden)
 
-    def forward(self, asking: Tensor, attended: Tensor | None = None) -> Tensor:
-        """(batch, frames, asking) and, unless it attends to itself, (batch, frames, attended) -> (batch, frames, hidden)."""
+    def forward(self, asking: Tensor, attended: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
+        """(batch, frames, asking) and, unless it attends to itself, (batch, frames, attended) -> (batch, frames, hidden).
+
+        Of `hidden` (frames, frames), true is what a frame must not see.
+        """
         if attended is None:
             q, k, v = _split(self.qkv, asking, 3)
         else:
             (q,), (k, v) = _split(self.q, asking, 1), _split(self.kv, attended, 2)
-        return self.norm(self.attention(q, k, v, need_weights=False)[0] + q)
+        return self.norm(self.attention(q, k, v, attn_mask=hidden, need_weights=False)[0] + q)
 
 
 def _projection(width: int, hidden: int, parts: int) -> nn.Linear | None:

@@ -9,14 +9,15 @@ from reactdiff import config
 from reactdiff.clip import WINDOW, windows_of
 from reactdiff.data.sample import StreamSpec
 from reactdiff.model.codec import Codec
-from reactdiff.model.decoder import Decoder
+from reactdiff.model.decoder import LAYERS, STACKS, Decoder
 from reactdiff.model.mmt import MultiModalityTransformer
 
 
 class Autoencoder(Codec):
     """The Multi-Modality Transformer and its decoder. Inputs of any float type are cast to that of the weights.
 
-    Attention runs over all frames of a clip; online it runs over each window by itself, so that nothing later is seen.
+    Attention runs over all frames of a clip. Online it runs over each window by itself, so that nothing later is seen; where chunks are
+    shorter than windows, a frame sees its own chunk and the 2 s before that.
 
     Args:
         model: which streams to read, widths and depths.
@@ -29,17 +30,22 @@ class Autoencoder(Codec):
     def __init__(self, model: config.Model, streams: Sequence[StreamSpec]):
         super().__init__()
         self.inputs, self.width, self.online = model.facial + model.acoustic, model.latent, model.online
+        self.chunk = model.chunk
+        if self.online and self.chunk < WINDOW:
+            # An attended stream or latent sees 2 s itself: what a frame depends on reaches back once for each attention in a row.
+            self.encoder_reach, self.decoder_reach = 2 * WINDOW, STACKS * LAYERS * WINDOW
         self.encoder = MultiModalityTransformer(model, widths_of(model, streams))
         self.decoder = Decoder(model)
 
     def encode(self, streams: dict[str, Tensor]) -> Tensor:
         """Stream name -> (batch, frames, width), to latents (batch, frames, latent); streams that are no inputs are not read."""
-        frames = streams[self.inputs[0]].shape[1]
-        return self._join(self.encoder({name: self._cut(streams[name].to(self._dtype)) for name in self.inputs}), frames)
+        first = streams[self.inputs[0]]
+        read = {name: self._cut(streams[name].to(self._dtype)) for name in self.inputs}
+        return self._join(self.encoder(read, self._hidden(first)), first.shape[1])
 
     def decode(self, latent: Tensor) -> dict[str, Tensor]:
         """(batch, frames, latent) -> attributes (batch, frames, 25) and coefficients (batch, frames, 58)."""
-        decoded = self.decoder(self._cut(latent.to(self._dtype)))
+        decoded = self.decoder(self._cut(latent.to(self._dtype)), self._hidden(latent))
         return {name: self._join(target, latent.shape[1]) for name, target in decoded.items()}
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
@@ -58,8 +64,16 @@ class Autoencoder(Codec):
     forward = loss
 
     def _cut(self, x: Tensor) -> Tensor:
-        """Online, (batch, frames, width) -> (batch * windows, 50, width); offline, clips stay whole."""
-        return x.unflatten(1, (windows_of(x.shape[1]), WINDOW)).flatten(0, 1) if self.online else x
+        """Online in windows, (batch, frames, width) -> (batch * windows, 50, width); otherwise, clips stay whole."""
+        return x.unflatten(1, (windows_of(x.shape[1]), WINDOW)).flatten(0, 1) if self.online and self.chunk == WINDOW else x
+
+    def _hidden(self, x: Tensor) -> Tensor | None:
+        """Online in shorter chunks, what each frame of (batch, frames, width) must not see, (frames, frames)."""
+        if not self.online or self.chunk == WINDOW:
+            return None
+        frame = torch.arange(x.shape[1], device=x.device)
+        begin = (frame // self.chunk * self.chunk)[:, None]
+        return (frame >= begin + self.chunk) | (frame < begin - WINDOW)
 
     def _join(self, x: Tensor, frames: int) -> Tensor:
         """The inverse of `_cut`."""

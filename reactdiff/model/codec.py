@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+LATENT = "latent"
+"""The one part of an encoding by a first stage."""
+
 
 class Codec(nn.Module):
     """A network that encodes persons; its forward is the loss of each item of a batch.
@@ -10,14 +13,27 @@ class Codec(nn.Module):
     Attributes:
         inputs: streams (or targets) that it reads of a person.
         width: features of an encoded frame.
+        encoder_reach: frames before a chunk, or a window, that its encoding online depends on.
+        decoder_reach: the same of decoding.
     """
 
     inputs: tuple[str, ...]
     width: int
+    encoder_reach = 0
+    decoder_reach = 0
 
     def encode(self, streams: dict[str, Tensor]) -> Tensor:
         """Input name -> (batch, frames, width of the input), to encodings (batch, frames, width)."""
         raise NotImplementedError
+
+    def listen(self, streams: dict[str, Tensor]) -> Tensor:
+        """The encoding of a person who only speaks."""
+        return self.encode(streams)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What an encoded frame consists of, and the features of each."""
+        return {LATENT: self.width}
 
     @property
     def device(self) -> torch.device:

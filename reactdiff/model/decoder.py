@@ -21,9 +21,13 @@ class Decoder(nn.Module):
         self.bounded = model.bounded
         self.heads = nn.ModuleDict({name: mlp(model.latent, 2 * model.latent, width) for name, width in TARGETS.items()})
 
-    def forward(self, latent: Tensor) -> dict[str, Tensor]:
-        """(batch, frames, latent) -> attributes (batch, frames, 25) and coefficients (batch, frames, 58)."""
-        latent = self.stacks(latent)
+    def forward(self, latent: Tensor, hidden: Tensor | None = None) -> dict[str, Tensor]:
+        """(batch, frames, latent) -> attributes (batch, frames, 25) and coefficients (batch, frames, 58).
+
+        Of `hidden` (frames, frames), true is what a frame must not see.
+        """
+        for stack in self.stacks:
+            latent = stack(latent, hidden)
         targets = {name: head(latent) for name, head in self.heads.items()}
         return targets | {"attributes": bounded(targets["attributes"])} if self.bounded else targets
 
@@ -35,7 +39,7 @@ def bounded(attributes: Tensor) -> Tensor:
 
 
 class Stack(nn.Module):
-    """Decoder layers whose first target and only memory is the input; no mask, no position, no norm at the end."""
+    """Decoder layers whose first target and only memory is the input; no position, no norm at the end."""
 
     def __init__(self, model: config.Model):
         super().__init__()
@@ -43,9 +47,9 @@ class Stack(nn.Module):
             nn.TransformerDecoderLayer(model.latent, model.heads, 2 * model.latent, model.dropout, batch_first=True) for _ in range(LAYERS)
         )
 
-    def forward(self, memory: Tensor) -> Tensor:
+    def forward(self, memory: Tensor, hidden: Tensor | None = None) -> Tensor:
         """(batch, frames, latent) -> (batch, frames, latent)."""
         target = memory
         for layer in self.layers:
-            target = layer(target, memory)
+            target = layer(target, memory, hidden, hidden)
         return target

@@ -1,6 +1,6 @@
-"""Stage 2: diffusion of the listener's latents, given the speaker's."""
+"""Stage 2: diffusion of the listener's latents, or of its attributes themselves, given the speaker's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Self
@@ -11,45 +11,50 @@ from torch import Tensor, nn
 from reactdiff import config
 from reactdiff.clip import TARGETS, WINDOW, windows_of
 from reactdiff.diffusion.process import Process
-from reactdiff.diffusion.sampler import SAMPLERS, Noise
+from reactdiff.diffusion.sampler import SAMPLERS, Limits, Noise
+from reactdiff.model.codec import LATENT
 from reactdiff.model.perfrdiff import AttributeAutoencoder, SpeakerTokens, WindowDenoiser
 from reactdiff.model.transformer import FrameTransformer, Past
 from reactdiff.model.unet import GROUPS, UNet
 
 START = Past()
 
-
 @dataclass(frozen=True)
 class Conversation:
-    """Where an online generation stands: one window follows another, and none is ever changed.
+    """Where an online generation stands: one chunk follows another, and none is ever changed.
 
     Attributes:
-        window: the next one.
-        heard: the speaker's last window, normalised, (batch, 50, latent); None before the first.
-        past: what a transformer remembers of the windows before.
+        chunk: the next one.
+        heard: the speaker's last chunk, normalised, (batch, frames, features); None before the first.
+        past: what a transformer remembers of the chunks before.
     """
 
-    window: int = 0
+    chunk: int = 0
     heard: Tensor | None = None
     past: Past = START
 
 
 class LatentDiffusion(nn.Module):
-    """A denoiser of the listener's windows under the speaker's.
+    """A denoiser of the listener's windows under the speaker's; online of its chunks, which may be shorter.
 
-    Latents come in and go out raw. Inside, each feature lies in [-1, 1] over the training set. Offline, a window of the
-    listener knows the same window of the speaker (a transformer: its neighbours too); online, the one before, zeros at first.
+    Encodings come in and go out raw. Inside, each feature lies in [-1, 1] over the training set, or has variance 1 there. Offline, a window
+    of the listener knows the same window of the speaker (a transformer: its neighbours too); online, a chunk knows the one before, zeros at
+    first. With `model.space=attributes` an encoding is attributes, coefficients and streams as they are: of the listener the first two
+    are denoised, and of the speaker the streams are heard.
 
     Args:
         model: family, denoiser and widths.
         diffusion: process, prediction, sampler and normalisation.
-        frames: length of a clip; latents of any other multiple of 50 frames are taken too, where the range is per feature.
-        encoding: features of a frame that stage 1 makes; by default `model.latent`.
+        frames: length of a clip; encodings of any other multiple of 50 frames are taken too, where the range is per feature.
+        parts: of an encoding, and the features of each; by default one latent.
 
     Attributes:
-        target: how many of them are denoised, the first ones.
-        minimum: smallest latent of the training set, float32, (1, encoding) or (frames, encoding) as `diffusion.normalisation` says.
+        target: how many features are denoised, the first ones.
+        chunk: frames that have one diffusion time.
+        minimum: smallest encoding of the training set, float32, (1, encoding) or (frames, encoding) as `diffusion.normalisation` says.
         maximum: largest, of the same shape.
+        mean: of the training set, float32, (1, encoding), where it is mapped to variance 1.
+        deviation: standard deviation, of the same shape.
 
     Raises:
         ValueError: if the frames do not divide into windows, or a width does not suit the network.
@@ -57,14 +62,22 @@ class LatentDiffusion(nn.Module):
 
     minimum: Tensor
     maximum: Tensor
+    mean: Tensor
+    deviation: Tensor
 
-    def __init__(self, model: config.Model, diffusion: config.Diffusion, frames: int, encoding: int | None = None):
+    def __init__(self, model: config.Model, diffusion: config.Diffusion, frames: int, parts: Mapping[str, int] | None = None):
         super().__init__()
         windows_of(frames)
-        width = encoding or model.latent
+        self.parts = dict(parts or {LATENT: model.latent})
+        width = sum(self.parts.values())
         self.process = Process(diffusion)
         self.sampler, self.sampling_steps, self.guidance = SAMPLERS[diffusion.sampler], diffusion.sampling_steps, diffusion.guidance
-        self.online, self.target, self.squared = model.online, width, False
+        self.online, self.target, self.squared = model.online, width, diffusion.loss == "squared"
+        self.chunk, self.clean_history = model.chunk_frames, model.online and diffusion.history == "clean"
+        self.direct, heard = model.space == "attributes", width
+        if self.direct:
+            self.target = sum(TARGETS.values())
+            heard = width - self.target
         self.condition: nn.Module
         self.denoiser: nn.Module
         if model.family == "perfrdiff":
@@ -72,22 +85,33 @@ class LatentDiffusion(nn.Module):
             self.target, self.squared = AttributeAutoencoder.target, True
             self.condition, self.denoiser = SpeakerTokens(model, width - sum(TARGETS.values()) - model.latent), WindowDenoiser(model)
         elif model.denoiser == "transformer":
-            self.condition, self.denoiser = nn.Linear(width, model.width), FrameTransformer(model, width)
+            self.condition, self.denoiser = nn.Linear(model.patch * heard, model.width), FrameTransformer(model, self.target)
         else:
             self.condition = _projector(model)
             self.denoiser = UNet(WINDOW, model.latent, model.channels, model.multipliers, model.condition, model.blocks)
-        # A transformer sees all windows of a clip at once; the others denoise each by itself.
+        # A transformer sees all chunks of a clip at once; the others denoise each by itself.
         self.joint = isinstance(self.denoiser, FrameTransformer)
         rows = frames if diffusion.normalisation == "frame" else 1
         self.register_buffer("minimum", torch.full((rows, width), -1.0))  # on "meta" a minus would load torch's compiler
         self.register_buffer("maximum", torch.ones(rows, width))
+        self.standardised = diffusion.normalisation == "variance"
+        if self.standardised:
+            self.register_buffer("mean", torch.zeros(1, width))
+            self.register_buffer("deviation", torch.ones(1, width))
 
-    def set_range(self, minimum: Tensor, maximum: Tensor) -> None:
-        """Takes the range of the training set's latents, both (frames, encoding); per feature, it is reduced over the frames.
+    def set_range(self, minimum: Tensor, maximum: Tensor, mean: Tensor | None = None, deviation: Tensor | None = None) -> None:
+        """Takes the range of the training set's encodings, both (frames, encoding); per feature, it is reduced over the frames.
+
+        Where they are mapped to variance 1, also their mean and standard deviation, (encoding,).
 
         Raises:
-            ValueError: if the shape is not that of this model's latents, or a minimum is not below or at its maximum.
+            ValueError: if the shape is not that of this model's encodings, or a minimum is not below or at its maximum.
         """
+        if self.standardised:
+            if mean is None or deviation is None:
+                raise ValueError("diffusion.normalisation=variance needs the encodings' mean and standard deviation")
+            self.mean.copy_(mean)
+            self.deviation.copy_(deviation)
         if not (minimum <= maximum).all():
             raise ValueError("the latents' minimum must be at most their maximum, and neither may be NaN; encode the training set again")
         if len(self.minimum) == 1:
@@ -100,45 +124,55 @@ class LatentDiffusion(nn.Module):
         self.minimum.copy_(minimum)
         self.maximum.copy_(maximum)
 
-    def normalise(self, latent: Tensor, first: int = 0) -> Tensor:
-        """Raw latents (..., frames, features) to [-1, 1] over the training set, float32; a constant feature becomes 0.
+    def normalise(self, encoding: Tensor, first: int = 0) -> Tensor:
+        """Raw encodings (..., frames, features) to [-1, 1] over the training set, or variance 1, float32; a constant feature becomes 0.
 
         Args:
-            latent: the first `features` of the encoding, which begin at frame `first` of their clip.
+            encoding: its first features, which begin at frame `first` of their clip.
             first: counts where the range is per frame.
 
         Raises:
             ValueError: if the range is per frame and ends before these do.
         """
-        centre, radius = self._centre_and_radius(latent, first)
-        return (latent.float() - centre) / radius
+        return self._normalised(encoding, 0, first)
 
     def denormalise(self, normalised: Tensor, first: int = 0) -> Tensor:
         """The inverse of `normalise`, (..., frames, features)."""
-        centre, radius = self._centre_and_radius(normalised, first)
+        centre, radius = self._centre_and_radius(normalised, 0, first)
         return normalised.float() * radius + centre
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """10 L1 (PerFRDiff: 10 MSE) of what the denoiser predicts, weighted over diffusion times, for each item, in float32.
+        """10 times the mean error of what the denoiser predicts, weighted over diffusion times, for each item, in float32.
 
         Args:
-            batch: raw latents `speaker` and `listener` (items, frames, encoding), `noise` (items, windows, 50, target), `times`
-                (items, windows), and `hears` (items, windows), 0 where the speaker is hidden, if `diffusion.condition_dropout` is on.
+            batch: raw encodings `speaker` and `listener` (items, frames, encoding), or the parts of them that are used, as
+                `speaker PART`; `noise` (items, windows, 50, target); `times` (items, chunks). As the configuration asks: `hears` (items,
+                chunks), 0 where the speaker is hidden; `streams` (items, streams), 0 where a stream is; `shift` (items,), chunks by which
+                an item's history is that of other moments; `history_noise`, of the shape of `noise`, to be added to it.
 
         Returns:
             (items,); an empty batch has an empty loss, through which zeros flow back.
         """
-        clean = _windows(self.normalise(batch["listener"]))[..., : self.target]
-        heard, times = self._heard(batch["speaker"]), batch["times"]
+        clean = self._chunks(self._normalised(self._whole(batch, "listener")[..., : self.target]))
+        heard, times = self._heard(self._whole(batch, "speaker")), batch["times"]
         if "hears" in batch:
-            hears = batch["hears"][:, :1] if self.joint else batch["hears"]  # all windows of a clip see each other
+            hears = batch["hears"][:, :1] if self.joint else batch["hears"]  # all chunks of a clip see each other
             heard = heard * hears[:, :, None, None]
+        if "streams" in batch:
+            widths = torch.tensor([width for part, width in self.parts.items() if part not in TARGETS], device=heard.device)
+            heard = heard * batch["streams"].repeat_interleave(widths, dim=1)[:, None, None]
         if self.joint and not self.online:
             times = times[:, :1].expand_as(times)  # as in sampling
-        noisy = self.process.q_sample(clean, batch["noise"], times)
-        prediction = self._denoise(noisy, times, self._condition(heard))
-        difference = prediction - self.process.target(clean, batch["noise"], times)
-        error = (difference.square() if self.squared else difference.abs()).mean((2, 3))
+        noise = self._chunks(batch["noise"].flatten(1, 2))
+        noisy = self.process.q_sample(clean, noise, times)
+        history = (self._history(clean, batch), clean) if self.clean_history else None
+        prediction = self._denoise(noisy, times, self._condition(heard), history=history)
+        difference = prediction - self.process.target(clean, noise, times)
+        error = difference.square() if self.squared else difference.abs()
+        if self.direct:  # attributes and coefficients count alike, however many they are
+            error = torch.stack([part.mean((2, 3)) for part in error.split(tuple(TARGETS.values()), dim=-1)]).mean(0)
+        else:
+            error = error.mean((2, 3))
         return 10 * (self.process.weight(times) * error).mean(1)
 
     forward = loss
@@ -148,42 +182,43 @@ class LatentDiffusion(nn.Module):
         """What the denoiser makes of the listener at one time of the process, in a single call, clamped as a sampler does.
 
         Args:
-            speaker: raw latents (items, frames, encoding).
-            listener: raw latents of the same shape.
+            speaker: raw encodings (items, frames, encoding).
+            listener: raw encodings of the same shape.
             noise: what they are mixed with, (items, windows, 50, target), standard normal.
             time: the step.
 
         Returns:
-            Raw latents of the listener, (items, frames, target).
+            Raw encodings of the listener, (items, frames, target).
         """
-        clean = _windows(self.normalise(listener))[..., : self.target]
+        clean = self._chunks(self._normalised(listener[..., : self.target]))
         times = torch.full(clean.shape[:2], time, device=clean.device)
-        noisy = self.process.q_sample(clean, noise, times)
-        prediction = self._denoise(noisy, times, self._condition(self._heard(speaker)))
-        return self.denormalise(self.process.clean(noisy, prediction, times).clamp(-1, 1).flatten(1, 2))
+        noisy = self.process.q_sample(clean, self._chunks(noise.flatten(1, 2)), times)
+        history = (clean, clean) if self.clean_history else None
+        prediction = self._denoise(noisy, times, self._condition(self._heard(speaker)), history=history)
+        return self.denormalise(self.process.clean(noisy, prediction, times).clamp(*self._limits()).flatten(1, 2))
 
     @torch.no_grad()
     def sample(self, speaker: Tensor, noise: Noise) -> Tensor:
         """K reactions to each speaker, all denoised in one batch under one encoding of the condition.
 
         Args:
-            speaker: raw latents (batch, frames, encoding).
+            speaker: raw encodings (batch, frames, encoding).
             noise: number of the draw -> (batch, K, windows, 50, target), standard normal; only DDPM asks for more than number 0.
 
         Returns:
-            Raw latents of the listener, (batch, K, frames, target).
+            Raw encodings of the listener, (batch, K, frames, target).
         """
         batch, samples, windows = noise(0).shape[:3]
         heard = self._heard(speaker).repeat_interleave(samples, dim=0)
 
-        def start(number: int, windows: slice = slice(None)) -> Tensor:
-            return noise(number)[:, :, windows].flatten(0, 1)
+        def start(number: int, chunks: slice = slice(None)) -> Tensor:
+            return self._chunks(noise(number).flatten(0, 1).flatten(1, 2))[:, chunks]
 
         if self.online and self.joint:
             past, made = START, []
-            for window in range(windows):
-                one = slice(window, window + 1)
-                clean, past = self._draw(heard[:, one], partial(start, windows=one), past)
+            for chunk in range(heard.shape[1]):
+                one = slice(chunk, chunk + 1)
+                clean, past = self._draw(heard[:, one], partial(start, chunks=one), past)
                 made.append(clean)
             clean = torch.cat(made, dim=1)
         else:
@@ -192,28 +227,29 @@ class LatentDiffusion(nn.Module):
 
     @torch.no_grad()
     def react(self, now: Conversation, noise: Noise) -> tuple[Tensor, Conversation]:
-        """Online: K reactions to what was heard so far, for the next window. The speaker's own comes afterwards, to `hear`.
+        """Online: K reactions to what was heard so far, for the next chunk. The speaker's own comes afterwards, to `hear`.
 
         Args:
             now: where the conversation stands.
-            noise: number of the draw -> (batch, K, 50, target), standard normal.
+            noise: number of the draw -> (batch, K, chunk, target), standard normal.
 
         Returns:
-            Raw latents (batch, K, 50, target), and the conversation after them.
+            Raw encodings (batch, K, chunk, target), and the conversation after them.
         """
         batch, samples = noise(0).shape[:2]
-        like = self.minimum.new_zeros(batch, WINDOW, self.minimum.shape[1])
+        like = self.minimum.new_zeros(batch, self.chunk, self.minimum.shape[1] - self._told)
         heard = (like if now.heard is None else now.heard).repeat_interleave(samples, dim=0)[:, None]
         clean, past = self._draw(heard, lambda number: noise(number).flatten(0, 1)[:, None], now.past)
-        raw = self.denormalise(clean.reshape(batch, samples, WINDOW, -1), now.window * WINDOW)
-        return raw, Conversation(now.window + 1, None, past)
+        raw = self.denormalise(clean.reshape(batch, samples, self.chunk, -1), now.chunk * self.chunk)
+        return raw, Conversation(now.chunk + 1, None, past)
 
     def hear(self, now: Conversation, speaker: Tensor) -> Conversation:
-        """The conversation after the speaker's raw latents (batch, 50, encoding) of the window that was just reacted in."""
-        return Conversation(now.window, self.normalise(speaker, (now.window - 1) * WINDOW), now.past)
+        """The conversation after the speaker's raw encoding (batch, chunk, encoding) of the chunk that was just reacted in."""
+        heard = self._normalised(speaker[..., self._told :], self._told, (now.chunk - 1) * self.chunk)
+        return Conversation(now.chunk, heard, now.past)
 
     def _draw(self, heard: Tensor, noise: Noise, past: Past) -> tuple[Tensor, Past]:
-        """Clean windows (batch, windows, 50, target) under heard ones (batch, windows, 50, encoding), and the past after them."""
+        """Clean chunks (batch, chunks, frames, target) under heard ones (batch, chunks, frames, features), and the past after them."""
         guided = self.guidance != 1
         condition = self._condition(torch.cat((heard, torch.zeros_like(heard))) if guided else heard)
 
@@ -228,52 +264,99 @@ class LatentDiffusion(nn.Module):
             hearing, deaf = answer.chunk(2)
             return deaf + self.guidance * (hearing - deaf)
 
-        clean = self.sampler(self.process, predict, noise, self.sampling_steps)
+        clean = self.sampler(self.process, predict, noise, self.sampling_steps, self._limits())
         if isinstance(self.denoiser, FrameTransformer) and self.online:
             past = self.denoiser.remember(twice(clean).to(self._dtype), condition, past)
         return clean, past
 
     def _heard(self, speaker: Tensor) -> Tensor:
-        """What each window may know of the speaker: raw latents (items, frames, encoding) to normalised windows."""
-        windows = _windows(self.normalise(speaker))
-        return torch.cat((torch.zeros_like(windows[:, :1]), windows[:, :-1]), dim=1) if self.online else windows
+        """What each chunk may know of the speaker: raw encodings (items, frames, encoding) to (items, chunks, frames, features)."""
+        told = speaker[..., self._told :] if speaker.shape[-1] == self.minimum.shape[1] else speaker
+        chunks = self._chunks(self._normalised(told, self._told))
+        return torch.cat((torch.zeros_like(chunks[:, :1]), chunks[:, :-1]), dim=1) if self.online else chunks
+
+    def _history(self, clean: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The finished chunks that those after them see in training, of the shape of `clean`."""
+        history = clean
+        if "shift" in batch:
+            chunks = clean.shape[1]
+            place = (torch.arange(chunks, device=clean.device) - batch["shift"][:, None]) % chunks
+            history = history.gather(1, place[:, :, None, None].expand_as(history))
+        return history + self._chunks(batch["history_noise"].flatten(1, 2)) if "history_noise" in batch else history
 
     def _condition(self, heard: Tensor) -> Tensor:
-        """Normalised windows (items, windows, 50, encoding) to the condition of every window, (items, windows, ...)."""
+        """Normalised chunks (items, chunks, frames, features) to the condition of every chunk, (items, chunks, ...)."""
         heard = heard.to(self._dtype)
-        return self.condition(heard) if self.joint else self.condition(heard.flatten(0, 1)).unflatten(0, heard.shape[:2])
+        if isinstance(self.denoiser, FrameTransformer):
+            return self.condition(self.denoiser.fold(heard))
+        return self.condition(heard.flatten(0, 1)).unflatten(0, heard.shape[:2])
 
-    def _denoise(self, noisy: Tensor, times: Tensor, condition: Tensor, past: Past | None = None) -> Tensor:
+    def _denoise(
+        self, noisy: Tensor, times: Tensor, condition: Tensor, past: Past | None = None, history: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """The denoiser in the weights' precision; its answer in float32, where the process is computed."""
         noisy = noisy.to(self._dtype)
         if self.joint:
-            return self.denoiser(noisy, times, condition, past).float()
+            seen = tuple(each.to(self._dtype) for each in history) if history is not None else None
+            return self.denoiser(noisy, times, condition, past, seen).float()
         return self.denoiser(*(each.flatten(0, 1) for each in (noisy, times, condition))).unflatten(0, noisy.shape[:2]).float()
 
-    def _centre_and_radius(self, latent: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        (frames, features), rows = latent.shape[-2:], len(self.minimum)
+    def _normalised(self, encoding: Tensor, begin: int = 0, first: int = 0) -> Tensor:
+        """Features `begin`, .. of a raw encoding, from frame `first` of their clip on, as `normalise` has them."""
+        centre, radius = self._centre_and_radius(encoding, begin, first)
+        return (encoding.float() - centre) / radius
+
+    def _centre_and_radius(self, encoding: Tensor, begin: int, first: int) -> tuple[Tensor, Tensor]:
+        (frames, features), rows = encoding.shape[-2:], len(self.minimum)
         if rows != 1 and rows < first + frames:
             raise ValueError(
                 f"latents of {first + frames} frames cannot be normalised per frame by the range of {rows} frames; "
                 "train with diffusion.normalisation=feature to generate any length"
             )
         these = slice(0, 1) if rows == 1 else slice(first, first + frames)
-        minimum, maximum = self.minimum[these, :features], self.maximum[these, :features]
-        centre, radius = (maximum + minimum) / 2, (maximum - minimum) / 2
+        those = slice(begin, begin + features)
+        if self.standardised:
+            centre, radius = self.mean[:, those], self.deviation[:, those]
+        else:
+            minimum, maximum = self.minimum[these, those], self.maximum[these, those]
+            centre, radius = (maximum + minimum) / 2, (maximum - minimum) / 2
         # A feature that varies less than float32 can tell is constant: dividing by its range would only blow up rounding.
         varies = radius > torch.finfo(radius.dtype).eps * centre.abs()
         return centre, torch.where(varies, radius, 1)
+
+    def _limits(self) -> Limits:
+        """Least and largest normalised value of what is denoised, as the training set has them."""
+        if not self.standardised:
+            return -1.0, 1.0
+        return tuple(self._normalised(bound[..., : self.target])[0] for bound in (self.minimum, self.maximum))  # type: ignore[return-value]
+
+    def _whole(self, batch: dict[str, Tensor], person: str) -> Tensor:
+        """A person's raw encoding of a batch, or all of it that is used: a listener's targets, or a speaker's streams."""
+        if person in batch:
+            return batch[person]
+        return torch.cat([batch[name].float() for part in self.parts if (name := f"{person} {part}") in batch], dim=-1)
+
+    def _chunks(self, frames: Tensor) -> Tensor:
+        """(items, frames, features) -> (items, chunks, frames of a chunk, features)."""
+        windows_of(frames.shape[1])
+        return frames.unflatten(1, (frames.shape[1] // self.chunk, self.chunk))
+
+    @property
+    def _told(self) -> int:
+        """The first feature of a speaker's encoding that is heard."""
+        return self.target if self.direct else 0
 
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves the range with the module, but keeps it float32 when the weights change precision (`.bfloat16()`)."""
-        exact = self.minimum, self.maximum
+        """Moves the statistics with the module, but keeps them float32 when the weights change precision (`.bfloat16()`)."""
+        exact = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        if self.minimum.dtype != exact[0].dtype:
-            self.minimum, self.maximum = (bound.to(self.minimum.device) for bound in exact)
+        for name, buffer in exact.items():
+            if (moved := getattr(self, name)).dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
         return self
 
 
@@ -286,7 +369,3 @@ def _projector(model: config.Model) -> nn.Sequential:
         )
     return nn.Sequential(nn.Flatten(), nn.Linear(WINDOW * model.latent, model.condition), nn.GroupNorm(GROUPS, model.condition), nn.SiLU())
 
-
-def _windows(latent: Tensor) -> Tensor:
-    """(items, frames, features) -> (items, windows, 50, features)."""
-    return latent.unflatten(1, (windows_of(latent.shape[1]), WINDOW))

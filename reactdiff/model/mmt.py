@@ -39,15 +39,15 @@ class MultiModalityTransformer(nn.Module):
         self.map = mlp(model.hidden, 2 * model.hidden, model.latent)
         self.mlp = mlp(model.latent, 2 * model.latent, model.latent)
 
-    def forward(self, streams: dict[str, Tensor]) -> Tensor:
-        """Stream name -> (batch, frames, width), to latents (batch, frames, latent)."""
-        face, voice = (fuse(streams) if fuse is not None else None for fuse in (self.facial, self.acoustic))
+    def forward(self, streams: dict[str, Tensor], hidden: Tensor | None = None) -> Tensor:
+        """Stream name -> (batch, frames, width), to latents (batch, frames, latent); `hidden` (frames, frames) is not seen."""
+        face, voice = (fuse(streams, hidden) if fuse is not None else None for fuse in (self.facial, self.acoustic))
         if face is None or voice is None:
             fused = face if voice is None else voice
         elif len(self.inter):
             fused = face
             for unit in self.inter:
-                fused = unit(fused, voice)
+                fused = unit(fused, voice, hidden)
         else:
             fused = face + voice
         return self.mlp(self.map(fused))
@@ -60,7 +60,7 @@ class _Sum(nn.Module):
         super().__init__()
         self.streams = nn.ModuleDict({name: nn.Linear(widths[name], model.hidden) for name in names})
 
-    def forward(self, streams: dict[str, Tensor]) -> Tensor:
+    def forward(self, streams: dict[str, Tensor], hidden: Tensor | None = None) -> Tensor:
         """Stream name -> (batch, frames, width), to (batch, frames, hidden)."""
         return torch.stack([projection(streams[name]) for name, projection in self.streams.items()]).sum(0)
 
@@ -75,9 +75,9 @@ class Fusion(nn.Module):
         self.first = AttentionUnit(widths[first[0]], attended, model.hidden, model.heads)
         self.rest = nn.ModuleList(AttentionUnit(model.hidden, widths[name], model.hidden, model.heads) for name in rest)
 
-    def forward(self, streams: dict[str, Tensor]) -> Tensor:
+    def forward(self, streams: dict[str, Tensor], hidden: Tensor | None = None) -> Tensor:
         """Stream name -> (batch, frames, width), to (batch, frames, hidden)."""
-        fused = self.first(*(streams[name] for name in self.first_names))
+        fused = self.first(*(streams[name] for name in self.first_names), hidden=hidden)
         for unit, name in zip(self.rest, self.rest_names, strict=True):
-            fused = unit(fused, streams[name])
+            fused = unit(fused, streams[name], hidden)
         return fused

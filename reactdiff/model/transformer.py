@@ -1,4 +1,4 @@
-"""The second denoiser: a transformer over all frames of a clip, continuous across windows."""
+"""The second denoiser: a transformer over all frames of a clip, continuous across windows or chunks."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from reactdiff import config
 from reactdiff.clip import WINDOW
-from reactdiff.model.layers import ZeroLinear, check_heads
+from reactdiff.model.layers import ZeroConv1d, ZeroLinear, check_heads
 from reactdiff.model.unet import sinusoid
 
 ROTATION_BASE = 10000.0
@@ -16,27 +16,37 @@ ROTATION_BASE = 10000.0
 
 @dataclass(frozen=True)
 class Past:
-    """What finished windows left for the next one to attend to.
+    """What finished chunks left for the next one.
 
     Attributes:
-        windows: how many there were, forgotten ones included.
-        seen: keys and values of each layer, (batch, heads, 100 frames of both persons a window, width / heads) each, of the
-            last `model.context` windows; empty at the beginning.
+        chunks: how many there were, forgotten ones included.
+        seen: keys and values of each layer, (batch, heads, tokens of both persons chunk by chunk, width / heads) each, of the last
+            `model.context` windows; empty at the beginning.
+        heard: the last embedded tokens of the speaker that a lag can still reach, (batch, tokens, width); None where there are no lags.
+        shown: the listener's last frames, for the convolution, (batch, frames, features); None where there is none.
     """
 
-    windows: int = 0
+    chunks: int = 0
     seen: tuple[tuple[Tensor, Tensor], ...] = ()
+    heard: Tensor | None = None
+    shown: Tensor | None = None
 
 
 class FrameTransformer(nn.Module):
-    """Every frame of the listener attends to frames of both persons, in its own window and the `model.context` nearest ones.
+    """Tokens of the listener attend to tokens of both persons, in their own chunk and those of the `model.context` nearest windows.
 
-    Positions are rotations (Su et al., 2021), so only distances count and a clip may have any length. Each window has a
-    diffusion time of its own, which scales and shifts its frames before every layer (Peebles and Xie, 2023, without gates).
-    Online, a frame sees no window after its own: earlier windows may be clean while the next one is still noise.
+    A token is `model.patch` frames. Positions are rotations (Su et al., 2021), so only distances count and a clip may have any length.
+    Each chunk has a diffusion time of its own, which scales and shifts its tokens before every layer (Peebles and Xie, 2023, without
+    gates). Offline, chunks are windows, and see each other. Online, they have `model.chunk` frames, and none sees a later one: earlier
+    ones may be clean while the next is still noise. What the listener may know of the speaker comes a chunk late, and stands
+
+    - without `model.lags` where the chunk is that reacts to it: it is added to its tokens, and attended to as if it were of now;
+    - with them at its true time: attention sees when it was, and to each token is added what was heard so many frames before it.
+
+    With `model.convolution`, two convolutions over frames have the last word, and see the end of the chunk before.
 
     Args:
-        model: width, layers, heads, context, and whether it is online.
+        model: width, layers, heads, context, and how it is online.
         features: of a frame that is denoised.
 
     Raises:
@@ -46,56 +56,166 @@ class FrameTransformer(nn.Module):
     def __init__(self, model: config.Model, features: int):
         super().__init__()
         check_heads("model.width", model.width, model.heads, even=True)
-        self.context, self.online, self.head_width = model.context, model.online, model.width // model.heads
-        self.embed = nn.Linear(features, model.width)
+        frames = model.chunk_frames
+        self.online, self.patch, self.head_width = model.online, model.patch, model.width // model.heads
+        self.tokens, self.reach = frames // model.patch, model.context * WINDOW // frames
+        self.lags = tuple(lag // model.patch for lag in model.lags)
+        self.embed = nn.Linear(model.patch * features, model.width)
         self.time = nn.Sequential(nn.Linear(model.width, model.width), nn.SiLU(), nn.Linear(model.width, model.width), nn.SiLU())
         self.layers = nn.ModuleList(Layer(model.width, model.heads) for _ in range(model.layers))
         self.norm = TimedNorm(model.width)
-        self.out = ZeroLinear(model.width, features)
+        self.out = ZeroLinear(model.width, model.patch * features)
+        if self.lags:
+            self.lagged = nn.Linear(len(self.lags) * model.width, model.width)
+        self.join = Join(features, model.width, model.convolution) if model.convolution else None
 
-    def forward(self, noisy: Tensor, times: Tensor, speaker: Tensor, past: Past | None = None) -> Tensor:
-        """Denoise the windows of a clip, or the one window after those in `past`.
+    def forward(
+        self, noisy: Tensor, times: Tensor, speaker: Tensor, past: Past | None = None, history: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Denoise the chunks of a clip, or the one chunk after those in `past`.
 
         Args:
-            noisy: (batch, windows, 50, features).
-            times: (batch, windows).
-            speaker: (batch, windows, 50, width), embedded; window by window what the listener may react to.
-            past: of the windows before; then there is one window here.
+            noisy: (batch, chunks, frames, features).
+            times: (batch, chunks).
+            speaker: (batch, chunks, tokens, width), embedded; chunk by chunk what the listener has heard last.
+            past: of the chunks before; then there is one chunk here.
+            history: finished chunks of the shape of `noisy`, for attention and for the convolution. With them, each noisy chunk sees the
+                finished ones before it, as in sampling, instead of noisy ones.
 
         Returns:
-            The prediction, (batch, windows, 50, features).
+            The prediction, (batch, chunks, frames, features).
         """
-        return self._run(noisy, times, speaker, past or Past())[0]
+        return self._run(noisy, times, speaker, past or Past(), history)[0]
 
     def remember(self, clean: Tensor, speaker: Tensor, past: Past) -> Past:
-        """The past after one more finished window, (batch, 1, 50, features): its keys and values at time 0."""
+        """The past after one more finished chunk, (batch, 1, frames, features): its keys and values at time 0."""
         times = torch.zeros(clean.shape[:2], dtype=torch.long, device=clean.device)
-        _, new = self._run(clean, times, speaker, past)
-        kept = 2 * WINDOW * self.context
+        _, new = self._run(clean, times, speaker, past, None)
         old = past.seen or [(key[:, :, :0], value[:, :, :0]) for key, value in new]
+        kept = 2 * self.tokens * self.reach
         seen = (tuple(torch.cat(pair, dim=2)[:, :, -kept:] for pair in zip(*layer, strict=True)) for layer in zip(old, new, strict=True))
-        return Past(past.windows + 1, tuple(seen))  # type: ignore[arg-type]
+        heard = self._heard(speaker.flatten(1, 2), past)[:, -self._behind :] if self._behind else None
+        shown: Tensor | None = None
+        if self.join is not None:
+            shown = torch.cat((clean[:, 0, :0] if past.shown is None else past.shown, clean[:, 0]), dim=1)[:, -self.join.reach :]
+        return Past(past.chunks + 1, tuple(seen), heard, shown)  # type: ignore[arg-type]
 
-    def _run(self, noisy: Tensor, times: Tensor, speaker: Tensor, past: Past) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        windows = noisy.shape[1]
-        turn = rotation(past.windows * WINDOW, windows * WINDOW, self.head_width, noisy)
-        time = self.time(sinusoid(times.flatten(), self.embed.out_features).to(noisy.dtype)).unflatten(0, times.shape)[:, :, None]
-        # What the speaker does at a frame is both added to it and attended to: most of a reaction is near its cause.
-        x = self.embed(noisy) + speaker
-        mask, new = self._mask(windows, noisy.device), []
+    def _run(
+        self, noisy: Tensor, times: Tensor, speaker: Tensor, past: Past, history: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        chunks, first = noisy.shape[1], past.chunks * self.tokens
+        turn = rotation(first, chunks * self.tokens, self.head_width, noisy)
+        late = rotation(first - self.tokens, chunks * self.tokens, self.head_width, noisy) if self.lags and self.online else turn
+        x, embedded = noisy, self._time(times, noisy)
+        time = embedded
+        if history is not None:
+            x, turn = torch.cat((history[0], noisy), dim=1), turn.repeat(1, 2, 1)
+            time = torch.cat((self._time(torch.zeros_like(times), noisy), embedded), dim=1)
+        added = self._added(speaker, past)
+        x = self.embed(self.fold(x)) + (added if history is None else added.repeat(1, 2, 1, 1))
+        mask, new = self._mask(chunks, noisy.device, history is not None), []
         for number, layer in enumerate(self.layers):
-            x, keys_values = layer(x, time, speaker, turn, mask, past.seen[number] if past.seen else None)
+            x, keys_values = layer(x, time, speaker, turn, late, mask, past.seen[number] if past.seen else None)
             new.append(keys_values)
-        return self.out(self.norm(x, time)), new
+        said = self.out(self.norm(x, time))[:, -chunks:].reshape(noisy.shape)
+        if self.join is not None:
+            said = said + self.join(said, noisy, embedded, self._before(history and history[1], past, noisy))
+        return said, new
 
-    def _mask(self, windows: int, device: torch.device) -> Tensor | None:
-        """Which frames see which, (frames, 2 frames of speaker and listener); None: all of them."""
-        if windows == 1 or (not self.online and windows <= self.context + 1):
+    def _time(self, times: Tensor, like: Tensor) -> Tensor:
+        """Diffusion times (batch, chunks) to what norms take, (batch, chunks, 1, width)."""
+        return self.time(sinusoid(times.flatten(), self.embed.out_features).to(like.dtype)).unflatten(0, times.shape)[:, :, None]
+
+    def fold(self, frames: Tensor) -> Tensor:
+        """(batch, chunks, frames, features) to tokens, (batch, chunks, tokens, patch * features)."""
+        return frames if self.patch == 1 else frames.unflatten(2, (self.tokens, self.patch)).flatten(3)
+
+    def _added(self, speaker: Tensor, past: Past) -> Tensor:
+        """What of the speaker is added to each token, (batch, chunks, tokens, width)."""
+        # What the speaker does at a frame is both added to it and attended to: most of a reaction is near its cause.
+        if not self.lags:
+            return speaker
+        heard = self._heard(speaker.flatten(1, 2), past)
+        rows, first = speaker.shape[1] * self.tokens, past.chunks * self.tokens
+        token = torch.arange(first, first + rows, device=speaker.device)
+        source = token - torch.tensor(self.lags, device=speaker.device)[:, None]  # (lags, tokens), as time goes
+        begin, ahead = (token // self.tokens * self.tokens, self.tokens) if self.online else (token + 1, 0)
+        known = (source >= 0) & (source < begin)
+        place = (source - first + ahead + heard.shape[1] - rows).clamp(0, heard.shape[1] - 1)  # the speaker comes `ahead` tokens late
+        lagged = (heard[:, place] * known[..., None]).movedim(1, 2).flatten(2)
+        added = self.lagged(lagged).view_as(speaker)
+        return added if self.online else speaker + added
+
+    def _heard(self, speaker: Tensor, past: Past) -> Tensor:
+        """The embedded speaker, (batch, tokens, width), with what lags can reach before it."""
+        return speaker if past.heard is None else torch.cat((past.heard, speaker), dim=1)
+
+    @property
+    def _behind(self) -> int:
+        """Tokens before the chunk's own that a lag can reach."""
+        return max(0, max(self.lags) - self.tokens) if self.lags and self.online else 0
+
+    def _before(self, history: Tensor | None, past: Past, noisy: Tensor) -> Tensor | None:
+        """What the convolution sees before each chunk, (batch, chunks, frames, channels); None offline, where chunks follow each other."""
+        if not self.online or self.join is None:
             return None
-        window = torch.arange(windows, device=device).repeat_interleave(WINDOW)
-        ahead = window[None, :] - window[:, None]
-        sees = (ahead >= -self.context) & (ahead <= (0 if self.online else self.context))
-        return sees.repeat(1, 2)
+        if history is None:
+            return self.join.finished(noisy[:, 0, :0] if past.shown is None else past.shown)[:, None, -self.join.reach :]
+        chunks, frames = noisy.shape[1:3]
+        return self.join.finished(history.flatten(1, 2)).unfold(1, self.join.reach, frames)[:, :chunks].transpose(2, 3)
+
+    def _mask(self, chunks: int, device: torch.device, history: bool) -> Tensor | None:
+        """Which tokens see which, (tokens, tokens of speaker and listener); None: all of them."""
+        if not history and (chunks == 1 or (not self.online and chunks <= self.reach + 1)):
+            return None
+        chunk = torch.arange(chunks, device=device).repeat_interleave(self.tokens)
+        ahead = chunk[None, :] - chunk[:, None]
+        sees = (ahead >= -self.reach) & (ahead <= (0 if self.online else self.reach))
+        if not history:
+            return sees.repeat(1, 2)
+        none, now = torch.zeros_like(sees), ahead == 0
+        return torch.cat((torch.cat((sees, sees, none), dim=1), torch.cat((sees, sees & ~now, now), dim=1)))
+
+
+class Join(nn.Module):
+    """Two convolutions over frames, after which tokens and chunks fit where they meet; they start as nothing.
+
+    They see what the transformer said, the noisy frames, and online the last finished frames before the chunk, which a channel of their own
+    tells apart.
+    """
+
+    def __init__(self, features: int, width: int, kernel: int):
+        super().__init__()
+        self.reach = kernel - 1
+        self.inward = nn.Conv1d(2 * features + 1, width // 4, kernel, padding=kernel // 2)
+        self.time = nn.Linear(width, width // 4)
+        self.outward = ZeroConv1d(width // 4, features, kernel, padding=kernel // 2)
+
+    def finished(self, frames: Tensor) -> Tensor:
+        """Finished frames (batch, any number, features) as channels, with `reach` empty ones before: all that are seen, or a few more."""
+        marked = torch.cat((frames, torch.zeros_like(frames), torch.ones_like(frames[..., :1])), dim=-1)
+        return nn.functional.pad(marked, (0, 0, self.reach, 0))
+
+    def forward(self, said: Tensor, noisy: Tensor, time: Tensor, before: Tensor | None) -> Tensor:
+        """What to add to the prediction.
+
+        Args:
+            said: (batch, chunks, frames, features).
+            noisy: alike.
+            time: embedded, of each chunk, (batch, chunks, 1, width).
+            before: finished frames that end where each chunk begins, (batch, chunks, reach, channels). None: the chunks, all of one time,
+                follow each other.
+
+        Returns:
+            Of the shape of `said`.
+        """
+        x = torch.cat((said, noisy, torch.zeros_like(said[..., :1])), dim=-1)
+        if before is None:
+            x, time = x.flatten(1, 2)[:, None], time[:, :1]
+            before = torch.zeros_like(x[:, :, : self.reach])
+        x = torch.cat((before, x), dim=2).flatten(0, 1).transpose(1, 2)
+        hidden = self.inward(x) + self.time(time).flatten(0, 1).transpose(1, 2)
+        return self.outward(nn.functional.gelu(hidden))[..., self.reach :].transpose(1, 2).reshape(said.shape)
 
 
 class Layer(nn.Module):
@@ -108,16 +228,23 @@ class Layer(nn.Module):
         self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(
-        self, x: Tensor, time: Tensor, speaker: Tensor, turn: Tensor, mask: Tensor | None, past: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        time: Tensor,
+        speaker: Tensor,
+        turn: Tensor,
+        late: Tensor,
+        mask: Tensor | None,
+        past: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(batch, windows, 50, width) -> the same, and the keys and values of these frames."""
-        attended, keys_values = self.attention(self.norm1(x, time), speaker, turn, mask, past)
+        """(batch, chunks, tokens, width) -> the same, and the keys and values of these tokens."""
+        attended, keys_values = self.attention(self.norm1(x, time), speaker, turn, late, mask, past)
         x = x + attended
         return x + self.feed(self.norm2(x, time)), keys_values
 
 
 class DyadAttention(nn.Module):
-    """The listener's frames ask; the speaker's and the listener's own answer together, told apart by their projections."""
+    """The listener's tokens ask; the speaker's and the listener's own answer together, told apart by their projections."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -127,12 +254,12 @@ class DyadAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, speaker: Tensor, turn: Tensor, mask: Tensor | None, past: tuple[Tensor, Tensor] | None
+        self, x: Tensor, speaker: Tensor, turn: Tensor, late: Tensor, mask: Tensor | None, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """From x and speaker, both (batch, windows, 50, width), to the same shape, and the keys and values of these frames."""
+        """From x and speaker (batch, chunks, tokens, width), turned by `turn` and `late`, to the shape of x, and keys and values."""
         ask, own_key, own_value = (self._split(part) for part in self.listener(x).chunk(3, dim=-1))
         key, value = (self._split(part) for part in self.speaker(speaker).chunk(2, dim=-1))
-        keys = torch.cat((rotate(key, turn), rotate(own_key, turn)), dim=2)
+        keys = torch.cat((rotate(key, late), rotate(own_key, turn)), dim=2)
         values = torch.cat((value, own_value), dim=2)
         new = keys, values
         if past is not None:
@@ -141,7 +268,7 @@ class DyadAttention(nn.Module):
         return self.out(answer.transpose(1, 2).flatten(2)).view_as(x), new
 
     def _split(self, x: Tensor) -> Tensor:
-        """(batch, windows, 50, width) -> (batch, heads, frames, width / heads)."""
+        """(batch, chunks, tokens, width) -> (batch, heads, all tokens, width / heads)."""
         return x.flatten(1, 2).unflatten(-1, (self.heads, self.head_width)).transpose(1, 2)
 
 
@@ -154,13 +281,13 @@ class TimedNorm(nn.Module):
         self.modulate = ZeroLinear(width, 2 * width)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """From x (batch, windows, 50, width) and the embedded time (batch, windows, 1, width), to the shape of x."""
+        """From x (batch, chunks, tokens, width) and the embedded time (batch, chunks, 1, width), to the shape of x."""
         scale, shift = self.modulate(time).chunk(2, dim=-1)
         return self.norm(x) * (1 + scale) + shift
 
 
 def rotation(first: int, frames: int, width: int, like: Tensor) -> Tensor:
-    """Cosines and sines of frames first .. first + frames - 1, (2, frames, width / 2): angle t f_i with f_i = 10000^(-2i / width)."""
+    """Cosines and sines of places first .. first + frames - 1, (2, frames, width / 2): angle t f_i with f_i = 10000^(-2i / width)."""
     positions = torch.arange(first, first + frames, device=like.device, dtype=torch.float32)
     frequencies = ROTATION_BASE ** (-torch.arange(0, width, 2, device=like.device, dtype=torch.float32) / width)
     angles = positions[:, None] * frequencies

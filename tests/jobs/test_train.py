@@ -40,6 +40,30 @@ def test_a_run_ends_done_with_exports_scores_and_curves(finished: Path) -> None:
     assert {"model", "oracle", "mimic", "wrong speaker"} <= scores.keys()
 
 
+def test_a_run_that_denoises_attributes_themselves_has_one_stage_and_all_that_follows_it(shards: Path, tmp_path: Path) -> None:
+    """Online in chunks, with a clean history: the widest way from the keys of the configuration to reactions."""
+    direct = (
+        *("model.space=attributes", "model.denoiser=transformer", "model.online=true", "model.chunk=10", "model.patch=5"),
+        *("model.lags=[5,10]", "model.convolution=5", "model.width=16", "model.layers=1", "diffusion.normalisation=variance"),
+        *("diffusion.schedule=karras", "diffusion.times=log-normal", "diffusion.loss=squared", "diffusion.history=clean"),
+        *("diffusion.history_swap=0.3", "diffusion.history_noise=0.5", "diffusion.stream_dropout=0.1", "evaluation.baselines=false"),
+    )
+    command = ("train", "--config", DEMO, "run.name=direct", "workers.cpus=2", *settings(shards, tmp_path), *direct)
+    said = call(*command)
+    folder = tmp_path / "runs/direct"
+    assert json.loads((folder / "state.json").read_text())["status"] == "DONE" and "nothing to train" in said.stdout
+    assert not (folder / "checkpoints/autoencoder").exists() and len(list((folder / "exports").glob("*/*.safetensors"))) == 2
+    (report,) = (folder / "evaluation").glob("test-*.json")
+    scores = json.loads(report.read_text())["scores"]
+    assert set(scores) == {"model", "units cut at 0.5"} and scores["model"]["official"] != scores["units cut at 0.5"]["official"]
+    again = call(*command)
+    assert "stage diffusion is done" in again.stdout
+    opened = open_run(str(folder), "")
+    key = Reader(opened.dataset, opened.clips, "test").key(0)
+    assert generate(folder, "--clip", key, "--count", 2, "--out", tmp_path / "out") == 0
+    assert {"attributes", "coefficients"} <= set(np.load(next((tmp_path / "out").glob("*.npz"))))
+
+
 def test_a_finished_run_says_so_and_ends(finished: Path, shards: Path, tmp_path: Path) -> None:
     store = shutil.copytree(finished.parent.parent, tmp_path / "store")
     (picture,) = (store / "runs/tiny/evaluation").glob("*.png")

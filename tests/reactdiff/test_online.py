@@ -6,21 +6,33 @@ from reactdiff import config
 from reactdiff.generate import Reactor
 from reactdiff.model.latent_diffusion import LatentDiffusion
 from reactdiff.model.perfrdiff import AttributeAutoencoder
+from reactdiff.model.raw_streams import RawStreams
 from reactdiff.online import Listener
 from tests.reactdiff.model.small import MODEL, STREAMS, autoencoder, clips, latent_diffusion, randomise
 
 FRAMES, COUNT, ITEM = 200, 2, ("key", 1)
 ONLINE = {"online": True, "width": 16, "layers": 1, "context": 1}
+CHUNKED = ONLINE | {"denoiser": "transformer", "chunk": 10, "patch": 5, "lags": (5, 15), "convolution": 5}
+STEPS = {"prediction": "x0", "sampling_steps": 3}
+MODELS = ("unet", "transformer", "perfrdiff", "latents in chunks", "attributes in chunks")
 
 
-def reactor(family: str) -> Reactor:
-    if family == "perfrdiff":
+def reactor(which: str) -> Reactor:
+    """A model with random weights, which hardly tell one speaker from another: so what they say is made louder."""
+    if which == "perfrdiff":
         model = MODEL.model_copy(update=ONLINE | {"family": "perfrdiff"})
         codec = randomise(AttributeAutoencoder(model, STREAMS))
-        return Reactor(codec, randomise(LatentDiffusion(model, config.Diffusion(prediction="x0", sampling_steps=3), FRAMES, codec.width)))
-    model = MODEL.model_copy(update=ONLINE | {"denoiser": family})
-    codec, diffusion = autoencoder(online=True), latent_diffusion(FRAMES, model, prediction="x0", sampling_steps=3)
-    with torch.no_grad():  # random weights hardly tell one latent from another, so look closely
+        return Reactor(codec, randomise(LatentDiffusion(model, config.Diffusion(**STEPS), FRAMES, codec.parts)))
+    if which == "attributes in chunks":
+        model = MODEL.model_copy(update=CHUNKED | {"space": "attributes"})
+        raw = RawStreams(model, STREAMS)
+        diffusion = LatentDiffusion(model, config.Diffusion(**STEPS, history="clean"), FRAMES, raw.parts)
+        return Reactor(raw, randomise(diffusion))
+    chunked = which == "latents in chunks"
+    model = MODEL.model_copy(update=CHUNKED if chunked else ONLINE | {"denoiser": which})
+    codec = autoencoder(online=True, chunk=model.chunk)
+    diffusion = latent_diffusion(FRAMES, model, **STEPS, history="clean" if chunked else "noisy")
+    with torch.no_grad():
         latent = codec.encode({name: torch.from_numpy(stream)[None] for name, stream in speaker().items()})[0]
         diffusion.set_range(latent.amin(0, keepdim=True).expand(FRAMES, -1), latent.amax(0, keepdim=True).expand(FRAMES, -1))
         codec.decoder.heads["attributes"][-1].weight.mul_(1000)
@@ -31,18 +43,19 @@ def speaker() -> dict[str, np.ndarray]:
     return {name: stream[0].numpy() for name, stream in clips(1, FRAMES).items()}
 
 
-def live(model: Reactor, streams: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The reactions to a speaker who is heard window by window, each window after it was reacted in."""
-    listener, windows = Listener(model, ITEM, COUNT, seed=7), []
-    for start in range(0, FRAMES, 50):
-        windows.append(listener.react())
-        listener.hear({name: streams[name][start : start + 50] for name in model.codec.inputs})
-    return {name: np.concatenate([window[name] for window in windows], axis=1) for name in windows[0]}
+def live(model: Reactor, streams: dict[str, np.ndarray], pieces: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
+    """The reactions to a speaker who is heard piece by piece (by default chunk by chunk), each after it was reacted in."""
+    listener, made = Listener(model, ITEM, COUNT, seed=7), []
+    sizes = pieces or (listener.chunk,) * (FRAMES // listener.chunk)
+    for end, size in zip(np.cumsum(sizes), sizes, strict=True):
+        made.append(listener.react())
+        listener.hear({name: streams[name][end - size : end] for name in listener.hears})
+    return {name: np.concatenate([piece[name] for piece in made], axis=1) for name in made[0]}
 
 
-@pytest.mark.parametrize("family", ["unet", "transformer", "perfrdiff"])
-def test_a_live_listener_reacts_as_the_same_model_does_to_the_whole_clip(family: str) -> None:
-    model, streams = reactor(family), speaker()
+@pytest.mark.parametrize("which", MODELS)
+def test_a_live_listener_reacts_as_the_same_model_does_to_the_whole_clip(which: str) -> None:
+    model, streams = reactor(which), speaker()
     with torch.no_grad():
         latents = model.codec.encode({name: torch.from_numpy(streams[name])[None] for name in model.codec.inputs})
     whole = model.react(latents.half().numpy(), [ITEM], COUNT, seed=7)
@@ -52,24 +65,36 @@ def test_a_live_listener_reacts_as_the_same_model_does_to_the_whole_clip(family:
         np.testing.assert_allclose(reaction, whole[name][0], rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize("family", ["unet", "transformer", "perfrdiff"])
-def test_changing_what_comes_changes_nothing_before(family: str) -> None:
-    model, streams = reactor(family), speaker()
-    later = {name: np.concatenate((stream[:100], 9 * stream[:99:-1] ** 2)) for name, stream in streams.items()}
-    before, after = (live(model, given)["attributes"] for given in (streams, later))
-    assert np.array_equal(before[:, :150], after[:, :150])
-    assert np.abs(before[:, 150:] - after[:, 150:]).max() > 1e-4
+@pytest.mark.parametrize("which", ["unet", "attributes in chunks", "latents in chunks"])
+def test_any_number_of_frames_can_be_heard_at_a_time(which: str) -> None:
+    model, streams = reactor(which), speaker()
+    regular, irregular = live(model, streams), live(model, streams, (1, 48, 2, 0, 99, 7, 43))
+    frames = irregular["attributes"].shape[1]
+    assert frames == (157 // model.diffusion.chunk + 1) * model.diffusion.chunk, "reactions to 157 frames, and those before anything"
+    np.testing.assert_allclose(irregular["attributes"], regular["attributes"][:, :frames], rtol=1e-5, atol=1e-4)
 
 
-def test_reacting_and_hearing_take_turns() -> None:
-    listener, window = Listener(reactor("unet"), ITEM, 1, 0), {name: stream[:50] for name, stream in speaker().items()}
-    with pytest.raises(RuntimeError, match="take turns"):
-        listener.hear(window)
+@pytest.mark.parametrize("which", MODELS)
+def test_changing_what_comes_changes_nothing_before_the_chunk_after_it_bit_for_bit(which: str) -> None:
+    model, streams = reactor(which), speaker()
+    before, chunk = live(model, streams)["attributes"], model.diffusion.chunk
+    for first in (100, 100 + chunk - 1):  # the first and the last frame of a chunk
+        later = {name: np.concatenate((stream[:first], 9 * stream[: first - 1 : -1] ** 2)) for name, stream in streams.items()}
+        after = live(model, later)["attributes"]
+        assert np.array_equal(before[:, : 100 + chunk], after[:, : 100 + chunk])
+        assert np.abs(before[:, 100 + chunk : 100 + 2 * chunk] - after[:, 100 + chunk : 100 + 2 * chunk]).max() > 1e-4
+
+
+def test_what_is_heard_is_checked() -> None:
+    listener = Listener(reactor("attributes in chunks"), ITEM, 1, 0)
+    assert listener.hears == ("au", "fer", "va", "mfcc"), "nobody can tell a live speaker's attributes"
+    heard = {name: stream[:10] for name, stream in speaker().items()}
+    with pytest.raises(ValueError, match=r"mfcc is lacking"):
+        listener.hear({name: stream for name, stream in heard.items() if name != "mfcc"})
+    with pytest.raises(ValueError, match=r"equally many frames"):
+        listener.hear(heard | {"mfcc": heard["mfcc"][:9]})
     listener.react()
-    with pytest.raises(RuntimeError, match="take turns"):
-        listener.react()
-    listener.hear(window)
-    listener.react()
+    assert listener.react()["attributes"].shape == (1, 0, 25)
 
 
 def test_a_model_that_needs_the_whole_clip_is_refused() -> None:

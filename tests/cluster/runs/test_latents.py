@@ -18,8 +18,10 @@ from cluster.data.verify import check_shard
 from cluster.runs import build_latents as building
 from cluster.runs import latents as encoding
 from cluster.runs.build_latents import build_latents
-from cluster.runs.latents import LatentDataset, encode_shard, read_range
+from cluster.runs.latents import LatentDataset, encode_shard, read_moments, read_range
 from cluster.storage import Store
+from reactdiff.clip import PERSONS
+from reactdiff.stage import LATENT
 from tests.cluster.support.streaming import FRAMES, make_clips
 
 WIDTH = 4
@@ -28,7 +30,9 @@ WIDTH = 4
 class Dataset(LatentDataset):
     """Latents of an autoencoder that needs no training."""
 
-    width = WIDTH
+    @property
+    def parts(self) -> dict[str, int]:
+        return self.__dict__.get("others", {LATENT: WIDTH})
 
 
 class Codec:
@@ -134,7 +138,9 @@ def test_latents_that_the_version_before_began_are_gone_on_with_and_stay_as_they
         target.delete(f"train/{old.number}.{suffix}")
     target.put("train/000000.range.npy", target.read(old.range))
     target.delete(old.range)
-    record = {name: value for name, value in json.loads(target.read("train/000000.done.json")).items() if name not in ("number", "range")}
+    record = json.loads(target.read("train/000000.done.json"))
+    for name in ("number", "range", "sums"):
+        del record[name]
     target.put("train/000000.done.json", json.dumps(record).encode())
     before = {entry.key: target.read(entry.key) for entry in target.list()}
     manifest = build(latents)
@@ -144,6 +150,30 @@ def test_latents_that_the_version_before_began_are_gone_on_with_and_stay_as_they
     assert manifest.split("train").shards.tar == everything.split("train").shards.tar
     assert all(map(np.array_equal, read_range(target, manifest), read_range(whole.store, everything)))
     assert read_range(target, manifest)[0].shape == (FRAMES, WIDTH)
+    with pytest.raises(ValueError, match=r"kept no mean .*normalisation=variance.*delete that folder"):
+        read_moments(target, manifest)
+    read_moments(whole.store, everything)
+
+
+def test_the_mean_and_deviation_of_the_training_split_are_kept_beside_its_range(store: Store) -> None:
+    latents = latents_of(store, Codec())
+    manifest = build(latents)
+    reader = Reader(latents.store, manifest, "train")
+    every = np.stack([reader.read(clip, [(person, LATENT)]).arrays[person, LATENT] for clip in range(6) for person in PERSONS])
+    rows = every.reshape(-1, WIDTH).astype(np.float64)
+    for found, wanted in zip(read_moments(latents.store, manifest), (rows.mean(0), rows.std(0)), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_an_encoding_of_several_parts_is_kept_part_by_part(store: Store) -> None:
+    latents, whole = latents_of(store, Codec()), latents_of(store.at("whole"), Codec())
+    latents.__dict__["others"] = parts = {"voice": 1, "face": WIDTH - 1}
+    manifest, one = build(latents), build(whole)
+    assert [(spec.name, spec.width) for spec in manifest.stream_specs] == list(parts.items())
+    read = Reader(latents.store, manifest, "train").read(2, [("b", "voice"), ("b", "face")]).arrays
+    both = Reader(whole.store, one, "train").read(2, [("b", LATENT)]).arrays["b", LATENT]
+    assert np.array_equal(np.concatenate([read["b", part] for part in parts], axis=-1), both)
+    assert all(map(torch.equal, read_moments(latents.store, manifest), read_moments(whole.store, one)))
 
 
 def test_while_a_clip_is_encoded_the_next_ones_are_read_and_no_more_than_there_is_room_for(

@@ -1,23 +1,28 @@
 import numpy as np
 
-from reactdiff.diffusion.noise import generation_noise, training_hearing, training_noise
+from reactdiff.diffusion.noise import generation_noise, training_hearing, training_levels, training_noise, training_times
 
 
 def test_training_noise_is_a_function_of_seed_position_and_window() -> None:
-    noise, times = training_noise(0, 7, 4, 8, 20)
+    noise, times = training_noise(0, 7, 4, 8), training_times(0, 7, 4, 20)
     assert (noise.shape, noise.dtype, times.shape, times.dtype) == ((4, 50, 8), np.float32, (4,), np.int64)
-    longer, more = training_noise(0, 7, 6, 8, 20)
+    longer, more = training_noise(0, 7, 6, 8), training_times(0, 7, 6, 20)
     assert np.array_equal(longer[:4], noise) and np.array_equal(more[:4], times)
-    assert all(not np.array_equal(training_noise(seed, position, 4, 8, 20)[0][0], noise[0]) for seed, position in ((1, 7), (0, 8)))
+    assert all(not np.array_equal(training_noise(seed, position, 4, 8)[0], noise[0]) for seed, position in ((1, 7), (0, 8)))
     assert not np.array_equal(noise[0], noise[1])
 
 
 def test_times_cover_every_step_and_noise_is_standard_normal() -> None:
-    drawn = [training_noise(3, position, 5, 4, 20) for position in range(200)]
-    counts = np.bincount(np.concatenate([times for _, times in drawn]), minlength=20)
+    counts = np.bincount(np.concatenate([training_times(3, position, 5, 20) for position in range(200)]), minlength=20)
     assert len(counts) == 20 and counts.min() > 25 and counts.max() < 80
-    noise = np.stack([noise for noise, _ in drawn])
+    noise = np.stack([training_noise(3, position, 5, 4) for position in range(200)])
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+
+
+def test_levels_are_log_normal_ratios_of_noise_to_signal() -> None:
+    levels = np.stack([training_levels(3, position, 5, 0.7, 1.5) for position in range(400)])
+    assert abs(-levels.mean() / 2 - 0.7) < 0.1 and abs(levels.std() / 2 - 1.5) < 0.1
+    assert np.array_equal(training_levels(3, 7, 9, 0.7, 1.5)[:5], levels[7])
 
 
 def test_every_reaction_starts_from_noise_of_its_own() -> None:

@@ -8,7 +8,7 @@ from reactdiff import config
 from reactdiff.clip import TARGETS, WINDOW
 from reactdiff.data.keyed import normal
 from reactdiff.data.sample import StreamSpec
-from reactdiff.diffusion.noise import training_noise
+from reactdiff.diffusion.noise import training_noise, training_times
 from reactdiff.model.autoencoder import Autoencoder
 from reactdiff.model.latent_diffusion import LatentDiffusion
 
@@ -48,7 +48,7 @@ def clips(items: int, frames: int) -> dict[str, torch.Tensor]:
 def latents(items: int, frames: int) -> dict[str, torch.Tensor]:
     """A batch of stage 2: half-precision latents, with the noise and times of positions 0, 1, ..."""
     windows = frames // WINDOW
-    drawn = [training_noise(0, position, windows, LATENT, 20) for position in range(items)]
+    drawn = [(training_noise(0, position, windows, LATENT), training_times(0, position, windows, 20)) for position in range(items)]
     noise = np.stack([noise for noise, _ in drawn]) if drawn else np.empty((0, windows, WINDOW, LATENT), np.float32)
     times = np.stack([times for _, times in drawn]) if drawn else np.empty((0, windows), np.int64)
     raw = {name: torch.from_numpy(normal((items, frames, LATENT), "test", name)).half() for name in ("speaker", "listener")}

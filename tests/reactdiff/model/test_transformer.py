@@ -57,7 +57,7 @@ def test_one_window_after_its_past_is_what_it_is_within_the_clip() -> None:
             one = slice(window, window + 1)
             torch.testing.assert_close(network(noisy[:, one], times[:, one], speaker[:, one], past), whole[:, one], rtol=1e-4, atol=1e-5)
             past = network.remember(noisy[:, one], speaker[:, one], past)
-    assert past.windows == 4 and {key.shape[2] for key, _ in past.seen} == {2 * WINDOW}, "no more than the context is kept"
+    assert past.chunks == 4 and {key.shape[2] for key, _ in past.seen} == {2 * WINDOW}, "no more than the context is kept"
 
 
 def test_only_distances_count() -> None:
