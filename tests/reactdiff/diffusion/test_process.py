@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from reactdiff.config import Diffusion
+from reactdiff.diffusion.prediction import PREDICTIONS, noise_of
 from reactdiff.diffusion.process import Process
 from reactdiff.diffusion.schedule import SCHEDULES
 
@@ -75,13 +76,57 @@ def test_scales_broadcast_from_the_leading_dimensions_of_any_number_of_times(sha
     assert (alpha**2 + sigma**2).flatten().tolist() == pytest.approx([1] * times.numel())
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
+@pytest.mark.parametrize("prediction", sorted(PREDICTIONS))
 def test_a_prediction_gives_back_the_clean_latent_it_was_made_from(prediction: str) -> None:
     process = Process(Diffusion(prediction=prediction))
     clean, noise = torch.randn(2, 20, 50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     times = torch.arange(20)
     noisy = process.q_sample(clean, noise, times)
     torch.testing.assert_close(process.clean(noisy, process.target(clean, noise, times), times), clean, rtol=0, atol=1e-6)
+
+
+def test_v_on_data_of_variance_one_is_edm_s_whole_preconditioning() -> None:
+    """Karras et al., 2022, table 1, with sigma_data = 1: D(x) = c_skip x + c_out F(c_in x) of x = x_0 + s noise; F is -v."""
+    process = Process(Diffusion(prediction="v", schedule="karras"))
+    clean, noise = torch.randn(2, 20, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    times = torch.arange(20)
+    alpha, sigma = process.scales(times, clean)
+    s = sigma / alpha
+    theirs, answer = clean + s * noise, torch.randn(20, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(theirs / (s**2 + 1).sqrt(), process.q_sample(clean, noise, times))
+    denoised = theirs / (s**2 + 1) + s / (s**2 + 1).sqrt() * answer
+    torch.testing.assert_close(process.clean(process.q_sample(clean, noise, times), -answer, times), denoised)
+    target = (clean - theirs / (s**2 + 1)) / (s / (s**2 + 1).sqrt())
+    torch.testing.assert_close(-process.target(clean, noise, times), target, rtol=1e-6, atol=1e-6)
+
+
+def test_flow_matching_is_the_straight_line_and_ddim_is_euler_along_it() -> None:
+    process = Process(Diffusion(prediction="flow", schedule="flow"))
+    clean, noise = torch.randn(2, 19, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    times = torch.arange(19)  # the last step is all noise, which no process of ours is
+    u = ((times + 1) / 20).double()[:, None]
+    alpha, sigma = process.scales(times, clean)
+    torch.testing.assert_close(process.q_sample(clean, noise, times) * (1 - u) / alpha, (1 - u) * clean + u * noise)
+    velocity = torch.randn(19, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    noisy = process.q_sample(clean, noise, times)
+    line = noisy * (1 - u) / alpha
+    guess = process.clean(noisy, velocity, times)
+    step = alpha[:-1] * guess[1:] + sigma[:-1] * noise_of(noisy[1:], guess[1:], alpha[1:], sigma[1:])
+    torch.testing.assert_close(step * (1 - u[:-1]) / alpha[:-1], line[1:] + (u[:-1] - u[1:]) * velocity[1:])
+
+
+@each_schedule
+def test_times_are_where_the_log_snr_is_and_the_ends_beyond_them(schedule: str) -> None:
+    process = Process(Diffusion(schedule=schedule))
+    times = np.array([0.0, 0.3, 7.75, 19.0])
+    np.testing.assert_allclose(process.times(process.log_snr(torch.from_numpy(times)).numpy()), times, atol=1e-9)
+    assert process.times(np.array([1e3, -1e3])).tolist() == [0, 19]
+
+
+def test_a_weight_between_two_steps_lies_between_theirs() -> None:
+    process = Process(Diffusion(weighting="min-snr", prediction="v"))
+    low, high = process.weight(torch.tensor([4, 5])).tolist()
+    assert float(process.weight(torch.tensor(4.25))) == pytest.approx(0.75 * low + 0.25 * high, rel=1e-6)
 
 
 def test_v_is_the_slope_of_the_circle_from_clean_to_noise() -> None:
@@ -94,7 +139,7 @@ def test_v_is_the_slope_of_the_circle_from_clean_to_noise() -> None:
 
 @each_schedule
 @pytest.mark.parametrize("weighting", ["uniform", "min-snr", "elbo"])
-@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
+@pytest.mark.parametrize("prediction", sorted(PREDICTIONS))
 def test_weights_are_positive_with_mean_one(schedule: str, weighting: str, prediction: str) -> None:
     for steps in (1, 2, 20, 1000):
         process = Process(Diffusion(schedule=schedule, weighting=weighting, prediction=prediction, steps=steps))
@@ -108,7 +153,7 @@ def test_a_weighting_means_the_same_whatever_is_predicted(weighting: str) -> Non
     """The weighted squared error of equal guesses is equal but for the normalisation."""
     clean, noise, guess = torch.randn(3, 20, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     times, losses = torch.arange(20), {}
-    for prediction in ("epsilon", "x0", "v"):
+    for prediction in PREDICTIONS:
         process = Process(Diffusion(weighting=weighting, prediction=prediction))
         noisy = process.q_sample(clean, noise, times)
         alpha, sigma = process.scales(times, clean)

@@ -66,7 +66,7 @@ def test_a_range_that_does_not_fit_is_refused() -> None:
         module.normalise(torch.zeros(1, 150, LATENT))
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v", "flow"])
 @torch.no_grad()
 def test_the_loss_is_ten_l1_in_the_space_predicted(prediction: str) -> None:
     module, batch = latent_diffusion(prediction=prediction), latents(3, 100)
