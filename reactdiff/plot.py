@@ -69,7 +69,7 @@ def reactions_png(title: str, speaker: np.ndarray, listener: np.ndarray, reactio
 
 def schedules_png(steps: int) -> bytes:
     """A PNG of every noise schedule: log-SNR, and sigma, over u; dots are the steps of a process."""
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(7.4, 3), layout="constrained")
     snr, share = figure.subplots(1, 2)
     times, u = torch.arange(steps), np.arange(1, steps + 1) / steps
     fine = np.linspace(0.002, 0.998, 499)

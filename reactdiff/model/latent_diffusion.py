@@ -159,8 +159,9 @@ class LatentDiffusion(nn.Module):
             hears = batch["hears"][:, :1] if self.joint else batch["hears"]  # all chunks of a clip see each other
             heard = heard * hears[:, :, None, None]
         if "streams" in batch:
-            widths = torch.tensor([width for part, width in self.parts.items() if part not in TARGETS], device=heard.device)
-            heard = heard * batch["streams"].repeat_interleave(widths, dim=1)[:, None, None]
+            widths = [width for part, width in self.parts.items() if part not in TARGETS]
+            shown = [stream.expand(-1, width) for stream, width in zip(batch["streams"].split(1, dim=1), widths, strict=True)]
+            heard = heard * torch.cat(shown, dim=1)[:, None, None]
         if self.joint and not self.online:
             times = times[:, :1].expand_as(times)  # as in sampling
         noise = self._chunks(batch["noise"].flatten(1, 2))

@@ -67,6 +67,7 @@ class FrameTransformer(nn.Module):
         self.out = ZeroLinear(model.width, model.patch * features)
         if self.lags:
             self.lagged = nn.Linear(len(self.lags) * model.width, model.width)
+            self.register_buffer("tokens_back", torch.tensor(self.lags)[:, None], persistent=False)  # lies on the device: no copy each time
         self.join = Join(features, model.width, model.convolution) if model.convolution else None
 
     def forward(
@@ -138,7 +139,7 @@ class FrameTransformer(nn.Module):
         heard = self._heard(speaker.flatten(1, 2), past)
         rows, first = speaker.shape[1] * self.tokens, past.chunks * self.tokens
         token = torch.arange(first, first + rows, device=speaker.device)
-        source = token - torch.tensor(self.lags, device=speaker.device)[:, None]  # (lags, tokens), as time goes
+        source = token - self.get_buffer("tokens_back")  # (lags, tokens), as time goes
         begin, ahead = (token // self.tokens * self.tokens, self.tokens) if self.online else (token + 1, 0)
         known = (source >= 0) & (source < begin)
         place = (source - first + ahead + heard.shape[1] - rows).clamp(0, heard.shape[1] - 1)  # the speaker comes `ahead` tokens late

@@ -104,7 +104,7 @@ def test_flow_matching_is_the_straight_line_and_ddim_is_euler_along_it() -> None
     process = Process(Diffusion(prediction="flow", schedule="flow"))
     clean, noise = torch.randn(2, 19, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     times = torch.arange(19)  # the last step is all noise, which no process of ours is
-    u = ((times + 1) / 20).double()[:, None]
+    u = ((times.double() + 1) / 20)[:, None]
     alpha, sigma = process.scales(times, clean)
     torch.testing.assert_close(process.q_sample(clean, noise, times) * (1 - u) / alpha, (1 - u) * clean + u * noise)
     velocity = torch.randn(19, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
