@@ -161,7 +161,7 @@ def _trainer(job: Job, gang: Gang, place: list[str], board: Any, notes: str) -> 
         run_config=RunConfig(
             name=f"{job.stage}-{job.life}-{job.attempt}",
             storage_path=notes,
-            logging_config=LoggingConfig(log_level="ERROR"),
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # tracebacks of what it tells the driver, too; its files have all
             worker_runtime_env={"env_vars": rank_environment(workers)},
         ),
     )

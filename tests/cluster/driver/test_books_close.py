@@ -38,7 +38,9 @@ class Held:
         before, was = time.monotonic(), 0
         while not self._done.wait(LOOK):
             groups = self._state.placement_group_table().values()
-            there = sum(len(one["bundles"]) for one in groups if one["state"] == "CREATED")
+            # Of a group that has lost a machine Ray still holds the places on the others.
+            placed = (one["bundles_to_node_id"] for one in groups if one["state"] in ("CREATED", "RESCHEDULING"))
+            there = sum(bool(node) for nodes in placed for node in nodes.values())
             now = time.monotonic()
             self.seconds += (now - before) * (there + was) / 2
             before, was = now, there

@@ -269,5 +269,6 @@ def test_a_rank_that_dies_while_it_loads_leaves_its_place_free(undisturbed: Runn
     run.until(lambda: len(ranks() - before) == 2)
     os.kill(min(ranks() - before), signal.SIGKILL)
     assert run.end() == 0, run.said
-    assert sum("failed (lost)" in line for line in run.lines) == 2, run.said
+    assert sum(line.startswith("stage autoencoder failed (lost)") for line in run.lines) == 2, run.said
+    assert not any("Traceback" in line for line in run.lines), run.said
     assert run.weights == undisturbed.weights and run.ledger == undisturbed.ledger
