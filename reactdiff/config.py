@@ -101,13 +101,6 @@ class Model(Branch):
         "sees an online speaker at the true time. Multiples of model.patch.",
         unit="frames",
     )
-    convolution: int = field(
-        0,
-        "Kernel, an odd number, of two convolutions over frames that join what the transformer denoiser says where tokens and chunks meet; "
-        "0: none.",
-        unit="frames",
-        ge=0,
-    )
     context: int = field(
         2, "Windows that a frame of the transformer denoiser sees beside its own, before and (offline) after.", unit="windows", gt=0
     )
@@ -139,7 +132,7 @@ class Model(Branch):
     @model_validator(mode="after")
     def _divided(self) -> "Model":
         transformer = self.family == "reactdiff" and self.denoiser == "transformer"
-        for name, default in (("chunk", WINDOW), ("patch", 1), ("lags", ()), ("convolution", 0), ("space", "latent")):
+        for name, default in (("chunk", WINDOW), ("patch", 1), ("lags", ()), ("space", "latent")):
             if not transformer and (value := getattr(self, name)) != default:
                 raise ValueError(f"model.{name} is {value}, which only the transformer denoiser takes: set model.denoiser=transformer")
         if self.chunk != WINDOW and not self.online:
@@ -150,8 +143,6 @@ class Model(Branch):
             raise ValueError(f"model.patch is {self.patch}, but must divide the {self.chunk_frames} frames that are denoised at one time")
         if any(lag < 0 or lag % self.patch for lag in self.lags):
             raise ValueError(f"model.lags are {list(self.lags)}, but must be multiples of model.patch={self.patch}, none below 0")
-        if self.convolution and self.convolution % 2 == 0:
-            raise ValueError(f"model.convolution is {self.convolution}, but a kernel with a middle is odd: try {self.convolution + 1}")
         return self
 
     @property
@@ -209,6 +200,13 @@ class Diffusion(Branch):
     )
     sampler: Literal["ddim", "ddpm", "dpm++"] = field("ddim", "Sampler of a generation; dpm++ is DPM-Solver++(2M).")
     sampling_steps: int = field(20, "Calls of the denoiser in one generation; any number.", unit="steps", gt=0)
+    smoothing: float = field(
+        0.0,
+        "Share of the jump where tokens of a transformer, or chunks, meet that is carried on to the next frame, and so on; 0: none.",
+        unit="1/frame",
+        ge=0,
+        lt=1,
+    )
     guidance: float = field(1.0, "Classifier-free guidance: 1 is none, above it the speaker counts for more.", ge=0)
     normalisation: Literal["feature", "frame", "variance"] = field(
         "feature",

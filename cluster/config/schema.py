@@ -180,8 +180,8 @@ class Experiment(Branch):
             )
         if self.diffusion.history == "clean" and not (self.model.online and self.model.denoiser == "transformer"):
             raise ValueError("diffusion.history=clean needs an online transformer: set model.online=true model.denoiser=transformer")
-        if self.model.convolution and self.model.online and self.diffusion.history != "clean":
-            raise ValueError("model.convolution sees the finished end of the chunk before, online: set diffusion.history=clean")
+        if self.diffusion.smoothing and self.model.denoiser != "transformer":
+            raise ValueError("diffusion.smoothing is about tokens and chunks of a transformer: set model.denoiser=transformer")
         unused = [f"diffusion.{name}={value}" for name, value in Diffusion() if value != getattr(self.diffusion, name)]
         if self.model.family == "trans-vae" and unused:
             raise ValueError(

@@ -12,6 +12,7 @@ from reactdiff import config
 from reactdiff.clip import TARGETS, WINDOW, windows_of
 from reactdiff.diffusion.process import Process
 from reactdiff.diffusion.sampler import SAMPLERS, Limits, Noise
+from reactdiff.diffusion.smoothing import smooth
 from reactdiff.model.codec import LATENT
 from reactdiff.model.perfrdiff import AttributeAutoencoder, SpeakerTokens, WindowDenoiser
 from reactdiff.model.transformer import FrameTransformer, Past
@@ -72,6 +73,7 @@ class LatentDiffusion(nn.Module):
         width = sum(self.parts.values())
         self.process = Process(diffusion)
         self.sampler, self.sampling_steps, self.guidance = SAMPLERS[diffusion.sampler], diffusion.sampling_steps, diffusion.guidance
+        self.smoothing = diffusion.smoothing
         self.online, self.target, self.squared = model.online, width, diffusion.loss == "squared"
         self.chunk, self.clean_history = model.chunk_frames, model.online and diffusion.history == "clean"
         self.direct, heard = model.space == "attributes", width
@@ -166,7 +168,7 @@ class LatentDiffusion(nn.Module):
             times = times[:, :1].expand_as(times)  # as in sampling
         noise = self._chunks(batch["noise"].flatten(1, 2))
         noisy = self.process.q_sample(clean, noise, times)
-        history = (self._history(clean, batch), clean) if self.clean_history else None
+        history = self._history(clean, batch) if self.clean_history else None
         prediction = self._denoise(noisy, times, self._condition(heard), history=history)
         difference = prediction - self.process.target(clean, noise, times)
         error = difference.square() if self.squared else difference.abs()
@@ -194,7 +196,7 @@ class LatentDiffusion(nn.Module):
         clean = self._chunks(self._normalised(listener[..., : self.target]))
         times = torch.full(clean.shape[:2], time, device=clean.device)
         noisy = self.process.q_sample(clean, self._chunks(noise.flatten(1, 2)), times)
-        history = (clean, clean) if self.clean_history else None
+        history = clean if self.clean_history else None
         prediction = self._denoise(noisy, times, self._condition(self._heard(speaker)), history=history)
         return self.denormalise(self.process.clean(noisy, prediction, times).clamp(*self._limits()).flatten(1, 2))
 
@@ -266,6 +268,11 @@ class LatentDiffusion(nn.Module):
             return deaf + self.guidance * (hearing - deaf)
 
         clean = self.sampler(self.process, predict, noise, self.sampling_steps, self._limits())
+        if isinstance(self.denoiser, FrameTransformer) and self.smoothing:
+            before = None if past.shown is None else past.shown[: len(clean)].float()  # guided, it is there twice
+            every = self.denoiser.patch if self.denoiser.patch > 1 else self.chunk
+            frames = smooth(clean.flatten(1, 2), before, every, self.smoothing)
+            clean = frames.clamp(*self._limits()).view_as(clean)
         if isinstance(self.denoiser, FrameTransformer) and self.online:
             past = self.denoiser.remember(twice(clean).to(self._dtype), condition, past)
         return clean, past
@@ -293,13 +300,12 @@ class LatentDiffusion(nn.Module):
         return self.condition(heard.flatten(0, 1)).unflatten(0, heard.shape[:2])
 
     def _denoise(
-        self, noisy: Tensor, times: Tensor, condition: Tensor, past: Past | None = None, history: tuple[Tensor, Tensor] | None = None
+        self, noisy: Tensor, times: Tensor, condition: Tensor, past: Past | None = None, history: Tensor | None = None
     ) -> Tensor:
         """The denoiser in the weights' precision; its answer in float32, where the process is computed."""
         noisy = noisy.to(self._dtype)
         if self.joint:
-            seen = tuple(each.to(self._dtype) for each in history) if history is not None else None
-            return self.denoiser(noisy, times, condition, past, seen).float()
+            return self.denoiser(noisy, times, condition, past, None if history is None else history.to(self._dtype)).float()
         return self.denoiser(*(each.flatten(0, 1) for each in (noisy, times, condition))).unflatten(0, noisy.shape[:2]).float()
 
     def _normalised(self, encoding: Tensor, begin: int = 0, first: int = 0) -> Tensor:

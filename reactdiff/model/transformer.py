@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from reactdiff import config
 from reactdiff.clip import WINDOW
-from reactdiff.model.layers import ZeroConv1d, ZeroLinear, check_heads
+from reactdiff.model.layers import ZeroLinear, check_heads
 from reactdiff.model.unet import sinusoid
 
 ROTATION_BASE = 10000.0
@@ -23,7 +23,7 @@ class Past:
         seen: keys and values of each layer, (batch, heads, tokens of both persons chunk by chunk, width / heads) each, of the last
             `model.context` windows; empty at the beginning.
         heard: the last embedded tokens of the speaker that a lag can still reach, (batch, tokens, width); None where there are no lags.
-        shown: the listener's last frames, for the convolution, (batch, frames, features); None where there is none.
+        shown: the listener's last frame, (batch, features); None at the beginning.
     """
 
     chunks: int = 0
@@ -42,8 +42,6 @@ class FrameTransformer(nn.Module):
 
     - without `model.lags` where the chunk is that reacts to it: it is added to its tokens, and attended to as if it were of now;
     - with them at its true time: attention sees when it was, and to each token is added what was heard so many frames before it.
-
-    With `model.convolution`, two convolutions over frames have the last word, and see the end of the chunk before.
 
     Args:
         model: width, layers, heads, context, and how it is online.
@@ -68,10 +66,9 @@ class FrameTransformer(nn.Module):
         if self.lags:
             self.lagged = nn.Linear(len(self.lags) * model.width, model.width)
             self.register_buffer("tokens_back", torch.tensor(self.lags)[:, None], persistent=False)  # lies on the device: no copy each time
-        self.join = Join(features, model.width, model.convolution) if model.convolution else None
 
     def forward(
-        self, noisy: Tensor, times: Tensor, speaker: Tensor, past: Past | None = None, history: tuple[Tensor, Tensor] | None = None
+        self, noisy: Tensor, times: Tensor, speaker: Tensor, past: Past | None = None, history: Tensor | None = None
     ) -> Tensor:
         """Denoise the chunks of a clip, or the one chunk after those in `past`.
 
@@ -80,8 +77,8 @@ class FrameTransformer(nn.Module):
             times: (batch, chunks).
             speaker: (batch, chunks, tokens, width), embedded; chunk by chunk what the listener has heard last.
             past: of the chunks before; then there is one chunk here.
-            history: finished chunks of the shape of `noisy`, for attention and for the convolution. With them, each noisy chunk sees the
-                finished ones before it, as in sampling, instead of noisy ones.
+            history: finished chunks of the shape of `noisy`. With them, each noisy one sees the finished ones before it, as in sampling,
+                instead of noisy ones.
 
         Returns:
             The prediction, (batch, chunks, frames, features).
@@ -96,32 +93,25 @@ class FrameTransformer(nn.Module):
         kept = 2 * self.tokens * self.reach
         seen = (tuple(torch.cat(pair, dim=2)[:, :, -kept:] for pair in zip(*layer, strict=True)) for layer in zip(old, new, strict=True))
         heard = self._heard(speaker.flatten(1, 2), past)[:, -self._behind :] if self._behind else None
-        shown: Tensor | None = None
-        if self.join is not None:
-            shown = torch.cat((clean[:, 0, :0] if past.shown is None else past.shown, clean[:, 0]), dim=1)[:, -self.join.reach :]
-        return Past(past.chunks + 1, tuple(seen), heard, shown)  # type: ignore[arg-type]
+        return Past(past.chunks + 1, tuple(seen), heard, clean[:, -1, -1])  # type: ignore[arg-type]
 
     def _run(
-        self, noisy: Tensor, times: Tensor, speaker: Tensor, past: Past, history: tuple[Tensor, Tensor] | None
+        self, noisy: Tensor, times: Tensor, speaker: Tensor, past: Past, history: Tensor | None
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         chunks, first = noisy.shape[1], past.chunks * self.tokens
         turn = rotation(first, chunks * self.tokens, self.head_width, noisy)
         late = rotation(first - self.tokens, chunks * self.tokens, self.head_width, noisy) if self.lags and self.online else turn
-        x, embedded = noisy, self._time(times, noisy)
-        time = embedded
+        x, time = noisy, self._time(times, noisy)
         if history is not None:
-            x, turn = torch.cat((history[0], noisy), dim=1), turn.repeat(1, 2, 1)
-            time = torch.cat((self._time(torch.zeros_like(times), noisy), embedded), dim=1)
+            x, turn = torch.cat((history, noisy), dim=1), turn.repeat(1, 2, 1)
+            time = torch.cat((self._time(torch.zeros_like(times), noisy), time), dim=1)
         added = self._added(speaker, past)
         x = self.embed(self.fold(x)) + (added if history is None else added.repeat(1, 2, 1, 1))
         mask, new = self._mask(chunks, noisy.device, history is not None), []
         for number, layer in enumerate(self.layers):
             x, keys_values = layer(x, time, speaker, turn, late, mask, past.seen[number] if past.seen else None)
             new.append(keys_values)
-        said = self.out(self.norm(x, time))[:, -chunks:].reshape(noisy.shape)
-        if self.join is not None:
-            said = said + self.join(said, noisy, embedded, self._before(history and history[1], past, noisy))
-        return said, new
+        return self.out(self.norm(x, time))[:, -chunks:].reshape(noisy.shape), new
 
     def _time(self, times: Tensor, like: Tensor) -> Tensor:
         """Diffusion times (batch, chunks) to what norms take, (batch, chunks, 1, width)."""
@@ -156,15 +146,6 @@ class FrameTransformer(nn.Module):
         """Tokens before the chunk's own that a lag can reach."""
         return max(0, max(self.lags) - self.tokens) if self.lags and self.online else 0
 
-    def _before(self, history: Tensor | None, past: Past, noisy: Tensor) -> Tensor | None:
-        """What the convolution sees before each chunk, (batch, chunks, frames, channels); None offline, where chunks follow each other."""
-        if not self.online or self.join is None:
-            return None
-        if history is None:
-            return self.join.finished(noisy[:, 0, :0] if past.shown is None else past.shown)[:, None, -self.join.reach :]
-        chunks, frames = noisy.shape[1:3]
-        return self.join.finished(history.flatten(1, 2)).unfold(1, self.join.reach, frames)[:, :chunks].transpose(2, 3)
-
     def _mask(self, chunks: int, device: torch.device, history: bool) -> Tensor | None:
         """Which tokens see which, (tokens, tokens of speaker and listener); None: all of them."""
         if not history and (chunks == 1 or (not self.online and chunks <= self.reach + 1)):
@@ -176,47 +157,6 @@ class FrameTransformer(nn.Module):
             return sees.repeat(1, 2)
         none, now = torch.zeros_like(sees), ahead == 0
         return torch.cat((torch.cat((sees, sees, none), dim=1), torch.cat((sees, sees & ~now, now), dim=1)))
-
-
-class Join(nn.Module):
-    """Two convolutions over frames, after which tokens and chunks fit where they meet; they start as nothing.
-
-    They see what the transformer said, the noisy frames, and online the last finished frames before the chunk, which a channel of their own
-    tells apart.
-    """
-
-    def __init__(self, features: int, width: int, kernel: int):
-        super().__init__()
-        self.reach = kernel - 1
-        self.inward = nn.Conv1d(2 * features + 1, width // 4, kernel, padding=kernel // 2)
-        self.time = nn.Linear(width, width // 4)
-        self.outward = ZeroConv1d(width // 4, features, kernel, padding=kernel // 2)
-
-    def finished(self, frames: Tensor) -> Tensor:
-        """Finished frames (batch, any number, features) as channels, with `reach` empty ones before: all that are seen, or a few more."""
-        marked = torch.cat((frames, torch.zeros_like(frames), torch.ones_like(frames[..., :1])), dim=-1)
-        return nn.functional.pad(marked, (0, 0, self.reach, 0))
-
-    def forward(self, said: Tensor, noisy: Tensor, time: Tensor, before: Tensor | None) -> Tensor:
-        """What to add to the prediction.
-
-        Args:
-            said: (batch, chunks, frames, features).
-            noisy: alike.
-            time: embedded, of each chunk, (batch, chunks, 1, width).
-            before: finished frames that end where each chunk begins, (batch, chunks, reach, channels). None: the chunks, all of one time,
-                follow each other.
-
-        Returns:
-            Of the shape of `said`.
-        """
-        x = torch.cat((said, noisy, torch.zeros_like(said[..., :1])), dim=-1)
-        if before is None:
-            x, time = x.flatten(1, 2)[:, None], time[:, :1]
-            before = torch.zeros_like(x[:, :, : self.reach])
-        x = torch.cat((before, x), dim=2).flatten(0, 1).transpose(1, 2)
-        hidden = self.inward(x) + self.time(time).flatten(0, 1).transpose(1, 2)
-        return self.outward(nn.functional.gelu(hidden))[..., self.reach :].transpose(1, 2).reshape(said.shape)
 
 
 class Layer(nn.Module):

@@ -44,9 +44,10 @@ def test_a_run_that_denoises_attributes_themselves_has_one_stage_and_all_that_fo
     """Online in chunks, with a clean history: the widest way from the keys of the configuration to reactions."""
     direct = (
         *("model.space=attributes", "model.denoiser=transformer", "model.online=true", "model.chunk=10", "model.patch=5"),
-        *("model.lags=[5,10]", "model.convolution=5", "model.width=16", "model.layers=1", "diffusion.normalisation=variance"),
+        *("model.lags=[5,10]", "model.width=16", "model.layers=1", "diffusion.normalisation=variance"),
         *("diffusion.schedule=karras", "diffusion.times=log-normal", "diffusion.loss=squared", "diffusion.history=clean"),
-        *("diffusion.history_swap=0.3", "diffusion.history_noise=0.5", "diffusion.stream_dropout=0.1", "evaluation.baselines=false"),
+        *("diffusion.history_swap=0.3", "diffusion.history_noise=0.5", "diffusion.stream_dropout=0.1", "diffusion.smoothing=0.6"),
+        "evaluation.baselines=false",
     )
     command = ("train", "--config", DEMO, "run.name=direct", "workers.cpus=2", *settings(shards, tmp_path), *direct)
     said = call(*command)

@@ -12,8 +12,9 @@ from tests.reactdiff.model.small import MODEL, STREAMS, autoencoder, clips, late
 
 FRAMES, COUNT, ITEM = 200, 2, ("key", 1)
 ONLINE = {"online": True, "width": 16, "layers": 1, "context": 1}
-CHUNKED = ONLINE | {"denoiser": "transformer", "chunk": 10, "patch": 5, "lags": (5, 15), "convolution": 5}
+CHUNKED = ONLINE | {"denoiser": "transformer", "chunk": 10, "patch": 5, "lags": (5, 15)}
 STEPS = {"prediction": "x0", "sampling_steps": 3}
+SMOOTH = {"history": "clean", "smoothing": 0.6}
 MODELS = ("unet", "transformer", "perfrdiff", "latents in chunks", "attributes in chunks")
 
 
@@ -26,12 +27,12 @@ def reactor(which: str) -> Reactor:
     if which == "attributes in chunks":
         model = MODEL.model_copy(update=CHUNKED | {"space": "attributes"})
         raw = RawStreams(model, STREAMS)
-        diffusion = LatentDiffusion(model, config.Diffusion(**STEPS, history="clean"), FRAMES, raw.parts)
+        diffusion = LatentDiffusion(model, config.Diffusion(**STEPS, **SMOOTH), FRAMES, raw.parts)
         return Reactor(raw, randomise(diffusion))
     chunked = which == "latents in chunks"
     model = MODEL.model_copy(update=CHUNKED if chunked else ONLINE | {"denoiser": which})
     codec = autoencoder(online=True, chunk=model.chunk)
-    diffusion = latent_diffusion(FRAMES, model, **STEPS, history="clean" if chunked else "noisy")
+    diffusion = latent_diffusion(FRAMES, model, **STEPS, **(SMOOTH if chunked else {}))
     with torch.no_grad():
         latent = codec.encode({name: torch.from_numpy(stream)[None] for name, stream in speaker().items()})[0]
         diffusion.set_range(latent.amin(0, keepdim=True).expand(FRAMES, -1), latent.amax(0, keepdim=True).expand(FRAMES, -1))

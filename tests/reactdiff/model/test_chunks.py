@@ -15,8 +15,8 @@ from tests.reactdiff.model.small import MODEL, STREAMS, clips, randomise
 FEATURES, CHUNKS = 3, 6
 WIDE = MODEL.model_copy(update={"denoiser": "transformer", "width": 16, "layers": 2, "context": 1})
 PLAIN = {"online": True, "chunk": 10}
-FULL = PLAIN | {"patch": 5, "lags": (5, 10, 25), "convolution": 7}
-NARROW = {"online": True, "chunk": 5, "patch": 5, "lags": (0, 20), "convolution": 9}
+FULL = PLAIN | {"patch": 5, "lags": (5, 10, 25)}
+NARROW = {"online": True, "chunk": 5, "patch": 5, "lags": (0, 20)}
 kinds = pytest.mark.parametrize("kind", [PLAIN, FULL, NARROW], ids=["plain", "full", "narrow"])
 
 
@@ -38,7 +38,7 @@ def test_a_chunk_under_a_clean_history_is_what_it_is_after_the_finished_ones(kin
     network = denoiser(kind)
     noisy, times, speaker, clean = inputs(network, chunks=14)  # beyond the context
     with torch.no_grad():
-        whole, past = network(noisy, times, speaker, history=(clean, clean)), Past()
+        whole, past = network(noisy, times, speaker, history=clean), Past()
         for chunk in range(14):
             one = slice(chunk, chunk + 1)
             alone = network(noisy[:, one], times[:, one], speaker[:, one], past)
@@ -55,8 +55,8 @@ def test_what_is_to_come_changes_nothing_and_what_was_changes_what_comes(kind: d
     later = {"speaker": speaker.clone(), "finished": clean.clone()}
     later[which][:, 3] += 1
     with torch.no_grad():
-        before = network(noisy, times, speaker, history=(clean, clean))
-        after = network(noisy, times, later["speaker"], history=(later["finished"], later["finished"]))
+        before = network(noisy, times, speaker, history=clean)
+        after = network(noisy, times, later["speaker"], history=later["finished"])
     reached = 3 if which == "speaker" else 4  # what the speaker did comes a chunk late; what is finished is seen from the next one on
     assert torch.equal(before[:, :reached], after[:, :reached])
     assert all(not torch.equal(before[:, chunk], after[:, chunk]) for chunk in range(reached, CHUNKS))
@@ -68,7 +68,7 @@ def test_a_noisy_chunk_sees_no_other_noisy_one_but_finished_ones() -> None:
     other = noisy.clone()
     other[:, 2] += 1
     with torch.no_grad():
-        before, after = (network(given, times, speaker, history=(clean, clean)) for given in (noisy, other))
+        before, after = (network(given, times, speaker, history=clean) for given in (noisy, other))
     changed = [chunk for chunk in range(CHUNKS) if not torch.equal(before[:, chunk], after[:, chunk])]
     assert changed == [2]
 
@@ -79,23 +79,23 @@ def test_a_lag_adds_what_the_speaker_did_so_many_frames_before_once_it_was_heard
     noisy, times, _, clean = inputs(network)
     speaker = torch.zeros(2, CHUNKS, 10, 16)
     with torch.no_grad():
-        before = network(noisy, times, speaker, history=(clean, clean)).flatten(1, 2)
+        before = network(noisy, times, speaker, history=clean).flatten(1, 2)
         speaker[:, 2, 4] = 1  # frame 4 of the chunk that is heard in chunk 2: frame 14
-        after = network(noisy, times, speaker, history=(clean, clean)).flatten(1, 2)
+        after = network(noisy, times, speaker, history=clean).flatten(1, 2)
     changed = (after - before).abs().amax((0, 2)).nonzero().flatten().tolist()
     assert changed == ([14 + lag] if 14 + lag >= 20 else []), "in chunk 1 nobody has heard of it"
 
 
-def test_offline_a_lag_is_added_beside_what_is_of_now_and_the_convolution_joins_windows() -> None:
-    network = denoiser({"patch": 5, "lags": (10,), "convolution": 5, "layers": 0})
+def test_offline_a_lag_is_added_beside_what_is_of_now() -> None:
+    network = denoiser({"patch": 5, "lags": (10,), "layers": 0})
     torch.manual_seed(0)
     noisy, times, speaker = torch.randn(1, 3, WINDOW, FEATURES), torch.full((1, 3), 7), torch.zeros(1, 3, WINDOW // 5, 16)
-    other = noisy.clone()
-    other[:, 1, 0] += 1
+    other = speaker.clone()
+    other[:, 1, 9] = 1  # frames 95 to 99
     with torch.no_grad():
-        before, after = (network(given, times, speaker).flatten(1, 2) for given in (noisy, other))
+        before, after = (network(noisy, times, given).flatten(1, 2) for given in (speaker, other))
     changed = (after - before).abs().amax((0, 2)).nonzero().flatten().tolist()
-    assert changed == list(range(46, 59)), "the token of frame 50, and four frames on either side"
+    assert changed == [*range(95, 100), *range(105, 110)]
 
 
 DIRECT = config.Model(
@@ -182,7 +182,7 @@ def test_what_is_drawn_for_an_item_is_of_its_position_alone_and_reaches_the_loss
         assert torch.equal(again[name][1], drawn[name][0])
 
 
-def test_a_swapped_history_is_of_other_chunks_and_the_convolution_still_sees_the_true_end() -> None:
+def test_a_swapped_history_is_of_other_chunks() -> None:
     kind, module = direct(history_swap=0.999)
     drawn = batch_of(kind, list(range(40)))
     assert set(drawn["shift"].tolist()) == set(range(1, 10)), "any other moment of ten chunks"
