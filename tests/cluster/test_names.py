@@ -42,7 +42,7 @@ ROWS = {
 class LaterModel(Model):
     """The model of a later release, with one field more."""
 
-    chunk: int = field(50, "Frames that are drawn at a time.")
+    stride: int = field(50, "Frames that are drawn at a time.")
 
 
 class LaterOptim(Optim):
@@ -97,10 +97,10 @@ def test_the_rows_of_the_comparison_have_the_names_they_always_had() -> None:
 @pytest.mark.parametrize("config", RUNS)
 def test_a_field_added_later_enters_a_name_only_where_it_is_not_its_default(config: str) -> None:
     now = load(CONFIGS / f"{config}.yaml")
-    assert "model.chunk" in identity(later(now)) and "optim.plateau" in ends(later(now))
+    assert "model.stride" in identity(later(now)) and "optim.plateau" in ends(later(now))
     assert name_fields(later(now)) == name_fields(now) and name_fields(later(now), "end") == name_fields(now, "end")
-    assert run_name(later(now), config, DATASET) == run_name(later(now, chunk=50), config, DATASET) == RUNS[config]
-    assert run_name(later(now, chunk=25), config, DATASET) != RUNS[config]
+    assert run_name(later(now), config, DATASET) == run_name(later(now, stride=50), config, DATASET) == RUNS[config]
+    assert run_name(later(now, stride=25), config, DATASET) != RUNS[config]
 
 
 def test_the_fields_that_names_always_stand_for_are_there() -> None:
