@@ -58,6 +58,7 @@ class FrameTransformer(nn.Module):
         self.online, self.patch, self.head_width = model.online, model.patch, model.width // model.heads
         self.tokens, self.reach = frames // model.patch, model.context * WINDOW // frames
         self.lags = tuple(lag // model.patch for lag in model.lags)
+        self._back: dict[torch.device, Tensor] = {}
         self.embed = nn.Linear(model.patch * features, model.width)
         self.time = nn.Sequential(nn.Linear(model.width, model.width), nn.SiLU(), nn.Linear(model.width, model.width), nn.SiLU())
         self.layers = nn.ModuleList(Layer(model.width, model.heads) for _ in range(model.layers))
@@ -65,7 +66,6 @@ class FrameTransformer(nn.Module):
         self.out = ZeroLinear(model.width, model.patch * features)
         if self.lags:
             self.lagged = nn.Linear(len(self.lags) * model.width, model.width)
-            self.register_buffer("tokens_back", torch.tensor(self.lags)[:, None], persistent=False)  # lies on the device: no copy each time
 
     def forward(
         self, noisy: Tensor, times: Tensor, speaker: Tensor, past: Past | None = None, history: Tensor | None = None
@@ -129,7 +129,9 @@ class FrameTransformer(nn.Module):
         heard = self._heard(speaker.flatten(1, 2), past)
         rows, first = speaker.shape[1] * self.tokens, past.chunks * self.tokens
         token = torch.arange(first, first + rows, device=speaker.device)
-        source = token - self.get_buffer("tokens_back")  # (lags, tokens), as time goes
+        if speaker.device not in self._back:  # a copy in each forward pass would be waited for each time
+            self._back[speaker.device] = torch.tensor(self.lags, device=speaker.device)[:, None]
+        source = token - self._back[speaker.device]  # (lags, tokens), as time goes
         begin, ahead = (token // self.tokens * self.tokens, self.tokens) if self.online else (token + 1, 0)
         known = (source >= 0) & (source < begin)
         place = (source - first + ahead + heard.shape[1] - rows).clamp(0, heard.shape[1] - 1)  # the speaker comes `ahead` tokens late
