@@ -137,7 +137,7 @@ def test_a_store_that_fails(
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         run = watched.start(s3_url, "data.read_ahead=1")
         run.until(lambda: run.progress >= 240)
-        proxy.arm([*["busy"] * 5, ""] * 1000, TAR_RANGE)
+        proxy.arm([*["busy"] * 3, ""] * 1000, TAR_RANGE)  # some seconds a step: what is waited for is booked with the step
         watched.fires("StoreFaults", "StarvedOfData", "GoodputLow")
         proxy.arm(["busy"] * 100_000)
         watched.fires("NoProgress")
