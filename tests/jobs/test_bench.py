@@ -20,7 +20,7 @@ def test_online_prints_how_much_faster_than_real_time_a_listener_is() -> None:
     done = job(
         "bench", "online", "--seconds", "4", "--count", "2", "model.hidden=16", "model.latent=8", "diffusion.sampling_steps=2", *small
     )
-    assert "2 listeners online, 2 windows of 2 s" in done.stdout and "slowest window" in done.stdout
+    assert "2 listeners online, 2 chunks of 2 s" in done.stdout and "slowest chunk" in done.stdout
 
 
 def test_the_demo_s_clips_are_as_long_as_what_is_measured() -> None:

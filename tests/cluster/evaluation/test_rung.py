@@ -12,7 +12,9 @@ from cluster.evaluation.validation import ValidationClips
 from cluster.runs.saved import SavedRun, open_run
 from cluster.storage import open_store
 from reactdiff.config import Diffusion
+from reactdiff.diffusion.prediction import PREDICTIONS
 from reactdiff.diffusion.process import Process
+from reactdiff.diffusion.schedule import SCHEDULES
 from reactdiff.model.latent_diffusion import LatentDiffusion
 from tests.cluster.support.one_process import one_process
 from tests.tiny import call, make_shards, settings
@@ -84,8 +86,8 @@ def test_the_first_measurement_stands(tmp_path: Path) -> None:
     assert read_rung(run, 4) == {"progress": 4, "levels": [], "errors": []}
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "sqrt", "sigmoid", "karras"])
-@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+@pytest.mark.parametrize("prediction", sorted(PREDICTIONS))
 def test_a_denoiser_that_knows_the_answer_has_no_error_whatever_it_predicts(schedule: Any, prediction: Any) -> None:
     diffusion = Diffusion(schedule=schedule, prediction=prediction)
     process = Process(diffusion)
@@ -94,14 +96,17 @@ def test_a_denoiser_that_knows_the_answer_has_no_error_whatever_it_predicts(sche
     class Knowing(LatentDiffusion):
         def __init__(self) -> None:
             torch.nn.Module.__init__(self)
-            self.process, self.target, self.online = process, 3, False
+            self.process, self.target, self.online, self.chunk = process, 3, False, 50
+            self.standardised = self.direct = self.clean_history = False
             self.register_buffer("minimum", torch.full((1, 3), -1.0))
             self.register_buffer("maximum", torch.ones(1, 3))
 
         def _condition(self, heard: torch.Tensor) -> torch.Tensor:
             return heard
 
-        def _denoise(self, noisy: torch.Tensor, times: torch.Tensor, condition: torch.Tensor, past: Any = None) -> torch.Tensor:
+        def _denoise(
+            self, noisy: torch.Tensor, times: torch.Tensor, condition: torch.Tensor, past: Any = None, history: Any = None
+        ) -> torch.Tensor:
             return process.target(clean, noise, times)
 
     for level in LEVELS:
