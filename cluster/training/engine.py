@@ -284,6 +284,7 @@ def last_of(ranks: int) -> Iterator[None]:
         patch(f"{coordinator}.assert_ints_same_as_other_ranks"),  # would read values
         patch.object(nn.Module, "_apply", lambda module, *_, **__: module),  # everything is where it belongs
     ):
+        groups._release_process_group_references()  # of an engine that this process had in a group that is gone
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=ranks - 1, world_size=ranks)
         try:
             set_accelerator(CPU_Accelerator())
