@@ -43,10 +43,10 @@ lint: $(SETUP)
 	$(PY) -m mypy
 
 test-cluster: $(SETUP)
-	$(PY) -m pytest -m slow --ignore=tests/cluster/chaos $(ARGS)
+	$(PY) -m pytest $(TWO) -m slow --ignore=tests/cluster/chaos $(ARGS)
 
 test-chaos: $(SETUP)
-	$(PY) -m pytest -m slow tests/cluster/chaos $(ARGS)
+	$(PY) -m pytest $(TWO) -m slow tests/cluster/chaos $(ARGS)
 
 monitor: $(SETUP)
 	$(PY) infra/monitor.py $(ARGS)

@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import urllib3.util.connection  # noqa: F401  # opens a port when it is imported: the first test that does would be blamed for it
 
-from tests import starting
+from tests import alone, starting
 
 if TYPE_CHECKING:
     from cluster.runtime.ray_cluster import Resources
@@ -41,6 +41,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> starting.Scheduling:
     return starting.Scheduling(config, log)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-timeout's: to wait is no part of a test
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    assert item.config.cache
+    with alone.beside_others(item.config.cache.mkdir("alone"), item.get_closest_marker("alone") is not None):
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)

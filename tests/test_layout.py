@@ -22,7 +22,7 @@ PLAIN = {"storage", "runtime", "telemetry"}
 
 RAY = {
     *("runtime/nodes", "runtime/placement", "runtime/postmortem", "runtime/ray_cluster", "runtime/remote_machine", "runtime/tasks"),
-    *("driver/berths", "driver/board", "driver/group", "driver/launch", "driver/lookout", "driver/ray_metrics", "driver/ray_train"),
+    *("driver/berths", "driver/board", "driver/group", "driver/launch", "driver/ray_metrics", "driver/ray_train"),
     *("studies/tuner", "bench/empty_loop", "bench/recovery"),
 }
 """The modules of cluster/ that place work, and so may import Ray."""
@@ -31,7 +31,7 @@ MODULES = {
     "config": "identity loading paths schema spec",
     "storage": "base deadline folder hashing multipart parallel retry s3",
     "runtime": (
-        "after_import device failures faults hosts machines nodes placement postmortem prices ray_cluster remote_machine run_watch "
+        "after_import device failures faults hosts lookout machines nodes placement postmortem prices ray_cluster remote_machine run_watch "
         "scratch tasks"
     ),
     "telemetry": "books books_log display exporter meter metrics metrics_log monitor places receipt reminder repeating tensorboard",
@@ -45,7 +45,7 @@ MODULES = {
     ),
     "evaluation": "evaluate gate ground_truth picture plan report rows rung validation",
     "training": "ahead compiler engine examine loop memory rehearsal reporting requests resume spread stacks verdict warm_start",
-    "driver": "berths board group interruption launch lookout pin plan pretrained ray_metrics ray_train run watchdog",
+    "driver": "berths board group interruption launch pin plan pretrained ray_metrics ray_train run watchdog",
     "studies": (
         "case comparison comparison_table course first_stage grounds halving importance kept_scores ledger prove retrain script search "
         "searchers space sweep sweep_table trial tuner verdict"

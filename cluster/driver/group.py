@@ -16,13 +16,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.driver.berths import Berths
 from cluster.driver.board import Board
 from cluster.driver.interruption import Interruption
-from cluster.driver.lookout import Lookout
 from cluster.driver.ray_train import Fit
 from cluster.driver.watchdog import Hang, Watchdog
 from cluster.runs.checkpoint import newest_progress
 from cluster.runs.lineage import open_attempt
 from cluster.runs.logs import log_folder, make_room
 from cluster.runtime.failures import StageFailed, inner
+from cluster.runtime.lookout import Lookout
 from cluster.runtime.nodes import draining_nodes, listens, nodes
 from cluster.runtime.placement import Demand, Gang, fit
 from cluster.runtime.postmortem import postmortem
@@ -84,7 +84,7 @@ class Group:
         self._growing = Lock()
         self._reserved, self._price = False, Berths(job.experiment.telemetry.prices)
         self._berths = [self._price.of(node, gang.each(len(place))) for node in place]
-        self._lookout = Lookout(self._ask_of_machines, CLUSTER_POLL)
+        self._lookout = Lookout(self._ask_of_machines, CLUSTER_POLL, RayError)
         self._begin()
         if len(hosts := dict.fromkeys(place)) > 1:
             ranks = {host: [rank for rank, node in enumerate(place) if node == host] for host in hosts}

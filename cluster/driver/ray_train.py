@@ -25,6 +25,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from cluster.config.schema import Workers
+from cluster.runs.state import lookout_for_successor
 from cluster.runtime.device import worker_environment
 from cluster.runtime.nodes import NODE_ID
 from cluster.runtime.placement import Gang
@@ -116,16 +117,17 @@ def _begin_attempt(number: int) -> None:
 
 
 class _AskDriver(FailurePolicy):
-    """In Ray Train's controller: the driver decides."""
+    """In Ray Train's controller: the driver decides, unless it stands still and another has begun a newer life."""
 
-    def __init__(self, board: Any):
+    def __init__(self, job: Job, board: Any):
         super().__init__(FailureConfig())
-        self._board = board
+        self._job, self._board = job, board
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        successor = lookout_for_successor(self._job.run, self._job.life)
         try:
             ray.get(self._board.failed.remote(cloudpickle.dumps(training_failed_error)))
-            while (again := ray.get(self._board.decided.remote())) is None:
+            while (again := ray.get(self._board.decided.remote())) is None and not successor.answer():
                 time.sleep(ASKED_EVERY)
         except RayError:  # the driver is gone, and the board with it
             again = False
@@ -133,9 +135,9 @@ class _AskDriver(FailurePolicy):
 
 
 class _Trainer(TorchTrainer):
-    def __init__(self, board: Any, **given: Any):
-        super().__init__(_rank, **given)
-        self._policy, self._start = _AskDriver(board), _Start(board)
+    def __init__(self, job: Job, board: Any, **given: Any):
+        super().__init__(_rank, train_loop_config={"job": job, "board": board}, **given)
+        self._policy, self._start = _AskDriver(job, board), _Start(board)
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
         return super()._initialize_and_run_controller(**given | {"failure_policy": self._policy})
@@ -149,8 +151,8 @@ class _Trainer(TorchTrainer):
 def _trainer(job: Job, gang: Gang, place: list[str], board: Any, notes: str) -> TorchTrainer:
     workers = job.experiment.workers
     return _Trainer(
+        job,
         board,
-        train_loop_config={"job": job, "board": board},
         torch_config=TorchConfig(backend="nccl" if workers.gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=len(place),

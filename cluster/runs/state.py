@@ -8,9 +8,13 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from cluster.storage import AlreadyExists, NotFound, Stale, Store
+from cluster.runtime.lookout import Lookout
+from cluster.storage import AlreadyExists, NotFound, Stale, StorageError, Store
 
 STATUSES = ("PENDING", "RUNNING", "STOPPED", "DONE", "FAILED")
+
+SUCCESSOR = 15.0
+"""Seconds between two questions whether a newer life has begun."""
 
 NONE_YET = -1
 """The attempt of a life that has started no worker group."""
@@ -104,6 +108,11 @@ def assert_newest_life(store: Store, life: int, attempt: int | None = None) -> N
         raise Superseded(f"life {newest.life} of {store.url} has begun; life {life} stops without writing any more")
     if attempt is not None and newest > (life, attempt):
         raise Superseded(f"attempt {newest} of {store.url} has begun; {Attempt(life, attempt)} stops without writing any more")
+
+
+def lookout_for_successor(store: Store, life: int) -> Lookout[bool]:
+    """Asks whether a newer life of this run has begun, which waits for the machines of this one."""
+    return Lookout(lambda: newest_life(store) > life, SUCCESSOR, StorageError)
 
 
 def read_state(store: Store) -> State | None:

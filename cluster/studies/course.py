@@ -157,6 +157,8 @@ class Course:
         elif fault.kind == "freeze_driver":
             self._how = "same command (while the first stood still)"
             self._spend(lambda: self._watch.history[-1].life > before.life)
+            if self._watch.history[-1].life == before.life:
+                raise MachineError(f"while the first driver stood still, no other trained in its stead for {NOTICED:g} s:\n{self.said()}")
             self._lift()
         elif fault.kind in ("power_off", "drain") or (fault.kind == "cut" and fault.seconds == math.inf):
             assert self._ground.hosts

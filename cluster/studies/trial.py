@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cluster.driver.interruption import Enough
-from cluster.driver.lookout import Lookout
 from cluster.driver.pin import pin
 from cluster.driver.run import STEPS, execute
 from cluster.evaluation.rows import MODEL
 from cluster.evaluation.rung import read_rung
 from cluster.runtime.failures import StageFailed
+from cluster.runtime.lookout import Lookout
 from cluster.storage import StorageError
 from cluster.studies.first_stage import train_first_stage
 from cluster.studies.sweep import OpenSweep

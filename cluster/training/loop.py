@@ -30,7 +30,7 @@ from cluster.runs.inventory import remove_orphans
 from cluster.runs.latents import corrupt_clips, read_moments, read_range
 from cluster.runs.logs import log_folder, rank_log
 from cluster.runs.retention import Retention
-from cluster.runs.state import Attempt, assert_newest_life
+from cluster.runs.state import Attempt, assert_newest_life, lookout_for_successor
 from cluster.runtime.device import peak_flops, peak_memory
 from cluster.storage import StorageError, Store
 from cluster.storage.retry import store_faults
@@ -157,6 +157,7 @@ class _Training:
         self.ahead = Ahead(place.device)
         self.engine = Engine(module, weights, engine_settings(experiment, job.stage, place.ranks), place.device)
         self.writer = CheckpointWriter(job.run, _gather, place.rank, Retention.of(experiment.run, job.stage), self.superseded)
+        self.successor = lookout_for_successor(job.run, job.life) if place.rank == 0 else None
         self.log = MetricsLog(job.run, job.life, job.attempt, job.stage) if place.rank == 0 else None
         self.validator: Validator | None = None
         self.rung_meter: RungMeter | None = None
@@ -354,6 +355,8 @@ class _Training:
     def stepped(self, batch: Batch, verdict: Verdict) -> bool:
         """What follows from a step that was applied: averaged weights, a row, a checkpoint; returns whether the ranks leave now."""
         (before, after), told = self.bounds(batch), verdict.of_all
+        if self.successor and self.successor.answer():
+            self.superseded()
         with self.meter.phase("optimizer"):
             self.engine.average()
         numbers = {"loss": verdict.loss, "gradient_norm": verdict.gradient_norm, "learning_rate": self.rate(batch)}

@@ -91,6 +91,7 @@ def test_ranks_that_wait_for_a_lock_or_leave_out_a_collective(
     assert_told(run, undisturbed, hang(run, order), phase)
 
 
+@pytest.mark.alone
 def test_ten_runs_on_a_busy_machine_raise_no_alarm(shards: Path, tmp_path: Path) -> None:
     """Two ranks beside so many processes that each core has five to serve, as nice as Ray's own: beside others those would stand still."""
     command = ["nice", "-n", str(NICENESS), sys.executable, "-c", "while True: pass"]

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +19,13 @@ from cluster.config.schema import Experiment
 from cluster.data.manifest import load_manifest
 from cluster.data.quarantine import BadItem
 from cluster.data.reader import Reader
-from cluster.runs import checkpoint
+from cluster.data.stream import Batch
+from cluster.runs import checkpoint, state
+from cluster.runs.state import Superseded
 from cluster.storage import open_store
 from cluster.training import loop
 from cluster.training.engine import NonFinite
+from cluster.training.verdict import Verdict
 from reactdiff.data.order import Order
 from tests.cluster.support.poison import Dose, poisoned_items
 from tests.cluster.support.ranks import on_ranks, start_ranks
@@ -117,6 +121,32 @@ def test_killed_with_sigkill_and_started_again_the_final_weights_are_identical(s
     assert 0 < at_the_kill.progress < 240, "the kill came in the middle"
     train_on(2, tiny(shards, killed, *settings), killed, life=2)
     assert parts(killed) == parts(whole)
+
+
+def succeeded(rank: int, ranks: int, experiment: Experiment, folder: str) -> int:
+    """Train, with a newer life from step 3 on; the step in which a rank learnt of it."""
+    state.SUCCESSOR = 0.0
+    original, steps = loop._Training.stepped, [0]
+
+    def stepped(self: loop._Training, batch: Batch, verdict: Verdict) -> bool:
+        steps[0] = batch.step
+        if batch.step == 3 and rank == 0:
+            self.job.run.create("lives/000002.json", b"{}")
+        time.sleep(0.01)  # in which the store answers
+        return original(self, batch, verdict)
+
+    loop._Training.stepped = stepped  # type: ignore[method-assign]
+    try:
+        train_here(rank, ranks, experiment, folder, 1, "autoencoder")
+    except Superseded:
+        return steps[0]
+    raise AssertionError("it trained to its end")
+
+
+def test_ranks_whose_driver_stands_still_leave_when_a_newer_life_has_begun(shards: Path, tmp_path: Path) -> None:
+    experiment = tiny(shards, tmp_path, "optim.epochs=200", "run.checkpoint_every=1000000")
+    (step,) = on_ranks(1, succeeded, experiment, str(tmp_path))
+    assert 3 <= step < 300, "of 1333, and no checkpoint told it"
 
 
 def test_a_damaged_checkpoint_is_passed_over_loudly_and_the_run_ends_the_same(shards: Path, tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ def trained(rank: int, ranks: int, experiment: Experiment, folder: str) -> tuple
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("channels", "limit"), [(128, 7e9), (256, 20e9)])
 def test_the_faithful_stage_2_is_trained_and_kept_on_one_rank_within_20_gb(channels: int, limit: float, tmp_path: Path) -> None:

@@ -1,12 +1,10 @@
-"""A question to Ray that is asked again and again beside other work: without its head a cluster does not answer, and training goes on."""
+"""A question to a cluster or a store that is asked again and again beside other work, which goes on where neither answers."""
 
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from threading import Thread
 from typing import Generic, TypeVar
-
-from ray.exceptions import RayError
 
 T = TypeVar("T")
 
@@ -17,11 +15,18 @@ class Lookout(Generic[T]):
     Args:
         ask: the question.
         every: seconds between two.
+        silence: what it raises where there is no answer.
         clock: seconds that only grow.
     """
 
-    def __init__(self, ask: Callable[[], T], every: float, clock: Callable[[], float] = time.monotonic):
-        self._ask, self._every, self._clock = ask, every, clock
+    def __init__(
+        self,
+        ask: Callable[[], T],
+        every: float,
+        *silence: type[Exception],
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._ask, self._every, self._silence, self._clock = ask, every, silence, clock
         self._asked, self._answers = 0.0, list[T]()
         self._thread: Thread | None = None
 
@@ -37,5 +42,5 @@ class Lookout(Generic[T]):
         return answer
 
     def _run(self) -> None:
-        with suppress(RayError):
+        with suppress(*self._silence):
             self._answers.append(self._ask())

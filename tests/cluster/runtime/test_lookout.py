@@ -3,7 +3,7 @@
 import time
 from threading import Event
 
-from cluster.driver.lookout import Lookout
+from cluster.runtime.lookout import Lookout
 
 
 def soon(lookout: Lookout[int]) -> int:
@@ -20,7 +20,7 @@ def test_a_question_without_an_answer_holds_up_nobody_and_is_not_asked_twice() -
         head.wait()
         return asked[0]
 
-    lookout = Lookout(ask, every=0.0)
+    lookout = Lookout(ask, 0.0, OSError)
     assert [lookout.answer() for _ in range(100)] == [None] * 100 and asked == [1]
     head.set()
     assert soon(lookout) == 1
@@ -34,7 +34,7 @@ def test_it_asks_when_it_is_time() -> None:
         asked[0] += 1
         return asked[0]
 
-    lookout = Lookout(ask, every=2.0, clock=lambda: now[0])
+    lookout = Lookout(ask, 2.0, OSError, clock=lambda: now[0])
     assert soon(lookout) == 1
     for _ in range(20):
         assert lookout.answer() is None

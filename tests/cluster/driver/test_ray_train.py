@@ -1,0 +1,50 @@
+"""What Ray Train is told to do about ranks that failed."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+
+from cluster.config.schema import Experiment
+from cluster.driver.board import Board
+from cluster.driver.ray_train import _AskDriver
+from cluster.runs.state import open_life
+from cluster.storage import open_store
+from cluster.training.loop import Job
+from cluster.training.requests import Request
+
+
+@pytest.fixture
+def asked(local_ray: object, tmp_path: Path) -> tuple[_AskDriver, Any, Job]:
+    """Who asks, for life 1 of a run, and the board on which the driver answers."""
+    run, board = open_store(str(tmp_path)), Board.remote()
+    job = Job(Experiment(), "autoencoder", run, open_life(run, {}), run, "")
+    return _AskDriver(job, board), board, job
+
+
+FAILED = WorkerGroupError("a rank failed", {0: RuntimeError("it did")})
+
+
+@pytest.mark.parametrize(("again", "decision"), [(True, FailureDecision.RETRY), (False, FailureDecision.RAISE)])
+def test_the_driver_decides(asked: tuple[_AskDriver, Any, Job], again: bool, decision: FailureDecision) -> None:
+    policy, board, _ = asked
+
+    def drive() -> None:
+        while ray.get(board.take.remote(Request.NOTHING))[1] is None:
+            time.sleep(0.01)
+        ray.get(board.decide.remote(again))
+
+    with ThreadPoolExecutor(1) as driver:
+        driver.submit(drive)
+        assert policy.make_decision(FAILED) == decision
+
+
+def test_a_driver_that_stands_still_is_not_waited_for_once_another_has_begun_a_newer_life(asked: tuple[_AskDriver, Any, Job]) -> None:
+    policy, _, job = asked
+    open_life(job.run, {})
+    assert policy.make_decision(FAILED) == FailureDecision.RAISE
