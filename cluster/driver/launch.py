@@ -1,6 +1,7 @@
 """One stage on Ray Train: a worker group that waits for its place, is watched, and is started again where the failure table says so."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ray.exceptions import RayError
@@ -62,7 +63,7 @@ class _Stage:
         assert_ours: Callable[[], None],
         enough: Callable[[], str],
     ):
-        self._job, self._gang, self._enough = job, gang, enough
+        self._job, self._gang, self._enough = job, replace(gang, owner=job.run.url), enough
         self._monitor, self._interruption, self._assert_ours = monitor, interruption, assert_ours
         self._budget = Budget(job.experiment.run.retries)
         self._furthest = newest_progress(job.run, job.stage)

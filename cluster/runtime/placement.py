@@ -6,11 +6,14 @@ It is given back the moment before the ranks are placed, on the machines that it
 
 import datetime
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import psutil
+from ray._raylet import PlacementGroupID
 from ray.util import placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup
 
 from cluster.runtime.nodes import Node, autoscaler_maximum, is_private, nodes
 
@@ -41,6 +44,7 @@ class Gang:
         per_host: most on one machine, 0: as many as it has room for.
         labels: that a machine must have.
         memory: bytes of its machine's memory that a rank needs where there are so many; None: nobody knows.
+        owner: whose they are; what another driver has reserved for it is withdrawn.
     """
 
     least: int
@@ -49,6 +53,7 @@ class Gang:
     per_host: int = 0
     labels: Mapping[str, str] | None = None
     memory: Callable[[int], int] | None = None
+    owner: str = ""
 
     def each(self, ranks: int) -> dict[str, float]:
         """What one of so many ranks needs."""
@@ -137,6 +142,7 @@ class Demand:
             [{name: count * amount for name, amount in gang.each(ranks).items()} for count in self._hosts],
             strategy="STRICT_SPREAD" if gang.per_host else "PACK",
             bundle_label_selector=[dict(gang.labels)] * len(self._hosts) if gang.labels else None,
+            name=f"{gang.owner} {uuid.uuid4().hex}",
         )
 
     def place(self) -> list[str] | None:
@@ -150,6 +156,13 @@ class Demand:
     def remove(self) -> None:
         """Give it back."""
         remove_placement_group(self._group)
+
+
+def withdraw_demands(owner: str) -> None:
+    """Give back what was reserved for an owner: its driver may stand still, and would keep it from the next one."""
+    for number, known in placement_group_table().items():
+        if known["name"].startswith(f"{owner} ") and known["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(number)))
 
 
 def wait_for_place(
@@ -179,6 +192,8 @@ def wait_for_place(
     assert_possible(gang)
     began, since = clock(), datetime.datetime.now().strftime("%H:%M:%S")
     demand, ranks = None, 0
+    if gang.owner:
+        withdraw_demands(gang.owner)
     try:
         while True:
             there = nodes()

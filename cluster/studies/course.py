@@ -184,7 +184,8 @@ class Course:
             over = recovery(self._watch, done)
             items = over.steps_lost * self._case.batches[done.before.stage]
             numbers = (over.noticed, over.going, items)
-            self.endured.append(Endured(done.fault, done.host, done.before.step, done.detail, *numbers, self._how))
+            came = replace(done.fault, stage=done.before.stage)  # it may be later than the script has it
+            self.endured.append(Endured(came, done.host, done.before.step, done.detail, *numbers, self._how))
             self._open = None
 
     def _damage_shards(self, injector: Injector, fault: Fault) -> Story:

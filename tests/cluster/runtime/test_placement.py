@@ -1,12 +1,13 @@
 """Which machines ranks are placed on, and what is refused."""
 
+import time
 from dataclasses import replace
 
 import pytest
 
 from cluster.runtime import placement
 from cluster.runtime.nodes import Node
-from cluster.runtime.placement import Gang, NoPlace, assert_possible, fit, gangs_at_once, wait_for_place
+from cluster.runtime.placement import Demand, Gang, NoPlace, assert_possible, fit, gangs_at_once, wait_for_place, withdraw_demands
 
 
 def node(name: str, cpus: float, free: float | None = None, draining: bool = False, **labels: str) -> Node:
@@ -158,3 +159,14 @@ def test_a_wait_tells_what_for_and_is_given_up_after_its_limit(cluster: dict, mo
         wait_for_place(Gang(3, 3, ONE_CPU), 120, lambda waited, text: told.append((waited, text)), lambda: now[0], pause)
     assert 119 < told[-1][0] < 120 and "room for 3 ranks (1 CPU each): 1 machine, free 2 of 2 CPU" in told[-1][1]
     assert Never.made == Never.removed > 0, "nothing stays reserved"
+
+
+def test_what_a_driver_that_stands_still_has_reserved_is_given_back_by_the_next_one_of_the_same_run(local_ray: object) -> None:
+    frozen, other = Demand(Gang(1, 1, ONE_CPU, owner="s3://lab/runs/a"), 1), Demand(Gang(1, 1, ONE_CPU, owner="s3://lab/runs/a-b"), 1)
+    try:
+        while not (frozen.place() and other.place()):
+            time.sleep(0.01)
+        withdraw_demands("s3://lab/runs/a")
+        assert frozen.place() is None and other.place()
+    finally:
+        other.remove()
