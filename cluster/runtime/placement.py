@@ -1,7 +1,7 @@
 """Room for ranks that start together: who has it now, waiting for it without end, and refusing what can never come.
 
 What is waited for is a placement group of ours: Ray reserves it as soon as there is room, and to an autoscaler it is what is asked for.
-It is given back the moment before the ranks are placed, on the machines that it was on.
+It is given back the moment before the ranks are placed, on the machines that it was on. The class of its number is private in Ray 2.56.
 """
 
 import datetime
