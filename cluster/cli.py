@@ -8,9 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from cluster.runs.state import Superseded
-from cluster.runtime.failures import AGAIN, StageFailed, exit_code
-from cluster.storage import StorageError
+from cluster.runtime.failures import AGAIN, StageFailed, exit_code, failure_of, paragraph
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -31,8 +29,11 @@ def run(main: Callable[[], int]) -> int:
     except ConnectionError as error:  # a cluster that does not answer, and may
         print(f"error: {error}", file=sys.stderr)
         return AGAIN
-    except (ValueError, StorageError, StageFailed, Superseded) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        failure = failure_of(error)
+        if not isinstance(error, ValueError | StageFailed) and (failure is None or failure.name == "user"):
+            raise  # a mistake of the program: the traceback says where
+        print(f"error: {paragraph(error)}", file=sys.stderr)
         return exit_code(error)
 
 

@@ -109,7 +109,13 @@ class ObjectStore:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
         with open(log, "ab") as output:
             self._server = subprocess.Popen(
-                command, stdout=output, stderr=output, cwd=self.root, env=environment, preexec_fn=_die_with(os.getpid())
+                command,
+                stdout=output,
+                stderr=output,
+                cwd=self.root,
+                env=environment,
+                process_group=0,  # Ctrl-C is for the command, which has something to write then
+                preexec_fn=_die_with(os.getpid()),
             )
         self._wait(f"{self.endpoint}/healthz", log, seconds=30)
 
@@ -182,6 +188,8 @@ def main() -> int:
         store.make_bucket(arguments.bucket)
         command = subprocess.Popen(arguments.command, env=os.environ | store.environment, preexec_fn=_die_with(os.getpid()))
         try:
+            code = command.wait()
+        except KeyboardInterrupt:  # the command has it from the terminal, too; the second one ends both
             code = command.wait()
         finally:
             command.terminate()

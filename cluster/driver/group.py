@@ -187,10 +187,10 @@ class Group:
         if self._interruption.signal and self.reason != "interrupted":
             self.reason = "interrupted"
             self._monitor.say("told to end: a checkpoint at the next step, then the end; the second Ctrl-C ends at once")
-        if not self.reason and (why := self._enough()):
+        if self.reason in ("", "resized") and (why := self._enough()):
             self.reason, self.why = "enough", why
             self._monitor.say(f"{why}: a checkpoint at the next step, then the end")
-        if not self.reason and (answer := self._lookout.answer()):
+        if self.reason in ("", "resized") and (answer := self._lookout.answer()):
             self._heed(*answer)
         try:
             snapshots, error = ray.get(self._board.take.remote(self._request()))
@@ -253,7 +253,7 @@ class Group:
         if leaving:
             self.reason, self.why = "preempted", f"{', '.join(self._names.get(node, node) for node in leaving)} will be taken away"
             self._monitor.say(f"{self.why}: a checkpoint at the next step")
-        elif (more := room - len(self._place)) > 0:
+        elif not self.reason and (more := room - len(self._place)) > 0:
             self.reason, self.why = "resized", f"there is room for {more} more ranks"
 
     def _ask_of_machines(self) -> tuple[list[str], int]:

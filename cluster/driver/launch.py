@@ -1,6 +1,7 @@
 """One stage on Ray Train: a worker group that waits for its place, is watched, and is started again where the failure table says so."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,9 @@ from cluster.driver.interruption import Enough, Interruption, never
 from cluster.driver.ray_train import set_defaults
 from cluster.runs.checkpoint import newest_progress
 from cluster.runs.logs import write_end
-from cluster.runtime.failures import Budget, StageFailed, classify
+from cluster.runtime.failures import LOST, PREEMPTED, Budget, StageFailed, classify
 from cluster.runtime.placement import Gang, wait_for_place
+from cluster.storage import StorageError
 from cluster.telemetry.monitor import StageMonitor
 from cluster.training.loop import Job
 
@@ -76,7 +78,7 @@ class _Stage:
             try:
                 group = Group(self._job, self._gang, self._place(), monitor, interruption, self._assert_ours, self._enough)
                 result = group.train(notes, self._judge)
-            except (TrainingFailedError, RayError) as error:
+            except (TrainingFailedError, RayError, StorageError) as error:
                 self._judge(error, group)
                 monitor.give_back(failed=True)
                 continue
@@ -117,10 +119,13 @@ class _Stage:
         """
         hang = group.hang if group else None
         failure, cause = classify([hang] if hang else getattr(error, "worker_failures", {0: error}).values())
+        if group and group.reason == "preempted" and failure is LOST:  # the machine did not stay as long as the notice said
+            failure = PREEMPTED
         where = group.where(error, cause) if group else ""
-        if (progress := newest_progress(self._job.run, self._job.stage)) > self._furthest:
-            self._furthest = progress
-            self._budget.refill()
+        with suppress(StorageError):  # what the store cannot tell now is no progress
+            if (progress := newest_progress(self._job.run, self._job.stage)) > self._furthest:
+                self._furthest = progress
+                self._budget.refill()
         if group:
             write_end(self._job.run, self._job.life, group.attempt, self._job.stage, f"{failure.name}, {where}\n{error}")
         if self._interruption.signal:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cluster.telemetry.meter import Snapshot
+from cluster.telemetry.meter import ENDED, Snapshot
 from cluster.telemetry.reminder import Reminder
 
 LEAST = 10.0
@@ -23,10 +23,10 @@ START = 1800.0
 SILENT_AT_START = 120.0
 """A rank that starts may be silent for so long, in seconds: imports and memory allocations hold the interpreter."""
 
-PHASE_LIMITS = {"data_wait": 300.0, "checkpoint": 1800.0, "evaluation": 3600.0}
-"""Phases in which a rank waits for the store, under the store's own deadlines, or computes more than a step."""
+PHASE_LIMITS = {"data_wait": 300.0, "checkpoint": 1800.0, "evaluation": 3600.0, ENDED: 1800.0}
+"""Phases in which a rank waits for the store, under the store's own deadlines, or computes more than a step, or for others' ends."""
 
-ORDER = ("startup", "other", "forward", "backward", "data_wait", "agree", "optimizer", "checkpoint", "evaluation")
+ORDER = ("startup", "other", "forward", "backward", "data_wait", "agree", "optimizer", "checkpoint", "evaluation", ENDED)
 """Phases in the order of a step."""
 
 
@@ -105,7 +105,8 @@ class Watchdog:
 
     def _silent(self, now: float) -> Stuck | None:
         limit = self._limit() if self._trained() else SILENT_AT_START
-        silent = [rank for rank, heard in sorted(self._heard.items()) if now - heard.at > limit]
+        heards = sorted(self._heard.items())
+        silent = [rank for rank, heard in heards if heard.snapshot["phase"] != ENDED and now - heard.at > limit]
         if not silent:
             return None
         said = "; ".join(self._where(rank, now) for rank in silent)

@@ -46,7 +46,9 @@ class Target(NamedTuple):
 
 
 class DamagedCheckpoint(RuntimeError):
-    """A part of a checkpoint is missing or is not what its manifest says."""
+    """A part of a checkpoint is missing or is not what its manifest says; another checkpoint may do."""
+
+    failure = "storage"
 
 
 class GoneCheckpoint(DamagedCheckpoint):

@@ -73,6 +73,9 @@ TABLE = (
 GUESSES = (" Some common causes include", " This is typically caused by")
 """Where what Ray and gloo know of an error ends, and what may have caused it begins."""
 
+PREEMPTED = next(failure for failure in TABLE if failure.name == "preempted")
+"""A machine was taken away that had said so."""
+
 LOST = TABLE[-1]
 """A worker, its machine or the cluster is gone: what remains when no rank names another reason."""
 
@@ -144,6 +147,14 @@ def failure_of(error: BaseException) -> Failure | None:
 def exit_code(error: BaseException) -> int:
     """What a command ends with that this error ended."""
     return error.failure.exit_code if isinstance(error, StageFailed) else classify([error])[0].exit_code
+
+
+def paragraph(error: BaseException) -> str:
+    """What a command says of an error that ended it: class, cause, and what to do; of an error that is a sentence already, that."""
+    failure = failure_of(error)
+    if failure is None or failure.name in ("user", "superseded", "held") or isinstance(error, StorageError | StageFailed):
+        return str(error)
+    return f"({failure.name}) {_sentence(inner(error))}. What to do: {getattr(error, 'advice', '') or failure.advice}"
 
 
 def inner(error: BaseException) -> BaseException:

@@ -103,6 +103,20 @@ def is_private() -> bool:
     return all(one["NodeManagerAddress"] == LOOPBACK for one in ray.nodes())
 
 
+def autoscaler_machines(most: int) -> list[Node]:
+    """The machines that the cluster's autoscaler may start at most, of each of its types as many as it may have, but no more than `most`.
+
+    Their labels are not known. None where there is no autoscaler.
+    """
+    if (config := state.get_cluster_config()) is None:
+        return []
+    return [
+        Node(f"{group.name} {number}", "", group.name, {}, dict(group.resources), dict(group.resources))
+        for group in config.node_group_configs
+        for number in range(most if group.max_count < 0 else min(most, group.max_count))
+    ]
+
+
 def autoscaler_maximum() -> dict[str, float] | None:
     """Most of each resource that the cluster's autoscaler may ever have; None where there is none (`ray start` by hand)."""
     maximum = state.get_max_resources_from_cluster_config()

@@ -15,7 +15,7 @@ from ray._raylet import PlacementGroupID
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 
-from cluster.runtime.nodes import Node, autoscaler_maximum, is_private, nodes
+from cluster.runtime.nodes import Node, autoscaler_machines, autoscaler_maximum, is_private, nodes
 
 MEMORY = "memory"
 """Ray's name for the bytes of a machine's memory that ranks may have."""
@@ -118,6 +118,14 @@ def assert_possible(gang: Gang) -> None:
                     f"{gang} need {gang.least * amount:g} {name}, but the cluster's autoscaler may have at most "
                     f"{maximum.get(name, 0.0):g}: lower workers.count, or raise max_workers of its configuration"
                 )
+        types = autoscaler_machines(gang.least)
+        if types and (room := len(fit(replace(gang, memory=None, labels=None), types))) < gang.least:
+            kinds = {one.name: ", ".join(f"{one.total.get(name, 0.0):g} {name}" for name in gang.resources) for one in types}
+            raise ValueError(
+                f"{gang} find room for {room} on all machines that the cluster's autoscaler may start "
+                f"({'; '.join(f'{kind}: {has}' for kind, has in kinds.items())}): lower workers.cpus or workers.count, raise "
+                "workers.per_host, or give its configuration larger machines or more of them"
+            )
 
 
 def gangs_at_once(gang: Gang) -> int:

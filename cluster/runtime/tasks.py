@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config.schema import Workers
 from cluster.runtime.device import worker_environment
-from cluster.runtime.failures import Budget, failure_of
+from cluster.runtime.failures import LOST, Budget, failure_of
 from cluster.runtime.nodes import nodes
 from cluster.runtime.postmortem import kill_worker
 from cluster.runtime.ray_cluster import resources
@@ -58,9 +58,11 @@ class Account(Protocol):
 
 
 class TaskLost(RuntimeError):
-    """The processes that answered a call, or their machines, went away each time."""
+    """The processes that answered a call, or their machines, went away each time; `failure` says why, as far as Ray knows."""
 
-    failure = "lost"
+    def __init__(self, what: str, error: RayError):
+        super().__init__(what)
+        self.failure = (failure_of(error) or LOST).name
 
 
 def map_tasks(
@@ -125,7 +127,7 @@ def map_tasks(
                 processes.add(process)
             except RayError as error:
                 processes |= {(address, int(pid)) for pid, address in RAISED_IN.findall(str(error))}
-                cause = error.cause if isinstance(error, RayTaskError) else TaskLost(f"{function.__name__}: {_first_line(error)}")
+                cause = error.cause if isinstance(error, RayTaskError) else TaskLost(f"{function.__name__}: {_first_line(error)}", error)
                 failure = failure_of(cause)
                 if failure is None or not budget.allows(failure):
                     raise cause from error

@@ -28,12 +28,15 @@ PHASES = {
 }
 """The phases of a step, each with the state its seconds fall in."""
 
+ENDED = "ended"
+"""What a rank is at that is through with its stage, or has failed, and has only to leave."""
+
 STATES = ("starting", "compute", "data_wait", "checkpoint", "evaluate")
 """States of a rank. What lies outside the phases is `starting` until `Meter.begin` and `compute` from then on."""
 
 
 def state_of(phase: str) -> str:
-    """The state in which a rank is at this: a phase, `startup`, or `other`."""
+    """The state in which a rank is at this: a phase, `startup`, `other`, or `ended`."""
     return PHASES.get(phase) or ("starting" if phase == "startup" else "compute")
 
 
@@ -66,7 +69,7 @@ class Snapshot(TypedDict):
     """A meter's state in plain JSON types; `process` tells one meter from the one that replaces it after a restart.
 
     `phase` is what the rank is at, since `phase_seconds`; `steps` are those of this process, `slowest_step` the longest of the last
-    hundred in seconds, `pid` the process.
+    hundred in seconds, without waits for the store and looks at val, `pid` the process.
     """
 
     rank: int
@@ -119,6 +122,11 @@ class Meter:
     def begin(self) -> None:
         """The rank has started: it trains from here on."""
         self._enter("other")
+        self._stepped = self._mark
+
+    def end(self) -> None:
+        """The rank takes no step any more."""
+        self._enter(ENDED)
 
     def step_done(self, *, items: int, bytes: int = 0, flops: float = 0.0) -> None:
         """Close an optimiser step: what this rank contributed to it, and its seconds per phase into the histogram.
@@ -130,8 +138,8 @@ class Meter:
         """
         with self._lock:
             self._charge()
-            if self._steps:  # the first step has the start in it
-                self._durations.append(self._mark - self._stepped)
+            beside = sum(spent for phase, spent in self._step.items() if state_of(phase) != "compute")
+            self._durations.append(self._mark - self._stepped - beside)
             self._steps, self._stepped = self._steps + 1, self._mark
             self._totals["items"] += items
             self._totals["bytes"] += bytes

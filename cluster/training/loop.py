@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,12 +113,14 @@ def train(job: Job, place: Place, report: Callable[[Snapshot], Request | None]) 
     load_compiler_late()
     log_key = f"{log_folder(job.life, job.attempt)}/{job.stage}-rank-{place.rank}.log"
     begins = f"rank {place.rank} of {place.ranks} on {platform.node()}, process {os.getpid()}"
-    with rank_log(job.run, log_key, place.ranks, begins), reporting(meter, report, lambda: _write_stacks(job, place)) as inbox:
-        training = _Training(job, place, meter, inbox)
+    # It reports until its log is written: a rank that falls silent is taken for one that hangs.
+    with reporting(meter, report, lambda: _write_stacks(job, place)) as inbox, rank_log(job.run, log_key, place.ranks, begins):
         try:
-            return training.run()
+            training = _Training(job, place, meter, inbox)
+            with closing(training.stream):
+                return training.run()
         finally:
-            training.stream.close()
+            meter.end()
 
 
 class _Training:
@@ -283,7 +285,7 @@ class _Training:
         Raises:
             NonFinite: if none is to blame, or the run is to stop at bad items.
         """
-        with self.meter.phase("backward"):
+        with self.meter.phase("evaluation"):  # item by item: it may take longer than a step
             self.isolate(self.to_blame(batch, verdict))
         for changed in filter(None, (batch, upcoming)):
             self.stream.mask(changed)

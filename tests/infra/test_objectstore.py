@@ -1,6 +1,7 @@
 """What the S3 server of our own promises: a command finds it, gets its exit code through, and nothing is left behind."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -58,3 +59,23 @@ def test_neither_server_nor_command_outlives_the_launcher(tmp_path: Path, how: s
     while (servers(tmp_path) or lives(command)) and time.monotonic() < end:
         time.sleep(0.05)
     assert servers(tmp_path) == [] and not lives(command)
+
+
+def test_ctrl_c_reaches_the_command_which_still_finds_the_server(tmp_path: Path) -> None:
+    write = (
+        "import time\n"
+        "from cluster.storage import open_store\n"
+        "try:\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(600)\n"
+        "except KeyboardInterrupt:\n"
+        "    time.sleep(1)\n"
+        "    open_store('s3://demo/x').create('checkpoint', b'1')\n"
+        "    print('written', flush=True)\n"
+    )
+    line = [sys.executable, SCRIPT, tmp_path, "--bucket", "demo", "--", sys.executable, "-c", write]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    said, _ = process.communicate()
+    assert said == "written\n" and servers(tmp_path) == []

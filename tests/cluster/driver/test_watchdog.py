@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import pytest
 
 from cluster.driver.watchdog import LEAST, START, Watchdog
+from cluster.telemetry.meter import ENDED, Meter
 
 
 class Group:
@@ -83,6 +84,39 @@ def test_waiting_for_the_store_and_validation_have_limits_of_their_own_and_are_s
     assert group.watchdog.slow().startswith("no step for 99 s: rank")
     assert group.watchdog.slow() == "", "said once a minute"
     assert group.seconds(4000, where), "and they end"
+
+
+def test_steps_of_a_minute_are_no_hang_from_the_first_on_and_what_is_beside_them_does_not_make_the_limit_longer() -> None:
+    now, found = [0.0], []
+    watchdog, meter = Watchdog(1, lambda rank: f"rank {rank}", lambda: now[0]), Meter(0, 1, "diffusion", lambda: now[0])
+
+    def spend(seconds: int) -> None:
+        for _ in range(seconds):
+            now[0] += 1
+            watchdog.hear(meter.snapshot())
+            found.append(watchdog.look())
+
+    spend(100)
+    meter.begin()
+    for step in range(4):
+        with meter.phase("backward"):
+            spend(60)
+        with meter.phase("evaluation" if step == 2 else "data_wait"):
+            spend(200)
+        meter.step_done(items=1)
+    assert not any(found)
+    with meter.phase("backward"):
+        spend(300)
+        assert not any(found)
+        spend(2)
+    assert found[-1] and found[-1].text.startswith("no step for 301 s, limit 300 s")
+
+
+def test_a_rank_that_has_ended_may_be_silent_while_others_finish_a_checkpoint_and_not_for_ever() -> None:
+    group = trained()
+    group.second({rank: (4, ENDED) for rank in (1, 2)})
+    assert group.seconds(1700, {0: (4, "checkpoint")}) == []
+    assert group.seconds(200, {0: (4, "checkpoint")})[0].startswith("[0] no step for 1801 s")
 
 
 def test_what_starts_may_take_its_time_and_it_is_said() -> None:

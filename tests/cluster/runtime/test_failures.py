@@ -102,6 +102,34 @@ def test_a_failure_is_one_paragraph_that_says_class_place_cause_what_was_done_an
     )
 
 
+PARAGRAPHS = {
+    "superseded": "nothing: the newer one goes on",
+    "held": "wait for it, or end it",
+    "data": "mend the file and give the same command again, or go on without: data.on_corrupt=quarantine",
+    "non_finite": "look at the items named; lower optim.lr or set optim.clip, which makes another run",
+    "out_of_memory": (
+        "lower workers.micro_batch, set workers.recompute=true, raise workers.zero or workers.count; all of them may change in a run"
+    ),
+    "refused": "correct the URL, or the credentials and their rights; then the same command",
+    "storage": "see to the store; the same command goes on",
+    "user": "correct what the sentence names; then the same command",
+    "hang": "look at the stacks in the run's folder; the same command goes on",
+    "preempted": "the same command goes on",
+    "no_place": "the same command goes on when there is room",
+    "lost": "see to the machine; the same command goes on",
+}
+
+
+def test_each_class_has_its_paragraph() -> None:
+    """Class, host, rank, progress, cause, what was done and what to do."""
+    place, tried = "rank 1, host h2 (10.0.0.2), at 600 items", "retries without progress: 3 of 3 for it"
+    said = {one.name: str(StageFailed("diffusion", one, RuntimeError("why"), place, tried)) for one in failures.TABLE}
+    assert said == {
+        name: f"stage diffusion failed ({name}), {place}: RuntimeError: why. {tried}. What to do: {advice}"
+        for name, advice in PARAGRAPHS.items()
+    }
+
+
 def row(name: str) -> failures.Failure:
     return next(one for one in failures.TABLE if one.name == name)
 

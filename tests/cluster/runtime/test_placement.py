@@ -95,9 +95,10 @@ class There:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> dict:
     """A cluster as it is told here."""
-    facts: dict = {"private": False, "maximum": None, "nodes": [node("1", 2)]}
+    facts: dict = {"private": False, "maximum": None, "machines": [], "nodes": [node("1", 2)]}
     monkeypatch.setattr(placement, "is_private", lambda: facts["private"])
     monkeypatch.setattr(placement, "autoscaler_maximum", lambda: facts["maximum"])
+    monkeypatch.setattr(placement, "autoscaler_machines", lambda most: facts["machines"][:most])
     monkeypatch.setattr(placement, "nodes", lambda: facts["nodes"])
     return facts
 
@@ -116,6 +117,16 @@ def test_more_than_the_autoscaler_may_have_is_refused_with_the_numbers(cluster: 
     assert_possible(Gang(4, 9, {"CPU": 2.0, "GPU": 1.0}))
     with pytest.raises(ValueError, match=r"5 ranks .* need 5 GPU, but the cluster's autoscaler may have at most 4"):
         assert_possible(Gang(5, 5, {"CPU": 1.0, "GPU": 1.0}))
+
+
+def test_ranks_that_no_machine_of_the_autoscaler_has_room_for_are_refused(cluster: dict) -> None:
+    cluster.update(maximum={"CPU": 64.0}, machines=[node(name, 8) for name in "123456789"])
+    assert_possible(Gang(8, 9, {"CPU": 8.0}, per_host=1, labels={"pool": "gpu"}))
+    with pytest.raises(ValueError, match=r"1 rank \(16 CPU each\) find room for 0 on all machines .* \(1: 8 CPU\): lower workers.cpus"):
+        assert_possible(Gang(1, 1, {"CPU": 16.0}))
+    cluster["machines"] = cluster["machines"][:3]
+    with pytest.raises(ValueError, match="4 to 9 ranks .* at most 1 a machine.* find room for 3"):
+        assert_possible(Gang(4, 9, ONE_CPU, per_host=1))
 
 
 def test_a_cluster_started_by_hand_may_grow_so_nothing_is_refused(cluster: dict) -> None:
