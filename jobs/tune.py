@@ -4,9 +4,12 @@
   python jobs/tune.py --config jobs/configs/sweep.yaml --dry-run optim.epochs=2
 
 The same command goes on after an interruption: finished trials are skipped, others resume where they were, and every decision is the
-one that would have been taken. While another process is at the same sweep it says so and ends, with exit code 0. The best trial's
-experiment is <run.store>/sweeps/<name>/best.yaml: `python jobs/train.py --config` on it scores it on the experiment's own split,
-and trains it further if optim.epochs is raised.
+one that would have been taken. Ctrl-C once lets the trials that run write a checkpoint first. While another process is at the same sweep
+it says so and ends, with exit code 0. It ends with 75 where trials are left with which the same command may go on by itself, as after
+the loss of a machine, and with 1 where a person must act first.
+
+The best trial's experiment is <run.store>/sweeps/<name>/best.yaml: `python jobs/train.py --config` on it scores it on the experiment's
+own split, and trains it further if optim.epochs is raised.
 """
 
 import sys
@@ -14,10 +17,11 @@ from pathlib import Path
 
 from cluster import cli
 from cluster.runs.lease import Held
+from cluster.runtime.failures import AGAIN, PERSON
 from cluster.studies.search import Search
 from cluster.studies.sweep import OpenSweep, Sweep
 from cluster.studies.sweep_table import LiveSweep, importance_table, sweep_console, sweep_table
-from cluster.studies.tuner import run_sweep
+from cluster.studies.tuner import Undone, run_sweep
 
 CONFIG = Path(__file__).parent / "configs" / "sweep.yaml"
 
@@ -32,11 +36,11 @@ def main() -> int:
         return dry_run(OpenSweep(sweep, overrides))
     with LiveSweep() as live:
         try:
-            search, errors = run_sweep(sweep, overrides, live.say, live.show)
+            search, undone = run_sweep(sweep, overrides, live.say, live.show)
         except Held as held:
             live.say(str(held))
             return 0
-    return report(search, errors)
+    return report(search, undone)
 
 
 def dry_run(opened: OpenSweep) -> int:
@@ -52,10 +56,10 @@ def dry_run(opened: OpenSweep) -> int:
     return 0
 
 
-def report(search: Search, errors: dict[int, str]) -> int:
+def report(search: Search, undone: dict[int, Undone]) -> int:
     """Print what came of it."""
     console = sweep_console()
-    console.print(sweep_table(search, errors))
+    console.print(sweep_table(search, {number: one.why for number, one in undone.items()}))
     if (matters := importance_table(search)) is not None:
         console.print(matters)
     if search.best() is not None:
@@ -63,10 +67,11 @@ def report(search: Search, errors: dict[int, str]) -> int:
         fetch = f"aws s3 cp {store.url}/best.yaml . && " if "://" in store.url else ""
         command_line = f"{fetch}python jobs/train.py --config {'' if fetch else store.url + '/'}best.yaml"
         console.print(f"the best one, on the experiment's own split: {command_line}")
-    if undone := [search.ledger.trials[number].run for number in search.unfinished()]:
-        what = f"{len(undone)} of {len(search.ledger.trials)} trials are not done ({', '.join(undone)})"
-        print(f"error: {what}; the same command goes on with them", file=sys.stderr)
-    return 1 if undone else 0
+    if left := search.unfinished():
+        runs = ", ".join(search.ledger.trials[number].run for number in left)
+        print(f"error: {len(left)} of {len(search.ledger.trials)} trials are not done ({runs}); the same command goes on", file=sys.stderr)
+        return PERSON if any(one.code == PERSON for one in undone.values()) else AGAIN
+    return 0
 
 
 if __name__ == "__main__":

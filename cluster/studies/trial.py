@@ -25,21 +25,25 @@ FOR_GOOD = ("non_finite",)
 log = logging.getLogger(__name__)
 
 
-def run_trial(opened: OpenSweep, number: int, report: Callable[[Mapping[str, Any]], None]) -> None:
+def run_trial(
+    opened: OpenSweep, number: int, report: Callable[[Mapping[str, Any]], None], ending: Callable[[], bool | None] = lambda: False
+) -> None:
     """Bring a trial to its end, or to where it is stopped.
 
     Args:
         opened: the sweep.
         number: of the trial.
         report: told that something of the trial was entered in the ledger.
+        ending: asked all the time; whether the sweep was told to end.
 
     Raises:
-        ConfigError, StageFailed, Superseded, KeyboardInterrupt: as `cluster.driver.run.execute`; the same trial goes on later.
+        ConfigError, StageFailed, Superseded: as `cluster.driver.run.execute`; the same trial goes on later.
+        ToldToEnd: if it was, when there is a checkpoint.
     """
     ledger = opened.ledger
     ledger.refresh()
     trial = opened.trial(number, ledger.trials[number].point)
-    steering = _Steering(opened, number, trial.run, report)
+    steering = _Steering(opened, number, trial.run, report, ending)
     stopped = steering.look()
     with Display() as display:
         try:
@@ -51,6 +55,8 @@ def run_trial(opened: OpenSweep, number: int, report: Callable[[Mapping[str, Any
             steering.look()
             ledger.enter_end(number, "DONE", scores=scores["official"] | scores["repaired"])
         except Enough as told:
+            if steering.ending:
+                raise ToldToEnd(f"trial {number}: {told}; the same command goes on from its checkpoint") from told
             ledger.enter_end(number, "STOPPED", str(told))
             display.say(f"trial {number} ends: {told}")
         except StageFailed as failed:
@@ -62,10 +68,28 @@ def run_trial(opened: OpenSweep, number: int, report: Callable[[Mapping[str, Any
     report({"trial": number})
 
 
-class _Steering:
-    """Tells the ledger what the run has measured, and the run what the ledger says; called by the run all the time."""
+class ToldToEnd(RuntimeError):
+    """The sweep was told to end, and the trial has left at a checkpoint."""
 
-    def __init__(self, opened: OpenSweep, number: int, run: str, report: Callable[[Mapping[str, Any]], None]):
+    failure = "preempted"
+
+
+class _Steering:
+    """Tells the ledger what the run has measured, and the run what the ledger says; called by the run all the time.
+
+    Attributes:
+        ending: whether the sweep was told to end.
+    """
+
+    def __init__(
+        self,
+        opened: OpenSweep,
+        number: int,
+        run: str,
+        report: Callable[[Mapping[str, Any]], None],
+        ending: Callable[[], bool | None],
+    ):
+        self.ending, self._ask_ending = False, ending
         halving = opened.sweep.halving
         self._rungs = halving.rungs if halving else ()
         self._ledger, self._number, self._run, self._report = opened.ledger, number, opened.home.at(f"runs/{run}"), report
@@ -73,6 +97,9 @@ class _Steering:
         self._lookout = Lookout(self._ask, LOOK)
 
     def __call__(self) -> str:
+        self.ending = self.ending or bool(self._ask_ending())
+        if self.ending:
+            return "the sweep was told to end"
         if not self._rungs or (why := self._lookout.answer()) is None:
             return ""
         if len(self._entered) > self._reported:

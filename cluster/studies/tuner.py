@@ -6,29 +6,47 @@ never read: the same command replays the ledger, skips what is settled and goes 
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import ray
 from ray import tune
+from ray.exceptions import RayError
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from cluster.config.schema import Experiment
+from cluster.driver.interruption import Interruption
 from cluster.driver.plan import gang_with_memory
 from cluster.driver.ray_train import gang_of
 from cluster.runs.environment import command
 from cluster.runs.lease import Lease
+from cluster.runtime.failures import AGAIN, StageFailed, exit_code, failure_of, paragraph
+from cluster.runtime.lookout import Lookout
+from cluster.runtime.nodes import nodes
 from cluster.runtime.placement import assert_possible, gangs_at_once
 from cluster.runtime.ray_cluster import connect
 from cluster.studies.search import Search
 from cluster.studies.sweep import OpenSweep, Sweep, Trial
-from cluster.studies.trial import run_trial
+from cluster.studies.trial import LOOK, run_trial
+from cluster.telemetry.repeating import repeating
 from reactdiff.stage import Source, stages_over
 
 Show = Callable[[Search, Mapping[int, str]], None]
 """Shows how a sweep stands, with the numbers of running trials and of those that failed, and why."""
 
 
-def run_sweep(sweep: Sweep, overrides: Sequence[str], say: Callable[[str], None], show: Show) -> tuple[Search, dict[int, str]]:
+DRIVER = "driver"
+"""Resource of the machines that drivers are on, where a cluster has some: not on spot machines, and not the head."""
+
+
+class Undone(NamedTuple):
+    """Why a trial is not done, and what a command ends with that was for it alone."""
+
+    why: str
+    code: int
+
+
+def run_sweep(sweep: Sweep, overrides: Sequence[str], say: Callable[[str], None], show: Show) -> tuple[Search, dict[int, Undone]]:
     """Bring every trial to its end, then write the experiment of the best one, `best.yaml`.
 
     A trial that fails does not stop the others; the same call again goes on with it, unless it would fail again.
@@ -47,6 +65,7 @@ def run_sweep(sweep: Sweep, overrides: Sequence[str], say: Callable[[str], None]
         NoPlace: if a machine of the cluster had too little memory free for the ranks.
         Held: if another process is at this sweep.
         Superseded: if one has taken it over.
+        KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when the trials that ran have written a checkpoint.
     """
     opened = OpenSweep(sweep, overrides)
     opened.check(opened.known_trials(opened.ledger))  # what cannot be run is refused before anything is written
@@ -61,12 +80,18 @@ def run_sweep(sweep: Sweep, overrides: Sequence[str], say: Callable[[str], None]
         there = search.ledger.trials.values()
         done = sum(search.settled(one.number) for one in there)
         say(f"sweep {sweep.name}: {sweep.most} trials, {done} of them done, {concurrent} at a time, in {opened.store.url}")
-        errors = tune_trials(search, concurrent, show) if search.unfinished() else {}
+        undone = dict[int, Undone]()
+        if search.unfinished():
+            with Interruption() as interruption:
+                undone = tune_trials(search, concurrent, show, interruption)
+                if interruption.signal:
+                    say("told to end: the trials have written checkpoints; the same command goes on from there")
+                    interruption.end()
         lease.assert_held()
         search.refresh()
         if (winner := search.best()) is not None:
             opened.store.put("best.yaml", opened.winner(winner.point).encode())
-        return search, errors
+        return search, undone
 
 
 def _concurrent(sweep: Sweep, trials: Sequence[Trial], opened: OpenSweep, say: Callable[[str], None]) -> int:
@@ -88,36 +113,70 @@ def _concurrent(sweep: Sweep, trials: Sequence[Trial], opened: OpenSweep, say: C
     return sweep.concurrent
 
 
-def tune_trials(search: Search, concurrent: int, show: Show) -> dict[int, str]:
+def tune_trials(search: Search, concurrent: int, show: Show, interruption: Interruption) -> dict[int, Undone]:
     """Run trials until there are none to start; each driver is a process beside the ranks it starts, and reserves next to nothing.
 
+    Once the process was told to end no trial is started, and those that run are asked to leave at their next step with a checkpoint.
+
     Returns:
-        Number of each trial that failed and is to go on -> why.
+        Number of each trial that was begun, is not done and is to go on -> why.
     """
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # an interruption ends this process, as that of any job does
-    searcher = _LedgerSearcher(search, concurrent, show)
-    results = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, opened=search.opened), {"cpu": 0.01}),  # a CPU each could leave none for ranks
-        tune_config=tune.TuneConfig(num_samples=search.opened.sweep.most, search_alg=searcher, scheduler=_LedgerScheduler(searcher)),
-        run_config=tune.RunConfig(name="tune", storage_path=search.opened.store.url, verbose=0),
-    ).fit()
-    every = [results[number] for number in range(len(results))]
-    errors = {one.config["number"]: one.error for one in every if one.config and one.error}
-    return {number: str(error).strip().splitlines()[-1] for number, error in errors.items() if number in search.given_up}
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it is heard here
+    searcher = _LedgerSearcher(search, concurrent, show, interruption)
+    notice = _Notice.remote()  # type: ignore[attr-defined]
+
+    def hand_on() -> None:
+        if interruption.signal:
+            notice.give.remote()
+
+    # A CPU each could leave none for ranks.
+    place = {DRIVER: 0.01} if any(node.total.get(DRIVER) for node in nodes()) else {"cpu": 0.01}
+    trainable = tune.with_parameters(_trial, opened=search.opened, notice=notice, drive=run_trial)
+    with repeating(hand_on, LOOK, "interruption"):
+        tune.Tuner(
+            tune.with_resources(trainable, place),
+            tune_config=tune.TuneConfig(num_samples=search.opened.sweep.most, search_alg=searcher, scheduler=_LedgerScheduler(searcher)),
+            run_config=tune.RunConfig(name="tune", storage_path=search.opened.store.url, verbose=0),
+        ).fit()
+    return {number: why for number, why in searcher.undone.items() if number in search.given_up}
 
 
-def _trial(config: dict[str, int], opened: OpenSweep) -> None:
-    """The driver of one trial, as Tune starts it."""
-    run_trial(opened, config["number"], tune.report)
+@ray.remote(num_cpus=0)
+class _Notice:
+    """Where trials hear that the sweep was told to end."""
+
+    def __init__(self) -> None:
+        self._given = False
+
+    def give(self) -> None:
+        """It was told now."""
+        self._given = True
+
+    def given(self) -> bool:
+        """Whether it was."""
+        return self._given
+
+
+def _trial(config: dict[str, int], opened: OpenSweep, notice: Any, drive: Callable[..., None]) -> None:
+    """The driver of one trial, as Tune starts it; why one is not done is told in words, not by a pickled error."""
+    number = config["number"]
+    ending = Lookout(lambda: ray.get(notice.given.remote()), LOOK, RayError)
+    try:
+        drive(opened, number, tune.report, ending.answer)
+    except Exception as error:
+        tune.report({"trial": number, "undone": paragraph(error), "code": exit_code(error)})
+        if failure_of(error) is None and not isinstance(error, StageFailed):  # a mistake of the program: Tune shows where
+            raise
 
 
 class _LedgerSearcher(Searcher):
     """Answers Tune from the ledger; it has no state to be saved."""
 
-    def __init__(self, search: Search, concurrent: int, show: Show):
+    def __init__(self, search: Search, concurrent: int, show: Show, interruption: Interruption):
         super().__init__()
-        self._search, self._concurrent, self._show = search, concurrent, show
+        self._search, self._concurrent, self._show, self._interruption = search, concurrent, show, interruption
         self._running: dict[str, int] = {}
+        self.undone: dict[int, Undone] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune keeps pickles of its own, which nobody reads."""
@@ -128,6 +187,8 @@ class _LedgerSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """The trial to start now."""
+        if self._interruption.signal:
+            return None if self._running else Searcher.FINISHED
         if len(self._running) >= self._concurrent:
             return None
         if (number := self._search.next(self._running.values())) is None:
@@ -142,6 +203,13 @@ class _LedgerSearcher(Searcher):
         self._search.refresh()
         if number in self._search.unfinished():
             self._search.given_up.add(number)
+            self.undone.setdefault(number, Undone("its driver is gone, and said nothing: its machine may be lost", AGAIN))
+        self.look()
+
+    def hear(self, result: Mapping[str, Any]) -> None:
+        """A trial's driver has something to tell."""
+        if "undone" in result:
+            self.undone[result["trial"]] = Undone(result["undone"], result["code"])
         self.look()
 
     def look(self) -> None:
@@ -162,6 +230,6 @@ class _LedgerScheduler(FIFOScheduler):
         return {}
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """A trial has entered something in the ledger."""
-        self._searcher.look()
+        """A trial has entered something in the ledger, or is not done."""
+        self._searcher.hear(result)
         return FIFOScheduler.CONTINUE

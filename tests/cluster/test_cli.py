@@ -21,9 +21,9 @@ LOST = "error: (lost) {}. What to do: see to the machine; the same command goes 
         (ConnectionError("there is no Ray"), 75, "error: there is no Ray"),
         (Superseded("life 2 has begun"), 75, "error: life 2 has begun"),
         (TaskLost("evaluate: its machine is gone", NodeDiedError("gone")), 75, LOST.format("TaskLost: evaluate: its machine is gone")),
-        (TaskLost("evaluate: killed", OutOfMemoryError("too much")), 1, "error: (out_of_memory) TaskLost: evaluate: killed. What to do: lower"),
+        (TaskLost("evaluate: killed", OutOfMemoryError("too much")), 1, "error: (out_of_memory) TaskLost: evaluate: killed. What to do:"),
         (NodeDiedError("the node died"), 75, "error: (lost) NodeDiedError: "),
-        (NoPlace("no room in 5 minutes"), 75, "error: (no_place) NoPlace: no room in 5 minutes. What to do: the same command goes on when"),
+        (NoPlace("no room in an hour"), 75, "error: (no_place) NoPlace: no room in an hour. What to do: the same command goes on when"),
         (DamagedCheckpoint("a part is missing"), 75, "error: (storage) DamagedCheckpoint: a part is missing. What to do: see to the store"),
     ],
 )

@@ -20,6 +20,8 @@ from ray.autoscaler._private.commands import _bootstrap_config
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.tags import NODE_KIND_HEAD, NODE_KIND_WORKER, TAG_RAY_NODE_KIND, TAG_RAY_NODE_NAME, TAG_RAY_USER_NODE_TYPE
 
+from cluster.studies.tuner import DRIVER
+
 ROOT = Path(__file__).parents[2]
 Config = dict[str, Any]
 
@@ -91,7 +93,7 @@ def test_drivers_have_a_machine_of_their_own_that_is_neither_the_head_nor_spot_a
     assert kind != config["head_node_type"]
     assert "InstanceMarketOptions" not in kinds[kind]["node_config"]
     assert kinds[kind]["min_workers"] == 1, "it is there before a job asks for it, and not taken down between two"
-    assert kinds[kind]["resources"] == {"CPU": 0}, "a rank or task asks for a CPU at least"
+    assert kinds[kind]["resources"] == {"CPU": 0, DRIVER: 1}, "a rank or task asks for a CPU at least"
 
 
 @pytest.mark.parametrize("page", ["README.md", "infra/aws/README.md"])

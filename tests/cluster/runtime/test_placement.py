@@ -125,7 +125,7 @@ def test_ranks_that_no_machine_of_the_autoscaler_has_room_for_are_refused(cluste
     with pytest.raises(ValueError, match=r"1 rank \(16 CPU each\) find room for 0 on all machines .* \(1: 8 CPU\): lower workers.cpus"):
         assert_possible(Gang(1, 1, {"CPU": 16.0}))
     cluster["machines"] = cluster["machines"][:3]
-    with pytest.raises(ValueError, match="4 to 9 ranks .* at most 1 a machine.* find room for 3"):
+    with pytest.raises(ValueError, match=r"4 to 9 ranks .* at most 1 a machine.* find room for 3"):
         assert_possible(Gang(4, 9, ONE_CPU, per_host=1))
 
 

@@ -1,35 +1,42 @@
 """Ray Tune as it is, over trials that only pretend to train: it places what the ledger says, and keeps nothing that we need."""
 
 import json
+import os
+import signal
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ray import tune
 
 from cluster.data.manifest import File, Manifest, Split, StreamEntry, publish
+from cluster.driver.interruption import Interruption
 from cluster.runtime.failures import TABLE, StageFailed
 from cluster.runtime.ray_cluster import Resources
 from cluster.storage import open_store
 from cluster.studies import tuner
 from cluster.studies.search import Search
 from cluster.studies.sweep import OpenSweep, Sweep
+from cluster.studies.trial import ToldToEnd
 from cluster.studies.tuner import run_sweep, tune_trials
 
 RUNGS = [10, 20]
 
+Report = Callable[[Mapping[str, Any]], None]
+Ending = Callable[[], bool | None]
 
-def pretend(config: dict[str, int], opened: OpenSweep) -> None:
+
+def pretend(opened: OpenSweep, number: int, report: Report, ending: Ending) -> None:
     """A trial whose error is its number, that measures its rungs and waits for what is decided; number 2 fails once, and stays behind."""
-    number, ledger = config["number"], opened.ledger
+    ledger = opened.ledger
     (opened_once := opened.home).put(f"seen/{number}-{time.time_ns()}", b"")
     if number == 2 and len(list(opened_once.list("seen/2-"))) == 1:
         raise StageFailed("diffusion", next(failure for failure in TABLE if failure.name == "lost"), RuntimeError("the machine is gone"))
     for rung, items in enumerate(RUNGS):
         errors = [[number + item / 100 + number * (item % 3) / 1000] for item in range(16)]
         ledger.enter_rung(number, rung, {"progress": items, "levels": [[0.0, 0.0]], "errors": errors})
-        tune.report({"trial": number, "rungs": rung + 1})
+        report({"trial": number, "rungs": rung + 1})
         if ledger.stopped(number, len(RUNGS)):
             ledger.enter_end(number, "STOPPED", "it is worse")
             return
@@ -58,21 +65,48 @@ def opened(tmp_path: Path) -> OpenSweep:
 def test_tune_runs_what_the_ledger_says_and_the_same_again_runs_what_is_left(
     opened: OpenSweep, local_ray: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuner, "_trial", pretend)
+    monkeypatch.setattr(tuner, "run_trial", pretend)
     shown: list[dict[int, str]] = []
     first = Search(opened)
-    errors = tune_trials(first, 2, lambda search, states: shown.append(dict(states)))
-    assert list(errors) == [2] and "the machine is gone" in errors[2]
+    undone = tune_trials(first, 2, lambda search, states: shown.append(dict(states)), Interruption())
+    assert list(undone) == [2] and "the machine is gone" in undone[2].why and undone[2].code == 75
     assert first.unfinished() == [2], "a trial that failed is not tried again by the same command, and what depends on it waits"
     assert {0: "RUNNING"} in shown
     again = Search(OpenSweep(opened.sweep, opened.overrides))
-    assert tune_trials(again, 2, lambda *_: None) == {}
+    assert tune_trials(again, 2, lambda *_: None, Interruption()) == {}
     assert again.over() and (best := again.best()) is not None and best.number == 0
     assert [again.ledger.trials[number].end for number in range(4)] == ["DONE", "STOPPED", "STOPPED", "STOPPED"]
     seen = [entry.key.split("/")[1].split("-")[0] for entry in opened.home.list("seen/")]
     assert sorted(seen) == ["0", "1", "2", "2", "3"]
     choice = json.loads(open_store(again.ledger.url).read("000003/choice-0.json"))
     assert (choice["goes_on"], choice["against"]) == (False, 0)
+
+
+def patient(opened: OpenSweep, number: int, report: Report, ending: Ending) -> None:
+    """A trial that trains until the sweep is told to end; number 1 is killed with its process."""
+    opened.home.put(f"seen/{number}", b"")
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while not ending():
+        time.sleep(0.1)
+    raise ToldToEnd(f"trial {number} has a checkpoint")
+
+
+def test_told_to_end_a_sweep_waits_for_the_checkpoints_of_its_trials_and_starts_no_more(
+    opened: OpenSweep, local_ray: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuner, "run_trial", patient)
+    given = opened.sweep.model_copy(update={"halving": None, "search": "random"})
+    search, interruption = Search(OpenSweep(given, opened.overrides)), Interruption()
+
+    def show(_: Search, states: dict[int, str]) -> None:
+        if 2 in states:  # in the place of the one that was killed
+            interruption.signal = signal.SIGINT
+
+    undone = tune_trials(search, 2, show, interruption)
+    assert undone[0] == ("(preempted) ToldToEnd: trial 0 has a checkpoint. What to do: the same command goes on", 75)
+    assert undone[1].code == 75 and undone[1].why.startswith("its driver is gone")
+    assert sorted(undone) == [0, 1, 2] and [entry.key for entry in opened.home.list("seen/")] == ["seen/0", "seen/1", "seen/2"]
 
 
 def test_trials_that_can_never_be_placed_are_an_error_before_any_of_them_is_suggested(opened: OpenSweep, local_ray: Resources) -> None:

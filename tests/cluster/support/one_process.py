@@ -23,7 +23,7 @@ from cluster.runtime.ray_cluster import Resources
 from cluster.studies import trial, tuner
 from cluster.studies.search import Search
 from cluster.studies.trial import run_trial
-from cluster.studies.tuner import Show
+from cluster.studies.tuner import Show, Undone
 from cluster.telemetry import books_log
 from cluster.training.loop import Job, Place, train
 from jobs import prepare as prepare_job
@@ -96,7 +96,7 @@ class _Asked:
         self.answer = ask
 
 
-def _tune_trials(search: Search, _: int, show: Show) -> dict[int, str]:
+def _tune_trials(search: Search, _: int, show: Show, interruption: object) -> dict[int, Undone]:
     while (number := search.next(())) is not None:
         run_trial(search.opened, number, lambda _: search.refresh())
         search.refresh()
