@@ -70,7 +70,7 @@ class Listener:
             raise ValueError(f"all streams of the speaker must go on by equally many frames, but these go on by {lengths}")
         for name in self.hears:
             before = self._streams.get(name)
-            self._streams[name] = streams[name] if before is None else np.concatenate((before, streams[name]))
+            self._streams[name] = np.concatenate([streams[name]] if before is None else [before, streams[name]])  # the caller's may change
         self._waiting += lengths[self.hears[0]]
 
     def _listen(self) -> None:

@@ -284,11 +284,11 @@ class LatentDiffusion(nn.Module):
         return torch.cat((torch.zeros_like(chunks[:, :1]), chunks[:, :-1]), dim=1) if self.online else chunks
 
     def _history(self, clean: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """The finished chunks that those after them see in training, of the shape of `clean`."""
+        """The finished chunks that those after them see in training, of the shape of `clean`; none is of a later moment than its own."""
         history = clean
         if "shift" in batch:
-            chunks = clean.shape[1]
-            place = (torch.arange(chunks, device=clean.device) - batch["shift"][:, None]) % chunks
+            here = torch.arange(clean.shape[1], device=clean.device)
+            place = (here - batch["shift"][:, None]) % (here + 1)  # or a chunk would find itself among those before it
             history = history.gather(1, place[:, :, None, None].expand_as(history))
         return history + self._chunks(batch["history_noise"].flatten(1, 2)) if "history_noise" in batch else history
 
