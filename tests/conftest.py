@@ -45,7 +45,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> starting.
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-timeout's: to wait is no part of a test
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    assert item.config.cache
+    assert item.config.cache, "tests of several processes wait for each other in pytest's cache folder: leave out -p no:cacheprovider"
     with alone.beside_others(item.config.cache.mkdir("alone"), item.get_closest_marker("alone") is not None):
         return (yield)
 

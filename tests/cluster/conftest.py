@@ -1,6 +1,8 @@
 """The stores that tests of the machinery write to: a folder, and a real S3 server."""
 
+import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,16 @@ import pytest
 from cluster.storage import Store, open_store
 from infra.objectstore import ObjectStore
 from tests.conftest import BUCKET
+
+
+@pytest.fixture(autouse=True)
+def no_run_outlives_its_test() -> Iterator[None]:
+    """One that a failed test leaves behind would disturb those after it."""
+    yield
+    if machines := sys.modules.get("tests.cluster.support.machines"):
+        for run in machines.started:
+            run.kill()
+        machines.started.clear()
 
 
 @pytest.fixture

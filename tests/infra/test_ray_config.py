@@ -41,6 +41,7 @@ def ec2(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(socket.socket, "connect", refuse)
     for name, value in {"HOME": str(tmp_path), "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)  # of a server that other tests of this process have started
     (tmp_path / ".ssh").mkdir()
     with mock_aws():
         region = config["provider"]["region"]

@@ -20,7 +20,7 @@ from ray._raylet import GcsClient
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
 from cluster.runs.checkpoint import newest_progress
-from cluster.runtime.machines import Machine
+from cluster.runtime.machines import Machine, MachineError
 from cluster.runtime.run_watch import Watch
 from cluster.runtime.scratch import PREFIX
 from cluster.storage import open_store
@@ -112,6 +112,10 @@ def machines(count: int) -> Iterator[Machines]:
             there.close()
 
 
+started: list["Running"] = []
+"""Runs of the test that runs now."""
+
+
 class Running:
     """`jobs/train.py --stage autoencoder` in a process of its own, with what it says."""
 
@@ -135,6 +139,7 @@ class Running:
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        started.append(self)
 
     def _read(self) -> None:
         assert self.process.stdout
@@ -170,6 +175,12 @@ class Running:
     def rank(self, rank: int) -> psutil.Process:
         """The process of a rank, which its driver tells."""
         return psutil.Process(self._watch.process(rank)[1])
+
+    def trains(self, rank: int) -> bool:
+        """Whether the process that the driver tells is there: just after a fault it is one that is gone."""
+        with suppress(psutil.NoSuchProcess, MachineError):
+            return self.rank(rank).is_running()
+        return False
 
     def node_of(self, rank: int) -> str:
         """Ray's id of the node that holds a rank: the parent of the rank's process knows it."""
