@@ -71,6 +71,8 @@ class Watchdog:
         before = self._heard.get(snapshot["rank"])
         if before is None or snapshot["elapsed"] > before.snapshot["elapsed"]:
             self._heard[snapshot["rank"]] = _Heard(snapshot, self._clock())
+        if before and before.snapshot["phase"] in PHASE_LIMITS and before.snapshot["phase"] != snapshot["phase"]:
+            self._advanced = self._clock()  # what was waited for is there: the rest of the step has its own time
         if (steps := sum(heard.snapshot["steps"] for heard in self._heard.values())) != self._steps:
             self._steps, self._advanced = steps, self._clock()
 

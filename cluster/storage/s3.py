@@ -52,7 +52,7 @@ RETRY_SECONDS = 120.0
 """Seconds that a request is retried for, from its first fault on: an outage of a minute must not end a run of a week."""
 
 FIRST_RETRY_SECONDS = 10.0
-"""The same where the server has never answered: then it is more likely a wrong address."""
+"""The same where the server has never answered, not even that it is busy: then it is more likely a wrong address."""
 
 STALL = 10.0
 """Seconds in which a server must send something."""
@@ -124,12 +124,12 @@ class _Busy(Exception):
 class _Server:
     """A server and the credentials for it, shared by all stores that were opened from one with `at`."""
 
-    def __init__(self) -> None:
-        self.answered = False
+    def __init__(self, answered: bool = False) -> None:
+        self.answered = answered
         self.renew()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Server, ()  # endpoint and credentials are those of the process that it arrives in
+        return _Server, (self.answered,)  # endpoint and credentials are those of the process that it arrives in
 
     def renew(self) -> None:
         """Look up endpoint and credentials again."""
@@ -279,6 +279,7 @@ class S3Store(Store):
                 response = self._server.get(self._bucket, name, {"Range": span} | ({"If-Match": etag} if etag else {}))
                 break
             except _Busy:
+                self._server.answered = True
                 if not retry.again(self._retry_seconds):
                     raise StorageError(f"{self.url}/{key} at {self.endpoint}: the server is too busy, {retry.faults} times") from None
         if response is not None:
@@ -342,6 +343,7 @@ class S3Store(Store):
                 self._server.answered = True
                 return answer
             except (ClientError, *FAULTS) as error:
+                self._server.answered |= isinstance(error, ClientError)
                 if isinstance(error, ClientError) and _code(error) in EXPIRED and not renewed:
                     self._server.renew()  # the environment or its files may have new ones
                     renewed = True

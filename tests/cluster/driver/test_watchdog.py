@@ -119,6 +119,15 @@ def test_a_rank_that_has_ended_may_be_silent_while_others_finish_a_checkpoint_an
     assert group.seconds(200, {0: (4, "checkpoint")})[0].startswith("[0] no step for 1801 s")
 
 
+def test_a_step_that_waited_for_the_store_has_its_time_afterwards() -> None:
+    group = trained()
+    waiting = {0: (4, "agree"), 1: (4, "data_wait"), 2: (4, "agree")}
+    assert group.seconds(200, waiting) == []
+    after = {0: (4, "agree"), 1: (4, "forward"), 2: (4, "agree")}
+    assert group.seconds(11, after) == []
+    assert group.second(after).startswith("[1] no step for 11 s")
+
+
 def test_what_starts_may_take_its_time_and_it_is_said() -> None:
     group = Group(2)
     starting = {0: (0, "startup")}
