@@ -50,6 +50,7 @@ def test_a_folder_that_may_not_be_read_ends_a_run(tmp_path, monkeypatch: pytest.
 @pytest.mark.parametrize("fault", ["down", "busy"])
 def test_a_server_that_does_not_answer_is_tried_again(fault: str, s3_url: str, object_store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3, "FIRST_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(s3, "RETRY_SECONDS", 0.0)
     with faulty_proxy(object_store.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         proxy.faults = [fault] * 10
