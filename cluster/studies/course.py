@@ -14,7 +14,7 @@ from cluster.runtime.run_watch import POLL, Sight, Watch
 from cluster.storage import open_store
 from cluster.studies.case import Case
 from cluster.studies.grounds import Ground
-from cluster.studies.script import kind_name, too_late
+from cluster.studies.script import FAULT_KINDS, kind_name, too_late
 from cluster.studies.verdict import Endured, Trace, read_trace
 from cluster.telemetry.display import Display
 
@@ -113,11 +113,19 @@ class Course:
         due = self._place(fault.stage, fault.step)
         while not self._look():
             sight = self._sight
-            over = self._open is None or recovery(self._watch, self._open).going < math.inf
-            if sight and over and self._place(sight.stage, sight.step) >= due and not too_late(self._steps, sight.stage, sight.step):
+            late = sight and too_late(self._steps, sight.stage, sight.step)
+            if sight and self._is_over() and self._place(sight.stage, sight.step) >= due and not late:
                 return sight
             time.sleep(POLL)
         raise NotInjected(f"the run was at its end before {kind_name(fault)} came, due at step {fault.step} of stage {fault.stage}")
+
+    def _is_over(self) -> bool:
+        """Whether the run has got over the fault before, if there was one: it trains, and what had to be started again was."""
+        if self._open is None:
+            return True
+        over = recovery(self._watch, self._open)
+        noticed = over.noticed < math.inf or not FAULT_KINDS[kind_name(self._open.fault)].restarts
+        return noticed and over.going < math.inf
 
     def _look(self) -> bool:
         """Look at the run and at its driver, and do what is due; whether the run is at its end."""

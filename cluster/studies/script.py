@@ -28,6 +28,7 @@ class FaultKind(NamedTuple):
         beside: seconds that the run may train on meanwhile.
         rank: on whose host it comes, None: on any.
         rootless: whether it needs no host of its own, and so can be done on a user's cluster.
+        restarts: whether ranks or driver have to be started again after it; the run may train on until it has noticed.
     """
 
     does: str
@@ -36,18 +37,19 @@ class FaultKind(NamedTuple):
     beside: float = 0
     rank: int | None = None
     rootless: bool = False
+    restarts: bool = False
 
 
 FAULT_KINDS: Mapping[str, FaultKind] = {
-    "kill": FaultKind("kill", "a rank gets SIGKILL", rootless=True),
-    "kill_raylet": FaultKind("kill_raylet", "the raylet of a host gets SIGKILL; its supervisor starts another"),
-    "power_off": FaultKind("power_off", "a host loses power for good; a spare joins 60 s later"),
+    "kill": FaultKind("kill", "a rank gets SIGKILL", rootless=True, restarts=True),
+    "kill_raylet": FaultKind("kill_raylet", "the raylet of a host gets SIGKILL; its supervisor starts another", restarts=True),
+    "power_off": FaultKind("power_off", "a host loses power for good; a spare joins 60 s later", restarts=True),
     "link_20s": FaultKind("cut", "the cable of a host is pulled for 20 s", 20),
-    "link_lost": FaultKind("cut", "the cable of a host is pulled for good; a spare joins 60 s later"),
-    "kill_driver": FaultKind("kill_driver", "the driver gets SIGKILL", rootless=True),
+    "link_lost": FaultKind("cut", "the cable of a host is pulled for good; a spare joins 60 s later", restarts=True),
+    "kill_driver": FaultKind("kill_driver", "the driver gets SIGKILL", rootless=True, restarts=True),
     "restart_head": FaultKind("restart_head", "the GCS gets SIGKILL; the head starts again with the state on its disk", beside=15),
-    "drain": FaultKind("drain", "rank 0's host is given notice, and loses power for good 20 s later", 20, rank=0),
-    "stop": FaultKind("stop", "a rank gets SIGSTOP", rootless=True),
+    "drain": FaultKind("drain", "rank 0's host is given notice, and loses power for good 20 s later", 20, rank=0, restarts=True),
+    "stop": FaultKind("stop", "a rank gets SIGSTOP", rootless=True, restarts=True),
     "s3_30s": FaultKind("cut_store", "the S3 server cannot be reached for 30 s", 30, beside=30),
     "wrong_bytes": FaultKind("damage_shards", "every shard has wrong bytes until the run has stopped"),
     "nan_gradient": FaultKind("nan_gradient", "the gradient of a rank is NaN until the run has stopped"),
