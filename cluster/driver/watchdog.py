@@ -116,10 +116,12 @@ class Watchdog:
 
     def _standing(self, now: float) -> Stuck | None:
         stood = now - self._advanced
+        waits = [PHASE_LIMITS.get(heard.snapshot["phase"], 0.0) for heard in self._heard.values()]
         if len(self._heard) < self._ranks or not self._trained():
             started = sorted(set(range(self._ranks)) - set(self._heard)) or self._behind()
-            return Stuck(started, f"the ranks did not start within {START:.0f} s: {self._name(started[0])}") if stood > START else None
-        limit = max([self._limit(), *(PHASE_LIMITS.get(heard.snapshot["phase"], 0.0) for heard in self._heard.values())])
+            limit = max([START, *waits])  # a life may begin with a look at val that the one before did not come to
+            return Stuck(started, f"the ranks did not start within {limit:.0f} s: {self._name(started[0])}") if stood > limit else None
+        limit = max([self._limit(), *waits])
         if stood <= limit:
             return None
         behind = self._behind()
