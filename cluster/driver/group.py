@@ -216,6 +216,8 @@ class Group:
             self._monitor.say(said)
         if (stuck := self._watchdog.look()) is None:
             return
+        if not self._heard:  # nobody knows their processes: they end with the driver
+            raise Hang(f"{stuck.text}; no rank was heard of")
         folder = log_folder(self._job.life, self._job.attempt)
         self.hang = Hang(f"{stuck.text}; stacks of all ranks are in {self._job.run.url}/{folder}/")
         self._monitor.say(f"{stuck.text}: writing the stacks of all ranks, then killing what hangs")
@@ -223,8 +225,6 @@ class Group:
             ray.get(self._board.ask.remote(Request.STACKS))
         time.sleep(2 * REPORT)  # each rank reports once a second, and hears it then
         self._examine(folder, sorted(self._heard), kill=False)
-        if not self._heard:  # nobody knows their processes: they end with the driver
-            raise self.hang
         self._examine(folder, [rank for rank in stuck.ranks if rank in self._heard] or sorted(self._heard), kill=True)
 
     def _examine(self, folder: str, ranks: Sequence[int], kill: bool) -> None:
