@@ -1,9 +1,8 @@
 """Stage 2: diffusion of the listener's latents, or of its attributes themselves, given the speaker's."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +10,16 @@ from torch import Tensor, nn
 from reactdiff import config
 from reactdiff.clip import TARGETS, WINDOW, windows_of
 from reactdiff.diffusion.process import Process
-from reactdiff.diffusion.sampler import SAMPLERS, Limits, Noise
+from reactdiff.diffusion.sampler import SAMPLERS, Noise
 from reactdiff.diffusion.smoothing import smooth
 from reactdiff.model.codec import LATENT
 from reactdiff.model.perfrdiff import AttributeAutoencoder, SpeakerTokens, WindowDenoiser
+from reactdiff.model.scale import Scaled
 from reactdiff.model.transformer import FrameTransformer, Past
 from reactdiff.model.unet import GROUPS, UNet
 
 START = Past()
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -35,7 +36,7 @@ class Conversation:
     past: Past = START
 
 
-class LatentDiffusion(nn.Module):
+class LatentDiffusion(Scaled):
     """A denoiser of the listener's windows under the speaker's; online of its chunks, which may be shorter.
 
     Encodings come in and go out raw. Inside, each feature lies in [-1, 1] over the training set, or has variance 1 there. Offline, a window
@@ -52,25 +53,16 @@ class LatentDiffusion(nn.Module):
     Attributes:
         target: how many features are denoised, the first ones.
         chunk: frames that have one diffusion time.
-        minimum: smallest encoding of the training set, float32, (1, encoding) or (frames, encoding) as `diffusion.normalisation` says.
-        maximum: largest, of the same shape.
-        mean: of the training set, float32, (1, encoding), where it is mapped to variance 1.
-        deviation: standard deviation, of the same shape.
 
     Raises:
         ValueError: if the frames do not divide into windows, or a width does not suit the network.
     """
 
-    minimum: Tensor
-    maximum: Tensor
-    mean: Tensor
-    deviation: Tensor
-
     def __init__(self, model: config.Model, diffusion: config.Diffusion, frames: int, parts: Mapping[str, int] | None = None):
-        super().__init__()
         windows_of(frames)
+        width = sum((parts or {LATENT: model.latent}).values())
+        super().__init__(diffusion.normalisation, frames, width)
         self.parts = dict(parts or {LATENT: model.latent})
-        width = sum(self.parts.values())
         self.process = Process(diffusion)
         self.sampler, self.sampling_steps, self.guidance = SAMPLERS[diffusion.sampler], diffusion.sampling_steps, diffusion.guidance
         self.smoothing = diffusion.smoothing
@@ -93,55 +85,6 @@ class LatentDiffusion(nn.Module):
             self.denoiser = UNet(WINDOW, model.latent, model.channels, model.multipliers, model.condition, model.blocks)
         # A transformer sees all chunks of a clip at once; the others denoise each by itself.
         self.joint = isinstance(self.denoiser, FrameTransformer)
-        rows = frames if diffusion.normalisation == "frame" else 1
-        self.register_buffer("minimum", torch.full((rows, width), -1.0))  # on "meta" a minus would load torch's compiler
-        self.register_buffer("maximum", torch.ones(rows, width))
-        self.standardised = diffusion.normalisation == "variance"
-        if self.standardised:
-            self.register_buffer("mean", torch.zeros(1, width))
-            self.register_buffer("deviation", torch.ones(1, width))
-
-    def set_range(self, minimum: Tensor, maximum: Tensor, mean: Tensor | None = None, deviation: Tensor | None = None) -> None:
-        """Takes the range of the training set's encodings, both (frames, encoding); per feature, it is reduced over the frames.
-
-        Where they are mapped to variance 1, also their mean and standard deviation, (encoding,).
-
-        Raises:
-            ValueError: if the shape is not that of this model's encodings, or a minimum is not below or at its maximum.
-        """
-        if self.standardised:
-            if mean is None or deviation is None:
-                raise ValueError("diffusion.normalisation=variance needs the encodings' mean and standard deviation")
-            self.mean.copy_(mean)
-            self.deviation.copy_(deviation)
-        if not (minimum <= maximum).all():
-            raise ValueError("the latents' minimum must be at most their maximum, and neither may be NaN; encode the training set again")
-        if len(self.minimum) == 1:
-            minimum, maximum = minimum.amin(0, keepdim=True), maximum.amax(0, keepdim=True)
-        if minimum.shape != self.minimum.shape or maximum.shape != self.maximum.shape:
-            raise ValueError(
-                f"the latents' range is {tuple(minimum.shape)} (frames, features), but this model needs {tuple(self.minimum.shape)}; "
-                "use the statistics of the latents it is trained on"
-            )
-        self.minimum.copy_(minimum)
-        self.maximum.copy_(maximum)
-
-    def normalise(self, encoding: Tensor, first: int = 0) -> Tensor:
-        """Raw encodings (..., frames, features) to [-1, 1] over the training set, or variance 1, float32; a constant feature becomes 0.
-
-        Args:
-            encoding: its first features, which begin at frame `first` of their clip.
-            first: counts where the range is per frame.
-
-        Raises:
-            ValueError: if the range is per frame and ends before these do.
-        """
-        return self._normalised(encoding, 0, first)
-
-    def denormalise(self, normalised: Tensor, first: int = 0) -> Tensor:
-        """The inverse of `normalise`, (..., frames, features)."""
-        centre, radius = self._centre_and_radius(normalised, 0, first)
-        return normalised.float() * radius + centre
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """10 times the mean error of what the denoiser predicts, weighted over diffusion times, for each item, in float32.
@@ -155,7 +98,7 @@ class LatentDiffusion(nn.Module):
         Returns:
             (items,); an empty batch has an empty loss, through which zeros flow back.
         """
-        clean = self._chunks(self._normalised(self._whole(batch, "listener")[..., : self.target]))
+        clean = self._chunks(self.normalise(self._whole(batch, "listener")[..., : self.target]))
         heard, times = self._heard(self._whole(batch, "speaker")), batch["times"]
         if "hears" in batch:
             hears = batch["hears"][:, :1] if self.joint else batch["hears"]  # all chunks of a clip see each other
@@ -193,12 +136,12 @@ class LatentDiffusion(nn.Module):
         Returns:
             Raw encodings of the listener, (items, frames, target).
         """
-        clean = self._chunks(self._normalised(listener[..., : self.target]))
+        clean = self._chunks(self.normalise(listener[..., : self.target]))
         times = torch.full(clean.shape[:2], time, device=clean.device)
         noisy = self.process.q_sample(clean, self._chunks(noise.flatten(1, 2)), times)
         history = clean if self.clean_history else None
         prediction = self._denoise(noisy, times, self._condition(self._heard(speaker)), history=history)
-        return self.denormalise(self.process.clean(noisy, prediction, times).clamp(*self._limits()).flatten(1, 2))
+        return self.denormalise(self.process.clean(noisy, prediction, times).clamp(*self.limits(self.target)).flatten(1, 2))
 
     @torch.no_grad()
     def sample(self, speaker: Tensor, noise: Noise) -> Tensor:
@@ -248,7 +191,7 @@ class LatentDiffusion(nn.Module):
 
     def hear(self, now: Conversation, speaker: Tensor) -> Conversation:
         """The conversation after the speaker's raw encoding (batch, chunk, encoding) of the chunk that was just reacted in."""
-        heard = self._normalised(speaker[..., self._told :], self._told, (now.chunk - 1) * self.chunk)
+        heard = self.normalise(speaker[..., self._told :], self._told, (now.chunk - 1) * self.chunk)
         return Conversation(now.chunk, heard, now.past)
 
     def _draw(self, heard: Tensor, noise: Noise, past: Past) -> tuple[Tensor, Past]:
@@ -267,12 +210,12 @@ class LatentDiffusion(nn.Module):
             hearing, deaf = answer.chunk(2)
             return deaf + self.guidance * (hearing - deaf)
 
-        clean = self.sampler(self.process, predict, noise, self.sampling_steps, self._limits())
+        clean = self.sampler(self.process, predict, noise, self.sampling_steps, self.limits(self.target))
         if isinstance(self.denoiser, FrameTransformer) and self.smoothing:
             before = None if past.shown is None else past.shown[: len(clean)].float()  # guided, it is there twice
             every = self.denoiser.patch if self.denoiser.patch > 1 else self.chunk
             frames = smooth(clean.flatten(1, 2), before, every, self.smoothing)
-            clean = frames.clamp(*self._limits()).view_as(clean)
+            clean = frames.clamp(*self.limits(self.target)).view_as(clean)
         if isinstance(self.denoiser, FrameTransformer) and self.online:
             past = self.denoiser.remember(twice(clean).to(self._dtype), condition, past)
         return clean, past
@@ -280,7 +223,7 @@ class LatentDiffusion(nn.Module):
     def _heard(self, speaker: Tensor) -> Tensor:
         """What each chunk may know of the speaker: raw encodings (items, frames, encoding) to (items, chunks, frames, features)."""
         told = speaker[..., self._told :] if speaker.shape[-1] == self.minimum.shape[1] else speaker
-        chunks = self._chunks(self._normalised(told, self._told))
+        chunks = self._chunks(self.normalise(told, self._told))
         return torch.cat((torch.zeros_like(chunks[:, :1]), chunks[:, :-1]), dim=1) if self.online else chunks
 
     def _history(self, clean: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -308,35 +251,6 @@ class LatentDiffusion(nn.Module):
             return self.denoiser(noisy, times, condition, past, None if history is None else history.to(self._dtype)).float()
         return self.denoiser(*(each.flatten(0, 1) for each in (noisy, times, condition))).unflatten(0, noisy.shape[:2]).float()
 
-    def _normalised(self, encoding: Tensor, begin: int = 0, first: int = 0) -> Tensor:
-        """Features `begin`, .. of a raw encoding, from frame `first` of their clip on, as `normalise` has them."""
-        centre, radius = self._centre_and_radius(encoding, begin, first)
-        return (encoding.float() - centre) / radius
-
-    def _centre_and_radius(self, encoding: Tensor, begin: int, first: int) -> tuple[Tensor, Tensor]:
-        (frames, features), rows = encoding.shape[-2:], len(self.minimum)
-        if rows != 1 and rows < first + frames:
-            raise ValueError(
-                f"latents of {first + frames} frames cannot be normalised per frame by the range of {rows} frames; "
-                "train with diffusion.normalisation=feature to generate any length"
-            )
-        these = slice(0, 1) if rows == 1 else slice(first, first + frames)
-        those = slice(begin, begin + features)
-        if self.standardised:
-            centre, radius = self.mean[:, those], self.deviation[:, those]
-        else:
-            minimum, maximum = self.minimum[these, those], self.maximum[these, those]
-            centre, radius = (maximum + minimum) / 2, (maximum - minimum) / 2
-        # A feature that varies less than float32 can tell is constant: dividing by its range would only blow up rounding.
-        varies = radius > torch.finfo(radius.dtype).eps * centre.abs()
-        return centre, torch.where(varies, radius, 1)
-
-    def _limits(self) -> Limits:
-        """Least and largest normalised value of what is denoised, as the training set has them."""
-        if not self.standardised:
-            return -1.0, 1.0
-        return tuple(self._normalised(bound[..., : self.target])[0] for bound in (self.minimum, self.maximum))  # type: ignore[return-value]
-
     def _whole(self, batch: dict[str, Tensor], person: str) -> Tensor:
         """A person's raw encoding of a batch, or all of it that is used: a listener's targets, or a speaker's streams."""
         if person in batch:
@@ -356,16 +270,6 @@ class LatentDiffusion(nn.Module):
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves the statistics with the module, but keeps them float32 when the weights change precision (`.bfloat16()`)."""
-        exact = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            if (moved := getattr(self, name)).dtype != buffer.dtype:
-                setattr(self, name, buffer.to(moved.device))
-        return self
-
 
 def _projector(model: config.Model) -> nn.Sequential:
     """A speaker window (batch, 50, latent), flattened frame by frame, to its condition (batch, condition)."""
