@@ -134,7 +134,10 @@ class Model(Branch):
         transformer = self.family == "reactdiff" and self.denoiser == "transformer"
         for name, default in (("chunk", WINDOW), ("patch", 1), ("lags", ()), ("space", "latent")):
             if not transformer and (value := getattr(self, name)) != default:
-                raise ValueError(f"model.{name} is {value}, which only the transformer denoiser takes: set model.denoiser=transformer")
+                family = "" if self.family == "reactdiff" else "model.family=reactdiff "
+                raise ValueError(
+                    f"model.{name} is {value}, which only the transformer denoiser takes: set {family}model.denoiser=transformer"
+                )
         if self.chunk != WINDOW and not self.online:
             raise ValueError(f"model.chunk is {self.chunk}, but a model that hears the whole clip has no chunks: set model.online=true")
         if WINDOW % self.chunk:
@@ -224,6 +227,9 @@ class Diffusion(Branch):
         for name in ("history_noise", "history_swap"):
             if getattr(self, name) and self.history != "clean":
                 raise ValueError(f"diffusion.{name} is {getattr(self, name)}, which only a clean history has: set diffusion.history=clean")
+        for name in ("level", "level_deviation"):
+            if self.times == "uniform" and (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(f"diffusion.{name} is {value}, but uniform times have no such level: set diffusion.times=log-normal")
         return self
 
 
