@@ -205,8 +205,8 @@ class Diffusion(Branch):
     sampling_steps: int = field(20, "Calls of the denoiser in one generation; any number.", unit="steps", gt=0)
     smoothing: float = field(
         0.0,
-        "Share of the jump where tokens of a transformer, or chunks, meet that is carried on to the next frame, and so on; 0: none.",
-        unit="1/frame",
+        "Share that is taken from the jump where tokens of a transformer, or chunks, meet, and spread over the frames beside it; 0: none.",
+        unit="share",
         ge=0,
         lt=1,
     )

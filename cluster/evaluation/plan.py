@@ -15,7 +15,7 @@ from cluster.storage import Store
 from cluster.storage.parallel import parallel_map
 from reactdiff.metrics.partial import PartialScores, total
 
-VERSION = 3
+VERSION = 4
 PART = 8
 """Items of one part."""
 

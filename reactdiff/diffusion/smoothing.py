@@ -1,28 +1,34 @@
-"""Where pieces of a sample meet that different tokens or chunks have denoised, they jump: the jump is spread over the frames after it."""
+"""Where pieces of a sample meet that different tokens or chunks have denoised, they jump: the jump is spread over the frames beside it."""
 
 import torch
 from torch import Tensor
 
 
 def smooth(frames: Tensor, before: Tensor | None, every: int, share: float) -> Tensor:
-    """Let each piece begin near where the one before it ended, and come back to what it was.
+    """Let pieces that were drawn at once come near to each other where they meet, and stay what they were in their middle.
 
-    Frame j of a piece is moved by share^(j + 1) of the jump into it, so that (1 - share) of the jump is left; nothing depends on a later
-    piece. Each jump is measured from what the piece before has become.
+    The last frame of a piece and the first of the next each take half of so much of their jump, the frames beside them less. What was
+    shown before does not change any more: there the first piece takes all of it, and comes back to what it was frame by frame.
 
     Args:
         frames: (batch, frames, features).
-        before: the frame before the first one, (batch, features); None: there is none, and nothing to come near to.
+        before: the frame before the first one, which is shown already, (batch, features); None: there is none.
         every: frames of a piece.
-        share: of a jump that is carried on to the next frame.
+        share: of a jump that is taken from it.
 
     Returns:
         Of the shape of `frames`.
     """
-    fading = share ** torch.arange(1, every + 1, device=frames.device, dtype=frames.dtype)[:, None]
-    made = []
-    for piece in frames.split(every, dim=1):
-        moved = piece if before is None else piece + (before - piece[:, 0])[:, None] * fading[: piece.shape[1]]
-        made.append(moved)
-        before = moved[:, -1]
-    return torch.cat(made, dim=1)
+    made = frames.clone()
+    if before is not None:
+        fading = share ** torch.arange(1, every + 1, device=frames.device, dtype=frames.dtype)[:, None]
+        here = made[:, :every]
+        here += (before - frames[:, 0])[:, None] * fading[: here.shape[1]]
+    reach = every // 2 + 1  # up to the middle of a piece
+    near = share / 2 * (1 - torch.arange(reach, device=frames.device, dtype=frames.dtype) / reach)[:, None]
+    for seam in range(every, frames.shape[1], every):
+        jump = (frames[:, seam] - frames[:, seam - 1])[:, None]
+        made[:, seam - reach : seam] += jump * near.flip(0)
+        after = made[:, seam : seam + reach]
+        after -= jump * near[: after.shape[1]]
+    return made
