@@ -51,7 +51,10 @@ def test_identity_changes_with_science_and_not_with_placement() -> None:
         ("model.family=trans-vae model.denoiser=transformer", "no choice of denoiser"),
         ("model.family=trans-vae diffusion.sampler=ddpm diffusion.steps=50", "defaults diffusion.steps=20 diffusion.sampler=ddim"),
         ("model.chunk=10", r"model\.chunk is 10, which only the transformer denoiser takes: set model\.denoiser=transformer"),
-        ("model.family=perfrdiff model.online=true model.bounded=false model.chunk=10", r"takes: set model\.family=reactdiff model\.denoiser=transformer"),
+        (
+            "model.family=perfrdiff model.online=true model.bounded=false model.chunk=10",
+            r"takes: set model\.family=reactdiff model\.denoiser=transformer",
+        ),
         ("diffusion.level=1", r"diffusion\.level is 1\.0, but uniform times have no such level: set diffusion\.times=log-normal"),
         ("model.space=attributes", r"model\.space is attributes, which only the transformer denoiser takes"),
         ("model.denoiser=transformer model.chunk=10", r"has no chunks: set model\.online=true"),
