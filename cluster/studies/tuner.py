@@ -20,7 +20,7 @@ from cluster.driver.plan import gang_with_memory
 from cluster.driver.ray_train import gang_of
 from cluster.runs.environment import command
 from cluster.runs.lease import Lease
-from cluster.runtime.failures import AGAIN, StageFailed, exit_code, failure_of, paragraph
+from cluster.runtime.failures import AGAIN, PERSON, StageFailed, exit_code, failure_of, paragraph
 from cluster.runtime.lookout import Lookout
 from cluster.runtime.nodes import nodes
 from cluster.runtime.placement import assert_possible, gangs_at_once
@@ -164,8 +164,9 @@ def _trial(config: dict[str, int], opened: OpenSweep, notice: Any, drive: Callab
     try:
         drive(opened, number, tune.report, ending.answer)
     except Exception as error:
-        tune.report({"trial": number, "undone": paragraph(error), "code": exit_code(error)})
-        if failure_of(error) is None and not isinstance(error, StageFailed):  # a mistake of the program: Tune shows where
+        mistake = failure_of(error) is None and not isinstance(error, StageFailed)
+        tune.report({"trial": number, "undone": paragraph(error), "code": PERSON if mistake else exit_code(error)})
+        if mistake:  # of the program: Tune shows where
             raise
 
 

@@ -271,6 +271,7 @@ class LatentDiffusion(Scaled):
     def _dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+
 def _projector(model: config.Model) -> nn.Sequential:
     """A speaker window (batch, 50, latent), flattened frame by frame, to its condition (batch, condition)."""
     if model.condition <= GROUPS:

@@ -6,9 +6,10 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from io import StringIO
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
@@ -19,7 +20,7 @@ from cluster.driver.interruption import Enough
 from cluster.driver.launch import launch
 from cluster.runtime.failures import StageFailed
 from cluster.runtime.placement import Gang
-from cluster.storage import open_store
+from cluster.storage import StorageError, open_store
 from cluster.telemetry.books import Berth
 from cluster.telemetry.display import Display
 from cluster.telemetry.exporter import Exporter
@@ -98,6 +99,48 @@ def test_a_run_that_came_far_enough_does_not_wait_for_room(monkeypatch: pytest.M
     job = Job(tiny(tmp_path, tmp_path), STAGE, open_store(str(tmp_path)), 1, open_store(str(tmp_path)), "")
     with closing(exporter), Display(StringIO()) as display, pytest.raises(Enough, match="far enough"):
         launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None, lambda: "far enough")
+
+
+class Troubled:
+    """Groups of which each fails as it is told, until there is no more trouble; `run.retries` are 3."""
+
+    hang, attempt, why, reason = None, 0, "", ""
+    trouble: ClassVar[list[Exception]] = []
+
+    def __init__(self, *_: object):
+        """Start nothing."""
+
+    def where(self, *_: object) -> str:
+        return ""
+
+    def train(self, *_: object) -> dict[str, object]:
+        if self.trouble:
+            raise self.trouble.pop()
+        return {"progress": 12, "steps": 2, "left": False}
+
+
+@pytest.mark.starts
+@pytest.mark.parametrize(
+    ("reason", "error", "times", "over"),
+    [
+        ("", StorageError("the store is away"), 3, True),
+        ("", StorageError("the store is away"), 4, False),
+        ("preempted", WorkerGroupError("its machine went", {0: RuntimeError("gone")}), 9, True),
+        ("", WorkerGroupError("a rank died", {0: RuntimeError("gone")}), 4, False),
+    ],
+)
+def test_a_store_that_is_away_is_retried_and_a_machine_that_goes_before_its_notice_says_costs_no_retry(
+    reason: str, error: Exception, times: int, over: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(launching, "Group", Troubled)
+    monkeypatch.setattr(Troubled, "reason", reason)
+    monkeypatch.setattr(Troubled, "trouble", [error] * times)
+    monkeypatch.setattr(launching, "wait_for_place", lambda *_: ["node"])
+    exporter = Exporter("run", 1, port=0)
+    job = Job(tiny(tmp_path, tmp_path), STAGE, open_store(str(tmp_path)), 1, open_store(str(tmp_path)), "")
+    with closing(exporter), Display(StringIO()) as display, nullcontext() if over else pytest.raises(StageFailed):
+        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None)
+    assert not Troubled.trouble
 
 
 class Failing:

@@ -137,6 +137,13 @@ def test_what_starts_may_take_its_time_and_it_is_said() -> None:
     assert "did not start" in group.seconds(3, starting)[0]
 
 
+def test_a_start_that_looks_at_val_first_has_the_limit_of_such_looks() -> None:
+    group = Group(1)
+    looking = {0: (0, "evaluation")}
+    assert group.seconds(3600, looking) == []
+    assert "did not start within 3600 s" in group.seconds(2, looking)[0]
+
+
 def test_a_driver_that_was_frozen_does_not_take_its_ranks_for_silent() -> None:
     group = trained()
     group.now += 300

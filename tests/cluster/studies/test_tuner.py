@@ -82,6 +82,20 @@ def test_tune_runs_what_the_ledger_says_and_the_same_again_runs_what_is_left(
     assert (choice["goes_on"], choice["against"]) == (False, 0)
 
 
+def test_a_mistake_of_the_program_in_a_trial_is_not_given_to_a_supervisor_again(
+    opened: OpenSweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(tuner.tune, "report", told.append)
+
+    def mistaken(*_: object) -> None:
+        raise RuntimeError("nobody expected it")
+
+    with pytest.raises(RuntimeError):
+        tuner._trial({"number": 3}, opened, None, mistaken)
+    assert told == [{"trial": 3, "undone": "nobody expected it", "code": 1}]
+
+
 def patient(opened: OpenSweep, number: int, report: Report, ending: Ending) -> None:
     """A trial that trains until the sweep is told to end; number 1 is killed with its process."""
     opened.home.put(f"seen/{number}", b"")

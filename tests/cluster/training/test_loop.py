@@ -23,6 +23,7 @@ from cluster.data.stream import Batch
 from cluster.runs import checkpoint, state
 from cluster.runs.state import Superseded
 from cluster.storage import open_store
+from cluster.telemetry.meter import ENDED, Snapshot
 from cluster.training import loop
 from cluster.training.engine import NonFinite
 from cluster.training.verdict import Verdict
@@ -147,6 +148,19 @@ def test_ranks_whose_driver_stands_still_leave_when_a_newer_life_has_begun(shard
     experiment = tiny(shards, tmp_path, "optim.epochs=200", "run.checkpoint_every=1000000")
     (step,) = on_ranks(1, succeeded, experiment, str(tmp_path))
     assert 3 <= step < 300, "of 1333, and no checkpoint told it"
+
+
+def last_phase(rank: int, ranks: int, experiment: Experiment, folder: str) -> str:
+    """What a rank says last that it is at."""
+    heard: list[Snapshot] = []
+    dataset = open_store(experiment.data.url)
+    job = loop.Job(experiment, "autoencoder", open_store(folder), 1, dataset, load_manifest(dataset).hash)
+    loop.train(job, loop.Place(rank, ranks, torch.device("cpu")), heard.append)
+    return heard[-1]["phase"]
+
+
+def test_a_rank_says_at_last_that_it_has_ended(shards: Path, tmp_path: Path) -> None:
+    assert on_ranks(1, last_phase, tiny(shards, tmp_path), str(tmp_path)) == [ENDED]
 
 
 def test_a_damaged_checkpoint_is_passed_over_loudly_and_the_run_ends_the_same(shards: Path, tmp_path: Path) -> None:
