@@ -32,6 +32,7 @@ from cluster import cli
 from cluster.config.loading import load
 from cluster.config.paths import anchored
 from cluster.config.schema import Experiment
+from cluster.studies.page import assert_marked, put_between
 from cluster.telemetry.display import Display
 from reactdiff.clip import FRAME_RATE, WINDOW
 from reactdiff.config import STAGES
@@ -310,7 +311,8 @@ def science(arguments: argparse.Namespace) -> int:
     from cluster.studies.comparison import Comparison, compare
 
     comparison = Comparison.read(arguments.config)
-    _assert_marked(arguments.write, MARK)
+    if arguments.write:
+        assert_marked(arguments.write, MARK)
     kept = arguments.scores / f"{comparison.name}.json"
     with Display() as display:
         make_demo(anchored(comparison.load(arguments.overrides)).data.url, display)
@@ -326,24 +328,18 @@ def oracles(arguments: argparse.Namespace) -> int:
     from cluster.data.demo import DYADS
     from cluster.studies.comparison_table import markdown
 
-    _assert_marked(arguments.write, ORACLES_MARK)
+    if arguments.write:
+        assert_marked(arguments.write, ORACLES_MARK)
     with Display() as display:
         rows = score_oracles(DYADS, "test", Evaluation().predictions, (0, WINDOW), display.counter("oracles", "items"))
     _say_table(markdown(rows), arguments.write, ORACLES_MARK)
     return 0
 
 
-def _assert_marked(page: Path | None, mark: str) -> None:
-    if page and (not page.is_file() or page.read_text().count(mark) != 2):
-        raise ValueError(f"{page} is no file with two lines {mark}: make it, the table goes between them")
-
-
 def _say_table(table: str, page: Path | None, mark: str) -> None:
     print(table)
     if page:
-        before, _, rest = page.read_text().partition(mark)
-        _, _, after = rest.partition(mark)
-        page.write_text(f"{before}{mark}\n{table}\n{mark}{after}")
+        put_between(page, mark, table)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 python jobs/prove.py --config jobs/configs/demo.yaml --seed 3
 python jobs/prove.py --config jobs/configs/demo.yaml --kinds kill,s3_30s
-python jobs/prove.py --config jobs/configs/demo.yaml --kinds all --seed 0,1,2
+python jobs/prove.py --config jobs/configs/demo.yaml --kinds all --seed 0,1,2 --write docs/reliability.md
 """
 
 import argparse
@@ -16,6 +16,7 @@ from cluster import cli
 from cluster.runtime.failures import PERSON
 from cluster.runtime.machines import MachineError, NamespacesForbidden
 from cluster.studies.case import Case
+from cluster.studies.proofs import ProofsPage
 from cluster.studies.prove import Prover, own_prefix
 from cluster.studies.script import FAULT_KINDS, choose_kinds, kind_name, script, steps_of_scripts
 from cluster.telemetry.display import Display
@@ -51,11 +52,14 @@ def main() -> int:
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the experiment; its dataset must be there")
     parser.add_argument("--seed", type=_seeds, default=[0], help=SEED)
     parser.add_argument("--kinds", default="", help="kinds with commas, or all; default: five that the seed chooses")
+    what = "put each fault into proofs.csv beside this file, and tables over all seeds there between the <!-- proofs --> marks of this file"
+    parser.add_argument("--write", type=Path, metavar="FILE.md", help=what)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change one key of the experiment")
     parser.add_argument("--yes", action="store_true", help="on a cluster: do not ask")
     arguments = parser.parse_intermixed_args()
     address = os.environ.get("RAY_ADDRESS", "").removeprefix("local")  # `local` means no cluster, as everywhere
     scripts = {seed: choose_kinds(arguments.kinds, seed, hosts=not address) for seed in arguments.seed}
+    keep = ProofsPage(arguments.write).keep if arguments.write else None
     case = Case.read(arguments.config, arguments.overrides, copied=not address)
     folder = Path(tempfile.mkdtemp(prefix="proof-"))
     if address and not _agreed(arguments.yes, address, folder, case, scripts):
@@ -63,7 +67,7 @@ def main() -> int:
     try:
         with Display() as display:
             display.say(f"logs of hosts and drivers: {folder}")
-            return Prover(case, folder, display, on_cluster=bool(address)).prove(scripts)
+            return Prover(case, folder, display, on_cluster=bool(address)).prove(scripts, keep)
     except (MachineError, NamespacesForbidden) as error:
         print(f"error: {error}", file=sys.stderr)
         return PERSON

@@ -4,7 +4,7 @@ Everything is done by commands on hosts, as a user would: nothing here is part o
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,11 +65,12 @@ class Prover:
         self._runs = 0
         self._whole = Trace({}, {})
 
-    def prove(self, scripts: Mapping[int, Sequence[str]]) -> int:
+    def prove(self, scripts: Mapping[int, Sequence[str]], keep: Callable[[int, Proof], None] | None = None) -> int:
         """Prove seeded scripts, one after the other, all beside the same undisturbed run, and say so; one that fails is shortened.
 
         Args:
             scripts: seed -> the kinds of its faults.
+            keep: told what came of a seed, as soon as it is known.
 
         Returns:
             The exit code: 0 if all are proven.
@@ -84,13 +85,13 @@ class Prover:
             self._display.say(f"it makes {speed:.0f} steps a second, and these faults need their time: once more, with longer stages")
             self._steps = longer
             self._undisturbed()
-        lost = [seed for seed, kinds in scripts.items() if not self._proven(seed, kinds)]
+        lost = [seed for seed, kinds in scripts.items() if not self._proven(seed, kinds, keep or _forget)]
         if len(scripts) > 1:
             proven = [str(seed) for seed in scripts if seed not in lost]
             self._display.end(f"PROVEN: seeds {', '.join(proven) or 'none'}; NOT PROVEN: {', '.join(map(str, lost)) or 'none'}")
         return int(bool(lost))
 
-    def _proven(self, seed: int, kinds: Sequence[str]) -> bool:
+    def _proven(self, seed: int, kinds: Sequence[str], keep: Callable[[int, Proof], None]) -> bool:
         say = self._display.say
         faults = script(seed, kinds, self._steps, self._case.experiment.workers.most)
         say(f"script of seed {seed}: " + describe(faults))
@@ -99,6 +100,7 @@ class Prover:
         except NotInjected as error:
             self._display.end(f"{error}\nNOT PROVEN")
             return False
+        keep(seed, proof)
         self._display.end(proof.text())
         if not proof.proven and len(faults) > 1:
             say("looking for the shortest script that fails; each try is a run")
@@ -152,6 +154,10 @@ class Prover:
 def own_prefix(folder: Path) -> str:
     """Where the objects of a proof on a user's cluster lie, below `run.store`; named as the folder of its logs."""
     return f"proofs/{folder.name}"
+
+
+def _forget(seed: int, proof: Proof) -> None:
+    """Keep nothing."""
 
 
 def describe(faults: Sequence[Fault]) -> str:

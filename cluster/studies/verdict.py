@@ -56,10 +56,19 @@ class Endured:
 
 @dataclass(frozen=True)
 class Sameness:
-    """What came of comparing two runs: whether it is what was promised, and in words."""
+    """What came of comparing two runs.
+
+    Attributes:
+        proven: it is what was promised.
+        sentences: that say so.
+        steps: whose ledgers were compared.
+        weights: stage -> content hash of the weights of the run that was compared.
+    """
 
     proven: bool
     sentences: list[str]
+    steps: int
+    weights: Mapping[str, str]
 
 
 def read_trace(run: Store, stages: Sequence[str]) -> Trace:
@@ -110,7 +119,7 @@ def compare_traces(whole: Trace, disturbed: Trace, placement: bool) -> Sameness:
         said.append(f"ledger: equal in all {steps} steps; every item was used exactly as often as without faults")
     for stage in [stage for stage in whole.rows if stage not in stages]:
         said.append(f"stage {stage} was trained on latents of other last bits: its ledger says nothing")
-    return Sameness(steps > 0 and not differing and (identical or not placement), said)
+    return Sameness(steps > 0 and not differing and (identical or not placement), said, steps, disturbed.weights)
 
 
 def faults_table(endured: Sequence[Endured]) -> str:
