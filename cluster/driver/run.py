@@ -212,9 +212,14 @@ class _Life:
         return {**now, **({ENDED: self.ended} if self.ended else {})}
 
     def settle(self, trial: str) -> None:
-        """Keep the receipt of the run so far, and show it unless the run is one of many."""
+        """Keep the receipt of the run so far, and show it unless the run is one of many; tidy up after those who were killed."""
         if self.ended == "SUPERSEDED":
             return
+        try:
+            self.lease.assert_held()
+            self.store.delete_unfinished()
+        except (StorageError, Superseded) as error:  # somebody else tidies up, in the end the store's own rule
+            log.info("unfinished uploads were left alone: %s", error)
         try:
             receipt = write_receipt(self.store)
         except StorageError as error:  # the run itself has ended, and how says its state

@@ -153,6 +153,10 @@ class Store(ABC):
     def delete(self, key: str) -> None:
         """Remove an object; nothing happens if there is none."""
 
+    @abstractmethod
+    def delete_unfinished(self) -> None:
+        """Remove what other processes, which were killed, left of objects that they did not finish; a write that goes on fails by it."""
+
     def read(self, key: str) -> bytes:
         """An object's whole content.
 

@@ -35,6 +35,9 @@ ABANDONED = 3600.0
 IOV_MAX = 1024
 """Buffers that one system call fills, at most."""
 
+_writing: set[str] = set()
+"""Temporary files that this process writes just now."""
+
 _last_cleanup: dict[Path, float] = {}
 """When this process last looked for those in each folder: to list a folder of many shards takes long."""
 
@@ -123,6 +126,13 @@ class FolderStore(Store):
         with self._errors(key), contextlib.suppress(FileNotFoundError):
             self._path(key).unlink()
 
+    def delete_unfinished(self) -> None:
+        """Remove the temporary files of all other processes that write or wrote below this folder."""
+        with self._errors(""):
+            for staged in self._root.rglob(f"{STAGED}*"):
+                if str(staged) not in _writing:
+                    staged.unlink(missing_ok=True)
+
     def _path(self, key: str) -> Path:
         return self._root / checked_key(key)
 
@@ -132,6 +142,7 @@ class FolderStore(Store):
         folder = self._path(key).parent
         folder.mkdir(parents=True, exist_ok=True)
         descriptor, staged = tempfile.mkstemp(prefix=STAGED, dir=folder)
+        _writing.add(staged)
         try:
             with open(descriptor, "wb") as file:
                 if (now := os.fstat(descriptor).st_mtime) - _last_cleanup.get(folder, 0.0) > ABANDONED:
@@ -149,6 +160,7 @@ class FolderStore(Store):
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(staged)
+            _writing.discard(staged)
         _sync(folder)
 
     @contextlib.contextmanager

@@ -250,6 +250,16 @@ class S3Store(Store):
         """Remove an object; nothing happens if there is none."""
         self._call("delete_object", key)
 
+    def delete_unfinished(self) -> None:
+        """Abort the multipart uploads of all who write or wrote below this prefix."""
+        more: dict[str, str] | None = {}
+        while more is not None:
+            page = self._with_retries("", methodcaller("list_multipart_uploads", Bucket=self._bucket, Prefix=self._prefix, **more))
+            for upload in page.get("Uploads", ()):
+                with contextlib.suppress(NotFound):  # it was finished meanwhile
+                    self._call("abort_multipart_upload", upload["Key"].removeprefix(self._prefix), UploadId=upload["UploadId"])
+            more = {name: page[f"Next{name}"] for name in ("KeyMarker", "UploadIdMarker")} if page.get("IsTruncated") else None
+
     def _fill(self, key: str, start: int, buffers: Sequence[memoryview], etag: str = "", on_bytes: OnBytes = ignore_bytes) -> None:
         """Read until the buffers are full. If a body breaks off, a new request asks for the rest, if the object is still the same."""
         done, size, retry = 0, sum(map(len, buffers)), Retry()

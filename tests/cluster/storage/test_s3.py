@@ -218,6 +218,22 @@ def test_a_write_that_is_refused_in_the_middle_leaves_nothing(
     assert not uploads.get("Uploads")
 
 
+def test_uploads_that_were_never_completed_are_aborted_and_those_beside_the_prefix_are_not(s3_url: str, proxy: FaultyProxy) -> None:
+    store = open_store(s3_url)
+    client, where = store.raw("run/part")
+    _, beside = store.raw("running/part")
+    for one in (where, where, beside):
+        client.create_multipart_upload(**one)
+    store.put("run/whole", b"stays")
+    proxy.arm(["500"], aim="DELETE")
+    store.at("run").delete_unfinished()
+    assert proxy.happened == ["500"]
+    left = client.list_multipart_uploads(Bucket=where["Bucket"], Prefix=where["Key"].removesuffix("run/part"))
+    assert [one["Key"] for one in left["Uploads"]] == [beside["Key"]]
+    assert store.read("run/whole") == b"stays"
+    client.abort_multipart_upload(**beside, UploadId=left["Uploads"][0]["UploadId"])
+
+
 def test_a_listing_goes_on_from_the_page_where_it_was(s3_url: str, proxy: FaultyProxy) -> None:
     store = open_store(s3_url)
     for number in range(6):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.storage import AlreadyExists, NotFound, Stale, StorageError, Store, folder, open_store
-from cluster.storage.folder import ABANDONED, FolderStore
+from cluster.storage.folder import ABANDONED, STAGED, FolderStore
 from tests.cluster.support.streaming import read_range
 
 
@@ -190,6 +190,23 @@ def test_a_writer_killed_in_the_middle_leaves_the_old_content_and_nothing_listed
         os.utime(path, times=(path.stat().st_mtime - age,) * 2)
     store.put("y", b"the same process writes again")
     assert sorted(tmp_path.iterdir()) == sorted([lock, living, tmp_path / "x", tmp_path / "y"])
+
+
+def test_what_a_killed_writer_left_can_be_removed_at_once_and_what_this_process_writes_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = tmp_path / "deep" / f"{STAGED}killed"
+    killed.parent.mkdir()
+    killed.touch()
+    store, sync = open_store(str(tmp_path)), os.fsync
+
+    def meanwhile(descriptor: int) -> None:
+        store.at("deep").delete_unfinished()
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    store.put("deep/x", b"whole")
+    assert [path.name for path in killed.parent.iterdir()] == ["x"] and store.read("deep/x") == b"whole"
 
 
 def test_a_missing_bucket_and_a_wrong_secret_fail_at_once_without_a_secret(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,9 @@ class MemoryStore(Store):
         self.objects.pop(key, None)
         self._etags.pop(key, None)
 
+    def delete_unfinished(self) -> None:
+        """Nothing is ever half there."""
+
 
 class SteppedStore(MemoryStore):
     """A process's way to the shared objects: each operation waits until the scheduler lets it happen, and writes are checked."""

@@ -24,6 +24,7 @@ from cluster.runtime.machines import Machine, MachineError
 from cluster.runtime.run_watch import Watch
 from cluster.runtime.scratch import PREFIX
 from cluster.storage import open_store
+from cluster.storage.folder import STAGED
 from cluster.telemetry.metrics_log import read_rows
 from tests.tiny import ROOT, settings
 
@@ -203,7 +204,7 @@ class Running:
         raise AssertionError(f"the run left behind: {left}")
 
     def _left_behind(self) -> Iterator[str]:
-        """What is still there of a run that has ended: processes, ranks of a cluster's, shared memory, scratch folders."""
+        """What is still there of a run that has ended: processes, ranks of a cluster's, shared memory, scratch folders, half objects."""
         for process in psutil.process_iter(["cmdline"]):
             with suppress(psutil.Error):  # it is gone, or somebody else's
                 if process.environ().get(RUN) == str(self.folder):
@@ -212,6 +213,8 @@ class Running:
         yield from (one.name() for one in below if one.is_running() and one.name().startswith(("ray::RayTrain", "ray::TrainController")))
         yield from (path.name for path in Path("/dev/shm").iterdir() if path.stat().st_mtime > self._began)
         yield from (path.name for path in Path(gettempdir()).glob(f"{PREFIX}*") if path.stat().st_mtime > self._began)
+        if self.process.returncode >= 0:  # a driver that was killed leaves them to the next one
+            yield from map(str, self.folder.rglob(f"{STAGED}*"))
 
     def kill(self) -> None:
         """Nothing of it is left."""
