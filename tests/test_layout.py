@@ -32,7 +32,7 @@ MODULES = {
     "storage": "base deadline folder hashing multipart parallel retry s3",
     "runtime": (
         "after_import device failures faults hosts lookout machines nodes placement postmortem prices ray_cluster remote_machine run_watch "
-        "scratch tasks"
+        "scratch stuck tasks"
     ),
     "telemetry": "books books_log display exporter meter metrics metrics_log monitor places receipt reminder repeating tensorboard",
     "data": (

@@ -9,6 +9,7 @@ import numpy as np
 from fastcrc.crc32 import iscsi as crc32c
 
 from cluster.data.shards import ShardInfo, encode_npy, members, read_index, upload_shard
+from cluster.runtime.stuck import alive
 from cluster.storage import NotFound, Store, content_hash
 from reactdiff.clip import PERSONS, TARGETS
 from reactdiff.data.files import ClipError
@@ -187,6 +188,7 @@ def _usable_clips(
         _NothingToWrite: after the last clip, if the shard is not to be written.
     """
     for pair in pairs:
+        alive()
         try:
             clip = checked_clip(source.tree, pair)
         except ClipError as error:

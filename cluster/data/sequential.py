@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
+from cluster.runtime.stuck import alive
 from cluster.storage import Store
 
 CHUNK = 8 << 20
@@ -70,6 +71,7 @@ class SequentialReader(io.RawIOBase):
         return True
 
     def _load(self) -> None:
+        alive()
         self._start += len(self._chunk)
         self._chunk = memoryview(self._buffer)[: min(len(self._buffer), self.size - self._start)]
         self._store.read_into(self.key, self._start, self._chunk)

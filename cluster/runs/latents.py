@@ -20,6 +20,7 @@ from cluster.data.manifest import File, Manifest, load_manifest, read_file
 from cluster.data.reader import Reader
 from cluster.data.shards import CorruptData, ShardInfo, decode_npy, encode_npy, hashed_name, upload_shard
 from cluster.runs.export import Export, load_codec
+from cluster.runtime.stuck import alive
 from cluster.storage import AlreadyExists, NotFound, Store, content_hash
 from cluster.storage.parallel import parallel_map
 from reactdiff.clip import PERSONS
@@ -220,6 +221,7 @@ def encode_shard(latents: LatentDataset, split: str, position: int) -> EncodedSh
     corrupt, bounds, sums = {}, empty_range(latents), np.zeros((3, latents.width))
     numbers = range(first, first + int(reader.counts[position]))
     for clip, read in zip(numbers, _read_ahead(reader, codec.inputs, numbers), strict=True):
+        alive()
         key = reader.key(clip)
         if isinstance(read, CorruptData):
             if latents.on_corrupt == "stop":

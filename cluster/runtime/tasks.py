@@ -19,6 +19,7 @@ from cluster.runtime.failures import LOST, Budget, failure_of
 from cluster.runtime.nodes import nodes
 from cluster.runtime.postmortem import kill_worker
 from cluster.runtime.ray_cluster import resources
+from cluster.runtime.stuck import ended_if_stuck
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,11 @@ RAY_RETRIES = 3
 
 SAID_EVERY = 60.0
 """Seconds without a result after which it is said what room there is, and said again."""
+
+
+STUCK = 3600.0
+"""Seconds after which a call that neither ends nor says that it is `alive` is taken for one that never will: its process ends, with the
+stacks of its threads in Ray's log of it, and the call is made again as one whose process is gone."""
 
 
 GIVING_BACK = 20.0
@@ -82,6 +88,8 @@ def map_tasks(
             all calls that a process answers, so what it keeps of itself (`cached_property`) is kept.
         account: told where the time of the calls goes.
 
+    A call that may take longer than STUCK says with `alive` that it gets on; one that is neither done nor heard of is made again.
+
     Processes that had a GPU are ended when all calls are done: Ray would keep them, and with each a context and a cache on its GPU, which
     the ranks that come next need.
 
@@ -112,7 +120,7 @@ def map_tasks(
         while waiting or running:
             while waiting and len(running) < at_once:
                 number, call = waiting.pop()
-                running[task.remote(function, box, call)] = number
+                running[task.remote(function, box, call, STUCK)] = number
             for number in islice(running.values(), places):  # the others wait in Ray's queue
                 if account and number not in begun:
                     begun.add(number)
@@ -191,7 +199,7 @@ _loaded: list[float] = [time.monotonic()]
 
 
 def _call(
-    function: Callable[..., Any], box: list[ray.ObjectRef], call: tuple[Any, ...]
+    function: Callable[..., Any], box: list[ray.ObjectRef], call: tuple[Any, ...], stuck: float
 ) -> tuple[TaskProcess, tuple[float, float], Any]:
     began = time.monotonic()
     starting = began - _loaded.pop() if _loaded else 0.0
@@ -199,5 +207,6 @@ def _call(
     if (name := reference.hex()) not in _taken:
         _taken.clear()
         _taken[name] = ray.get(reference)
-    result = function(_taken[name], *call)
+    with ended_if_stuck(stuck):
+        result = function(_taken[name], *call)
     return (ray.util.get_node_ip_address(), os.getpid()), (starting, time.monotonic() - began), result

@@ -2,6 +2,7 @@
 
 import os
 import re
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import pytest
 
 from cluster.config.schema import Workers
 from cluster.runtime import tasks
+from cluster.runtime.stuck import alive
 from cluster.runtime.tasks import map_tasks
 from cluster.storage import StorageError
 
@@ -75,6 +77,38 @@ def test_a_call_whose_process_goes_away_is_made_again(tmp_path, monkeypatch: pyt
     monkeypatch.setattr(tasks, "RAY_RETRIES", 0)
     assert sorted(map_tasks(lose_once, [(1,), (2,)], Workers(), str(tmp_path))) == [(0, 1), (1, 2)]
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
+
+
+def stuck_once(folder: str) -> int:
+    """Waits for ever when it is called first."""
+    try:
+        open(f"{folder}/stuck", "x").close()
+    except FileExistsError:
+        return 7
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+    return 0
+
+
+def slow_but_alive(_: str) -> int:
+    for _ in range(8):
+        time.sleep(0.5)
+        alive()
+    return os.getpid()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_call_that_never_ends_is_made_again_and_one_that_gets_on_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tasks, "RAY_RETRIES", 0)
+    monkeypatch.setattr(tasks, "STUCK", 2.0)
+    assert list(map_tasks(stuck_once, [()], Workers(), str(tmp_path))) == [(0, 7)]
+    assert (tmp_path / "stuck").exists() and "of call 0, which is tried again" in caplog.text
+    caplog.clear()
+    list(map_tasks(slow_but_alive, [()], Workers(), ""))
+    assert "tried again" not in caplog.text
 
 
 def no_store(shared: str, number: int) -> None:
