@@ -1,4 +1,7 @@
-"""Real processes at one run's folder that are stopped, woken and killed: tests/cluster/runs/test_lineage.py has the interleavings."""
+"""Real processes at one run's folder that are stopped, cut off and killed, with clocks an hour off.
+
+tests/cluster/runs/test_lineage.py has the interleavings in one process.
+"""
 
 import json
 import random
@@ -14,14 +17,18 @@ import pytest
 from cluster.runs import checkpoint
 from cluster.runs.state import Attempt, read_state
 from cluster.storage.folder import FolderStore
-from tests.cluster.support.writer import STEP
+from tests.cluster.support.writer import CUT, MEND, STEP
 from tests.tiny import ROOT
 
 pytestmark = pytest.mark.slow
 
+BACK = {signal.SIGSTOP: signal.SIGCONT, CUT: MEND}
+OFF = ("-3600", "0", "3600")
+"""Seconds by which the clock of a process is wrong."""
+
 
 class Writers:
-    """Real processes at one run's folder, which a seeded script stops, wakes and kills.
+    """Real processes at one run's folder, which a seeded script stops, cuts off from it, lets come back, and kills.
 
     Args:
         folder: for the run and for their logs.
@@ -35,7 +42,8 @@ class Writers:
 
     def start(self) -> subprocess.Popen[bytes]:
         log = self._folder / f"{len(self.all)}.log"
-        command = [sys.executable, "-m", "tests.cluster.support.writer", str(self.run.url), str(log), str(60 * STEP)]
+        given = [str(self.run.url), str(log), str(60 * STEP), self.random.choice(OFF)]
+        command = [sys.executable, "-m", "tests.cluster.support.writer", *given]
         self.all.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL))
         return self.all[-1]
 
@@ -55,24 +63,25 @@ class Writers:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_real_processes_that_are_stopped_woken_and_killed_leave_nothing_of_an_older_life(seed: int, tmp_path: Path) -> None:
+def test_real_processes_that_are_stopped_cut_off_and_killed_leave_nothing_of_an_older_life(seed: int, tmp_path: Path) -> None:
     writers = Writers(tmp_path, seed)
-    stopped = []
+    away = {}
     for _ in range(3):
         one = writers.start()
         if not writers.until(one, writers.random.randrange(1, 8)):
             continue
-        sign = writers.random.choice((signal.SIGSTOP, signal.SIGSTOP, signal.SIGKILL))
+        sign = writers.random.choice((signal.SIGSTOP, CUT, signal.SIGKILL))
         one.send_signal(sign)
         writers.happened.append(sign.name)
-        stopped += [one] if sign == signal.SIGSTOP else []
+        if sign != signal.SIGKILL:
+            away[one] = BACK[sign]
     last = writers.start()
-    assert writers.until(last, 1), "it took the lease of those that stand still"
-    for one in stopped:
-        one.send_signal(signal.SIGCONT)
+    assert writers.until(last, 1), "it took the lease of those that are away"
+    for one, sign in away.items():
+        one.send_signal(sign)
     codes = [one.wait(60) for one in writers.all]
     assert writers.happened and last.returncode == 0, codes
-    assert all(one.returncode == 1 for one in stopped), f"each found out that it was over: {codes}"
+    assert all(one.returncode == 1 for one in away), f"each found out that it was over: {codes}"
     begun: dict[Attempt, float] = {}
     for at, by, operation, key in writers.log():
         if key.startswith("lineage/") and operation == "create":

@@ -1,13 +1,17 @@
 """A small process that does what a driver does to a run's folder, for tests that stop and kill real ones.
 
-  python -m tests.cluster.support.writer FOLDER LOG END
+  python -m tests.cluster.support.writer FOLDER LOG END SECONDS
 
 It takes the lease, a life, an attempt, and commits a checkpoint at every step; each of its writes is a line of LOG, after it was done:
-seconds of the machine's clock, life, operation, key. The times of the lease are a twentieth of the real ones.
+seconds of the machine's clock, life, operation, key. The times of the lease are a twentieth of the real ones. Its clock is wrong by
+SECONDS. CUT, a signal, cuts it off from the folder until MEND: then every operation waits, and its threads go on.
 """
 
+import datetime
 import json
+import signal
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -24,13 +28,18 @@ from cluster.runs.lineage import open_attempt
 from cluster.runs.retention import Retention
 from cluster.runs.state import Attempt, State, Superseded, assert_newest_life, open_life, write_state
 from cluster.storage.folder import FolderStore
+from tests.cluster.support.interleaving import WRITES
 
 STAGE = "autoencoder"
 STEP = 6
+CUT, MEND = signal.SIGUSR1, signal.SIGUSR2
+OPERATIONS = ("get", "size", "list", "put", "create", "replace", "delete")
 
 
 class LoggedStore(FolderStore):
-    """A folder that logs what is written to it."""
+    """A folder that logs what is written to it, and may be out of reach."""
+
+    linked = threading.Event()
 
     def log_to(self, path: Path) -> "LoggedStore":
         """Log to this file from now on."""
@@ -39,16 +48,22 @@ class LoggedStore(FolderStore):
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
-        return partial(self._logged, name, value) if name in ("put", "create", "replace", "delete") else value
+        return partial(self._logged, name, value) if name in OPERATIONS else value
 
-    def _logged(self, name: str, write: Any, key: str, *given: Any) -> Any:
-        done = write(key, *given)
-        print(json.dumps([time.monotonic(), [*self.by], name, key]), file=self._log)
+    def _logged(self, name: str, operation: Any, key: str = "", *given: Any) -> Any:
+        self.linked.wait()
+        done = operation(key, *given)
+        if name in WRITES:
+            print(json.dumps([time.monotonic(), [*self.by], name, key]), file=self._log)
         return done
 
 
-def main(folder: str, log: str, end: int) -> None:
+def main(folder: str, log: str, end: int, wrong: float) -> None:
     """Bring the stage to its end, or find out that somebody else does."""
+    LoggedStore.linked.set()
+    signal.signal(CUT, lambda *_: LoggedStore.linked.clear())
+    signal.signal(MEND, lambda *_: LoggedStore.linked.set())
+    lease.datetime = SimpleNamespace(UTC=datetime.UTC, datetime=SimpleNamespace(now=lambda zone: _now(zone, wrong)))
     lease.BEAT, lease.LAPSE, lease.LOOK = 0.25, 1.5, 0.05
     store = LoggedStore(Path(folder)).log_to(Path(log))
     with Lease(store, "writer") as held:
@@ -73,8 +88,12 @@ def main(folder: str, log: str, end: int) -> None:
         write_state(store, State("DONE", life, "", ""))
 
 
+def _now(zone: datetime.tzinfo, wrong: float) -> datetime.datetime:
+    return datetime.datetime.now(zone) + datetime.timedelta(seconds=wrong)
+
+
 if __name__ == "__main__":
     try:
-        main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+        main(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
     except Superseded as error:
         sys.exit(str(error))
