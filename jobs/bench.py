@@ -308,16 +308,21 @@ def metrics(arguments: argparse.Namespace) -> int:
 def science(arguments: argparse.Namespace) -> int:
     """What models reach."""
     from cluster.data.demo import make_demo
+    from cluster.storage import open_store
     from cluster.studies.comparison import Comparison, compare
+    from cluster.studies.comparison_report import write_comparison_report
+    from cluster.studies.comparison_table import markdown
 
     comparison = Comparison.read(arguments.config)
     if arguments.write:
         assert_marked(arguments.write, MARK)
     kept = arguments.scores / f"{comparison.name}.json"
+    experiment = anchored(comparison.load(arguments.overrides))
     with Display() as display:
-        make_demo(anchored(comparison.load(arguments.overrides)).data.url, display)
-        table = compare(comparison, arguments.overrides, display, kept, keep=arguments.write is not None)
-    _say_table(table, arguments.write, MARK)
+        make_demo(experiment.data.url, display)
+        rows = compare(comparison, arguments.overrides, display, kept, keep=arguments.write is not None)
+    _say_table(markdown(rows), arguments.write, MARK)
+    print(f"as a page: {write_comparison_report(open_store(experiment.run.store), comparison.name, rows)}")
     return 0
 
 

@@ -20,6 +20,7 @@ from cluster.runs.lease import Held
 from cluster.runtime.failures import AGAIN, PERSON
 from cluster.studies.search import Search
 from cluster.studies.sweep import OpenSweep, Sweep
+from cluster.studies.sweep_report import write_sweep_report
 from cluster.studies.sweep_table import LiveSweep, importance_table, sweep_console, sweep_table
 from cluster.studies.tuner import Undone, run_sweep
 
@@ -62,6 +63,7 @@ def report(search: Search, undone: dict[int, Undone]) -> int:
     console.print(sweep_table(search, {number: one.why for number, one in undone.items()}))
     if (matters := importance_table(search)) is not None:
         console.print(matters)
+    console.print(f"as a page: {write_sweep_report(search, {number: one.why for number, one in undone.items()})}", soft_wrap=True)
     if search.best() is not None:
         store = search.opened.store
         fetch = f"aws s3 cp {store.url}/best.yaml . && " if "://" in store.url else ""

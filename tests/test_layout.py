@@ -43,12 +43,12 @@ MODULES = {
         "build_latents checkpoint checkpoint_writer environment export inventory latents lease lineage logs published registry "
         "retention saved snapshot state upkeep"
     ),
-    "evaluation": "evaluate gate ground_truth picture plan report rows rung validation",
+    "evaluation": "evaluate gate ground_truth html picture plan report rows rung validation",
     "training": "ahead compiler engine examine loop memory rehearsal reporting requests resume spread stacks verdict warm_start",
     "driver": "berths board group interruption launch pin plan pretrained ray_metrics ray_train run watchdog",
     "studies": (
-        "case comparison comparison_table course first_stage grounds halving importance kept_scores ledger page proofs prove retrain "
-        "script search searchers space sweep sweep_table trial tuner verdict"
+        "case comparison comparison_report comparison_table course first_stage grounds halving importance kept_scores ledger page "
+        "proofs prove retrain script search searchers space sweep sweep_report sweep_table trial tuner verdict"
     ),
     "bench": "card challenge checkpoint empty_loop loading metrics noise_dataset oracles recovery rival startup tables training",
 }

@@ -1,19 +1,14 @@
-"""One page about a run, from its folder alone: curves, scores, a picture of reactions, where time and money went, configuration.
-
-It is one file that opens from disk: figures are SVG in the page, and it asks nobody for anything.
-"""
+"""One page about a run, from its folder alone: curves, scores, a picture of reactions, where time and money went, configuration."""
 
 import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import matplotlib
 from matplotlib.figure import Figure
 
+from cluster.evaluation.html import render, svg
 from cluster.runs.state import read_state
 from cluster.storage import NotFound, Store
 from cluster.telemetry.books import BOOK_STATES
@@ -55,8 +50,8 @@ def report(store: Store) -> str:
     records = read_books(store)
     made = receipt(records)
     lines = receipt_lines(made)
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    return page.from_string(Path(__file__).with_name(REPORT).read_text()).render(
+    return render(
+        Path(__file__).with_name(REPORT),
         name=store.url.rpartition("/")[2],
         status=f"{state.status}{f': {state.why}' if state.why else ''}",
         work="; ".join(lines.about),
@@ -95,7 +90,7 @@ def _curve(title: str, rows: Sequence[tuple[float, Mapping[str, float]]]) -> str
         if column == "loss" and all(value > 0 for _, value in points):
             axes.set_yscale("log")
         axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure, title)
+    return svg(figure, title)
 
 
 def _timeline(records: Sequence[Mapping[str, Any]]) -> str:
@@ -123,15 +118,7 @@ def _timeline(records: Sequence[Mapping[str, Any]]) -> str:
     axes.spines[["top", "right"]].set_visible(False)
     if shown:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
-    return _svg(figure, "timeline")
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """A figure as it stands in a page; the same one each time."""
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()[out.getvalue().index("<svg") :]
+    return svg(figure, "timeline")
 
 
 def _scores(store: Store) -> dict[str, Any]:

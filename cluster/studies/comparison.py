@@ -23,7 +23,7 @@ from cluster.driver.run import STEPS, execute
 from cluster.evaluation.plan import plan_evaluation
 from cluster.evaluation.rows import CUT, MODEL, UNTRAINED, WRONG, chunk_of, rows_of
 from cluster.runs.saved import SavedRun, open_run
-from cluster.studies.comparison_table import TableRow, markdown
+from cluster.studies.comparison_table import TableRow
 from cluster.studies.kept_scores import ClipScores, RunScores, read_scores, scores_key, write_scores
 from cluster.telemetry.display import Display
 from reactdiff.config import ENCODING, STAGES
@@ -88,7 +88,7 @@ def _stage_1(experiment: Experiment) -> str:
     return digest([optim, data, experiment.optim.epochs["autoencoder"], model])
 
 
-def compare(comparison: Comparison, overrides: Sequence[str], display: Display, kept: Path, keep: bool) -> str:
+def compare(comparison: Comparison, overrides: Sequence[str], display: Display, kept: Path, keep: bool) -> dict[str, TableRow]:
     """Bring every run to its end, but for those whose scores are kept, and say what they reach.
 
     Args:
@@ -99,7 +99,7 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display, 
         keep: write the scores of all runs there.
 
     Returns:
-        A table in Markdown: over the seeds mean and standard deviation, with 95 % bootstrap intervals over the clips.
+        The lines of its table, by name.
     """
     every, there = comparison_runs(comparison, overrides), read_scores(kept)
     keys = {run.experiment.run.name: scores_key(run.experiment, pin(run.experiment, comparison.name).manifest.hash) for run in every}
@@ -121,7 +121,7 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display, 
             row.seeds[seed] = scores  # baselines are the same whichever row they stand beside
     if keep:
         write_scores(kept, found, names)
-    return markdown(rows)
+    return rows
 
 
 def run_scores(saved: SavedRun) -> RunScores:

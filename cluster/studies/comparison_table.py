@@ -39,7 +39,14 @@ class TableRow:
 
 
 def markdown(rows: Mapping[str, TableRow]) -> str:
-    """The table: a line for each row, of its scores under every seed; a column of which no row has anything is left out."""
+    """The table in Markdown."""
+    heads, lines = cells(rows)
+    every = [["", *heads], ["---", *["---:"] * len(heads)], *([name, *line] for name, line in lines.items())]
+    return "\n".join("| " + " | ".join(line) + " |" for line in every)
+
+
+def cells(rows: Mapping[str, TableRow]) -> tuple[list[str], dict[str, list[str]]]:
+    """Heads, and a line for each row, of its scores under every seed; a column of which no row has anything is left out."""
     found = {name: [one.metrics() for one in row.seeds.values()] for name, row in rows.items()}
     means = {name: float(np.mean([one["FRCorr"] for one in each])) for name, each in found.items()}
     whole = {name: row.mean_of_seeds() for name, row in rows.items()}
@@ -93,10 +100,9 @@ def markdown(rows: Mapping[str, TableRow]) -> str:
         "parameters": lambda name: counted(name, 0),
         "GFLOP / item": lambda name: counted(name, 1),
     }
-    cells = {head: [cell(name) for name in rows] for head, cell in columns.items()}
-    cells = {head: column for head, column in cells.items() if any(column)}
-    lines = [["", *cells], ["---", *["---:"] * len(cells)], *map(list, zip(rows, *cells.values(), strict=True))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    made = {head: [cell(name) for name in rows] for head, cell in columns.items()}
+    made = {head: column for head, column in made.items() if any(column)}
+    return list(made), {name: [column[number] for column in made.values()] for number, name in enumerate(rows)}
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

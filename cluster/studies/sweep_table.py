@@ -34,31 +34,46 @@ def sweep_table(search: Search, states: Mapping[int, str], more: Mapping[int, Tr
         states: what is known of trials beside the ledger: number -> "RUNNING", or why it failed.
         more: trials that will be, and are in no ledger yet.
     """
+    head, rows = sweep_cells(search, states, more or {})
+    table = Table(title=sweep_title(search), title_justify="left")
+    for column in head:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    if search.opened.sweep.halving:
+        table.caption = "\n".join(rung_lines(search))
+        table.caption_justify = "left"
+    return table
+
+
+def sweep_title(search: Search) -> str:
+    """What is swept, and by what it is judged."""
+    sweep = search.opened.sweep
+    metrics = ", ".join(f"{name} ({mode})" for name, mode in sweep.metrics.items())
+    return f"sweep {sweep.name}: {metrics} on val"
+
+
+def sweep_cells(search: Search, states: Mapping[int, str], more: Mapping[int, Trial]) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines of the table, of the arguments of `sweep_table`."""
     sweep, records = search.opened.sweep, search.ledger.trials
     halving, winner = sweep.halving, search.best()
     rungs = [f"at {items}" for items in halving.rungs] if halving else []
-    metrics = ", ".join(f"{name} ({mode})" for name, mode in sweep.metrics.items())
-    table = Table(title=f"sweep {sweep.name}: {metrics} on val", title_justify="left")
-    for column in ("", "trial", *sweep.space, *rungs, *sweep.metrics, "run", "state"):
-        table.add_column(column, overflow="fold")
+    rows = []
     for number in sorted(records):
         record = records[number]
         values = [value_text(record.point[key]) if key in record.point else "" for key in sweep.space]
         errors = [f"{record.error(rung):.5f}{_mark(record, rung)}" if rung in record.rungs else "" for rung in range(len(rungs))]
         scores = [_score(record, metric) for metric in sweep.metrics]
         best = "best" if record is winner else ""
-        table.add_row(best, str(number), *values, *errors, *scores, record.run, _state(search, record, states.get(number, "")))
-    for number, trial in (more or {}).items():
+        rows.append([best, str(number), *values, *errors, *scores, record.run, _state(search, record, states.get(number, ""))])
+    for number, trial in more.items():
         values = [value_text(trial.point[key]) if key in trial.point else "" for key in sweep.space]
-        table.add_row("", str(number), *values, *([""] * (len(rungs) + len(sweep.metrics))), trial.run, "PENDING")
-    if halving:
-        table.caption = "\n".join(_rung_lines(search))
-        table.caption_justify = "left"
-    return table
+        rows.append(["", str(number), *values, *([""] * (len(rungs) + len(sweep.metrics))), trial.run, "PENDING"])
+    return ["", "trial", *sweep.space, *rungs, *sweep.metrics, "run", "state"], rows
 
 
-def importance_table(search: Search) -> Table | None:
-    """How much each key matters, None if nothing can be said: by the first rung where there is one, which all trials reach."""
+def importances(search: Search) -> tuple[str, dict[str, float]]:
+    """Of what, and how much of it is each key's share, the largest first: of the first rung where there is one, which all trials reach."""
     sweep, records = search.opened.sweep, [search.ledger.trials[number] for number in sorted(search.ledger.trials)]
     if sweep.halving:
         pairs = [(record.point, record.error(0)) for record in records if 0 in record.rungs]
@@ -67,13 +82,18 @@ def importance_table(search: Search) -> Table | None:
         scored = [(record.point, defined(record.scores, [sweep.first_metric])) for record in records]
         pairs, what = [(point, values[0]) for point, values in scored if values], sweep.first_metric
     shares = importance(search.opened.space, [point for point, _ in pairs], [value for _, value in pairs])
+    return f"share of the variance of {what} over {len(pairs)} trials", dict(sorted(shares.items(), key=lambda pair: -pair[1]))
+
+
+def importance_table(search: Search) -> Table | None:
+    """How much each key matters, None if nothing can be said."""
+    title, shares = importances(search)
     if not shares:
         return None
-    title = f"share of the variance of {what} over {len(pairs)} trials"
     table = Table(title=title, title_justify="left", min_width=len(title))
     table.add_column("key")
     table.add_column("share", justify="right")
-    for key, share in sorted(shares.items(), key=lambda pair: -pair[1]):
+    for key, share in shares.items():
         table.add_row(key, f"{share:.0%}")
     return table
 
@@ -147,7 +167,7 @@ def _why_stopped(record: TrialRecord) -> str:
     return f"stopped at rung {choice.rung + 1}: trial {choice.against} is better, p = {choice.p:.2g} (at most {choice.level:.2g})"
 
 
-def _rung_lines(search: Search) -> list[str]:
+def rung_lines(search: Search) -> list[str]:
     """What the errors of the table are, and what pairing is worth."""
     records = search.ledger.trials.values()
     measured = [facts for record in records for facts in record.rungs.values()]

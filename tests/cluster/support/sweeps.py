@@ -1,0 +1,27 @@
+"""A sweep of four trials, of which nothing is run."""
+
+from pathlib import Path
+from typing import Any
+
+from cluster.data.manifest import File, Manifest, Split, publish
+from cluster.storage import open_store
+from cluster.studies.search import Search
+from cluster.studies.sweep import OpenSweep, Sweep
+
+
+def rung(progress: int, worse: float) -> dict[str, Any]:
+    """What a trial measured that is so much worse."""
+    errors = [[0.1 + item / 10 + worse + 1e-4 * (item % 3) * worse, 0.02] for item in range(16)]
+    return {"progress": progress, "levels": [[0.0, -0.1234], [3.0, 2.71]], "errors": errors}
+
+
+def search_in(tmp_path: Path) -> Search:
+    """With two rungs."""
+    splits = {"train": Split(), "val": Split(appropriateness=File(file="val/matrix.npy", hash="0" * 32))}
+    publish(open_store(f"{tmp_path}/shards"), Manifest(kind="clips", frames=100, streams=[], targets={}, members=[], splits=splits))
+    space = {
+        "model.denoiser": ["unet", "transformer"],
+        "model.layers": {"choice": [2, 4], "when": {"model.denoiser": "transformer"}},
+    }
+    given = {"name": "shown", "space": space, "metrics": {"FRDist": "min"}, "halving": {"rungs": [10, 20], "clips": 8}}
+    return Search(OpenSweep(Sweep.model_validate(given), [f"data.url={tmp_path}/shards", f"run.store={tmp_path}/store"]))
