@@ -1,5 +1,6 @@
 """A worker group on its machines: started, watched, asked to leave, and started again where it was."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -172,10 +173,11 @@ class Group:
         return self._job.attempt
 
     def where(self, error: BaseException, cause: BaseException) -> str:
-        """Host, rank and progress of a failure, as far as they are known."""
+        """Rank, host and step of a failure, as far as they are known."""
         failures = getattr(error, "worker_failures", {})
         rank = next((rank for rank, one in failures.items() if inner(one) is cause), next(iter(failures), None))
-        known = [f"at {self._progress:.0f} items"] if self._progress else []
+        steps = math.ceil(self._progress / self._job.experiment.optim.batch[self._job.stage])
+        known = [f"after step {steps} ({self._progress:.0f} items)"] if self._progress else []
         if rank is not None and rank < len(self._place) and not self.hang:  # which says itself whom it means
             peer = "a peer of " * (isinstance(cause, RuntimeError) and " peer" in str(cause))  # gloo: who is told, not who is gone
             known = [f"{peer}rank {rank}", f"host {self._names.get(self._place[rank], self._place[rank])}", *known]

@@ -11,6 +11,7 @@ from cluster.evaluation.ground_truth import GroundTruth
 from cluster.evaluation.plan import EvaluationPlan
 from cluster.runs.export import load_reactor, untrained_reactor
 from cluster.runs.latents import LatentDataset, corrupt_clips, encode_clip
+from cluster.runtime.stuck import alive
 from cluster.storage.parallel import parallel_map
 from reactdiff.clip import AU, PERSONS, speaker_listener
 from reactdiff.config import Model
@@ -43,12 +44,12 @@ class RowInputs(GroundTruth):
     @cached_property
     def trained(self) -> Reactor:
         """The model."""
-        return load_reactor(self.plan.run, self.plan.latents.export, self.plan.diffusion)
+        return _heard(load_reactor(self.plan.run, self.plan.latents.export, self.plan.diffusion))
 
     @cached_property
     def untrained(self) -> Reactor:
         """The same with the weights that training began with."""
-        return untrained_reactor(self.plan.latents.export, self.plan.diffusion)
+        return _heard(untrained_reactor(self.plan.latents.export, self.plan.diffusion))
 
     @cached_property
     def retrieval(self) -> Retrieval:
@@ -80,6 +81,13 @@ class RowInputs(GroundTruth):
         """Reactions to the speakers of other or the same items, drawn with the noise of these, (items, K, frames, 25)."""
         latents = np.stack([self.speaker_latent(speaker) for speaker in speakers])
         return reactor.react(latents, self.keys(items), self.plan.predictions, self.plan.experiment.seed)["attributes"]
+
+
+def _heard(reactor: Reactor) -> Reactor:
+    """The same; from now on each call of its denoiser says that the process gets on: a part of large models may take an hour."""
+    if reactor.diffusion is not None:
+        reactor.diffusion.denoiser.register_forward_hook(lambda *_: alive())
+    return reactor
 
 
 Draw = Callable[[RowInputs, range], np.ndarray]

@@ -1,9 +1,13 @@
 """jobs/prove.py where it would touch a user's cluster."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.cluster.support.machines import Running, machines
 from tests.tiny import ROOT, call, settings
 
 
@@ -38,3 +42,23 @@ def test_on_a_cluster_no_kind_is_taken_that_needs_root(shards: Path, tmp_path: P
     done = call("prove", *command(shards, tmp_path / "store", "--kinds", "kill,power_off"), check=False)
     assert done.returncode == 1 and "power_off needs hosts that this command has made itself" in done.stderr
     assert on_cluster == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_on_a_cluster_it_proves_its_own_runs_and_touches_no_other(shards: Path, tmp_path: Path) -> None:
+    with machines(3) as there:
+        there.wait(3)
+        other = Running(shards, tmp_path / "other", "other", "workers.count=1", "optim.epochs=400", address=there.address)
+        other.until(lambda: other.progress >= 240)
+        environment = os.environ | {"RAY_ADDRESS": there.address, "RAY_AUTH_MODE": "disabled"}
+        words = command(shards, tmp_path / "store", "--kinds", "kill,stop,kill_driver", "--yes")
+        environment.pop("RAY_AUTH_TOKEN", None)
+        done = subprocess.run([sys.executable, str(ROOT / "jobs/prove.py"), *words], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert other.process.poll() is None, "it went on beside all of it"
+        other.process.send_signal(2)
+        assert other.end() == 130, other.said
+    assert "\nPROVEN\n" in done.stdout and "weights: identical" in done.stdout
+    assert other.attempts == 1 and "starting the ranks again" not in other.said, "none of its processes was touched"
+    assert {path.name for path in (tmp_path / "store").iterdir()} <= {"proofs", "latents"}, "objects only below proofs/"

@@ -34,6 +34,20 @@ def look(group: Group, leaving: list[str], room: int) -> tuple[str, Request]:
     return group.reason, group._request()
 
 
+def test_a_failure_is_told_with_its_rank_its_host_and_the_step_it_came_after(group: Group) -> None:
+    lost, whole = RuntimeError("gone"), RuntimeError("Connection closed by peer")
+    group._job = SimpleNamespace(stage="diffusion", experiment=SimpleNamespace(optim=SimpleNamespace(batch={"diffusion": 8})))  # type: ignore[assignment]
+    group._progress = 0.0
+    assert group.where(RuntimeError("no ranks in it"), lost) == ""
+    group._progress = 603.0
+    failed = RuntimeError("two ranks")
+    failed.worker_failures = {0: whole, 1: lost}  # type: ignore[attr-defined]
+    assert group.where(failed, lost) == "rank 1, host b, after step 76 (603 items)"
+    assert group.where(failed, whole) == "a peer of rank 0, host host-a, after step 76 (603 items)"
+    group.hang = object()  # type: ignore[assignment]
+    assert group.where(failed, lost) == "after step 76 (603 items)", "the hang says whom it means"
+
+
 def test_a_group_that_waits_for_its_next_checkpoint_to_grow_still_hears_that_a_machine_goes(group: Group) -> None:
     assert look(group, [], 2) == ("", Request.NOTHING)
     assert look(group, [], 3) == ("resized", Request.LEAVE_AT_CHECKPOINT)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.driver.watchdog import LEAST
 from tests.cluster.support.machines import STAGE, Running
 from tests.tiny import ROOT
 
@@ -20,7 +21,13 @@ HANGS = 5
 NICENESS = 15
 """Of the processes that Ray starts."""
 LONG = ("workers.count=2", "optim.epochs=150")
-SAID = re.compile(r"no (sign of life|step) for .*rank (?P<rank>\d) on \S+ \(\S+\) in phase (?P<phase>\w+) of its step \d+ for \d+ s")
+SAID = re.compile(
+    r"no (sign of life for more than (?P<silent>\d+) s|step for (?P<stood>\d+) s, limit (?P<limit>\d+) s)"
+    r".*rank (?P<rank>\d) on \S+ \(\S+\) in phase (?P<phase>\w+) of its step \d+ for (?P<there>\d+) s"
+)
+
+LATE = 5
+"""Seconds by which a busy machine may make the driver's looks late."""
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +44,9 @@ def named(run: Running) -> list[re.Match[str]]:
 
 def hang(run: Running, cause: Callable[[int], Callable[[], bool]]) -> list[tuple[int, float]]:
     """Let a rank hang, five times, each when the ranks are under way again; which, and the seconds until it was named."""
-    chance, happened = random.Random(7), []
+    happened = []
     for number in range(HANGS):
+        chance = random.Random(number)
         reached = run.progress
         run.until(lambda reached=reached: run.progress > reached)
         time.sleep(chance.random())
@@ -52,11 +60,14 @@ def hang(run: Running, cause: Callable[[int], Callable[[], bool]]) -> list[tuple
 
 
 def assert_told(run: Running, undisturbed: Running, happened: list[tuple[int, float]], phase: str) -> None:
-    """Each was the rank that was named, in this phase; a failure of the class `hang`, with stacks of all ranks; and the run went on."""
+    """Each was the rank that was named, in time and in this phase; a failure of the class `hang`, with all stacks; and the run went on."""
     assert run.end() == 0, run.said
     print("named after " + ", ".join(f"{seconds:.1f} s" for _, seconds in happened))
     assert [int(one["rank"]) for one in named(run)] == [rank for rank, _ in happened], run.said
     assert all(re.fullmatch(phase, one["phase"]) for one in named(run)), run.said
+    for one in named(run):
+        stood, limit = (one["stood"], one["limit"]) if one["limit"] else (one["there"], one["silent"])
+        assert int(limit) >= LEAST and int(stood) <= int(limit) + LATE, one[0]
     assert sum("failed (hang)" in line and "starting the ranks again" in line for line in run.lines) == HANGS
     kept = [path.name for path in run.folder.glob("logs/*/*stacks*")]
     assert sorted(kept) == sorted([f"{STAGE}-stacks-0.txt", f"{STAGE}-stacks-1.txt"] * HANGS)

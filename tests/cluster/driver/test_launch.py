@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import psutil
 import pytest
+from ray._raylet import GcsClient
 from ray.train import WorkerGroupError
 
 from cluster.driver import launch as launching
@@ -257,22 +258,38 @@ def test_the_number_of_ranks_follows_the_machines_and_every_step_has_its_items(s
         for _ in range(3):
             there.kill()
         trained_by(1)
+        few = set(metrics_of(run))
         there.add(2)
         trained_by(3)
+        grown = metrics_of(run)
         there.kill()
         trained_by(2)
         assert run.end() == 0, run.said
     assert len(run.ledger) == 1334 and run.ledger == whole.ledger
+    new = sorted(grown.keys() - few)
+    assert 1 <= len(new) <= 2, "one start of workers for each machine that came, or for both"
+    steps = [progress for attempt in (max(few), *new) for progress in grown[attempt]]
+    assert len(steps) == len(set(steps)), "the checkpoint at which they grew is where they went on"
+
+
+def metrics_of(run: Running) -> dict[str, list[int]]:
+    """Attempt -> progress after each step that it has kept so far."""
+    found: dict[str, list[int]] = {}
+    for entry in run.store.list("metrics/"):
+        rows = [json.loads(line) for line in run.store.read(entry.key).decode().splitlines()]
+        found.setdefault(entry.key.split("/")[1], []).extend(row["progress"] for row in rows)
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_notice_costs_no_step_on_whichever_node_it_comes(undisturbed: Running, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_notice_costs_no_step_on_whichever_node_it_comes(rank: int, undisturbed: Running, shards: Path, tmp_path: Path) -> None:
     with machines(3) as there:
         never = ("run.checkpoint_every=100000", "run.checkpoint_minutes=0")
         run = Running(shards, tmp_path, "notice", "workers.count=2", *never, address=there.address)
         run.until(lambda: any(line.startswith(f"{STAGE}: ") and "loss" in line for line in run.lines))
-        there.drain(run.node_of(0), 600)
+        there.drain(run.node_of(rank), 600)
         run.until_said("will be taken away")
         assert run.end() == 0, run.said
     rows = [json.loads(line) for entry in run.store.list("metrics/") for line in run.store.read(entry.key).decode().splitlines()]
@@ -297,6 +314,33 @@ def test_told_to_end_a_run_leaves_a_checkpoint_of_the_step_it_was_in(
     rows = [json.loads(line) for entry in run.store.list("metrics/") for line in run.store.read(entry.key).decode().splitlines()]
     assert len(rows) == len({row["progress"] for row in rows}) == 400, "no step was done twice"
     assert again.weights == undisturbed.weights
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_told_twice_a_run_ends_at_once_whatever_a_rank_is_at(shards: Path, tmp_path: Path) -> None:
+    run = Running(shards, tmp_path, "twice", "workers.count=2")
+    run.until(lambda: run.progress >= 240)
+    run.rank(0).suspend()  # it will make no checkpoint
+    run.process.send_signal(signal.SIGINT)
+    run.until_said("told to end: a checkpoint at the next step")
+    run.process.send_signal(signal.SIGINT)
+    assert run.end() == 130, run.said
+    assert run.status == "STOPPED" and "writing the stacks" not in run.said, "nobody waited until it was taken for one that hangs"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ranks_go_to_machines_of_their_labels_and_wait_for_one_with_them(shards: Path, tmp_path: Path) -> None:
+    with machines(2) as there:
+        run = Running(shards, tmp_path, "labels", "workers.count=1", "workers.labels={kind: large}", address=there.address)
+        run.until_said("waiting since")
+        there.add(labels="kind=large")
+        run.until(lambda: run.trains(0))
+        node = run.node_of(0)
+        assert run.end() == 0, run.said
+        (large,) = [info for info in GcsClient(there.address).get_all_node_info().values() if info.labels.get("kind") == "large"]
+    assert large.node_id.hex() == node
 
 
 @pytest.mark.slow

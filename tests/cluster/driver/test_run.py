@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
 import pytest
+from ray.exceptions import RayError
 
 from cluster.config.loading import ConfigError
 from cluster.data.manifest import Manifest, publish
@@ -16,8 +18,11 @@ from cluster.driver.run import STEPS, check_run, execute
 from cluster.runs import lease
 from cluster.runs.lease import LEASE, Held
 from cluster.runs.state import Superseded, open_life
+from cluster.runtime.failures import StageFailed
 from cluster.runtime.ray_cluster import Resources
-from cluster.storage import Store, open_store
+from cluster.runtime.tasks import TaskLost
+from cluster.storage import StorageError, Store, open_store
+from cluster.storage.folder import STAGED
 from cluster.telemetry.display import Display
 from tests.tiny import tiny
 
@@ -67,6 +72,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[Any], None]]:
     monkeypatch.setattr(run, "check_run", lambda *_: [])
     monkeypatch.setattr(run, "connect", lambda cpus: Resources(8, 0, 1))
     monkeypatch.setattr(run, "assert_visible", lambda *_: None)
+    monkeypatch.setattr(run, "assert_possible", lambda *_: None)
+    monkeypatch.setattr(run, "driver_risk", lambda: "")
     monkeypatch.setattr(lease, "LOOK", 0.02)
     return does
 
@@ -186,6 +193,44 @@ def test_what_fails_after_a_life_has_begun_is_the_run_s_state_and_the_lease_is_f
     assert (state(tmp_path)["status"], state(tmp_path)["why"]) == ("FAILED", "cannot listen")
     monkeypatch.undo()
     assert json.loads(folder(tmp_path).read(LEASE))["released"]
+
+
+@pytest.mark.starts
+@pytest.mark.parametrize("taken", [False, True])
+def test_the_end_of_a_life_removes_what_killed_writers_left_and_of_one_that_was_taken_over_leaves_it(
+    taken: bool, clips: Path, tmp_path: Path, steps: dict[str, Callable[[Any], None]]
+) -> None:
+    half = tmp_path / "runs" / "one" / "checkpoints" / f"{STAGED}killed"
+
+    def work(life: Any) -> None:
+        half.parent.mkdir(parents=True)
+        half.touch()
+        if taken:
+            open_life(life.store, {})
+
+    steps["diffusion"] = work
+    with pytest.raises(Superseded) if taken else nullcontext():
+        start(clips, tmp_path)
+    assert half.exists() == taken and state(tmp_path)["status"] == ("RUNNING" if taken else "DONE")
+
+
+@pytest.mark.starts
+def test_what_fails_is_told_with_its_step_and_class_and_a_mistake_as_it_is(
+    clips: Path, tmp_path: Path, steps: dict[str, Callable[[Any], None]]
+) -> None:
+    def fail(error: Exception) -> str:
+        def step(life: Any) -> None:
+            raise error
+
+        steps["latents"] = step
+        with pytest.raises(type(error) if isinstance(error, KeyError) else StageFailed) as told:
+            start(clips, tmp_path)
+        return str(told.value)
+
+    assert fail(StorageError("nobody answers")).startswith("stage latents failed (storage): StorageError: nobody answers.")
+    assert fail(TaskLost("encode_shard: the worker died", RayError("x"))).startswith("stage latents failed (lost): ")
+    assert fail(KeyError("a mistake of ours")) == "'a mistake of ours'"
+    assert state(tmp_path)["status"] == "FAILED" and state(tmp_path)["life"] == 3
 
 
 @pytest.mark.starts

@@ -18,9 +18,9 @@ def state(hosts: Hosts, node: str) -> str:
     return next(found["state"] for found in hosts.nodes() if found["node_id"] == node)
 
 
-@pytest.mark.parametrize(("health", "survives"), [(FAST, False), (SHIPPED, True)], ids=["fast", "shipped"])
+@pytest.mark.parametrize(("health", "survives", "limit"), [(FAST, False, 10), (SHIPPED, True, 35)], ids=["fast", "shipped"])
 def test_a_host_that_is_cut_off_is_noticed_and_the_shipped_checks_bear_a_raylet_that_stalls_for_8_s(
-    health: Mapping[str, str], survives: bool, tmp_path: Path, record_property
+    health: Mapping[str, str], survives: bool, limit: float, tmp_path: Path, record_property
 ) -> None:
     requires_namespaces()
     with Hosts(tmp_path, workers=2, health=health) as hosts:
@@ -36,7 +36,7 @@ def test_a_host_that_is_cut_off_is_noticed_and_the_shipped_checks_bear_a_raylet_
         one.link(up=False)
         began = time.monotonic()
         while state(hosts, cut) != "DEAD":
-            assert time.monotonic() - began < 120, "three times what is promised of the shipped checks"
+            assert time.monotonic() - began < 3 * limit, "three times what is promised, for this machine may be busy"
             time.sleep(0.2)
         record_property("noticed after seconds", round(time.monotonic() - began, 1))
         print(f"noticed after {time.monotonic() - began:.1f} s")

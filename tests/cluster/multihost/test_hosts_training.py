@@ -67,6 +67,14 @@ def test_a_host_that_is_cut_off_for_20_s_comes_back_and_the_run_goes_on(whole: H
     assert all(host.processes(RAYLET) for host in whole.workers)
 
 
+def test_a_store_that_is_away_for_30_s_is_said_and_loses_nothing(whole: Hosts, tiny_shards: Path, record_property) -> None:
+    run = Run(whole, "away", 3, "run.checkpoint_every=24").start()
+    report(record_property, run, run.suffer(HALFWAY.cut_store(seconds=30)))
+    assert run.end() == "DONE"
+    assert re.search(r"no step for \d+ s: rank \d on h\d \(\S+\) in phase (data_wait|checkpoint) of its step \d+", run.said()), run.said()
+    assert run.attempts() == [(1, 0)] and run.weights() == one_host_weights(tiny_shards, 3)
+
+
 def test_packets_that_are_dropped_between_ranks_hang_no_run_five_times(whole: Hosts, tiny_shards: Path, record_property) -> None:
     """No connection breaks, so no rank fails: all of them wait, and say so to a driver who hears them."""
     run = Run(whole, "dropped", 3).start()

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_a_budget_is_of_each_class_refilled_by_progress_and_not_spent_by_notices
 
 def test_ray_s_own_errors_stand_in_the_table() -> None:
     from ray.exceptions import ActorDiedError, OutOfMemoryError
-    from ray.train import ControllerError
+    from ray.train import ControllerError, PreemptionError
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
     assert classify([ControllerError(WorkerGroupStartupTimeoutError(3))])[0].name == "no_place"
@@ -85,6 +86,7 @@ def test_ray_s_own_errors_stand_in_the_table() -> None:
         torch.empty(1 << 50)
     assert failure_of(refused.value).name == failure_of(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))).name == "out_of_memory"
     assert failure_of(ActorDiedError()).name == "lost"
+    assert failure_of(PreemptionError(SimpleNamespace(preempted_ranks=[1]))).name == "preempted"
     assert failure_of(RuntimeError("a mistake of ours")) is None and classify([RuntimeError("broken pipe")])[0] is failures.LOST
 
 
@@ -96,9 +98,10 @@ def test_a_command_ends_with_75_where_the_same_one_may_go_on_and_with_1_where_a_
 
 
 def test_a_failure_is_one_paragraph_that_says_class_place_cause_what_was_done_and_what_to_do() -> None:
-    text = str(StageFailed("diffusion", failures.LOST, RuntimeError("a\nlong story."), "rank 1, host h2, at 600 items", "tried 3 times"))
+    where = "rank 1, host h2, after step 75 (600 items)"
+    text = str(StageFailed("diffusion", failures.LOST, RuntimeError("a\nlong story."), where, "tried 3 times"))
     assert text == (
-        "stage diffusion failed (lost), rank 1, host h2, at 600 items: RuntimeError: long story. tried 3 times. "
+        "stage diffusion failed (lost), rank 1, host h2, after step 75 (600 items): RuntimeError: long story. tried 3 times. "
         "What to do: see to the machine; the same command goes on"
     )
 
@@ -123,7 +126,7 @@ PARAGRAPHS = {
 
 def test_each_class_has_its_paragraph() -> None:
     """Class, host, rank, progress, cause, what was done and what to do."""
-    place, tried = "rank 1, host h2 (10.0.0.2), at 600 items", "retries without progress: 3 of 3 for it"
+    place, tried = "rank 1, host h2 (10.0.0.2), after step 75 (600 items)", "retries without progress: 3 of 3 for it"
     said = {one.name: str(StageFailed("diffusion", one, RuntimeError("why"), place, tried)) for one in failures.TABLE}
     assert said == {
         name: f"stage diffusion failed ({name}), {place}: RuntimeError: why. {tried}. What to do: {advice}"

@@ -13,6 +13,7 @@ import pytest
 from cluster.storage import AlreadyExists, NotFound, Stale, StorageError, Store, folder, open_store
 from cluster.storage.folder import ABANDONED, STAGED, FolderStore
 from tests.cluster.support.streaming import read_range
+from tests.cluster.support.writes import WRITES, watch_writes
 
 
 def race(racers: int, attempt) -> list:
@@ -190,6 +191,21 @@ def test_a_writer_killed_in_the_middle_leaves_the_old_content_and_nothing_listed
         os.utime(path, times=(path.stat().st_mtime - age,) * 2)
     store.put("y", b"the same process writes again")
     assert sorted(tmp_path.iterdir()) == sorted([lock, living, tmp_path / "x", tmp_path / "y"])
+
+
+def test_every_write_of_a_store_is_watched_where_tests_kill_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    watch_writes(seen.append, patch=monkeypatch.setattr)
+    store, large = open_store(str(tmp_path)), tmp_path / "large"
+    etag = store.create("a", b"1")
+    store.replace("a", b"2", etag)
+    store.put("b", b"3")
+    large.write_bytes(b"4")
+    store.put_file("c", large)
+    store.delete("c")
+    store.delete_unfinished()
+    assert {line.partition(" ")[0] for line in seen} == WRITES
+    assert seen[0] == f"create {tmp_path}/a" and seen[-1] == f"delete_unfinished {tmp_path}/"
 
 
 def test_what_a_killed_writer_left_can_be_removed_at_once_and_what_this_process_writes_stays(

@@ -61,7 +61,11 @@ def test_kinds_are_chosen_by_name_or_by_the_seed() -> None:
         choose_kinds("kill,power_off", 0, hosts=False)
 
 
-def test_every_kind_can_be_done() -> None:
+def test_every_kind_is_there_and_can_be_done() -> None:
+    assert {*FAULT_KINDS} == set(
+        "kill kill_raylet power_off link_20s link_lost kill_driver restart_head drain stop s3_30s wrong_bytes disk_full out_of_memory "
+        "nan_gradient second_driver frozen_driver".split()
+    )
     assert {kind.does for kind in FAULT_KINDS.values()} <= {*KINDS, *OWN}
 
 

@@ -23,6 +23,9 @@ SAYS = {
 }
 """Faults that are answers."""
 
+DOES = {"cut", "endless", "stall", "trickle", "flip", "late", "lose", "down", "outage", "reset"}
+"""The others."""
+
 
 class FaultyProxy(ThreadingHTTPServer):
     """Faults are used up one an answer, an empty one is none; no bit is flipped twice, which would be a damaged object.
@@ -65,8 +68,10 @@ class FaultyProxy(ThreadingHTTPServer):
 
     def arm(self, faults: Iterable[str], aim: str = "", after: int = 0) -> None:
         """Do this to the requests that a pattern matches, after so many of them."""
+        faults = list(faults)
+        assert {*faults} <= {"", *SAYS, *DOES}, f"no such faults: {faults}"
         with self._lock:
-            self.faults, self._aim, self._spared = list(faults), re.compile(aim), after
+            self.faults, self._aim, self._spared = faults, re.compile(aim), after
 
     def next_fault(self, request: str) -> str:
         """What is done to a request."""

@@ -64,11 +64,11 @@ class Machines:
         loop = ["sh", "-c", f"until {command}; do sleep 1; done"]
         return subprocess.Popen(loop, env=self._environment, start_new_session=True, **silent)
 
-    def _add(self, gpus: int = 0) -> subprocess.Popen[bytes]:
-        return self._start(f"--address={self.address}", "--num-cpus=1", f"--num-gpus={gpus}")
+    def _add(self, gpus: int = 0, labels: str = "") -> subprocess.Popen[bytes]:
+        return self._start(f"--address={self.address}", "--num-cpus=1", f"--num-gpus={gpus}", f"--labels={labels}")
 
-    def add(self, count: int = 1, gpus: int = 0) -> None:
-        self._nodes += [self._add(gpus) for _ in range(count)]
+    def add(self, count: int = 1, gpus: int = 0, labels: str = "") -> None:
+        self._nodes += [self._add(gpus, labels) for _ in range(count)]
 
     def wait(self, count: int) -> None:
         """Until so many have joined."""

@@ -18,6 +18,7 @@ from cluster.runtime.hosts import Hosts
 from cluster.runtime.machines import PATH, PROJECT, NamespacesForbidden, Network, assert_namespaces
 from cluster.runtime.run_watch import Watch
 from cluster.storage import open_store
+from cluster.storage.s3 import S3Store
 from tests.cluster.data.test_stream_faults import copy
 from tests.tiny import OVERRIDES, job
 
@@ -75,7 +76,9 @@ class Run:
     def __init__(self, hosts: Hosts, name: str, ranks: int, *overrides: str):
         self.hosts, self.watch = hosts, Watch(lambda: hosts.all, BATCH, TARGETS)
         self._log = hosts.folder / f"run-{name}.log"
-        self._folder = open_store(f"{hosts.url}/store/runs/{name}")
+        folder = open_store(f"{hosts.url}/store/runs/{name}")
+        assert isinstance(folder, S3Store)
+        self._folder = folder
         places = (f"data.url={hosts.url}/shards", f"run.store={hosts.url}/store", f"telemetry.targets={TARGETS}")
         self._command = ("python", "jobs/train.py", *CONFIG, f"run.name={name}", f"workers.count={ranks}", *LONG, *places, *overrides)
 
@@ -98,6 +101,9 @@ class Run:
         """
         self.watch.spend(seconds, lambda: self.process.poll() is not None)
         assert self.process.poll() == 0, f"exit code {self.process.poll()}:\n{self.said()[-6000:]}"
+        client, where = self._folder.raw("x")
+        prefix = where["Key"].removesuffix("x")
+        assert not client.list_multipart_uploads(Bucket=where["Bucket"], Prefix=prefix).get("Uploads"), "half objects were left"
         return json.loads(self._folder.read("state.json"))["status"]
 
     def said(self) -> str:

@@ -21,9 +21,9 @@ def watch_writes(look: Callable[[str], None], patch: Callable[[type, str, Any], 
 
 def _watched(write: Callable[..., Any], look: Callable[[str], None]) -> Callable[..., Any]:
     @functools.wraps(write)
-    def watched(store: Store, key: str, *given: Any) -> Any:
-        look(f"{write.__name__} {store.url}/{key}")
-        return write(store, key, *given)
+    def watched(store: Store, *given: Any) -> Any:
+        look(f"{write.__name__} {store.url}/{given[0] if given else ''}")
+        return write(store, *given)
 
     return watched
 

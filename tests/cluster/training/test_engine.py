@@ -2,6 +2,7 @@
 
 import math
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,13 +10,14 @@ import torch
 import torch.distributed as dist
 
 from cluster.training import engine as engine_module
-from cluster.training.engine import LARGEST_NORM, Engine, EngineSettings, squared_norm
+from cluster.training.engine import LARGEST_NORM, Engine, EngineSettings, engine_settings, squared_norm
 from reactdiff.config import Diffusion, Model
 from reactdiff.data.sample import StreamSpec
 from reactdiff.model.init import Weights, initial_weights
 from reactdiff.stage import Source, build_without_memory, empty_batch, stages_over
 from tests.cluster.support.poison import Poison
 from tests.cluster.support.ranks import on_ranks
+from tests.tiny import tiny
 
 CLIPS = Source((StreamSpec("au", "facial", 15), StreamSpec("mfcc", "acoustic", 26)), 100)
 SMALL = {"facial": ("au",), "acoustic": ("mfcc",), "hidden": 16, "latent": 8, "channels": 32, "multipliers": (1, 1), "condition": 64}
@@ -54,6 +56,16 @@ def learn(rank: int, family: dict[str, Any], zero: int, again: bool) -> list[flo
             engine.average()
             found.append(float(loss.detach()))
     return found
+
+
+def test_a_micro_batch_of_0_means_no_more_items_at_once_than_at_the_largest_size(tmp_path: Path) -> None:
+    def forwards(*settings: str) -> dict[int, int]:
+        experiment = tiny(tmp_path, tmp_path, "optim.batch=6", *settings)
+        return {ranks: engine_settings(experiment, "autoencoder", ranks).micro_batches for ranks in (3, 2, 1)}
+
+    assert forwards("workers.count=[1,3]") == {3: 1, 2: 2, 1: 3}, "2 items at once, as on 3 ranks"
+    assert forwards("workers.count=3") == {3: 1, 2: 1, 1: 1}
+    assert forwards("workers.count=[1,3]", "workers.micro_batch=1") == {3: 2, 2: 3, 1: 6}
 
 
 @pytest.mark.starts

@@ -345,6 +345,18 @@ def test_a_run_killed_before_or_after_a_bad_item_was_found_ends_identical(shards
         assert Path(f"{tmp_path}/{name}.log").read_text().count("QUARANTINED") == found
 
 
+def test_a_checkpoint_comes_by_the_minute_too_and_changes_nothing(undisturbed: Path, shards: Path, tmp_path: Path) -> None:
+    """Rank 0's clock decides for all: ranks that took it at different steps would leave parts without a manifest."""
+    found = {}
+    for minutes in (0, 1e-5):
+        folder = tmp_path / str(minutes)
+        settings = ("optim.epochs=2", "run.checkpoint_every=100000", f"run.checkpoint_minutes={minutes}", "run.keep=99")
+        rows = train_on(2, tiny(shards, folder, *settings), folder)
+        assert [row["ledger"] for row in rows] == [row["ledger"] for row in rows_of(undisturbed)]
+        found[minutes] = len(checkpoint.list_checkpoints(open_store(str(folder)), "autoencoder"))
+    assert found[0] <= 2 < found[1e-5], "those before a step that is not a whole batch, and at the end, come anyway"
+
+
 def test_a_checkpoint_without_its_manifest_does_not_exist(undisturbed: Path) -> None:
     store = open_store(str(undisturbed))
     names = checkpoint.list_checkpoints(store, "autoencoder")
