@@ -4,6 +4,8 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +50,26 @@ def progresses(store: Store) -> list[int]:
 
 def parts(store: Store) -> set[str]:
     return {entry.key for entry in store.list("checkpoints/autoencoder/parts/")}
+
+
+def test_each_byte_of_a_checkpoint_is_uploaded_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: dict[str, list[int]] = {}
+    for name in ("put", "create", "put_file"):
+        upload = getattr(store, name)
+
+        def counted(key: str, data: Any, upload: Any = upload) -> Any:
+            sent.setdefault(key, []).append(data.stat().st_size if isinstance(data, Path) else len(data))
+            return upload(key, data)
+
+        monkeypatch.setattr(store, name, counted)
+    writer, weights = writer_of(store), {name: torch.rand(100_000) for name in ("master", "exp_avg", "exp_avg_sq", "ema")}
+    facts = {"stage": "autoencoder", "progress": 6, "steps": 1, "dataset": "", "config": {}, "life": 1, "attempt": 0}
+    writer.begin([Fragment("w", (100_000,), 0, weights)], {}, **facts)
+    writer.commit()
+    writer._cleaning.result()
+    written = {key: sizes for key, sizes in sent.items() if "/parts/" in key}
+    assert all(len(sizes) == 1 for sizes in sent.values()), sent
+    assert 4 * 400_000 <= sum(size for (size,) in written.values()) < 4 * 400_000 + 4096, "weights, moments and average, and little else"
 
 
 def test_a_part_of_the_next_checkpoint_that_another_rank_has_uploaded_already_outlives_the_commit_of_this_one(store: Store) -> None:
