@@ -1,10 +1,10 @@
 """Tell Ray of this machine's spot interruption notice, so that the runs on it write a checkpoint and go elsewhere.
 
-  python infra/aws/spot_notice.py --address HEAD:6379
+  python infra/aws/spot_notice.py
 
 Runs beside Ray on a spot machine, from `ray_config.yaml`. EC2 gives two minutes' notice in the machine's metadata (the item
 `spot/instance-action`, https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html) and tells nobody else.
-Ray is told by `ray drain-node`: nothing new is placed here, and drivers see that the machine will go.
+Ray is told by infra/drain.py.
 """
 
 import argparse
@@ -17,6 +17,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # it is run as a script, with whatever Python runs Ray
+
+from infra.drain import drain
 
 METADATA = "http://169.254.169.254"
 EVERY = 5.0
@@ -42,35 +46,6 @@ def notice(metadata: str) -> datetime.datetime | None:
             return None
         raise
     return datetime.datetime.fromisoformat(said["time"])
-
-
-def drain(address: str, node: str, seconds: int) -> None:
-    """Tell the cluster that a node will be taken away in so many seconds.
-
-    Raises:
-        subprocess.CalledProcessError: if the cluster does not take it.
-    """
-    ray = Path(sys.executable).with_name("ray")
-    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot interruption notice"]
-    subprocess.run(
-        [ray, "drain-node", "--address", address, "--node-id", node, *reason, "--deadline-remaining-seconds", str(seconds)], check=True
-    )
-
-
-def this_node() -> str:
-    """The id of the Ray node on this machine: of the raylet that runs here.
-
-    Raises:
-        LookupError: if there is none.
-    """
-    for command in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = command.read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue  # it has ended
-        if words[0].endswith("raylet/raylet"):
-            return next(word for word in words if word.startswith("--node_id=")).partition("=")[2]
-    raise LookupError("no Ray runs on this machine: start it first (ray start)")
 
 
 def _utc() -> datetime.datetime:
@@ -106,10 +81,9 @@ def watch(
 def main() -> int:
     """Parse the command line and watch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--address", required=True, help="of the cluster's head, HOST:PORT")
     parser.add_argument("--metadata", default=METADATA, help="URL of the metadata service (default: EC2's)")
     arguments = parser.parse_args()
-    watch(arguments.metadata, lambda seconds: drain(arguments.address, this_node(), seconds))
+    watch(arguments.metadata, lambda seconds: drain(seconds, "spot interruption notice"))
     return 0
 
 

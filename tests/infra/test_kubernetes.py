@@ -51,6 +51,14 @@ def test_no_rank_lands_on_the_head_or_beside_the_driver(cluster: Manifest) -> No
     assert "resources" not in group(cluster, "gpu-spot"), "KubeRay takes what the pod has"
 
 
+def test_a_spot_pod_that_is_evicted_tells_ray_and_has_time_for_a_checkpoint(cluster: Manifest) -> None:
+    pod = group(cluster, "gpu-spot")["template"]["spec"]
+    (container,) = pod["containers"]
+    python, script, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert python == "python" and (ROOT / script.removeprefix("/reactdiff/")).is_file()
+    assert 30 < int(seconds) < pod["terminationGracePeriodSeconds"]
+
+
 def test_the_labels_are_those_of_the_cluster_on_aws(cluster: Manifest) -> None:
     kinds = yaml.safe_load((ROOT / "ray_config.yaml").read_text())["available_node_types"]
     names = {"driver": "driver", "gpu-spot": "gpu_spot"}

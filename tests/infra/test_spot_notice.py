@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from infra.aws.spot_notice import EVERY, notice, this_node, watch
+from infra.aws.spot_notice import EVERY, notice, watch
 
 pytestmark = pytest.mark.starts
 
@@ -93,15 +93,9 @@ def test_a_cluster_that_does_not_take_it_is_told_again(metadata: Service) -> Non
     assert len(told) == 2
 
 
-def test_a_machine_without_ray_is_told_to_start_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infra.aws.spot_notice.Path.glob", lambda *_: iter(()))
-    with pytest.raises(LookupError, match="ray start"):
-        this_node()
-
-
 def test_spot_machines_of_ray_config_watch_for_it() -> None:
     config = yaml.safe_load((Path(__file__).parents[2] / "ray_config.yaml").read_text())
     spot = config["available_node_types"]["gpu_spot"]
     assert spot["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
     commands = spot.get("worker_start_ray_commands") or config["worker_start_ray_commands"]
-    assert any("infra/aws/spot_notice.py --address $RAY_HEAD_IP:6379" in command for command in commands)
+    assert any("infra/aws/spot_notice.py >" in command for command in commands)
