@@ -43,6 +43,7 @@ lint: $(SETUP)
 	$(PY) -m mypy
 
 test-cluster: $(SETUP)
+	@command -v chromium > /dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -qy --no-install-recommends chromium; }
 	$(PY) -m pytest $(TWO) -m slow --ignore=tests/cluster/chaos $(ARGS)
 
 test-chaos: $(SETUP)

@@ -62,6 +62,7 @@ ACROSS = {
     "storage/test_storage.py",
     "telemetry/test_alerts.py",
     "telemetry/test_prometheus.py",
+    "studies/test_pages_in_a_browser.py",
 }
 """Tests of a package that are about more than one of its modules."""
 
