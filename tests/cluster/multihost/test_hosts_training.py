@@ -22,8 +22,7 @@ def whole(hosts: Hosts) -> Hosts:
     return hosts
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("submit", [False, True], ids=["direct", "submitted"])
+@pytest.mark.parametrize(("ranks", "submit"), [(2, True), (3, False)], ids=["2-submitted", "3-direct"])
 def test_over_several_hosts_the_weights_are_those_of_one(whole: Hosts, tiny_shards: Path, ranks: int, submit: bool) -> None:
     run = Run(whole, f"plain-{ranks}-{submit}", ranks).start(submit)
     sight = run.watch.until(lambda sight: len(sight.ranks) == ranks, "all its ranks")
