@@ -31,11 +31,12 @@ from cluster.runs.latents import LatentDataset
 from cluster.runs.lease import Lease
 from cluster.runs.state import State, Superseded, open_life, update_state, write_state
 from cluster.runtime.failures import StageFailed, failure_of
+from cluster.runtime.jobs import ended_at, this_job
 from cluster.runtime.nodes import is_private
 from cluster.runtime.placement import assert_possible
 from cluster.runtime.ray_cluster import assert_visible, connect, driver_risk
 from cluster.storage import NotFound, StorageError, Store
-from cluster.telemetry.books_log import ENDED, inherit, keeping, read_books
+from cluster.telemetry.books_log import ENDED, JOB, inherit, keeping, read_books
 from cluster.telemetry.display import Display
 from cluster.telemetry.exporter import Exporter
 from cluster.telemetry.metrics_log import validation_name
@@ -122,7 +123,7 @@ def _execute(
         try:
             running.exporter = at_the_end.enter_context(_exporter(experiment, pinned.name, life, trial))
             earlier = read_books(pinned.store)
-            running.faults = inherit(running.exporter.books, earlier)
+            running.faults = inherit(running.exporter.books, earlier, ended_at)
             running.exporter.money(receipt(earlier)["cost"], experiment.telemetry.budget)
             at_the_end.enter_context(told_to_ray(running.exporter))
             at_the_end.enter_context(keeping(pinned.store, running.exporter.books, running.facts))
@@ -202,13 +203,14 @@ class _Life:
         self.state, self.lease, self.display, self.enough = state, lease, display, enough
         self.run = pinned.saved(experiment)
         self.scores: dict[str, Scores] = {}
+        self.job = this_job()
 
     def facts(self) -> dict[str, Any]:
         """What is kept with the books."""
         tally = self.exporter.tally
         work = {stage: {key: totals[key] for key in ("items", "bytes", "flops")} for stage, totals in tally.stages().items()}
         peaks = {rank["stage"]: rank["gauges"].get("peak_flops", 0.0) for rank in tally.ranks()}
-        now = {"stage": self.state.stage, "work": work, "peak": peaks, "gauges": tally.gauges()}
+        now = {"stage": self.state.stage, "work": work, "peak": peaks, "gauges": tally.gauges(), JOB: self.job}
         return {**now, **({ENDED: self.ended} if self.ended else {})}
 
     def settle(self, trial: str) -> None:

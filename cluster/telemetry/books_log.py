@@ -18,6 +18,9 @@ EVERY = 2.0
 ENDED = "ended"
 """Key of what a record has once its life has ended: the status that it left."""
 
+JOB = "job"
+"""Key of the session of the cluster and the number of the job in it that a record's driver was."""
+
 DRIVER = "driver"
 """Class of the fault that a driver was lost."""
 
@@ -62,10 +65,18 @@ def keeping(store: Store, books: Books, facts: Callable[[], dict[str, Any]]) -> 
         write()
 
 
-def inherit(books: Books, earlier: Sequence[dict[str, Any]]) -> dict[str, str]:
+def inherit(
+    books: Books, earlier: Sequence[dict[str, Any]], ended: Callable[[str, str], int | None] = lambda session, job: None
+) -> dict[str, str]:
     """Go on from the books of earlier lives; where the last one ended by a fault, it is why this one must start again.
 
-    A driver that was lost could not write down its last seconds: what it held then is taken to have been held for `EVERY` seconds more.
+    A driver that was lost could not write down its last seconds: what it held then, it held until its cluster learnt of it. Where nobody
+    knows when that was, it is taken to have been `EVERY` seconds later.
+
+    Args:
+        books: of the life that begins.
+        earlier: records of those before it, in order.
+        ended: session and number of a job -> when the cluster learnt that it was gone, in milliseconds since 1970, if that is known.
 
     Returns:
         The stage that the fault hit -> its name; empty if there was none.
@@ -79,7 +90,9 @@ def inherit(books: Books, earlier: Sequence[dict[str, Any]]) -> dict[str, str]:
         return {fault["stage"]: fault["fault"] for fault in last["faults"][-1:]} if last[ENDED] == "FAILED" else {}
     stage = last.get("stage", "")
     fault = books.fault(DRIVER, stage, f"the driver of life {last['life']} was lost", last["life"])
+    known = ended(*last[JOB]) if JOB in last else None
+    more = round(1000 * EVERY) if known is None else max(0, known - last["until"])
     for held_for, berth in last["held"]:
         if last["berths"][berth]["node"]:
-            books.book(held_for, {"recovery": round(1000 * EVERY)}, books.now(), Berth(**last["berths"][berth]), fault)
+            books.book(held_for, {"recovery": more}, books.now(), Berth(**last["berths"][berth]), fault)
     return {stage: fault}

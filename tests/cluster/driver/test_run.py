@@ -74,6 +74,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[Any], None]]:
     monkeypatch.setattr(run, "assert_visible", lambda *_: None)
     monkeypatch.setattr(run, "assert_possible", lambda *_: None)
     monkeypatch.setattr(run, "driver_risk", lambda: "")
+    monkeypatch.setattr(run, "this_job", lambda: ("no session", "no job"))
+    monkeypatch.setattr(run, "ended_at", lambda *_: None)
     monkeypatch.setattr(lease, "LOOK", 0.02)
     return does
 

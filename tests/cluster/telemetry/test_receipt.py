@@ -8,7 +8,7 @@ import pytest
 
 from cluster.storage import open_store
 from cluster.telemetry.books import NOWHERE, Berth, Books
-from cluster.telemetry.books_log import ENDED, inherit, keeping, read_books
+from cluster.telemetry.books_log import ENDED, JOB, inherit, keeping, read_books
 from cluster.telemetry.places import GroupBooks
 from cluster.telemetry.receipt import live_table, receipt, receipt_text, verdict, write_receipt
 from tests.cluster.telemetry.test_meter import Clock
@@ -123,18 +123,20 @@ def test_books_that_cannot_be_read_do_not_stop_a_run(tmp_path: Path, caplog: pyt
     assert caplog.text.count("are no books of version 1: its life is not in the receipt") == 2
 
 
-def test_a_life_after_a_lost_driver_has_that_fault_with_the_seconds_that_nobody_wrote_down() -> None:
+@pytest.mark.parametrize(("job", "seconds"), [(None, 2.0), (["session", "01"], 0.75), (["another", "01"], 2.0)])
+def test_a_life_after_a_lost_driver_has_that_fault_with_the_seconds_that_nobody_wrote_down(job: list[str] | None, seconds: float) -> None:
     clock = Clock(0.0)
     lost = Books(1, clock)
     lost.furthest["diffusion"] = 40.0
     GroupBooks(lost, "diffusion", [CPU, GPU], 0.0)
     clock.now = 100.0
-    record = lost.record(stage="diffusion")
+    record = lost.record(stage="diffusion", **({JOB: job} if job else {}))
     clock.now = 160.0
     books = Books(2, clock)
-    assert inherit(books, [record]) == {"diffusion": "2.1"} and books.furthest == {"diffusion": 40}
+    known = {("session", "01"): record["until"] + 750}
+    assert inherit(books, [record], lambda *job: known.get(job)) == {"diffusion": "2.1"} and books.furthest == {"diffusion": 40}
     made = receipt([record, books.record()])
-    assert made["states"]["recovery"] == 2 * 2.0 and made["faults"][0]["class"] == "driver" and made["away"] == 60
+    assert made["states"]["recovery"] == 2 * seconds and made["faults"][0]["class"] == "driver" and made["away"] == 60
     assert made["faults"][0]["text"] == "the driver of life 1 was lost"
 
 
