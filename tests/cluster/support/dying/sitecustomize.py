@@ -1,14 +1,17 @@
 """On the PYTHONPATH of a command, numbers the writes of all its processes, and ends the one that is about to do the one asked for.
 
 DYING_WRITES is a file that gets a line for each, DYING_AT the number of the one, from 0; it ends with 137 then, as a SIGKILL would have it.
-Heartbeats of leases are left out: how many there are says only how long it took.
+What is written again every few seconds, heartbeats of leases and books, is left out: how often says only how long it took.
 """
 
 import fcntl
 import os
+import re
 from typing import Any
 
 from cluster.runtime.after_import import after_import
+
+PERIODIC = re.compile(r"replace \S+/lease\.json|put \S+/books/\d+\.json")
 
 
 def watch(module: Any) -> None:
@@ -20,7 +23,7 @@ def watch(module: Any) -> None:
 
 def count(what: str) -> None:
     """Write the line; die if it is the one."""
-    if what.endswith("/lease.json") and what.startswith("replace"):
+    if PERIODIC.fullmatch(what):
         return
     with open(os.environ["DYING_WRITES"], "a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
