@@ -17,7 +17,7 @@ from ray._raylet import GcsClient
 from ray.train import WorkerGroupError
 
 from cluster.driver import launch as launching
-from cluster.driver.interruption import Enough
+from cluster.driver.interruption import SAME, Enough
 from cluster.driver.launch import launch
 from cluster.runtime.failures import StageFailed
 from cluster.runtime.placement import Gang
@@ -288,7 +288,8 @@ def test_a_notice_costs_no_step_on_whichever_node_it_comes(undisturbed: Running,
         never = ("run.checkpoint_every=100000", "run.checkpoint_minutes=0")
         run = Running(shards, tmp_path, "notice", "workers.count=2", *never, address=there.address)
         for rank in (0, 1):
-            run.until(lambda rank=rank: len(metrics_of(run)) > rank)
+            seen = len(run.lines)  # after what was said of the first notice, by which its ranks had left
+            run.until(lambda seen=seen: any(line.startswith(f"{STAGE}: ") and "loss" in line for line in run.lines[seen:]))
             there.drain(run.node_of(rank), 600)
             run.until_said("will be taken away", times=rank + 1)
         assert run.end() == 0, run.said
@@ -324,6 +325,7 @@ def test_told_twice_a_run_ends_at_once_whatever_a_rank_is_at(shards: Path, tmp_p
     run.rank(0).suspend()  # it will make no checkpoint
     run.process.send_signal(signal.SIGINT)
     run.until_said("told to end: a checkpoint at the next step")
+    time.sleep(2 * SAME)  # what comes sooner is the first one again
     run.process.send_signal(signal.SIGINT)
     assert run.end() == 130, run.said
     assert run.status == "STOPPED" and "writing the stacks" not in run.said, "nobody waited until it was taken for one that hangs"
