@@ -79,7 +79,13 @@ def test_a_machine_that_is_told_to_end_waits_until_its_rank_has_left_with_a_chec
     assert run.end() == "DONE"
     assert f"{name} (" in run.said() and "will be taken away" in run.said()
     assert run.attempts() == [(1, 0), (1, 1)] and run.weights() == one_host_weights(tiny_shards, 2)
-    soon(lambda: host.node_id != before)  # it is another node that comes back
+    assert soon(lambda: before not in nodes_of(whole)), "it ends when its time is over"
+    whole.wait(nodes=4)
+
+
+def nodes_of(hosts: Hosts) -> set[str]:
+    """Ids of the living nodes."""
+    return {node["node_id"] for node in hosts.nodes() if node["state"] == "ALIVE"}
 
 
 def test_a_store_that_is_away_for_30_s_is_said_and_loses_nothing(whole: Hosts, tiny_shards: Path, record_property) -> None:
