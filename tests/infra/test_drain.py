@@ -1,4 +1,4 @@
-"""Who hears that a machine goes tells Ray, and waits for the ranks; on a real cluster: tests/cluster/multihost/test_hosts_training.py."""
+"""Who hears that a machine goes tells Ray, and waits for the ranks; on a real cluster: tests/cluster/multihost/test_hosts_lost.py."""
 
 import subprocess
 import sys

@@ -1,5 +1,6 @@
 """A cluster that is too small for a run, from the start or since a host was lost: the run waits, and goes on by itself."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,17 @@ def test_a_run_waits_for_the_hosts_it_needs_and_starts_when_they_have_joined(tin
         assert run.end() == "DONE"
         assert run.lives() == 1
         assert run.weights() == one_host_weights(tiny_shards, 3)
+
+
+def test_a_machine_that_is_told_to_end_waits_until_its_rank_has_left_with_a_checkpoint(tiny_shards: Path, tmp_path: Path) -> None:
+    """As a pod does that is evicted: the hook is a command on the machine itself, which does not come back."""
+    with cluster(tmp_path, tiny_shards, workers=3) as hosts:
+        run = Run(hosts, "evicted", 2, "run.checkpoint_every=100000", "run.checkpoint_minutes=0").start()
+        sight = run.watch.until(lambda sight: sight.step >= 100, "its step 100")
+        name, _ = sight.ranks[1]
+        (host,) = [host for host in hosts.workers if host.name == name]
+        host.run(sys.executable, "infra/drain.py", "40")
+        assert not host.processes("ray::RayTrainWorker")
+        assert run.end() == "DONE"
+        assert f"{name} (" in run.said() and "will be taken away" in run.said()
+        assert run.attempts() == [(1, 0), (1, 1)] and run.weights() == one_host_weights(tiny_shards, 2)

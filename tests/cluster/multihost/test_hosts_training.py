@@ -1,14 +1,13 @@
 """Runs over several hosts, with everything in S3: in the weights of one host, whatever happens to a host meanwhile."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 from cluster.runtime.faults import Fault, at, recovery
 from cluster.runtime.hosts import RAYLET, Hosts
-from tests.cluster.support.multihost import Run, one_host_weights, soon
+from tests.cluster.support.multihost import Run, one_host_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -65,27 +64,6 @@ def test_a_host_whose_raylet_is_killed_comes_back_and_the_run_goes_on(whole: Hos
 def test_a_host_that_is_cut_off_for_20_s_comes_back_and_the_run_goes_on(whole: Hosts, tiny_shards: Path, record_property) -> None:
     disturbed(whole, tiny_shards, HALFWAY.cut(rank=2, seconds=20), record_property)
     assert all(host.processes(RAYLET) for host in whole.workers)
-
-
-def test_a_machine_that_is_told_to_end_waits_until_its_rank_has_left_with_a_checkpoint(whole: Hosts, tiny_shards: Path) -> None:
-    """As a pod does that is evicted: the hook is a command on the machine itself."""
-    run = Run(whole, "evicted", 2, "run.checkpoint_every=100000", "run.checkpoint_minutes=0").start()
-    sight = run.watch.until(lambda sight: sight.step >= 100, "its step 100")
-    name, _ = sight.ranks[1]
-    (host,) = [host for host in whole.workers if host.name == name]
-    before = host.node_id
-    host.run(sys.executable, "infra/drain.py", "40")
-    assert not host.processes("ray::RayTrainWorker")
-    assert run.end() == "DONE"
-    assert f"{name} (" in run.said() and "will be taken away" in run.said()
-    assert run.attempts() == [(1, 0), (1, 1)] and run.weights() == one_host_weights(tiny_shards, 2)
-    assert soon(lambda: before not in nodes_of(whole)), "it ends when its time is over"
-    whole.wait(nodes=4)
-
-
-def nodes_of(hosts: Hosts) -> set[str]:
-    """Ids of the living nodes."""
-    return {node["node_id"] for node in hosts.nodes() if node["state"] == "ALIVE"}
 
 
 def test_a_store_that_is_away_for_30_s_is_said_and_loses_nothing(whole: Hosts, tiny_shards: Path, record_property) -> None:
