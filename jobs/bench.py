@@ -32,7 +32,7 @@ from cluster import cli
 from cluster.config.loading import load
 from cluster.config.paths import anchored
 from cluster.config.schema import Experiment
-from cluster.studies.page import assert_marked, put_between
+from cluster.studies.marked_page import assert_marked, put_between
 from cluster.telemetry.display import Display
 from reactdiff.clip import FRAME_RATE, WINDOW
 from reactdiff.config import STAGES

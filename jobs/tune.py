@@ -63,12 +63,12 @@ def report(search: Search, undone: dict[int, Undone]) -> int:
     console.print(sweep_table(search, {number: one.why for number, one in undone.items()}))
     if (matters := importance_table(search)) is not None:
         console.print(matters)
-    console.print(f"as a page: {write_sweep_report(search, {number: one.why for number, one in undone.items()})}", soft_wrap=True)
     if search.best() is not None:
         store = search.opened.store
         fetch = f"aws s3 cp {store.url}/best.yaml . && " if "://" in store.url else ""
         command_line = f"{fetch}python jobs/train.py --config {'' if fetch else store.url + '/'}best.yaml"
         console.print(f"the best one, on the experiment's own split: {command_line}")
+    console.print(f"as a page: {write_sweep_report(search, {number: one.why for number, one in undone.items()})}", soft_wrap=True)
     if left := search.unfinished():
         runs = ", ".join(search.ledger.trials[number].run for number in left)
         print(f"error: {len(left)} of {len(search.ledger.trials)} trials are not done ({runs}); the same command goes on", file=sys.stderr)

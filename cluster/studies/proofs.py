@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
 
-from cluster.studies.page import assert_marked, put_between
+from cluster.studies.marked_page import assert_marked, put_between
 from cluster.studies.prove import Proof
 from cluster.studies.script import kind_name
 from cluster.studies.verdict import Endured

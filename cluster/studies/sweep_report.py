@@ -1,6 +1,6 @@
 """One page about a sweep, from its ledger alone: its trials, their errors at the rungs, what matters, and what scores cost each other."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -96,6 +96,7 @@ def _bars(shares: Mapping[str, float]) -> str:
 def _fronts(search: Search, best: TrialRecord | None) -> str:
     """The sweep's first metric against each other one, with the trials that no other trial beats in both joined by a line."""
     metrics, first = search.opened.sweep.metrics, search.opened.sweep.first_metric
+    better = BETTER | metrics
     others = [name for name in dict.fromkeys((*metrics, *OFFICIAL)) if name != first]
     shown = {name: points for name in others if len(points := _points(search, first, name)) > 1}
     if not shown:
@@ -110,10 +111,8 @@ def _fronts(search: Search, best: TrialRecord | None) -> str:
         for record, (across, up) in points:
             panel.plot(across, up, "o", color=_colour(record, best), markersize=4)
             panel.annotate(str(record.number), (across, up), xytext=(4, 3), textcoords="offset points", fontsize=7)
-        if {first, name} <= {*metrics, *BETTER}:
-            direction = BETTER | metrics
-            edge = front([place for _, place in points], (direction[name], direction[first]))
-            panel.plot(*zip(*edge, strict=True), color="#5a6675", linewidth=0.8, linestyle="--", zorder=0)
+        edge = front([place for _, place in points], (better[name], better[first]))
+        panel.plot(*zip(*edge, strict=True), color="#5a6675", linewidth=0.8, linestyle="--", zorder=0)
         panel.set(xlabel=name, ylabel=first)
         panel.spines[["top", "right"]].set_visible(False)
     return svg(figure, "fronts")
@@ -127,10 +126,10 @@ def _points(search: Search, first: str, other: str) -> list[tuple[TrialRecord, t
 
 def front(points: list[tuple[float, float]], modes: tuple[Mode, Mode]) -> list[tuple[float, float]]:
     """The points that no other one is at least as good as in both and better than in one, from left to right."""
-    signs: list[Callable[[float], float]] = [(lambda value: value) if mode == "max" else (lambda value: -value) for mode in modes]
+    signs = [1 if mode == "max" else -1 for mode in modes]
 
     def beaten(one: tuple[float, float]) -> bool:
-        gains = [[sign(b) - sign(a) for sign, a, b in zip(signs, one, other, strict=True)] for other in points]
+        gains = [[sign * (b - a) for sign, a, b in zip(signs, one, other, strict=True)] for other in points]
         return any(min(gain) >= 0 and max(gain) > 0 for gain in gains)
 
     return sorted({point for point in points if not beaten(point)})

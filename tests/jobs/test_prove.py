@@ -1,6 +1,7 @@
 """jobs/prove.py where it would touch a user's cluster."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ def test_on_a_cluster_it_proves_its_own_runs_and_touches_no_other(shards: Path, 
         done = subprocess.run([sys.executable, str(ROOT / "jobs/prove.py"), *words], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         assert other.process.poll() is None, "it went on beside all of it"
-        other.process.send_signal(2)
+        other.process.send_signal(signal.SIGINT)
         assert other.end() == 130, other.said
     assert "\nPROVEN\n" in done.stdout and "weights: identical" in done.stdout
     assert other.attempts == 1 and "starting the ranks again" not in other.said, "none of its processes was touched"
