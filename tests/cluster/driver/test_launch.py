@@ -210,7 +210,7 @@ def test_seeded_a_machine_lost_without_a_spare_is_waited_for_and_the_weights_are
     assert run.weights == undisturbed.weights and run.ledger == undisturbed.ledger
     assert run.attempts > 1, "the ranks were started again"
     lost = [line for line in run.lines if "failed (lost)" in line]
-    assert lost and "starting the ranks again (retries without progress: 1 of 3 for lost)" in lost[0]
+    assert lost and "starting the ranks again (retries without progress: 1 of 3 for lost)" in lost[0], run.said
     after = run.lines[run.lines.index(lost[0]) :]
     after = after[: next(number for number, line in enumerate(after) if line.startswith(f"stage {STAGE}:"))]  # then comes the receipt
     talk = [line for line in after if not line.startswith((f"{STAGE}:", "run "))]

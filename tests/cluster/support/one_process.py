@@ -41,6 +41,8 @@ def one_process() -> Iterator[None]:
             patch.setattr(module, "connect", lambda *_, **__: Resources(1, 0, 1))
         for name in ("assert_visible", "assert_possible", "driver_risk"):
             patch.setattr(run, name, lambda *_: None)
+        patch.setattr(run, "this_job", lambda: ("no session", "no job"))
+        patch.setattr(run, "ended_at", lambda *_: None)
         patch.setattr(run, "launch", _launch)
         patch.setattr(tuner, "assert_possible", lambda *_: None)
         patch.setattr(tuner, "gangs_at_once", lambda *_: 1)
