@@ -35,6 +35,7 @@ from cluster.runtime.jobs import ended_at, this_job
 from cluster.runtime.nodes import is_private
 from cluster.runtime.placement import assert_possible
 from cluster.runtime.ray_cluster import assert_visible, connect, driver_risk
+from cluster.runtime.tasks import raised_in
 from cluster.storage import NotFound, StorageError, Store
 from cluster.telemetry.books_log import ENDED, JOB, inherit, keeping, read_books
 from cluster.telemetry.display import Display
@@ -353,7 +354,7 @@ def _classified(step: str) -> Iterator[None]:
     except Exception as error:
         if (failure := failure_of(error)) is None or failure.name == "user":
             raise
-        raise StageFailed(step, failure, error) from error
+        raise StageFailed(step, failure, error, raised_in(error)) from error
 
 
 _DO: dict[str, Callable[[_Life], None]] = {

@@ -71,6 +71,12 @@ class TaskLost(RuntimeError):
         self.failure = (failure_of(error) or LOST).name
 
 
+def raised_in(error: BaseException) -> str:
+    """Host and process of the call that raised what `map_tasks` raises, as far as Ray says."""
+    found = RAISED_IN.findall(str(error.__cause__ or ""))
+    return f"host {found[0][1]}, process {found[0][0]}" if found else ""
+
+
 def map_tasks(
     function: Callable[..., Any],
     calls: Sequence[tuple[Any, ...]],
@@ -136,10 +142,12 @@ def map_tasks(
             except RayError as error:
                 processes |= {(address, int(pid)) for pid, address in RAISED_IN.findall(str(error))}
                 cause = error.cause if isinstance(error, RayTaskError) else TaskLost(f"{function.__name__}: {_first_line(error)}", error)
+                cause.__cause__ = error
                 failure = failure_of(cause)
                 if failure is None or not budget.allows(failure):
                     raise cause from error
-                log.warning("%s of call %d, which is tried again (%s): %s", failure.name, number, budget, cause)
+                place = raised_in(cause)
+                log.warning("%s of call %d, which is tried again (%s)%s: %s", failure.name, number, budget, place and f", {place}", cause)
                 waiting.append((number, calls[number]))
                 if account and number in begun:
                     begun.remove(number)

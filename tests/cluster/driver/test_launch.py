@@ -191,6 +191,7 @@ def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runni
 @pytest.fixture
 def two() -> Iterator[Machines]:
     with machines(2) as there:
+        there.wait(2)
         yield there
 
 
@@ -201,9 +202,10 @@ def test_seeded_a_machine_lost_without_a_spare_is_waited_for_and_the_weights_are
 ) -> None:
     run = Running(shards, tmp_path, "heal", "workers.count=2", address=two.address)
     run.until(lambda: run.progress >= 480)
+    before = sum("waiting since" in line for line in run.lines)
     two.kill()
-    run.until_said("waiting since")
-    waiting = [line for line in run.lines if "waiting since" in line]
+    run.until_said("waiting since", before + 1)
+    waiting = [line for line in run.lines if "waiting since" in line][before:]
     assert "for room for 2 ranks (1 CPU each)" in waiting[0] and run.process.poll() is None
     two.add()
     assert run.end() == 0, run.said

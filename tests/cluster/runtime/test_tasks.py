@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 import pytest
+import ray
 
 from cluster.config.schema import Workers
 from cluster.runtime import tasks
@@ -59,8 +60,10 @@ def refuse(shared: str, number: int) -> None:
 
 @pytest.mark.usefixtures("local_ray")
 def test_the_error_of_a_call_is_raised_as_it_was() -> None:
-    with pytest.raises(KeyError, match="why"):
+    with pytest.raises(KeyError, match="why") as raised:
         list(map_tasks(refuse, [(0,)], Workers(), "why"))
+    here = ray.util.get_node_ip_address()
+    assert re.fullmatch(rf"host {re.escape(here)}, process \d+", tasks.raised_in(raised.value))
 
 
 def lose_once(folder: str, number: int) -> int:
