@@ -21,6 +21,7 @@ PLAIN = {"storage", "runtime", "telemetry"}
 """Packages that would serve any training: they import nothing of `reactdiff`."""
 
 RAY = {
+    "runtime/autoscaler",
     *("runtime/jobs", "runtime/nodes", "runtime/placement", "runtime/postmortem", "runtime/ray_cluster", "runtime/remote_machine"),
     "runtime/tasks",
     *("driver/berths", "driver/board", "driver/group", "driver/launch", "driver/ray_metrics", "driver/ray_train"),
@@ -32,8 +33,8 @@ MODULES = {
     "config": "identity loading paths schema spec",
     "storage": "base deadline folder hashing multipart parallel retry s3",
     "runtime": (
-        "after_import device failures faults hosts jobs lookout machines nodes placement postmortem prices ray_cluster remote_machine "
-        "run_watch scratch stuck tasks"
+        "after_import autoscaler device failures faults hosts jobs lookout machines nodes placement postmortem prices ray_cluster "
+        "remote_machine run_watch scratch stuck tasks"
     ),
     "telemetry": "books books_log display exporter meter metrics metrics_log monitor places receipt reminder repeating tensorboard",
     "data": (

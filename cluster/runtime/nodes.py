@@ -12,6 +12,9 @@ from ray._private.state import available_resources_per_node, state
 NODE_ID = "ray.io/node-id"
 """Label that Ray gives every node; who asks for its value is placed there."""
 
+HEAD = "node:__internal_head__"
+"""The resource by which Ray marks its head."""
+
 LOOPBACK = "127.0.0.1"
 
 T = TypeVar("T")
@@ -101,23 +104,3 @@ def draining_nodes() -> dict[str, int]:
 def is_private() -> bool:
     """Whether the connected Ray is on loopback: no other machine can ever join."""
     return all(one["NodeManagerAddress"] == LOOPBACK for one in ray.nodes())
-
-
-def autoscaler_machines(most: int) -> list[Node]:
-    """The machines that the cluster's autoscaler may start at most, of each of its types as many as it may have, but no more than `most`.
-
-    Their labels are not known. None where there is no autoscaler.
-    """
-    if (config := state.get_cluster_config()) is None:
-        return []
-    return [
-        Node(f"{group.name} {number}", "", group.name, {}, dict(group.resources), dict(group.resources))
-        for group in config.node_group_configs
-        for number in range(most if group.max_count < 0 else min(most, group.max_count))
-    ]
-
-
-def autoscaler_maximum() -> dict[str, float] | None:
-    """Most of each resource that the cluster's autoscaler may ever have; None where there is none (`ray start` by hand)."""
-    maximum = state.get_max_resources_from_cluster_config()
-    return None if maximum is None else {name: float(amount) for name, amount in maximum.items()}

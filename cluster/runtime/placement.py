@@ -7,6 +7,7 @@ It is given back the moment before the ranks are placed, on the machines that it
 import datetime
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,13 +16,17 @@ from ray._raylet import PlacementGroupID
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 
-from cluster.runtime.nodes import Node, autoscaler_machines, autoscaler_maximum, is_private, nodes
+from cluster.runtime.autoscaler import autoscaler, machines_by_hand
+from cluster.runtime.nodes import Node, is_private, nodes
 
 MEMORY = "memory"
 """Ray's name for the bytes of a machine's memory that ranks may have."""
 
 POLL = 0.25
 """Seconds between two looks whether there is room."""
+
+CHECK = 10.0
+"""Seconds after which who waits looks again whether what is waited for can ever come."""
 
 SETTLE = 3.0
 """Seconds in which what others have just given back becomes known; before, fewer ranks than the most do not start."""
@@ -111,21 +116,34 @@ def assert_possible(gang: Gang) -> None:
                 f"the Ray of this machine alone has {has}, which is room for {room} of {gang}: lower workers.count, workers.cpus or "
                 "workers.gpu, or join a cluster (`ray start --head`, RAY_ADDRESS)"
             )
-    elif maximum := autoscaler_maximum():
-        for name, amount in gang.resources.items():
-            if gang.least * amount > maximum.get(name, 0.0):
-                raise ValueError(
-                    f"{gang} need {gang.least * amount:g} {name}, but the cluster's autoscaler may have at most "
-                    f"{maximum.get(name, 0.0):g}: lower workers.count, or raise max_workers of its configuration"
-                )
-        types = autoscaler_machines(gang.least)
-        if types and (room := len(fit(replace(gang, memory=None, labels=None), types))) < gang.least:
-            kinds = {one.name: ", ".join(f"{one.total.get(name, 0.0):g} {name}" for name in gang.resources) for one in types}
+    elif ever := _machines_ever(gang):
+        if (room := len(fit(replace(gang, memory=None), ever))) < gang.least:
             raise ValueError(
-                f"{gang} find room for {room} on all machines that the cluster's autoscaler may start "
-                f"({'; '.join(f'{kind}: {has}' for kind, has in kinds.items())}): lower workers.cpus or workers.count, raise "
-                "workers.per_host, or give its configuration larger machines or more of them"
+                f"{gang} find room for {room} on all machines that this cluster and its autoscaler may ever have ({_kinds(gang, ever)}): "
+                "lower workers.count or workers.cpus, raise workers.per_host, or give the autoscaler larger machines or more of them "
+                "(max_workers)"
             )
+
+
+def _machines_ever(gang: Gang) -> list[Node]:
+    """The machines on which ranks may ever have most room, where an autoscaler says what it may start; else none.
+
+    The labels of those that are not there yet nobody knows: they are taken to be what is asked for.
+    """
+    scaler = autoscaler()
+    if scaler is None or not scaler.types:
+        return []
+    new = sorted(scaler.machines(), key=lambda one: -_room(gang, gang.resources, one))[: scaler.most]
+    return [*machines_by_hand(scaler), *(replace(one, labels=gang.labels or {}) for one in new)]
+
+
+def _kinds(gang: Gang, ever: Sequence[Node]) -> str:
+    """So many machines of each kind, with what the gang asks for."""
+    kinds = Counter(
+        (one.name if not one.address else "already there", ", ".join(f"{one.total.get(name, 0.0):g} {name}" for name in gang.resources))
+        for one in ever
+    )
+    return "; ".join(f"{count} {kind} with {each}" for (kind, each), count in kinds.items())
 
 
 def gangs_at_once(gang: Gang) -> int:
@@ -133,9 +151,7 @@ def gangs_at_once(gang: Gang) -> int:
 
     At least 1: what has no room yet is waited for.
     """
-    if maximum := autoscaler_maximum():
-        return max(1, min(int(maximum.get(name, 0.0) / (gang.least * amount)) for name, amount in gang.resources.items() if amount))
-    there = [replace(node, free=node.total, draining=False) for node in nodes()]
+    there = _machines_ever(gang) or [replace(node, free=node.total, draining=False) for node in nodes()]
     ranks = len(fit(replace(gang, most=sum(int(max(node.total.values())) for node in there), per_host=0, memory=None), there))
     return max(1, ranks // gang.least)
 
@@ -199,23 +215,27 @@ def wait_for_place(
     """
     assert_possible(gang)
     began, since = clock(), datetime.datetime.now().strftime("%H:%M:%S")
-    demand, ranks = None, 0
+    demand, ranks, asked, checked = None, 0, _to_ask_for(gang), began
     if gang.owner:
         withdraw_demands(gang.owner)
     try:
         while True:
             there = nodes()
             waited = clock() - began
+            to_ask = asked
+            if clock() - checked > CHECK:  # an autoscaler starts later than its head
+                assert_possible(gang)
+                checked, to_ask = clock(), _to_ask_for(gang)
             wanted = max(gang.least, len(fit(gang, there)))
             if wanted < gang.most and waited < SETTLE:
                 pause(POLL)
                 continue
-            if demand is None or (wanted != ranks and demand.place() is None):
+            if demand is None or ((wanted, to_ask) != (ranks, asked) and demand.place() is None):
                 if demand:
                     demand.remove()
-                demand, ranks = Demand(gang, wanted), wanted
+                demand, ranks, asked = Demand(to_ask, wanted), wanted, to_ask
                 pause(0.05)  # where there is room it is reserved in milliseconds
-            if place := demand.place():
+            if (place := demand.place()) and (asked.memory or _has_memory(gang, place, there)):
                 return place
             text = f"waiting since {since} for room for {gang}: {_what_is_there(gang, there)}"
             if limit and waited >= limit:
@@ -225,6 +245,19 @@ def wait_for_place(
     finally:
         if demand:
             demand.remove()
+
+
+def _to_ask_for(gang: Gang) -> Gang:
+    """Without memory where an autoscaler's types do not tell theirs, as on most clouds: it would start nothing."""
+    scaler = autoscaler()
+    return gang if scaler is None or MEMORY in scaler.counts else replace(gang, memory=None)
+
+
+def _has_memory(gang: Gang, place: Sequence[str], there: Sequence[Node]) -> bool:
+    """Whether machines have the memory that ranks there need."""
+    each = gang.memory(len(place)) if gang.memory else 0
+    free = {node.id: node.free.get(MEMORY, 0.0) for node in there}
+    return all(count * each <= free.get(node, 0.0) for node, count in Counter(place).items())
 
 
 def _what_is_there(gang: Gang, there: Sequence[Node]) -> str:

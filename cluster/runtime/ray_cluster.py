@@ -18,7 +18,7 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.runtime.nodes import draining_nodes, listens
+from cluster.runtime.nodes import HEAD, draining_nodes, listens
 from cluster.runtime.prices import MARKET
 from cluster.storage import Permanent, StorageError, Store
 
@@ -28,16 +28,16 @@ PROBE_SECONDS = 2.0
 VISIBLE_SECONDS = 60.0
 """Seconds that nodes have to look into a store; who has vanished a moment ago never answers."""
 
-HEAD = "node:__internal_head__"
-"""The resource by which Ray marks its head."""
-
 LINE = 200
 """Most characters of what a raylet says of an error; its log has the rest."""
 
 RAYLET = "raylet"
 """Ray's name, in the place of a process's number, for who says it."""
 
-_print = worker.print_to_stdstream
+CANNOT = "No available node types can fulfill"
+"""How an autoscaler begins what it says every few seconds of what nothing that it may start has room for."""
+
+_print, _events = worker.print_to_stdstream, worker.filter_autoscaler_events
 
 PRINTER = "ray_print_logs"
 """Ray's name for what prints the output of the nodes' processes on the driver's terminal."""
@@ -203,7 +203,7 @@ def _quiet() -> None:
     """Leave out of what Ray prints here what is its own talk; what is lost, and why, is said by us.
 
     A raylet that ends prints its whole state, and says it once more as an error, of which a line remains; without a dashboard Ray Train's
-    watcher of its own controller cannot see, and says so.
+    watcher of its own controller cannot see, and says so; an autoscaler says at each of its looks what it cannot give.
     """
     for name, handle in list(global_worker_stdstream_dispatcher.handlers):
         if name == PRINTER:
@@ -215,6 +215,7 @@ def _quiet() -> None:
             global_worker_stdstream_dispatcher.remove_handler(name)
             global_worker_stdstream_dispatcher.add_handler(name, unless_ray_s_own)
     worker.print_to_stdstream = _print_briefly
+    worker.filter_autoscaler_events = _what_is_new
 
 
 def _print_briefly(data: dict[str, Any], ignore_prefix: bool) -> None:
@@ -222,6 +223,14 @@ def _print_briefly(data: dict[str, Any], ignore_prefix: bool) -> None:
     if data.get("pid") == RAYLET:
         data = {**data, "lines": [text.strip().partition("\n")[0][:LINE] for text in data["lines"]]}
     _print(data, ignore_prefix)
+
+
+def _what_is_new(lines: list[str], told: set[str] = set()) -> Iterator[str]:  # noqa: B006  # for the life of the process
+    """What an autoscaler says, without what it has said of the same request before."""
+    for message in _events(lines):
+        if CANNOT not in message or message not in told:
+            told.add(message)
+            yield message
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from cluster.telemetry.display import Display
 from cluster.telemetry.exporter import Exporter
 from cluster.telemetry.monitor import StageMonitor
 from cluster.training.loop import Job
-from tests.cluster.support.machines import STAGE, Machines, Running, machines
+from tests.cluster.support.machines import NODE_TYPE, STAGE, Machines, Running, machines
 from tests.tiny import Trained, tiny
 
 SIZE = re.compile(r"ranks: |\d+ of at most ")
@@ -164,9 +164,7 @@ class Failing:
 
 
 @pytest.mark.starts
-def test_what_ends_a_stage_owns_the_time_until_ray_has_the_places_back_and_is_kept(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_ends_a_stage_owns_the_time_until_ray_has_the_places_back_and_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(launching, "Group", Failing)
     monkeypatch.setattr(launching, "wait_for_place", lambda *_: ["node", "node"])
     exporter, store = Exporter("run", 1, port=0), open_store(str(tmp_path))
@@ -228,6 +226,22 @@ def test_a_run_waits_for_a_cluster_that_grows(undisturbed: Running, shards: Path
         there.add()
         assert run.end() == 0, run.said
     assert run.weights == undisturbed.weights and "there is room, after" in run.said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_an_autoscaler_is_asked_for_machines_and_more_than_it_may_start_is_refused_with_the_numbers(
+    undisturbed: Running, shards: Path, tmp_path: Path
+) -> None:
+    with machines(0, most=2) as there:
+        run = Running(shards, tmp_path, "scaled", "workers.count=2", address=there.address)
+        assert run.end() == 0, run.said
+        assert run.weights == undisturbed.weights and "there is room, after" in run.said
+        for size, room in ((["workers.count=3"], 2), (["workers.count=1", "workers.cpus=2"], 0)):
+            refused = Running(shards, tmp_path, f"of{room}", *size, address=there.address)
+            assert refused.end() == 1, refused.said
+            assert f"find room for {room} on all machines that this cluster and its autoscaler may ever have" in refused.said
+            assert f"2 {NODE_TYPE} with 1 CPU)" in refused.said
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.runtime import placement
+from cluster.runtime.autoscaler import Autoscaler, MachineType
 from cluster.runtime.nodes import Node
 from cluster.runtime.placement import Demand, Gang, NoPlace, assert_possible, fit, gangs_at_once, wait_for_place, withdraw_demands
 
@@ -95,10 +96,10 @@ class There:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> dict:
     """A cluster as it is told here."""
-    facts: dict = {"private": False, "maximum": None, "machines": [], "nodes": [node("1", 2)]}
+    facts: dict = {"private": False, "scaler": None, "nodes": [node("1", 2)]}
     monkeypatch.setattr(placement, "is_private", lambda: facts["private"])
-    monkeypatch.setattr(placement, "autoscaler_maximum", lambda: facts["maximum"])
-    monkeypatch.setattr(placement, "autoscaler_machines", lambda most: facts["machines"][:most])
+    monkeypatch.setattr(placement, "autoscaler", lambda: facts["scaler"])
+    monkeypatch.setattr(placement, "machines_by_hand", lambda _: facts["nodes"])
     monkeypatch.setattr(placement, "nodes", lambda: facts["nodes"])
     return facts
 
@@ -112,21 +113,70 @@ def test_more_than_a_private_ray_has_is_refused_at_once_with_the_numbers(cluster
     assert_possible(Gang(2, 2, ONE_CPU))  # busy is not lacking
 
 
+def scaler(most: int, **types: tuple[int, dict[str, float]]) -> Autoscaler:
+    return Autoscaler(tuple(MachineType(name, has, count) for name, (count, has) in types.items()), most)
+
+
 def test_more_than_the_autoscaler_may_have_is_refused_with_the_numbers(cluster: dict) -> None:
-    cluster["maximum"] = {"CPU": 8.0, "GPU": 4.0}
-    assert_possible(Gang(4, 9, {"CPU": 2.0, "GPU": 1.0}))
-    with pytest.raises(ValueError, match=r"5 ranks .* need 5 GPU, but the cluster's autoscaler may have at most 4"):
+    cluster.update(nodes=[node("head", 0)], scaler=scaler(9, gpu=(4, {"CPU": 8.0, "GPU": 1.0}), cpu=(9, {"CPU": 2.0})))
+    assert_possible(Gang(4, 9, {"CPU": 2.0, "GPU": 1.0}, labels={"pool": "gpu"}))
+    assert_possible(Gang(42, 42, ONE_CPU))  # four of the large and, of nine in all, five of the small
+    with pytest.raises(ValueError, match=r"5 ranks .* room for 4 .*\(.*4 gpu with 8 CPU, 1 GPU; .*lower workers.count"):
         assert_possible(Gang(5, 5, {"CPU": 1.0, "GPU": 1.0}))
-
-
-def test_ranks_that_no_machine_of_the_autoscaler_has_room_for_are_refused(cluster: dict) -> None:
-    cluster.update(maximum={"CPU": 64.0}, machines=[node(name, 8) for name in "123456789"])
-    assert_possible(Gang(8, 9, {"CPU": 8.0}, per_host=1, labels={"pool": "gpu"}))
-    with pytest.raises(ValueError, match=r"1 rank \(16 CPU each\) find room for 0 on all machines .* \(1: 8 CPU\): lower workers.cpus"):
+    with pytest.raises(ValueError, match=r"43 ranks .* room for 42 "):
+        assert_possible(Gang(43, 43, ONE_CPU))
+    with pytest.raises(ValueError, match=r"1 rank \(16 CPU each\) find room for 0 .*lower workers.count or workers.cpus"):
         assert_possible(Gang(1, 1, {"CPU": 16.0}))
-    cluster["machines"] = cluster["machines"][:3]
-    with pytest.raises(ValueError, match=r"4 to 9 ranks .* at most 1 a machine.* find room for 3"):
-        assert_possible(Gang(4, 9, ONE_CPU, per_host=1))
+    with pytest.raises(ValueError, match=r"10 ranks .* at most 1 a machine.* find room for 9 "):
+        assert_possible(Gang(10, 10, ONE_CPU, per_host=1))
+    cluster["nodes"] = [node("head", 2)]
+    assert_possible(Gang(44, 44, ONE_CPU))  # what is there already counts, too
+
+
+def test_an_autoscaler_that_tells_nothing_of_memory_or_of_itself_is_not_asked_for_memory(
+    cluster: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Gang] = []
+
+    class Asked(There):
+        def __init__(self, gang: Gang, ranks: int):
+            asked.append(gang)
+            super().__init__(gang, ranks)
+
+    monkeypatch.setattr(placement, "Demand", Asked)
+    monkeypatch.setattr(placement, "nodes", lambda: there[0])
+    cluster["nodes"] = [with_memory("1", 4, 8e9)]
+    There.cluster, there, told = cluster, [cluster["nodes"]], []
+    gang = Gang(1, 1, ONE_CPU, memory=lambda _: int(4e9))
+    without, with_it = scaler(9, cpu=(9, {"CPU": 2.0})), scaler(9, cpu=(9, {"CPU": 2.0, "memory": 8e9}))
+    for cluster["scaler"], told_of in ((None, True), (Autoscaler(), False), (without, False), (with_it, True)):
+        assert wait_for_place(gang, 0, lambda *_: None) == ["1"]
+        assert bool(asked.pop().memory) is told_of and not asked
+    there[0] = [with_memory("1", 4, 2e9)]  # a machine came, and has too little
+    cluster["scaler"], now = without, [0.0]
+
+    def pause(seconds: float) -> None:
+        now[0] += seconds
+        if now[0] > 60:
+            there[0] = cluster["nodes"]
+
+    assert wait_for_place(gang, 0, lambda waited, text: told.append(text), lambda: now[0], pause) == ["1"]
+    assert now[0] > 60 and "memory of one at most 2.0 GB where a rank of 1 needs 4.0 GB" in told[-1]
+
+
+def test_an_autoscaler_that_reports_late_is_asked_while_its_cluster_is_waited_for(cluster: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def pause(seconds: float) -> None:
+        now[0] += seconds
+        if now[0] > 5:
+            cluster["scaler"] = scaler(2, cpu=(2, {"CPU": 1.0}))
+
+    monkeypatch.setattr(placement, "Demand", There)
+    There.cluster = cluster
+    with pytest.raises(ValueError, match=r"5 ranks .* room for 4 "):
+        wait_for_place(Gang(5, 5, ONE_CPU), 0, lambda *_: None, lambda: now[0], pause)
+    assert 10 < now[0] < 12
 
 
 def test_a_cluster_started_by_hand_may_grow_so_nothing_is_refused(cluster: dict) -> None:
@@ -142,9 +192,10 @@ def test_as_many_gangs_run_at_once_as_the_machines_have_room_for_busy_or_not(clu
 
 
 def test_an_autoscaler_s_maximum_is_what_counts_where_there_is_one(cluster: dict) -> None:
-    cluster.update(private=False, nodes=[node("1", 2)], maximum={"CPU": 40.0, "GPU": 6.0})
-    assert gangs_at_once(Gang(2, 2, ONE_CPU)) == 20
+    cluster.update(private=False, nodes=[node("1", 2)], scaler=scaler(10, gpu=(6, {"CPU": 8.0, "GPU": 1.0})))
+    assert gangs_at_once(Gang(2, 2, ONE_CPU)) == 25
     assert gangs_at_once(Gang(2, 2, {"CPU": 4.0, "GPU": 1.0})) == 3
+    assert gangs_at_once(Gang(2, 2, {"CPU": 8.0}, labels={"pool": "gpu"})) == 3
 
 
 def test_a_wait_tells_what_for_and_is_given_up_after_its_limit(cluster: dict, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory, gettempdir
 import psutil
 import ray
 from ray._raylet import GcsClient
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
 from cluster.runs.checkpoint import newest_progress
@@ -32,25 +33,41 @@ RAY = Path(sys.executable).with_name("ray")
 STAGE = "autoencoder"
 RUN = "REACTDIFF_TEST_RUN"
 """Variable of the environment of a run's driver, and of whatever that starts."""
+HEAD_TYPE, NODE_TYPE = "ray.head.default", "one-cpu"
+"""Types of an autoscaler's nodes."""
+PROVIDER = f"{FakeMultiNodeProvider.__module__}.{FakeMultiNodeProvider.__name__}"
+"""Starts them, as an external one: the defaults of its own type are not in Ray's wheel."""
+SIMPLE = {"launch_multiple": True, "disable_node_updaters": True}
+"""Nodes that come at once, and on which nothing has to be installed."""
 ALIVE = GcsNodeInfo.GcsNodeState.ALIVE
 QUICK = {"initial_delay_ms": "1000", "period_ms": "1000", "timeout_ms": "1000", "failure_threshold": "3"}
 """Health checks by which a node that is gone is noticed in seconds."""
+NOTHING_TO_DO = (
+    *("setup_commands", "head_setup_commands", "worker_setup_commands", "initialization_commands", "cluster_synced_files"),
+    *("head_start_ray_commands", "worker_start_ray_commands", "rsync_exclude", "rsync_filter"),
+)
+"""What an autoscaler's configuration must say, and an external provider's has no default for."""
 
 LIMIT = 800.0
 """Seconds after which a test gives up waiting; nothing is asserted of how long anything takes."""
 
 
 class Machines:
-    """The nodes, beside a head that trains nothing; each a `ray start --block` in a process group of its own."""
+    """The nodes, beside a head that trains nothing; each a `ray start --block` in a process group of its own.
 
-    def __init__(self, folder: Path, count: int):
+    With an autoscaler, Ray's own, nodes of `NODE_TYPE` come when they are asked for: `most` at most.
+    """
+
+    def __init__(self, folder: Path, count: int, most: int = 0):
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self._environment = clean | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(folder)}
         self._environment |= {f"RAY_health_check_{name}": value for name, value in QUICK.items()}
         with socket.socket() as free:
             free.bind(("", 0))
             self.address = f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
-        self._head = self._start("--head", f"--port={self.address.rpartition(':')[2]}", "--num-cpus=0", "--include-dashboard=false")
+        autoscaled = self._autoscaled(folder, most) if most else []
+        port = self.address.rpartition(":")[2]
+        self._head = self._start("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", *autoscaled)
         while not _listens(self.address):
             assert self._head.poll() is None, "the head did not start"
             time.sleep(0.1)
@@ -63,6 +80,25 @@ class Machines:
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         loop = ["sh", "-c", f"until {command}; do sleep 1; done"]
         return subprocess.Popen(loop, env=self._environment, start_new_session=True, **silent)
+
+    def _autoscaled(self, folder: Path, most: int) -> list[str]:
+        """Options of a head whose autoscaler starts processes of this machine for machines."""
+        types = {HEAD_TYPE: ({"CPU": 0}, 0), NODE_TYPE: ({"CPU": 1, "object_store_memory": 80_000_000}, most)}
+        config = {
+            "cluster_name": "tests",
+            "max_workers": most,
+            "idle_timeout_minutes": 10,
+            "provider": {"type": "external", "module": PROVIDER, "head_node_id": FAKE_HEAD_NODE_ID, "gcs_address": self.address} | SIMPLE,
+            **{name: [] for name in NOTHING_TO_DO},
+            "head_node_type": HEAD_TYPE,
+            "available_node_types": {
+                name: {"resources": has, "node_config": {}, "min_workers": 0, "max_workers": count} for name, (has, count) in types.items()
+            },
+        }
+        (folder / "autoscaler.json").write_text(json.dumps(config))
+        self._environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1"}
+        self._environment |= {"RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID}
+        return [f"--autoscaling-config={folder / 'autoscaler.json'}"]
 
     def _add(self, gpus: int = 0, labels: str = "") -> subprocess.Popen[bytes]:
         return self._start(f"--address={self.address}", "--num-cpus=1", f"--num-gpus={gpus}", f"--labels={labels}")
@@ -89,6 +125,10 @@ class Machines:
     def close(self) -> None:
         for process in (*self._nodes, self._head):
             _kill(process)
+        for one in psutil.process_iter():  # what an autoscaler started
+            with suppress(psutil.Error):
+                if one.environ().get("RAY_TMPDIR") == self._environment["RAY_TMPDIR"]:
+                    one.kill()
 
 
 def _listens(address: str) -> bool:
@@ -103,10 +143,10 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def machines(count: int) -> Iterator[Machines]:
-    """So many nodes of one CPU, without a token."""
+def machines(count: int, most: int = 0) -> Iterator[Machines]:
+    """So many nodes of one CPU, without a token; or an autoscaler that starts so many at most."""
     with TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:  # a short path: Unix sockets allow 107 bytes
-        there = Machines(Path(folder), count)
+        there = Machines(Path(folder), count, most)
         try:
             yield there
         finally:
