@@ -63,7 +63,7 @@ def held(address: str) -> Iterator[Held]:
 @pytest.mark.alone  # half a percent of the seconds between two looks
 @pytest.mark.timeout(1800)
 def test_states_sum_to_the_seconds_that_ray_held_places_and_money_to_their_price(shards: Path, tmp_path: Path) -> None:
-    command = (shards, tmp_path, "books", "workers.count=[1,2]", f"telemetry.prices={{any: {PRICE}}}", "optim.epochs=100")
+    command = (shards, tmp_path, "books", "workers.count=[1,2]", f"telemetry.prices={{any: {PRICE}}}", "optim.epochs=50")
     with machines(2) as there:
         there.wait(2)
         with held(there.address) as seen:

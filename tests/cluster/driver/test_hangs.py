@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 HANGS = 5
 NICENESS = 15
 """Of the processes that Ray starts."""
-LONG = ("workers.count=2", "optim.epochs=150")
+LONG = ("workers.count=2", "optim.epochs=50")
 SAID = re.compile(
     r"no (sign of life for more than (?P<silent>\d+) s|step for (?P<stood>\d+) s, limit (?P<limit>\d+) s)"
     r".*rank (?P<rank>\d) on \S+ \(\S+\) in phase (?P<phase>\w+) of its step \d+ for (?P<there>\d+) s"
@@ -112,7 +112,7 @@ def test_ten_runs_on_a_busy_machine_raise_no_alarm(shards: Path, tmp_path: Path)
     busy = [subprocess.Popen(command) for _ in range(5 * len(os.sched_getaffinity(0)))]
     try:
         for first in (0, 5):
-            runs = [Running(shards, tmp_path, f"busy-{first + number}", "workers.count=2", "optim.epochs=15") for number in range(5)]
+            runs = [Running(shards, tmp_path, f"busy-{first + number}", "workers.count=2", "optim.epochs=10") for number in range(5)]
             for run in runs:
                 run.process.wait(LIMIT)
             for run in runs:  # what is left behind is asked for when none of them lives

@@ -166,8 +166,8 @@ class Running:
         self.lines: list[str] = []
         self._began = time.time()
         command = [sys.executable, str(ROOT / "jobs/train.py"), "--config", str(ROOT / "jobs/configs/demo.yaml"), "--stage", STAGE]
-        # Every second step is a checkpoint's, and epochs are many: a fault finds the run in the middle.
-        every = ("optim.epochs=60", "run.checkpoint_every=240", f"run.name={name}", f"telemetry.targets={store}/targets-{name}")
+        # Every tenth step is a checkpoint's, and epochs are many: a fault finds the run in the middle.
+        every = ("optim.epochs=24", "run.checkpoint_every=60", f"run.name={name}", f"telemetry.targets={store}/targets-{name}")
         self._watch = Watch(lambda: [Machine()], {STAGE: 6}, f"{store}/targets-{name}")
         self.process = subprocess.Popen(
             [*command, *settings(shards, store), *every, *more],
@@ -195,6 +195,12 @@ class Running:
     def progress(self) -> int:
         """Of the newest checkpoint."""
         return newest_progress(self.store, STAGE)
+
+    @property
+    def trained(self) -> int:
+        """Items trained on in this life, as its driver tells; 0 while it tells nothing."""
+        sight = self._watch.look()
+        return sight.items if sight else 0
 
     @property
     def attempts(self) -> int:
