@@ -12,6 +12,7 @@ python jobs/bench.py recovery                                       from the kil
 python jobs/bench.py startup                                        to the first step, from the last, against stock Ray Train
 python jobs/bench.py metrics                                        a pair of reactions, against the challenges' way
 python jobs/bench.py metrics --full                                 and as many as the test set has, on all cores
+python jobs/bench.py sweep                                          halving, against the full grid: two hours, and it resumes
 python jobs/bench.py oracles                                        what can be known of the demo's test clips: minutes
 python jobs/bench.py science                                        the table of docs/science.md: hours on two cores, and it resumes
 """
@@ -83,6 +84,12 @@ def main() -> int:
     verb.add_argument("--write", type=Path, metavar="FILE.md", help="put the table between the <!-- table --> marks of this file")
     what = "where scores are kept, by clip; a run that has them there is not trained, and --write puts all there (default: docs/science)"
     verb.add_argument("--scores", type=Path, default=SCORES, metavar="FOLDER", help=what)
+    what = "12 trials with halving, against all of them to their end: items, time, and whether both name the same trial"
+    verb = _verb(verbs, "sweep", sweep, CONFIGS / "bench-sweep.yaml", what)
+    verb.add_argument("--seeds", type=cli.positive, default=2, help="of the trials, each a sweep of its own (default: 2)")
+    verb.add_argument("--resamples", type=cli.positive, default=10, help="of val's clips (default: 10)")
+    what = "folder of the runs, which are kept, and taken up again (default: work/bench-sweep)"
+    verb.add_argument("--work", type=Path, default=Path("work/bench-sweep"), metavar="FOLDER", help=what)
     what = "what can be known of the demo's test clips: every oracle, without training, in minutes"
     verb = verbs.add_parser("oracles", help=what, description=what)
     verb.add_argument("--write", type=Path, metavar="FILE.md", help="put the table between the <!-- oracles --> marks of this file")
@@ -323,6 +330,28 @@ def science(arguments: argparse.Namespace) -> int:
         rows = compare(comparison, arguments.overrides, display, kept, keep=arguments.write is not None)
     _say_table(markdown(rows), arguments.write, MARK)
     print(f"as a page: {write_comparison_report(open_store(experiment.run.store), comparison.name, rows)}")
+    return 0
+
+
+def sweep(arguments: argparse.Namespace) -> int:
+    """What halving saves, and what it finds."""
+    from cluster.bench.sweeping import bench_halving
+    from cluster.bench.tables import halving_table
+    from cluster.data.demo import make_demo
+    from cluster.studies.sweep import Sweep
+    from cluster.studies.sweep_table import LiveSweep
+
+    asked, found = Sweep.read(arguments.config), {}
+    if asked.halving is None or asked.search != "grid":
+        raise ValueError(f"{arguments.config} is no grid with halving, to be run with it and without: see {CONFIGS / 'bench-sweep.yaml'}")
+    with Display() as display:
+        make_demo(anchored(asked.load(arguments.overrides)).data.url, display)
+    for seed in range(arguments.seeds):
+        overrides, folder = [*arguments.overrides, f"seed={seed}"], f"{arguments.work.resolve()}/{seed}"
+        with LiveSweep() as live:
+            found[seed] = bench_halving(asked, overrides, folder, arguments.resamples, live.say, live.show)
+    title = f"{asked.most} trials to their end, and with halving at {list(asked.halving.rungs)} items, by {asked.first_metric} on val"
+    Console().print(halving_table(title, found))
     return 0
 
 

@@ -29,7 +29,7 @@ from cluster.data.manifest import Manifest, load_manifest
 from cluster.data.prepare import RefusedClips, prepare
 from cluster.data.reader import Reader
 from cluster.data.verify import verify
-from cluster.runtime.ray_cluster import connect
+from cluster.runtime.ray_cluster import assert_visible, connect
 from cluster.storage import open_store
 from cluster.telemetry.display import Display
 from reactdiff.clip import FRAME_RATE, PERSONS
@@ -98,6 +98,7 @@ def _react2024(options: argparse.Namespace, console: Console) -> int:
     tree, store = Tree(absolute(options.root)), open_store(absolute(options.url))
     console.print(f"{options.root}: clips of {tree.frames} frames, streams {', '.join(f'{s.name} {s.width}' for s in tree.streams)}")
     connect()
+    assert_visible(store, "URL")
     try:
         with Display() as display:
             progress = display.counter("prepare", "clips")
@@ -121,6 +122,7 @@ def _index(options: argparse.Namespace, console: Console) -> int:
         raise ValueError(f"{twice[0]} cannot be a stream of both --facial and --acoustic")
     kinds |= {name: "acoustic" for name in options.acoustic}
     connect()
+    assert_visible(store, "URL")
     with Display() as display:
         done = index_tars(store, kinds, display.counter("index", "tars"))
     _summarise(done.manifest, done.added, "ignored files", done.ignored, store.url, console)

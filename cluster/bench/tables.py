@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.table import Column, Table
@@ -12,6 +13,9 @@ from cluster.bench.metrics import CLIPS, CLIPS_TIMED, FRAMES, NEIGHBOURS, PART, 
 from cluster.bench.rival import Cost
 from cluster.bench.startup import Startup
 from cluster.bench.training import StepSpeed
+
+if TYPE_CHECKING:  # it imports Ray Tune
+    from cluster.bench.sweeping import HalvingBench
 
 
 def training_table(title: str, speeds: Mapping[str, StepSpeed]) -> Table:
@@ -84,6 +88,20 @@ def seconds_table(title: str, found: Mapping[str, Sequence[float]]) -> Table:
     for name, seconds in found.items():
         figures = (median(seconds), min(seconds), max(seconds))
         table.add_row(name, *(f"{figure:.1f}" for figure in figures), f"{median(seconds) / median(rival):.2f}")
+    return table
+
+
+def halving_table(title: str, found: Mapping[int, "HalvingBench"]) -> Table:
+    """By seed: items and time of the grid and with halving, how often halving named the grid's first trial or one as good, and pairing."""
+    costs = ("grid, items", "halved", "ratio", "grid, s", "halved", "ratio")
+    table = _numbers(title, "seed", *costs, "to the end", "named", "or as good", "pairing")
+    for seed, one in found.items():
+        pairs = [(one.full.items, one.halved.items), (round(one.full.seconds), round(one.halved.seconds))]
+        cells = [f"{figure}" for full, half in pairs for figure in (full, half, f"{half / full:.2f}")]
+        same = sum(name.trial == one.first for name in one.named)
+        good, tries = sum(name.as_good for name in one.named), len(one.named)
+        smaller = f"{median(one.smaller):.1f} x less" if one.smaller else "no decision"
+        table.add_row(str(seed), *cells, f"{one.halved.trained} of {one.full.trained}", f"{same} of {tries}", f"{good} of {tries}", smaller)
     return table
 
 

@@ -25,6 +25,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from cluster.config.schema import Workers
+from cluster.runs.lineage import assert_sees
 from cluster.runs.state import lookout_for_successor
 from cluster.runtime.device import worker_environment
 from cluster.runtime.nodes import NODE_ID
@@ -198,4 +199,5 @@ def _rank(config: dict[str, Any]) -> dict[str, Any]:
             return Request.NOTHING  # the driver is gone, or slow: it asks again
 
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # it prints the traceback of every rank, of which one says what happened
+    assert_sees(job.run, job.life, job.attempt)
     return train(job, place, report)

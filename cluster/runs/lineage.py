@@ -5,13 +5,18 @@ afterwards and takes that back; what it could not take back is in nobody's inher
 """
 
 import json
+import platform
+import time
 from collections.abc import Callable, Iterable
 from pathlib import PurePosixPath
 
 from cluster.runs.state import Attempt, assert_newest_life, newest_attempt
-from cluster.storage import AlreadyExists, Store
+from cluster.storage import AlreadyExists, Permanent, Store
 
 VERSION = 1
+
+LOOKS = 60
+"""Looks, a second apart, that a rank has for what its driver has just written: a client of NFS may remember that it was not there."""
 
 
 def open_attempt(store: Store, life: int) -> int:
@@ -39,6 +44,25 @@ def open_attempt(store: Store, life: int) -> int:
     counted = list(filter(counting(store), manifests))
     store.create(_key(Attempt(life, attempt)), json.dumps({"version": VERSION, "checkpoints": counted}, indent=1).encode())
     return attempt
+
+
+def assert_sees(store: Store, life: int, attempt: int, pause: Callable[[float], None] = time.sleep) -> None:
+    """Make sure that a run's folder is here what it is to its driver: on a machine that lacks a mount it would be an empty one of its own.
+
+    A machine may come at any time, so each rank looks, before it writes anything.
+
+    Raises:
+        Permanent: if the attempt's record is not there.
+    """
+    key = f"lives/{Attempt(life, attempt)}.json"
+    for _ in range(LOOKS):
+        if store.exists(key):
+            return
+        pause(1.0)
+    raise Permanent(
+        f"{platform.node()} does not see {store.url}/{key}, which the run's driver has written: on that machine the folder is another one. "
+        "Mount it there as on the others, or use run.store=s3://bucket/prefix"
+    )
 
 
 def counting(store: Store, of: Attempt | None = None) -> Callable[[str], bool]:

@@ -4,7 +4,7 @@
 (Ray 2.60). One whose process is not seen on the head, as KubeRay's, which has a container of its own, tells nothing.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -34,11 +34,13 @@ class MachineType:
         name: in its configuration.
         resources: of one, by Ray's names, as far as they are told.
         most: so many at once.
+        labels: of one. For who asks for others it starts nothing, whatever `ray start` may add on the machine.
     """
 
     name: str
     resources: dict[str, float]
     most: int
+    labels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,9 @@ class Autoscaler:
     most: int = 0
 
     def machines(self) -> list[Node]:
-        """Those that it may start, by type. Their labels are not known."""
+        """Those that it may start, by type."""
         each = [(one, number) for one in self.types for number in range(one.most)]
-        return [Node(f"{one.name} {number}", "", one.name, {}, one.resources, one.resources) for one, number in each]
+        return [Node(f"{one.name} {number}", "", one.name, one.labels, one.resources, one.resources) for one, number in each]
 
     @property
     def counts(self) -> frozenset[str]:
@@ -143,12 +145,9 @@ def parsed(config: dict) -> Autoscaler:
     if not all(one.get("resources") for one in types.values()):
         return Autoscaler()
     most = int(config.get("max_workers", 0))
-    return Autoscaler(
-        tuple(
-            MachineType(
-                name, {key: float(amount) for key, amount in one.get("resources", {}).items()}, min(most, int(one.get("max_workers", most)))
-            )
-            for name, one in types.items()
-        ),
-        most,
-    )
+    return Autoscaler(tuple(_type(name, one, most) for name, one in types.items()), most)
+
+
+def _type(name: str, one: dict, most: int) -> MachineType:
+    resources = {key: float(amount) for key, amount in one["resources"].items()}
+    return MachineType(name, resources, min(most, int(one.get("max_workers", most))), one.get("labels") or {})

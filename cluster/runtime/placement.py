@@ -126,15 +126,12 @@ def assert_possible(gang: Gang) -> None:
 
 
 def _machines_ever(gang: Gang) -> list[Node]:
-    """The machines on which ranks may ever have most room, where an autoscaler says what it may start; else none.
-
-    The labels of those that are not there yet nobody knows: they are taken to be what is asked for.
-    """
+    """The machines on which ranks may ever have most room, where an autoscaler says what it may start; else none."""
     scaler = autoscaler()
     if scaler is None or not scaler.types:
         return []
-    new = sorted(scaler.machines(), key=lambda one: -_room(gang, gang.resources, one))[: scaler.most]
-    return [*machines_by_hand(scaler), *(replace(one, labels=gang.labels or {}) for one in new)]
+    new = sorted(scaler.machines(), key=lambda one: -_room(gang, gang.resources, one) * _labelled(gang, one))
+    return [*machines_by_hand(scaler), *new[: scaler.most]]
 
 
 def _kinds(gang: Gang, ever: Sequence[Node]) -> str:

@@ -106,69 +106,102 @@ def map_tasks(
         Whatever a call raised.
         TaskLost: if there is nobody to raise it.
     """
-    task = ray.remote(_call).options(
-        name=function.__name__,
-        max_retries=RAY_RETRIES,
-        num_cpus=workers.cpus,
-        num_gpus=1 if workers.gpu else 0,
-        scheduling_strategy="DEFAULT",  # anywhere: the driver of a sweep's trial sits in a placement group without room for tasks
-        runtime_env={"env_vars": worker_environment(workers)},
-    )
-    box = [ray.put(shared)]  # in a list: else Ray takes it out itself, for every call
-    there = resources()
-    places = max(1, int(there.gpus if workers.gpu else there.cpus / workers.cpus))
-    at_once, begun = 2 * places, set[int]()
-    waiting = list(enumerate(calls))[::-1]
-    running: dict[Any, int] = {}
-    processes: set[TaskProcess] = set()
-    budget = Budget(RETRIES)
+    under_way = _Calls(function, calls, workers, shared, account)
     try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                number, call = waiting.pop()
-                running[task.remote(function, box, call, STUCK)] = number
-            for number in islice(running.values(), places):  # the others wait in Ray's queue
-                if account and number not in begun:
-                    begun.add(number)
-                    account.begin(number)
-            done, _ = ray.wait(list(running), num_returns=1, timeout=SAID_EVERY)
-            if not done:
-                log.warning("%s: no result for %g s; %s", function.__name__, SAID_EVERY, _room(workers))
-                continue
-            number = running.pop(done[0])
-            try:
-                process, seconds, result = ray.get(done[0])
-                processes.add(process)
-            except RayError as error:
-                processes |= {(address, int(pid)) for pid, address in RAISED_IN.findall(str(error))}
-                cause = error.cause if isinstance(error, RayTaskError) else TaskLost(f"{function.__name__}: {_first_line(error)}", error)
-                cause.__cause__ = error
-                failure = failure_of(cause)
-                if failure is None or not budget.allows(failure):
-                    raise cause from error
-                place = raised_in(cause)
-                log.warning("%s of call %d, which is tried again (%s)%s: %s", failure.name, number, budget, place and f", {place}", cause)
-                waiting.append((number, calls[number]))
-                if account and number in begun:
-                    begun.remove(number)
-                    account.lose(number, failure.name, str(cause))
-            else:
-                budget.refill()
-                if account:
-                    if number not in begun:
-                        account.begin(number)
-                    begun.discard(number)
-                    account.end(number, process[0], *seconds)
-                yield number, result
+        while under_way.left:
+            under_way.start()
+            if (answer := under_way.answer()) is not None:
+                yield answer
     finally:
-        for reference in running:
+        under_way.give_up()
+
+
+class _Calls:
+    """Those of one `map_tasks`."""
+
+    def __init__(
+        self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], workers: Workers, shared: Any, account: Account | None
+    ):
+        self._name, self._calls, self._workers, self._account = function.__name__, calls, workers, account
+        self._task = ray.remote(_call).options(
+            name=self._name,
+            max_retries=RAY_RETRIES,
+            num_cpus=workers.cpus,
+            num_gpus=1 if workers.gpu else 0,
+            scheduling_strategy="DEFAULT",  # anywhere: the driver of a sweep's trial sits in a placement group without room for tasks
+            runtime_env={"env_vars": worker_environment(workers)},
+        )
+        self._function, self._box = function, [ray.put(shared)]  # in a list: else Ray takes it out itself, for every call
+        self._waiting = list(range(len(calls)))[::-1]
+        self._running: dict[Any, int] = {}
+        self._begun = set[int]()
+        self._processes: set[TaskProcess] = set()
+        self._budget = Budget(RETRIES)
+
+    @property
+    def left(self) -> bool:
+        """Whether there is an answer to come."""
+        return bool(self._waiting or self._running)
+
+    def start(self) -> None:
+        """Give Ray as many calls as there are places, and as many again: they wait in its queue, where an autoscaler sees them."""
+        there = resources()  # a cluster may have grown
+        places = max(1, int(there.gpus if self._workers.gpu else there.cpus / self._workers.cpus))
+        while self._waiting and len(self._running) < 2 * places:
+            number = self._waiting.pop()
+            self._running[self._task.remote(self._function, self._box, self._calls[number], STUCK)] = number
+        for number in islice(self._running.values(), places):
+            self._begin(number)
+
+    def answer(self) -> tuple[int, Any] | None:
+        """The next call that is answered, and its result; None if one failed that is made again, or none came for a while."""
+        done, _ = ray.wait(list(self._running), num_returns=1, timeout=SAID_EVERY)
+        if not done:
+            log.warning("%s: no result for %g s; %s", self._name, SAID_EVERY, _room(self._workers))
+            return None
+        number = self._running.pop(done[0])
+        try:
+            process, seconds, result = ray.get(done[0])
+        except RayError as error:
+            self._processes |= {(address, int(pid)) for pid, address in RAISED_IN.findall(str(error))}
+            self._failed(number, error)
+            return None
+        self._processes.add(process)
+        self._budget.refill()
+        self._begin(number)
+        if self._account:
+            self._begun.discard(number)
+            self._account.end(number, process[0], *seconds)
+        return number, result
+
+    def give_up(self) -> None:
+        """Leave nothing behind: neither calls, nor what is booked of them, nor processes that hold a GPU's memory."""
+        for reference in self._running:
             ray.cancel(reference, force=True)
-        for number in begun:
-            assert account
-            account.end(number)
-        if workers.gpu:
+        for number in self._begun:
+            assert self._account
+            self._account.end(number)
+        if self._workers.gpu:
             with suppress(RayError):  # a cluster that does not answer; what came before says more
-                _end(processes)
+                _end(self._processes)
+
+    def _begin(self, number: int) -> None:
+        if self._account and number not in self._begun:
+            self._begun.add(number)
+            self._account.begin(number)
+
+    def _failed(self, number: int, error: RayError) -> None:
+        cause = error.cause if isinstance(error, RayTaskError) else TaskLost(f"{self._name}: {_first_line(error)}", error)
+        cause.__cause__ = error
+        failure = failure_of(cause)
+        if failure is None or not self._budget.allows(failure):
+            raise cause
+        place = raised_in(cause)
+        log.warning("%s of call %d, which is tried again (%s)%s: %s", failure.name, number, self._budget, place and f", {place}", cause)
+        self._waiting.append(number)
+        if self._account and number in self._begun:
+            self._begun.remove(number)
+            self._account.lose(number, failure.name, str(cause))
 
 
 def _end(processes: set[TaskProcess]) -> None:

@@ -1,4 +1,4 @@
-"""The books of a real run against Ray's own tables of placement groups: a killed rank, a lost machine, a killed driver."""
+"""The books of a real run against Ray's own tables of placement groups: a slow store, a killed rank, a lost machine, a killed driver."""
 
 import json
 import threading
@@ -13,6 +13,9 @@ from ray._raylet import GcsClientOptions
 
 from cluster.telemetry.books_log import read_books
 from cluster.telemetry.receipt import receipt
+from infra.objectstore import ObjectStore
+from tests.cluster.data.test_stream_faults import copy
+from tests.cluster.support.faulty import TAR_RANGE, faulty_proxy
 from tests.cluster.support.machines import STAGE, Running, machines
 
 PRICE = 36.0
@@ -62,9 +65,16 @@ def held(address: str) -> Iterator[Held]:
 @pytest.mark.slow
 @pytest.mark.alone  # half a percent of the seconds between two looks
 @pytest.mark.timeout(1800)
-def test_states_sum_to_the_seconds_that_ray_held_places_and_money_to_their_price(shards: Path, tmp_path: Path) -> None:
-    command = (shards, tmp_path, "books", "workers.count=[1,2]", f"telemetry.prices={{any: {PRICE}}}", "optim.epochs=50")
-    with machines(2) as there:
+def test_states_sum_to_the_seconds_that_ray_held_places_and_money_to_their_price(
+    shards: Path, s3_url: str, object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy(shards, s3_url)
+    data = (f"data.url={s3_url}", "data.read_ahead=1")
+    command = (shards, tmp_path, "books", "workers.count=[1,2]", f"telemetry.prices={{any: {PRICE}}}", "optim.epochs=50", *data)
+    with faulty_proxy(object_store.endpoint) as slow, machines(2, environment={"AWS_ENDPOINT_URL": slow.endpoint}) as there:
+        slow.delay = 0.5
+        slow.arm(["late", *[""] * 9] * 10_000, TAR_RANGE)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", slow.endpoint)
         there.wait(2)
         with held(there.address) as seen:
             run = Running(*command, address=there.address)
@@ -81,6 +91,7 @@ def test_states_sum_to_the_seconds_that_ray_held_places_and_money_to_their_price
             again = Running(*command, address=there.address)
             assert again.end() == 0, again.said
     made = receipt(read_books(run.store))
+    assert slow.happened.count("late") > 10 and made["states"]["data_wait"] > 5, "the store was slow, and it is told"
     assert [fault["class"] for fault in made["faults"]] == ["lost", "lost", "driver"]
     assert all(fault["recovery"] > 0 for fault in made["faults"]) and sum(fault["replay"] for fault in made["faults"]) > 0
     assert made["held"] == pytest.approx(seen.seconds, rel=0.005)

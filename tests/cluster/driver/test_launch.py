@@ -230,6 +230,19 @@ def test_a_run_waits_for_a_cluster_that_grows(undisturbed: Running, shards: Path
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+def test_a_machine_that_comes_without_the_shared_folder_is_named_and_writes_nothing(shards: Path, tmp_path: Path) -> None:
+    with machines(1) as there:
+        there.wait(1)
+        run = Running(shards, tmp_path, "blind", "workers.count=2", address=there.address)
+        run.until_said("waiting since")
+        there.add(blind=tmp_path)
+        assert run.end() == 1, run.said
+    assert "(refused)" in run.said and "on that machine the folder is another one" in run.said, run.said
+    assert run.status == "FAILED" and not run.progress
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_an_autoscaler_is_asked_for_machines_and_more_than_it_may_start_is_refused_with_the_numbers(
     undisturbed: Running, shards: Path, tmp_path: Path
 ) -> None:

@@ -10,9 +10,9 @@ import pytest
 from cluster.runs import checkpoint, checkpoint_writer, inventory
 from cluster.runs.checkpoint import Checkpoint
 from cluster.runs.checkpoint_writer import CheckpointWriter
-from cluster.runs.lineage import newest_first, open_attempt, written_by
+from cluster.runs.lineage import LOOKS, assert_sees, newest_first, open_attempt, written_by
 from cluster.runs.state import Attempt, Superseded, open_life, read_state
-from cluster.storage import Store
+from cluster.storage import Permanent, Store
 from tests.cluster.support.interleaving import EXPORT, World
 
 SEEDS = range(200)
@@ -41,6 +41,21 @@ def test_what_an_attempt_finds_when_it_begins_counts_and_what_an_older_one_adds_
     store.create(manifest(15, "000002.0"), b"{}")
     assert counted(store) == ["15-000002.0", "9-000001.1", "6-000001.0"]
     assert open_attempt(store, 2) == 1 and counted(store) == ["15-000002.0", "9-000001.1", "6-000001.0"]
+
+
+def test_a_rank_whose_machine_has_another_folder_there_is_refused_before_it_writes_anything(store: Store) -> None:
+    waited: list[float] = []
+    life = open_life(store, {})
+    with pytest.raises(Permanent, match=r"does not see .*/lives/000001\.0\.json.*Mount it there"):
+        assert_sees(store, life, 0, waited.append)
+    assert len(waited) == LOOKS
+
+    def late(_: float) -> None:
+        open_attempt(store, life)
+
+    assert_sees(store, life, 0, late)
+    assert_sees(store, life, 0, waited.append)
+    assert len(waited) == LOOKS, "what is there is not waited for"
 
 
 def test_a_life_that_ended_before_its_first_attempt_breaks_no_chain(store: Store) -> None:

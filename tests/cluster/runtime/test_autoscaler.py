@@ -4,7 +4,7 @@ from cluster.runtime.autoscaler import Autoscaler, MachineType, parsed
 
 TYPES = {
     "head": {"resources": {"CPU": 4}, "max_workers": 0},
-    "gpu": {"resources": {"CPU": 8, "GPU": 1, "memory": 64e9}, "max_workers": 4},
+    "gpu": {"resources": {"CPU": 8, "GPU": 1, "memory": 64e9}, "max_workers": 4, "labels": {"pool": "gpu"}},
     "cpu": {"resources": {"CPU": 2}},
 }
 
@@ -15,8 +15,9 @@ def config(types: dict) -> dict:
 
 def test_types_have_their_own_limit_and_that_of_all_and_the_head_does_not_come_again() -> None:
     scaler = parsed(config(TYPES))
-    assert scaler.types == (MachineType("gpu", {"CPU": 8.0, "GPU": 1.0, "memory": 64e9}, 4), MachineType("cpu", {"CPU": 2.0}, 6))
-    assert scaler.most == 6 and len(scaler.machines()) == 10
+    gpu = MachineType("gpu", {"CPU": 8.0, "GPU": 1.0, "memory": 64e9}, 4, {"pool": "gpu"})
+    assert scaler.types == (gpu, MachineType("cpu", {"CPU": 2.0}, 6))
+    assert scaler.most == 6 and [node.labels for node in scaler.machines()] == 4 * [{"pool": "gpu"}] + 6 * [{}]
 
 
 def test_what_each_type_tells_may_be_asked_for() -> None:

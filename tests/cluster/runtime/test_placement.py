@@ -114,7 +114,8 @@ def test_more_than_a_private_ray_has_is_refused_at_once_with_the_numbers(cluster
 
 
 def scaler(most: int, **types: tuple[int, dict[str, float]]) -> Autoscaler:
-    return Autoscaler(tuple(MachineType(name, has, count) for name, (count, has) in types.items()), most)
+    """Each type with its name as the label `pool`."""
+    return Autoscaler(tuple(MachineType(name, has, count, {"pool": name}) for name, (count, has) in types.items()), most)
 
 
 def test_more_than_the_autoscaler_may_have_is_refused_with_the_numbers(cluster: dict) -> None:
@@ -129,6 +130,11 @@ def test_more_than_the_autoscaler_may_have_is_refused_with_the_numbers(cluster: 
         assert_possible(Gang(1, 1, {"CPU": 16.0}))
     with pytest.raises(ValueError, match=r"10 ranks .* at most 1 a machine.* find room for 9 "):
         assert_possible(Gang(10, 10, ONE_CPU, per_host=1))
+    assert_possible(Gang(32, 32, ONE_CPU, labels={"pool": "gpu"}))
+    with pytest.raises(ValueError, match=r"33 ranks .*on machines with pool=gpu\) find room for 32 "):
+        assert_possible(Gang(33, 33, ONE_CPU, labels={"pool": "gpu"}))
+    with pytest.raises(ValueError, match=r"on machines with pool=large\) find room for 0 "):
+        assert_possible(Gang(1, 1, ONE_CPU, labels={"pool": "large"}))
     cluster["nodes"] = [node("head", 2)]
     assert_possible(Gang(44, 44, ONE_CPU))  # what is there already counts, too
 
@@ -196,6 +202,7 @@ def test_an_autoscaler_s_maximum_is_what_counts_where_there_is_one(cluster: dict
     assert gangs_at_once(Gang(2, 2, ONE_CPU)) == 25
     assert gangs_at_once(Gang(2, 2, {"CPU": 4.0, "GPU": 1.0})) == 3
     assert gangs_at_once(Gang(2, 2, {"CPU": 8.0}, labels={"pool": "gpu"})) == 3
+    assert gangs_at_once(Gang(2, 2, {"CPU": 8.0}, labels={"pool": "large"})) == 1
 
 
 def test_a_wait_tells_what_for_and_is_given_up_after_its_limit(cluster: dict, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import ray
 
 from cluster.config.schema import Workers
 from cluster.runtime import tasks
+from cluster.runtime.ray_cluster import Resources
 from cluster.runtime.stuck import alive
 from cluster.runtime.tasks import map_tasks
 from cluster.storage import StorageError
@@ -145,3 +146,28 @@ def test_a_call_without_room_or_end_is_said_with_the_room_there_is(
         (tmp_path / "go").touch()
         assert done.result() == [(0, None)]
     assert re.fullmatch(r"sleep_until: no result for 0.5 s; a call needs 1 CPU, and \d+ of \d+ are free", said[0])
+
+
+def stay(folder: str, number: int) -> None:
+    Path(folder, f"begun-{number}").touch()
+    sleep_until(f"{folder}/go")
+
+
+def test_a_cluster_that_grows_is_used_while_calls_are_under_way(
+    local_ray: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert local_ray.cpus >= 4
+    known = [Resources(1, 0, 1)]
+    monkeypatch.setattr(tasks, "resources", lambda: known[0])
+    monkeypatch.setattr(tasks, "SAID_EVERY", 0.5)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(list, map_tasks(stay, [(number,) for number in range(8)], Workers(), str(tmp_path)))
+        while len(list(tmp_path.glob("begun-*"))) < 2:
+            time.sleep(0.1)
+        time.sleep(1)
+        assert len(list(tmp_path.glob("begun-*"))) == 2, "as many as there are places, and as many again for an autoscaler to see"
+        known[0] = local_ray
+        while len(list(tmp_path.glob("begun-*"))) < 4:
+            time.sleep(0.1)
+        (tmp_path / "go").touch()
+        assert len(done.result()) == 8

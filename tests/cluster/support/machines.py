@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -58,8 +58,8 @@ class Machines:
     With an autoscaler, Ray's own, nodes of `NODE_TYPE` come when they are asked for: `most` at most.
     """
 
-    def __init__(self, folder: Path, count: int, most: int = 0):
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    def __init__(self, folder: Path, count: int, most: int, environment: Mapping[str, str]):
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | environment
         self._environment = clean | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(folder)}
         self._environment |= {f"RAY_health_check_{name}": value for name, value in QUICK.items()}
         with socket.socket() as free:
@@ -73,12 +73,17 @@ class Machines:
             time.sleep(0.1)
         self._nodes = [self._add() for _ in range(count)]
 
-    def _start(self, *options: str) -> subprocess.Popen[bytes]:
-        """`ray start`, again until it comes up: on a busy machine the ports of two that start at once may collide."""
+    def _start(self, *options: str, blind: Path | None = None) -> subprocess.Popen[bytes]:
+        """`ray start`, again until it comes up: on a busy machine the ports of two that start at once may collide.
+
+        A blind one has a folder of its own where the others have this one.
+        """
         common = ("--object-store-memory=80000000", "--dashboard-agent-listen-port=0", "--disable-usage-stats", "--block")
         command = shlex.join([str(RAY), "start", *options, *common])
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         loop = ["sh", "-c", f"until {command}; do sleep 1; done"]
+        if blind:
+            loop = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {shlex.quote(str(blind))} && exec "$@"', "sh", *loop]
         return subprocess.Popen(loop, env=self._environment, start_new_session=True, **silent)
 
     def _autoscaled(self, folder: Path, most: int) -> list[str]:
@@ -100,11 +105,11 @@ class Machines:
         self._environment |= {"RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID}
         return [f"--autoscaling-config={folder / 'autoscaler.json'}"]
 
-    def _add(self, gpus: int = 0, labels: str = "") -> subprocess.Popen[bytes]:
-        return self._start(f"--address={self.address}", "--num-cpus=1", f"--num-gpus={gpus}", f"--labels={labels}")
+    def _add(self, gpus: int = 0, labels: str = "", blind: Path | None = None) -> subprocess.Popen[bytes]:
+        return self._start(f"--address={self.address}", "--num-cpus=1", f"--num-gpus={gpus}", f"--labels={labels}", blind=blind)
 
-    def add(self, count: int = 1, gpus: int = 0, labels: str = "") -> None:
-        self._nodes += [self._add(gpus, labels) for _ in range(count)]
+    def add(self, count: int = 1, gpus: int = 0, labels: str = "", blind: Path | None = None) -> None:
+        self._nodes += [self._add(gpus, labels, blind) for _ in range(count)]
 
     def wait(self, count: int) -> None:
         """Until so many have joined."""
@@ -143,10 +148,10 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def machines(count: int, most: int = 0) -> Iterator[Machines]:
-    """So many nodes of one CPU, without a token; or an autoscaler that starts so many at most."""
+def machines(count: int, most: int = 0, environment: Mapping[str, str] | None = None) -> Iterator[Machines]:
+    """So many nodes of one CPU, without a token; or an autoscaler that starts so many at most. All of them with these variables, too."""
     with TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:  # a short path: Unix sockets allow 107 bytes
-        there = Machines(Path(folder), count, most)
+        there = Machines(Path(folder), count, most, environment or {})
         try:
             yield there
         finally:
