@@ -52,7 +52,9 @@ MODULES = {
         "case comparison comparison_report comparison_table course first_stage grounds halving importance kept_scores ledger "
         "marked_page proofs prove retrain script search searchers space sweep sweep_report sweep_table trial tuner verdict"
     ),
-    "bench": "card challenge checkpoint empty_loop loading metrics noise_dataset oracles recovery rival startup tables training",
+    "bench": (
+        "card challenge checkpoint empty_loop loading metrics noise_dataset oracles overhead recovery rival startup sweeping tables training"
+    ),
 }
 """Package -> its modules."""
 

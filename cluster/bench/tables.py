@@ -20,11 +20,12 @@ if TYPE_CHECKING:  # it imports Ray Tune
 
 def training_table(title: str, speeds: Mapping[str, StepSpeed]) -> Table:
     """A line for each stage."""
-    table = _numbers(title, "stage", "items/s", "plain PyTorch", "ratio", "MFU", "peak memory")
+    table = _numbers(title, "stage", "items/s", "plain PyTorch", "ratio", "MFU", "peak memory", "telemetry")
     for name, speed in speeds.items():
         mfu = f"{speed.mfu:.1%}" if speed.mfu else "-"
         ratio, memory = f"{speed.items_per_second / speed.plain:.2f}", f"{speed.peak_memory / 1e9:.2f} GB"
-        table.add_row(name, f"{speed.items_per_second:.2f}", f"{speed.plain:.2f}", ratio, mfu, memory)
+        told = f"{speed.telemetry:+.2%}"
+        table.add_row(name, f"{speed.items_per_second:.2f}", f"{speed.plain:.2f}", ratio, mfu, memory, told)
     return table
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from cluster.bench.overhead import telemetry_overhead
 from cluster.config.schema import Experiment
 from cluster.runtime.device import best_device, peak_flops, peak_memory
 from cluster.training.engine import Engine, engine_settings
@@ -42,12 +43,14 @@ class StepSpeed:
         plain: the same in a plain PyTorch loop: torch's fused AdamW, no averaged weights, the same kernels.
         mfu: share of the device's peak, 0 where that is not known.
         peak_memory: bytes.
+        telemetry: share of a step's CPU time that is spent to be counted, seen in five pairs with and without.
     """
 
     items_per_second: float
     plain: float
     mfu: float
     peak_memory: int
+    telemetry: float
 
 
 def bench_training(experiment: Experiment, name: str, source: Source, steps: int) -> StepSpeed:
@@ -68,12 +71,14 @@ def bench_training(experiment: Experiment, name: str, source: Source, steps: int
     parts = settings.micro_batches
     module = build_without_memory(kind)
     engine = Engine(module, initial_weights(module, experiment.seed), settings, device)
-    ours = _timed(engine_step(engine, batch, batch_items, parts), steps, device)
+    step = engine_step(engine, batch, batch_items, parts)
+    ours = _timed(step, steps, device)
     memory = peak_memory(device)
+    telemetry = telemetry_overhead(name, step, steps, device)
     plain = _timed(_plain_step(build(kind, experiment.seed).to(device), batch, experiment, parts), steps, device)
     speed = batch_items / ours
     peak = peak_flops(device, settings.precision)
-    return StepSpeed(speed, batch_items / plain, speed * flops / peak if peak else 0.0, memory)
+    return StepSpeed(speed, batch_items / plain, speed * flops / peak if peak else 0.0, memory, telemetry)
 
 
 def bench_online(experiment: Experiment, source: Source, chunks: int, count: int) -> list[float]:

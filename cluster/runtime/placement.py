@@ -25,6 +25,12 @@ MEMORY = "memory"
 POLL = 0.25
 """Seconds between two looks whether there is room."""
 
+RESERVED = 0.05
+"""Seconds after which what there is room for is reserved."""
+
+FRESH = 1.5
+"""Seconds after which what is free is known to be without what was just reserved."""
+
 CHECK = 10.0
 """Seconds after which who waits looks again whether what is waited for can ever come."""
 
@@ -212,7 +218,7 @@ def wait_for_place(
     """
     assert_possible(gang)
     began, since = clock(), datetime.datetime.now().strftime("%H:%M:%S")
-    demand, ranks, asked, checked = None, 0, _to_ask_for(gang), began
+    demand, ranks, asked, checked, told = None, 0, _to_ask_for(gang), began, False
     if gang.owner:
         withdraw_demands(gang.owner)
     try:
@@ -231,13 +237,23 @@ def wait_for_place(
                 if demand:
                     demand.remove()
                 demand, ranks, asked = Demand(to_ask, wanted), wanted, to_ask
-                pause(0.05)  # where there is room it is reserved in milliseconds
+                pause(RESERVED)
             if (place := demand.place()) and (asked.memory or _has_memory(gang, place, there)):
-                return place
+                if not told or ranks == gang.most:
+                    return place
+                pause(FRESH)  # a machine that came may have room for more than was asked for
+                if not (more := len(fit(replace(gang, most=gang.most - ranks), nodes()))):
+                    return place
+                demand.remove()
+                ranks += more
+                demand = Demand(asked, ranks)
+                pause(RESERVED)
+                continue
             text = f"waiting since {since} for room for {gang}: {_what_is_there(gang, there)}"
             if limit and waited >= limit:
                 raise NoPlace(f"{text}; given up after {limit / 60:g} minutes (run.wait_minutes)")
             report(waited, text)
+            told = True
             pause(POLL)
     finally:
         if demand:

@@ -78,7 +78,7 @@ def test_a_private_ray_with_too_little_memory_is_refused_or_may_be_tried_later(c
 
 
 class There:
-    """A reservation that is filled at once, where there is room."""
+    """A reservation that is filled at once, where there is room, and takes it from the others."""
 
     cluster: dict
 
@@ -87,20 +87,31 @@ class There:
 
     def place(self) -> list[str] | None:
         found = fit(self._gang, self.cluster["nodes"])
-        return found if len(found) == self._ranks else None
+        if len(found) < self._ranks:
+            return None
+        self.cluster["held"] = [(node, self._gang.each(self._ranks)) for node in found]
+        return found
 
     def remove(self) -> None:
-        """Nothing to give back."""
+        self.cluster["held"] = []
+
+
+def free(cluster: dict) -> list[Node]:
+    """The machines less what is reserved."""
+    there = {one.id: one for one in cluster["nodes"]}
+    for name, amounts in cluster["held"]:
+        there[name] = replace(there[name], free={key: amount - amounts.get(key, 0.0) for key, amount in there[name].free.items()})
+    return list(there.values())
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> dict:
     """A cluster as it is told here."""
-    facts: dict = {"private": False, "scaler": None, "nodes": [node("1", 2)]}
+    facts: dict = {"private": False, "scaler": None, "nodes": [node("1", 2)], "held": []}
     monkeypatch.setattr(placement, "is_private", lambda: facts["private"])
     monkeypatch.setattr(placement, "autoscaler", lambda: facts["scaler"])
     monkeypatch.setattr(placement, "machines_by_hand", lambda _: facts["nodes"])
-    monkeypatch.setattr(placement, "nodes", lambda: facts["nodes"])
+    monkeypatch.setattr(placement, "nodes", lambda: free(facts))
     return facts
 
 
@@ -168,6 +179,23 @@ def test_an_autoscaler_that_tells_nothing_of_memory_or_of_itself_is_not_asked_fo
 
     assert wait_for_place(gang, 0, lambda waited, text: told.append(text), lambda: now[0], pause) == ["1"]
     assert now[0] > 60 and "memory of one at most 2.0 GB where a rank of 1 needs 4.0 GB" in told[-1]
+
+
+def test_of_a_machine_that_comes_all_is_used_and_not_only_what_the_fewest_ranks_had_asked_for(
+    cluster: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, all_of_it = [0.0], [node("1", 4)]
+
+    def pause(seconds: float) -> None:
+        now[0] += seconds
+        cluster["nodes"] = all_of_it if now[0] > 20 else []
+
+    monkeypatch.setattr(placement, "Demand", There)
+    There.cluster = cluster
+    for most, used in ((8, 4), (3, 3)):
+        cluster["nodes"], now[0] = [], 0.0
+        assert wait_for_place(Gang(1, most, ONE_CPU), 0, lambda *_: None, lambda: now[0], pause) == ["1"] * used
+        assert now[0] > 20 and not cluster["held"]
 
 
 def test_an_autoscaler_that_reports_late_is_asked_while_its_cluster_is_waited_for(cluster: dict, monkeypatch: pytest.MonkeyPatch) -> None:
