@@ -53,7 +53,8 @@ MODULES = {
         "marked_page proofs prove retrain script search searchers space sweep sweep_report sweep_table trial tuner verdict"
     ),
     "bench": (
-        "card challenge checkpoint empty_loop loading metrics noise_dataset oracles overhead recovery rival startup sweeping tables training"
+        "card challenge checkpoint empty_loop loading metrics noise_dataset oracles overhead recovery rival startup sweeping tables "
+        "training"
     ),
 }
 """Package -> its modules."""
