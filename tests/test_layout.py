@@ -62,7 +62,6 @@ MODULES = {
 ACROSS = {
     "driver/test_books_close.py",
     "driver/test_card.py",
-    "driver/test_hangs.py",
     "data/test_stream_faults.py",
     "storage/test_storage.py",
     "telemetry/test_alerts.py",

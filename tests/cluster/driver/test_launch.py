@@ -270,11 +270,12 @@ def test_a_wait_that_was_limited_ends_with_75(shards: Path, tmp_path: Path) -> N
 @pytest.mark.timeout(1800)
 def test_the_number_of_ranks_follows_the_machines_and_every_step_has_its_items(shards: Path, tmp_path: Path) -> None:
     """4 -> 1 -> 3 -> 2 ranks by itself."""
-    whole = Running(shards, tmp_path, "whole", "workers.count=1", "optim.epochs=200")
+    length = ("optim.epochs=200", "run.checkpoint_every=240")
+    whole = Running(shards, tmp_path, "whole", "workers.count=1", *length)
     assert whole.end() == 0, whole.said
     with machines(4) as there:
         there.wait(4)
-        run = Running(shards, tmp_path, "elastic", "workers.count=[1,4]", "optim.epochs=200", address=there.address)
+        run = Running(shards, tmp_path, "elastic", "workers.count=[1,4]", *length, address=there.address)
 
         def trained_by(ranks: int) -> None:
             """So many ranks were started last, and have written a checkpoint of their own."""
