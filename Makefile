@@ -1,7 +1,7 @@
 # make train          the demo: data, both stages, evaluation; typed again it resumes.   STORE=s3: the same through an S3 server
 # make check          for every save: lint, types, and the tests that need no process, Ray or server
 # make test           what a change must pass
-# make test-cluster   the slow suites: clusters, S3, many ranks, several hosts.   make test-chaos: things are killed
+# make test-cluster   runs on clusters and on several hosts.   make test-chaos: things are killed.   make test-long: all else that is slow
 # make monitor        a Prometheus, and a Grafana where it is installed, beside the runs of this machine.   make dashboard: its panels
 # PYTHON=python3.13   makes .venv, where there is none yet, with that Python and not with the first one that is there
 # GPU=1               one rank on each of so many GPUs: make train GPU=1
@@ -13,6 +13,8 @@ SETUP  := .venv/setup.stamp
 BUCKET := reactdiff
 STORE  := file
 TWO    := -n 2
+MANY   := tests/cluster/driver tests/cluster/multihost tests/cluster/runtime tests/cluster/test_whole.py
+CHAOS  := tests/cluster/chaos
 ARGS   :=
 GPU    :=
 SUDO   := $(if $(filter-out 0,$(shell id -u)),sudo -n)
@@ -22,7 +24,7 @@ train_s3   := $(PY) infra/objectstore.py work/s3 --bucket $(BUCKET) -- \
               $(PY) jobs/train.py run.store=s3://$(BUCKET)/store data.url=s3://$(BUCKET)/shards
 after_s3   := @echo 'The S3 server has ended; what names s3://$(BUCKET) needs it: $(PY) infra/objectstore.py work/s3 --bucket $(BUCKET) -- COMMAND'
 
-.PHONY: monitor dashboard setup train check quick test lint test-cluster test-chaos clean
+.PHONY: monitor dashboard setup train check quick test lint test-cluster test-chaos test-long clean
 
 train: $(SETUP)
 	$(or $(train_$(STORE)),$(error STORE=$(STORE): use file or s3)) $(if $(GPU),workers.gpu=true workers.count=$(GPU)) $(ARGS)
@@ -43,11 +45,14 @@ lint: $(SETUP)
 	$(PY) -m mypy
 
 test-cluster: $(SETUP)
-	@command -v chromium > /dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -qy --no-install-recommends chromium; }
-	$(PY) -m pytest $(TWO) -m slow --ignore=tests/cluster/chaos $(ARGS)
+	$(PY) -m pytest $(TWO) -m slow $(MANY) $(ARGS)
 
 test-chaos: $(SETUP)
-	$(PY) -m pytest $(TWO) -m slow tests/cluster/chaos $(ARGS)
+	$(PY) -m pytest $(TWO) -m slow $(CHAOS) $(ARGS)
+
+test-long: $(SETUP)
+	@command -v chromium > /dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -qy --no-install-recommends chromium; }
+	$(PY) -m pytest $(TWO) -m slow $(addprefix --ignore=,$(MANY) $(CHAOS)) $(ARGS)
 
 monitor: $(SETUP)
 	$(PY) infra/monitor.py $(ARGS)
