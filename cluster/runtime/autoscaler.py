@@ -80,7 +80,7 @@ def machines_by_hand(scaler: Autoscaler) -> list[Node]:
 
 
 _read: dict[str, Autoscaler] = {}
-"""Session of a cluster -> its autoscaler, once its configuration was read."""
+"""Session of a cluster -> its autoscaler, once its head has answered."""
 
 
 def autoscaler() -> Autoscaler | None:
@@ -106,7 +106,7 @@ def _is_there() -> bool:
 
 
 def _configuration() -> Autoscaler | None:
-    """As the head reads it."""
+    """As the head reads it; None if it does not answer."""
     head = next((node for node in nodes() if HEAD in node.total), None)
     if head is None:
         return None
@@ -123,8 +123,8 @@ def _configuration() -> Autoscaler | None:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def read_configuration(gcs: str) -> Autoscaler | None:
-    """On the head: what the process that scales this cluster was told, None if there is none to be seen."""
+def read_configuration(gcs: str) -> Autoscaler:
+    """On the head: what the process that scales this cluster was told; nothing is known of one that is not to be seen there."""
     port = gcs.rpartition(":")[2]
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
@@ -132,7 +132,7 @@ def read_configuration(gcs: str) -> Autoscaler | None:
         paths = [word.removeprefix(OPTION) for word in words if word.startswith(OPTION)]
         if ours and paths:
             return parsed(yaml.safe_load(Path(paths[0]).expanduser().read_text()))
-    return None
+    return Autoscaler()
 
 
 def parsed(config: dict) -> Autoscaler:
