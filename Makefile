@@ -1,7 +1,8 @@
 # make train          the demo: data, both stages, evaluation; typed again it resumes.   STORE=s3: the same through an S3 server
 # make check          for every save: lint, types, and the tests that need no process, Ray or server
 # make test           what a change must pass
-# make test-cluster   runs on clusters and on several hosts.   make test-chaos: things are killed.   make test-long: all else that is slow
+# make test-cluster   the slow suites: clusters, S3, several hosts.   make test-chaos: things are killed
+# make test-long      and what takes long: waits, notices, changes of size; memory; sweeps, retraining, benches
 # make monitor        a Prometheus, and a Grafana where it is installed, beside the runs of this machine.   make dashboard: its panels
 # PYTHON=python3.13   makes .venv, where there is none yet, with that Python and not with the first one that is there
 # GPU=1               one rank on each of so many GPUs: make train GPU=1
@@ -13,8 +14,8 @@ SETUP  := .venv/setup.stamp
 BUCKET := reactdiff
 STORE  := file
 TWO    := -n 2
-MANY   := tests/cluster/driver tests/cluster/multihost tests/cluster/runtime tests/cluster/test_whole.py
 CHAOS  := tests/cluster/chaos
+LONG   := tests/cluster/driver/test_launch.py tests/cluster/training tests/jobs tests/reactdiff
 ARGS   :=
 GPU    :=
 SUDO   := $(if $(filter-out 0,$(shell id -u)),sudo -n)
@@ -45,14 +46,14 @@ lint: $(SETUP)
 	$(PY) -m mypy
 
 test-cluster: $(SETUP)
-	$(PY) -m pytest $(TWO) -m slow $(MANY) $(ARGS)
+	@command -v chromium > /dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -qy --no-install-recommends chromium; }
+	$(PY) -m pytest $(TWO) -m slow $(addprefix --ignore=,$(CHAOS) $(LONG)) $(ARGS)
 
 test-chaos: $(SETUP)
 	$(PY) -m pytest $(TWO) -m slow $(CHAOS) $(ARGS)
 
 test-long: $(SETUP)
-	@command -v chromium > /dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -qy --no-install-recommends chromium; }
-	$(PY) -m pytest $(TWO) -m slow $(addprefix --ignore=,$(MANY) $(CHAOS)) $(ARGS)
+	$(PY) -m pytest $(TWO) -m slow $(LONG) $(ARGS)
 
 monitor: $(SETUP)
 	$(PY) infra/monitor.py $(ARGS)

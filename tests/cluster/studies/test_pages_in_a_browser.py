@@ -43,7 +43,7 @@ AROUND = """<!doctype html><title></title><script>onmessage = event => document.
 
 def seen(page: str, width: int, folder: Path) -> dict[str, Any]:
     browser = shutil.which("chromium")
-    assert browser, "these tests need Debian's chromium: make test-long installs it"
+    assert browser, "these tests need Debian's chromium: make test-cluster installs it"
     file = folder / "page.html"
     file.write_text(page.replace("</html>", f"{ASKED}</html>"))
     (around := folder / "around.html").write_text(AROUND % width)
