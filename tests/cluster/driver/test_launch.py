@@ -6,7 +6,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, suppress, nullcontext
 from io import StringIO
 from pathlib import Path
 from typing import ClassVar
@@ -383,7 +383,11 @@ def test_a_rank_that_dies_while_it_loads_leaves_its_place_free(undisturbed: Runn
     run = Running(shards, tmp_path, "loading", "workers.count=2")
 
     def ranks() -> set[int]:
-        return {one.pid for one in psutil.Process(run.process.pid).children(recursive=True) if one.name().startswith("ray::RayTrain")}
+        found = set()
+        for one in psutil.Process(run.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # it lives for a moment only
+                found |= {one.pid} if one.name().startswith("ray::RayTrain") else set()
+        return found
 
     run.until(lambda: run.progress >= 240)
     before = ranks()
