@@ -6,7 +6,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress, nullcontext
+from contextlib import closing, nullcontext, suppress
 from io import StringIO
 from pathlib import Path
 from typing import ClassVar
