@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from cluster.storage import NotFound
 from cluster.studies.comparison import run_scores
 from cluster.studies.halving import Halving, Standing, choose
 from cluster.studies.kept_scores import ClipScores
-from cluster.studies.ledger import WORST
 from cluster.studies.search import Search
 from cluster.studies.sweep import OpenSweep, Sweep
 from cluster.studies.tuner import Show, run_sweep
@@ -108,12 +107,7 @@ def bench_halving(
     full, full_cost = _swept(grid, [*overrides, *rungs, f"run.store={folder}/full"], say, show)
     halved, halved_cost = _swept(sweep, [*overrides, f"run.store={folder}/halved"], say, show)
     numbers = sorted(full.ledger.trials)
-    homes = {number: full.opened.home.at(f"runs/{full.ledger.trials[number].run}") for number in numbers}
-    measured = {number: [read_rung(home, rung) for rung in sweep.halving.rungs] for number, home in homes.items()}
-    errors = {
-        number: {rung: np.nan_to_num(np.array(one["errors"]).mean(1), nan=WORST) for rung, one in enumerate(each) if one}
-        for number, each in measured.items()
-    }
+    errors = {number: _errors(full, number, sweep.halving.rungs) for number in numbers}
     scores = {number: _scores(full, number) for number in numbers}
     metric, mode = sweep.first_metric, sweep.metrics[sweep.first_metric]
     first = best_of(scores, numbers, metric, mode)
@@ -191,6 +185,13 @@ def _swept(sweep: Sweep, overrides: Sequence[str], say: Callable[[str], None], s
     runs = [*(record.run for record in search.ledger.trials.values()), *sorted(firsts)]
     items = sum(sum(receipt(read_books(search.opened.home.at(f"runs/{run}")))["items"].values()) for run in runs)
     return search, SweepCost(items, kept["seconds"], len(search.candidates()))
+
+
+def _errors(search: Search, number: int, rungs: Sequence[int]) -> Mapping[int, np.ndarray]:
+    """Rung -> error of each item, as halving would see it of a trial that the ledger has no rungs of."""
+    record = search.ledger.trials[number]
+    measured = [read_rung(search.opened.home.at(f"runs/{record.run}"), items) for items in rungs]
+    return replace(record, rungs={rung: one for rung, one in enumerate(measured) if one}).standing.errors
 
 
 def _scores(search: Search, number: int) -> ClipScores:

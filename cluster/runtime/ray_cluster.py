@@ -37,6 +37,9 @@ RAYLET = "raylet"
 CANNOT = "No available node types can fulfill"
 """How an autoscaler begins what it says every few seconds of what nothing that it may start has room for."""
 
+_told: set[str] = set()
+"""What autoscalers have said so in this process."""
+
 _print, _events = worker.print_to_stdstream, worker.filter_autoscaler_events
 
 PRINTER = "ray_print_logs"
@@ -225,11 +228,13 @@ def _print_briefly(data: dict[str, Any], ignore_prefix: bool) -> None:
     _print(data, ignore_prefix)
 
 
-def _what_is_new(lines: list[str], told: set[str] = set()) -> Iterator[str]:  # noqa: B006  # for the life of the process
+def _what_is_new(lines: list[str]) -> Iterator[str]:
     """What an autoscaler says, without what it has said of the same request before."""
     for message in _events(lines):
-        if CANNOT not in message or message not in told:
-            told.add(message)
+        if CANNOT not in message:
+            yield message
+        elif message not in _told:
+            _told.add(message)
             yield message
 
 

@@ -81,7 +81,7 @@ class Machines:
         common = ("--object-store-memory=80000000", "--dashboard-agent-listen-port=0", "--disable-usage-stats", "--block")
         command = shlex.join([str(RAY), "start", *options, *common])
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        loop = ["sh", "-c", f"until {command}; do sleep 1; done"]
+        loop = ["sh", "-c", f"until {command} || ! kill -0 $PPID; do sleep 1; done"]  # not for whoever was killed
         if blind:
             loop = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {shlex.quote(str(blind))} && exec "$@"', "sh", *loop]
         return subprocess.Popen(loop, env=self._environment, start_new_session=True, **silent)
