@@ -196,6 +196,15 @@ def test_only_nodes_that_take_work_must_see_a_store(tmp_path: Path, monkeypatch:
         placement.assert_visible(open_store(str(tmp_path)), "run.store")
 
 
+def test_what_an_autoscaler_cannot_give_is_said_once_and_all_else_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "_events", lambda lines: iter(lines))
+    monkeypatch.setattr(placement, "_told", set())
+    cannot, adding = f"{placement.CANNOT} placement group requests (detail=1)", "Adding 1 node(s) of type gpu."
+    said = [list(placement._what_is_new([cannot, adding])) for _ in range(2)]
+    assert said == [[cannot, adding], [adding]]
+    assert list(placement._what_is_new([cannot.replace("=1", "=2")])), "another request is another matter"
+
+
 @pytest.mark.slow
 def test_a_driver_on_the_head_or_on_a_spot_machine_of_a_real_cluster_is_said(shell: Shell) -> None:
     said = [line.removeprefix("PLACE").strip() for line in shell.run("python", "-c", PLACES).splitlines() if line.startswith("PLACE")]
