@@ -21,7 +21,7 @@ class Board:
         self._error: bytes | None = None
         self._decided: bool | None = None
         self._closed = False
-        self._placed = self._given_back = 0.0
+        self._asked = self._without = self._given_back = 0.0
 
     def begin(self, attempt: int) -> None:
         """The driver starts the ranks: only this attempt is heard from now on."""
@@ -48,18 +48,24 @@ class Board:
         """Ask this from now on, and take nothing."""
         self._request = request
 
-    def placed(self) -> None:
-        """Ray is asked for the ranks' places now."""
-        self._placed = self._placed or time.time()
+    def asked(self) -> None:
+        """Ray is asked for the ranks' places now: for the first time, or again after a failure."""
+        now = time.time()
+        self._asked = self._asked or now
+        self._without += now - (self._given_back or now)
         self._given_back = 0.0
+
+    def placed(self, seconds: float) -> None:
+        """Ray has given them, so long after it was asked."""
+        self._without += seconds
 
     def given_back(self) -> None:
         """Ray has them back now."""
         self._given_back = time.time()
 
-    def places(self) -> tuple[float, float]:
-        """When Ray was first asked for places, and when it had them back; 0 where that has not been."""
-        return self._placed, self._given_back
+    def places(self) -> tuple[float, float, float]:
+        """When Ray was first asked for places, the seconds since without them, and when it had them back; 0 where that has not been."""
+        return self._asked, self._without, self._given_back
 
     def failed(self, error: bytes) -> None:
         """Ray Train has seen the ranks fail, and waits for a decision; of the pickled error nothing is imported here."""

@@ -23,6 +23,7 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision, F
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.util.placement_group import placement_group_table
 
 from cluster.config.schema import Workers
 from cluster.runs.lineage import assert_sees
@@ -95,10 +96,11 @@ class _Start(WorkerGroupCallback, ControllerCallback):
         self._board, self._state = board, None
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        self._board.placed.remote()
+        self._board.asked.remote()
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         self._state = worker_group.get_worker_group_state()
+        self._board.placed.remote(_placed_after(self._state.placement_group_handle.placement_group))
         worker_group.execute(_begin_attempt, ray.get(self._board.attempt.remote()))
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
@@ -111,6 +113,11 @@ class _Start(WorkerGroupCallback, ControllerCallback):
     async def before_controller_shutdown(self) -> None:
         if self._state is not None:
             self._state.shutdown()
+
+
+def _placed_after(group: Any) -> float:
+    """Seconds that Ray took to place a group."""
+    return float(placement_group_table(group)["stats"]["end_to_end_creation_latency_ms"]) / 1000
 
 
 def _begin_attempt(number: int) -> None:

@@ -229,6 +229,13 @@ class HeldPlace:
                 self.waiting[state] = self.waiting.get(state, 0) + ms
             self.at = now
 
+    def wait(self, seconds: float) -> None:
+        """For so long, from where its time is known, there was no place: that costs nothing."""
+        ms = min(round(1000 * seconds), self._books.now() - self.at)
+        if ms > 0:
+            self.at += ms
+            self._books.book(self.stage, {"waiting": ms}, self.at, NOWHERE, self.fault)
+
     def settle(self, fault: str = NO_FAULT, again: float = 0.0) -> None:
         """Book what waits: lost to a fault, or as it was, where this share of it was done a second time."""
         if fault:

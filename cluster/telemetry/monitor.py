@@ -79,17 +79,20 @@ class StageMonitor:
             self._idle.close()
         self._idle = None
 
-    def hold(self, berths: Sequence[Berth], progress: float, since: float, until: float) -> None:
+    def hold(self, berths: Sequence[Berth], progress: float, since: float, without: float, until: float) -> None:
         """What is known of when Ray holds these places for ranks, which go on from a checkpoint at this progress.
 
         Args:
             berths: of each rank.
             progress: of the checkpoint, in items.
             since: Unix time in seconds; 0: Ray was not asked yet.
+            without: seconds since then in which it did not: until it gave them, and between two starts of the ranks.
             until: the same, of the end; 0: it has not come.
         """
         if since and not self._ranks:
             self._ranks = GroupBooks(self._books, self._stage, berths, progress, self._fault, since)
+        if self._ranks:
+            self._ranks.without(without)
         self._until = until
 
     def again(self, progress: float) -> None:

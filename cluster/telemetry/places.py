@@ -23,12 +23,19 @@ class GroupBooks:
         self._held = [HeldPlace(books, stage, berth, "recovery" if fault else "starting", fault) for berth in berths]
         for held in self._held:
             held.at = min(held.at, round(1000 * since) or held.at)
+        self._without = 0.0
         self._begin(progress)
 
     def _begin(self, progress: float) -> None:
         self._heard: dict[int, Snapshot] = {}
         self._done = dict.fromkeys(range(len(self._held)), progress)
         self._known = self._books.furthest.get(self._stage, 0.0)
+
+    def without(self, seconds: float) -> None:
+        """For so many seconds in all, no rank having been heard of since, Ray was asked for the places and had not given them."""
+        for held in self._held:
+            held.wait(seconds - self._without)
+        self._without = seconds
 
     def hear(self, snapshot: Snapshot) -> None:
         """A rank has told where its time went."""

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from cluster.driver import board as module
 from cluster.driver.board import Board
 from cluster.training.requests import Request
 
@@ -41,3 +42,18 @@ def test_who_asks_a_driver_that_has_left_is_told_that_nothing_starts_again(board
     assert board.decided() is False
     board.failed(b"second")
     assert board.decided() is False
+
+
+def test_what_ray_had_not_given_yet_and_what_it_had_back_is_not_held(board: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10.0, 30.0, 32.5, 60.0])
+    monkeypatch.setattr(module.time, "time", lambda: next(times))
+    board.asked()
+    board.placed(0.5)
+    assert board.places() == (10.0, 0.5, 0.0)
+    board.given_back()
+    assert board.places() == (10.0, 0.5, 30.0)
+    board.asked()
+    board.placed(0.25)
+    assert board.places() == (10.0, 0.5 + 2.5 + 0.25, 0.0)
+    board.given_back()
+    assert board.places() == (10.0, 3.25, 60.0)

@@ -151,7 +151,7 @@ class Failing:
 
     def __init__(self, job: Job, gang: Gang, place: list[str], monitor: StageMonitor, *_: object):
         self.monitor, self.since = monitor, time.time() - 30
-        monitor.hold([Berth("host")] * 2, 0.0, self.since, 0.0)
+        monitor.hold([Berth("host")] * 2, 0.0, self.since, 0.0, 0.0)
 
     def where(self, *_: object) -> str:
         return "rank 1, host"
@@ -160,7 +160,7 @@ class Failing:
         try:
             judge(ValueError("no such stream"), self)
         finally:  # Ray has the places back
-            self.monitor.hold([], 0.0, self.since, self.since + 20)
+            self.monitor.hold([], 0.0, self.since, 0.0, self.since + 20)
 
 
 @pytest.mark.starts

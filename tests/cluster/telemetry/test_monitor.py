@@ -33,10 +33,10 @@ class Driver:
 
     def start(self, seconds: float, ranks: int = 2) -> None:
         """Ray Train starts for 3 s, then holds the places."""
-        self.monitor.hold([HOST] * ranks, self.progress, 0.0, 0.0)
+        self.monitor.hold([HOST] * ranks, self.progress, 0.0, 0.0, 0.0)
         self.clock.now += 3
         self.since = self.clock.now
-        self.monitor.hold([HOST] * ranks, self.progress, self.since, 0.0)
+        self.monitor.hold([HOST] * ranks, self.progress, self.since, 0.0, 0.0)
         self.load(seconds, ranks)
 
     def load(self, seconds: float, ranks: int = 2) -> None:
@@ -58,7 +58,7 @@ class Driver:
         self.clock.now += seconds
         until = self.clock.now
         self.clock.now += 4
-        self.monitor.hold([HOST], self.progress, self.since, until)
+        self.monitor.hold([HOST], self.progress, self.since, 0.0, until)
         self.monitor.give_back(**how)
 
     @property
@@ -100,6 +100,26 @@ def test_ranks_that_fail_and_start_again_where_they_were_lose_the_time_to_the_fa
     made = receipt([driver.exporter.books.record()])
     assert [(one["class"], one["text"], one["progress"]) for one in made["faults"]] == [("lost", "rank 1 is gone", 20)]
     assert made["restarts"] == {"lost": 1}
+
+
+def test_seconds_until_ray_gives_the_places_or_gives_them_again_wait_and_cost_nothing(driver: Driver) -> None:
+    asked = driver.clock.now
+    driver.clock.now += 4
+    driver.monitor.hold([HOST] * 2, 0.0, asked, 3.0, 0.0)
+    driver.load(6)
+    driver.step(5)
+    driver.clock.now += 6
+    driver.monitor.restarted("lost", "rank 1 is gone")
+    driver.monitor.again(driver.progress)
+    driver.clock.now += 2
+    for _ in range(2):
+        driver.monitor.hold([HOST] * 2, 0.0, asked, 3.0 + 1.5, 0.0)
+    driver.load(8)
+    driver.step(5)
+    driver.monitor.give_back()
+    assert driver.states == {"waiting": 2 * (3 + 1.5), "starting": 2 * 7, "compute": 20, "recovery": 2 * (6 + 0.5 + 8)}
+    made = receipt([driver.exporter.books.record()])
+    assert made["faults"][0]["waiting"] == 3 and made["cost"] == pytest.approx(0.01 * made["held"])
 
 
 def test_ranks_that_fail_for_another_place_and_those_that_leave_for_more_room(driver: Driver) -> None:
