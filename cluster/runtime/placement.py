@@ -217,47 +217,82 @@ def wait_for_place(
         RayError: if the cluster does not answer.
     """
     assert_possible(gang)
-    began, since = clock(), datetime.datetime.now().strftime("%H:%M:%S")
-    demand, ranks, asked, checked, told = None, 0, _to_ask_for(gang), began, False
+    since = datetime.datetime.now().strftime("%H:%M:%S")
     if gang.owner:
         withdraw_demands(gang.owner)
+    wait = _Wait(gang, clock, pause)
     try:
-        while True:
-            there = nodes()
-            waited = clock() - began
-            to_ask = asked
-            if clock() - checked > CHECK:  # an autoscaler starts later than its head
-                assert_possible(gang)
-                checked, to_ask = clock(), _to_ask_for(gang)
-            wanted = max(gang.least, len(fit(gang, there)))
-            if wanted < gang.most and waited < SETTLE:
-                pause(POLL)
-                continue
-            if demand is None or ((wanted, to_ask) != (ranks, asked) and demand.place() is None):
-                if demand:
-                    demand.remove()
-                demand, ranks, asked = Demand(to_ask, wanted), wanted, to_ask
-                pause(RESERVED)
-            if (place := demand.place()) and (asked.memory or _has_memory(gang, place, there)):
-                if not told or ranks == gang.most:
-                    return place
-                pause(FRESH)  # a machine that came may have room for more than was asked for
-                if not (more := len(fit(replace(gang, most=gang.most - ranks), nodes()))):
-                    return place
-                demand.remove()
-                ranks += more
-                demand = Demand(asked, ranks)
-                pause(RESERVED)
-                continue
-            text = f"waiting since {since} for room for {gang}: {_what_is_there(gang, there)}"
-            if limit and waited >= limit:
+        while (place := wait.place()) is None:
+            text = f"waiting since {since} for room for {gang}: {_what_is_there(gang, nodes())}"
+            if limit and wait.seconds >= limit:
                 raise NoPlace(f"{text}; given up after {limit / 60:g} minutes (run.wait_minutes)")
-            report(waited, text)
-            told = True
+            report(wait.seconds, text)
+            wait.long = True
             pause(POLL)
+        return place
     finally:
-        if demand:
-            demand.remove()
+        wait.give_up()
+
+
+class _Wait:
+    """A wait for room: what Ray is asked for, and since when.
+
+    Attributes:
+        long: whether there was no room at first, so that machines may have come since.
+    """
+
+    def __init__(self, gang: Gang, clock: Callable[[], float], pause: Callable[[float], None]):
+        self._gang, self._clock, self._pause = gang, clock, pause
+        self._began = self._checked = clock()
+        self._asked, self._ranks = _to_ask_for(gang), 0
+        self._demand: Demand | None = None
+        self.long = False
+
+    @property
+    def seconds(self) -> float:
+        """How long it lasts."""
+        return self._clock() - self._began
+
+    def place(self) -> list[str] | None:
+        """The machine of each rank, None while there is no room."""
+        asked = self._ask_now()
+        while (wanted := max(self._gang.least, len(fit(self._gang, nodes())))) < self._gang.most and self.seconds < SETTLE:
+            self._pause(POLL)
+        if self._demand is None or ((wanted, asked) != (self._ranks, self._asked) and self._demand.place() is None):
+            self._ask(asked, wanted)
+        while self._demand and (place := self._demand.place()):
+            if not self._asked.memory and not _has_memory(self._gang, place, nodes()):
+                return None
+            if not (more := self._more()):
+                return place
+            self._ask(self._asked, self._ranks + more)
+        return None
+
+    def give_up(self) -> None:
+        """Ray is asked for nothing any more."""
+        if self._demand:
+            self._demand.remove()
+            self._demand = None
+
+    def _ask_now(self) -> Gang:
+        """What is to be asked for, looked at again at times: an autoscaler starts later than its head."""
+        if self._clock() - self._checked <= CHECK:
+            return self._asked
+        assert_possible(self._gang)
+        self._checked = self._clock()
+        return _to_ask_for(self._gang)
+
+    def _ask(self, asked: Gang, ranks: int) -> None:
+        self.give_up()
+        self._demand, self._asked, self._ranks = Demand(asked, ranks), asked, ranks
+        self._pause(RESERVED)
+
+    def _more(self) -> int:
+        """For how many more ranks there is room: a machine that came may have it for more than was asked for."""
+        if not self.long or self._ranks == self._gang.most:
+            return 0
+        self._pause(FRESH)
+        return len(fit(replace(self._gang, most=self._gang.most - self._ranks), nodes()))
 
 
 def _to_ask_for(gang: Gang) -> Gang:

@@ -10,7 +10,8 @@ import pytest
 
 from cluster.cli import run
 from cluster.data.manifest import load_manifest
-from cluster.storage import open_store
+from cluster.storage import Permanent, Store, open_store
+from jobs import prepare as job
 from jobs.prepare import main
 from reactdiff.data.react2024 import Tree
 
@@ -64,6 +65,23 @@ def test_bad_files_are_listed_by_clip_and_file_and_all_other_clips_are_there(
     assert "3 clips cannot be used" in error
     assert f"clip{pairs[4].key}:" in "".join(said.split())
     assert not list((tmp_path / "strict").glob("*.json"))
+
+
+@pytest.mark.parametrize("verb", ["react2024", "index"])
+def test_a_folder_that_not_all_nodes_see_is_refused_before_anything_is_written(
+    verb: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def blind(store: Store, field: str) -> None:
+        raise Permanent(f"{field} is {store.url}, but 1 of 2 nodes do not see what is written there")
+
+    monkeypatch.setattr(job, "connect", lambda: None)
+    monkeypatch.setattr(job, "assert_visible", blind)
+    url = tmp_path / "data"
+    (url / "train").mkdir(parents=True)
+    (url / "train" / "foreign.tar").write_bytes(b"")
+    assert prepare(verb, *([root] if verb == "react2024" else []), url) == 1
+    assert f"URL is {url}, but 1 of 2 nodes do not see" in capsys.readouterr().err.replace("\n", " ")
+    assert [path.name for path in url.rglob("*") if path.is_file()] == ["foreign.tar"]
 
 
 @pytest.mark.starts
