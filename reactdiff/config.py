@@ -54,8 +54,8 @@ def per_stage(autoencoder: Any, diffusion: Any) -> dict[str, Any]:
 class Model(Branch):
     """Which model, its widths and depths; stream widths come from the dataset."""
 
-    family: Literal["reactdiff", "perfrdiff", "trans-vae"] = field(
-        "reactdiff", "The model: ReactDiff, or a peer it is compared with (PerFRDiff's window denoiser, Trans-VAE)."
+    family: Literal["reactdiff", "perfrdiff", "trans-vae", "belfusion"] = field(
+        "reactdiff", "The model: ReactDiff, or a peer it is compared with (PerFRDiff's window denoiser, Trans-VAE, BeLFusion)."
     )
     space: Literal["latent", "attributes"] = field(
         "latent",
@@ -72,7 +72,7 @@ class Model(Branch):
     chunk: int = field(
         WINDOW, f"Frames of a chunk, in which an online listener hears and reacts; divides {WINDOW}. 10 are 0.4 s.", unit="frames", gt=0
     )
-    hidden: int = field(1024, "Width of the attention units.", unit="features", gt=0)
+    hidden: int = field(1024, "Width of the attention units, and of BeLFusion's recurrent states.", unit="features", gt=0)
     latent: int = field(256, "Width of one latent frame.", unit="features", gt=0)
     heads: int = field(4, "Attention heads of every unit and layer but the UNet's.", gt=0)
     intra: bool = field(True, "Intra-class attention; without it the projected streams of a class are added.")
@@ -92,8 +92,8 @@ class Model(Branch):
     condition: int = field(
         1024, "Width of the UNet's speaker condition; a multiple of 32, at least 64.", unit="features", ge=64, multiple_of=32
     )
-    width: int = field(512, "Width of the transformer denoiser, and of a peer's transformers.", unit="features", gt=0, multiple_of=4)
-    layers: int = field(8, "Layers of the transformer denoiser, and of a peer's transformers.", gt=0)
+    width: int = field(512, "Width of the transformer denoiser, and of a peer's networks.", unit="features", gt=0, multiple_of=4)
+    layers: int = field(8, "Layers of the transformer denoiser, and of a peer's networks.", gt=0)
     patch: int = field(1, "Frames of one token of the transformer denoiser; divides a chunk.", unit="frames", gt=0)
     lags: tuple[int, ...] = field(
         (),

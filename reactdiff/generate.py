@@ -11,11 +11,8 @@ from torch import Tensor
 from reactdiff.clip import windows_of
 from reactdiff.data.keyed import normal
 from reactdiff.diffusion.noise import generation_noise
-from reactdiff.model.autoencoder import Autoencoder
 from reactdiff.model.codec import Codec
 from reactdiff.model.latent_diffusion import LatentDiffusion
-from reactdiff.model.perfrdiff import AttributeAutoencoder
-from reactdiff.model.raw_streams import RawStreams
 from reactdiff.model.trans_vae import TransVAE
 
 Item = tuple[str, int]
@@ -39,7 +36,7 @@ class Reactor:
             seed: keys the noise.
 
         Returns:
-            `attributes` (items, K, frames, 25) and, but from PerFRDiff, `coefficients` (items, K, frames, 58), float32.
+            `attributes` (items, K, frames, 25) and, but from PerFRDiff and BeLFusion, `coefficients` (items, K, frames, 58), float32.
         """
         latents = torch.from_numpy(speakers).float().to(self.codec.device)
         if self.diffusion is None:
@@ -51,7 +48,6 @@ class Reactor:
     @torch.no_grad()
     def decode(self, drawn: Tensor) -> dict[str, np.ndarray]:
         """Raw latents of listeners (items, K, frames, features) to what they show, one array (items, K, frames, ...) each."""
-        assert isinstance(self.codec, (Autoencoder, AttributeAutoencoder, RawStreams))
         decoded = [self.codec.decode(reactions) for reactions in drawn]  # one item at a time: attention memory grows with the batch
         return {name: torch.stack([one[name] for one in decoded]).float().cpu().numpy() for name in decoded[0]}
 

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from reactdiff.clip import PERSONS, TARGETS, speaker_listener, windows_of
+from reactdiff.clip import PERSONS, TARGETS, WINDOW, speaker_listener, windows_of
 from reactdiff.config import STAGES, Diffusion, Model
 from reactdiff.data.keyed import normal
 from reactdiff.data.sample import StreamSpec
 from reactdiff.diffusion.noise import training_chance, training_hearing, training_levels, training_noise, training_times
 from reactdiff.diffusion.process import Process
 from reactdiff.model.autoencoder import Autoencoder
+from reactdiff.model.belfusion import BehaviourVAE
 from reactdiff.model.codec import LATENT, Codec
 from reactdiff.model.flops import training_flops
 from reactdiff.model.init import initialise, parameters_without_memory
@@ -31,6 +32,7 @@ CODECS: dict[str, Callable[[Model, Sequence[StreamSpec]], Codec]] = {
     "reactdiff": Autoencoder,
     "perfrdiff": AttributeAutoencoder,
     "trans-vae": TransVAE,
+    "belfusion": BehaviourVAE,
 }
 """What stage 1 trains, by `model.family`."""
 
@@ -88,8 +90,10 @@ class AutoencoderStage:
         return {name: (person, name) for name in self.inputs} | {name: (of_targets, name) for name in TARGETS}
 
     def draw(self, seed: int, position: int) -> dict[str, np.ndarray]:
-        """Trans-VAE draws its latent; otherwise nothing here is random."""
-        return {"noise": normal((self.model.latent,), seed, "posterior", position)} if self.model.family == "trans-vae" else {}
+        """A variational autoencoder draws a latent: Trans-VAE of the clip, BeLFusion of each window. Nothing else is random."""
+        latents = {"trans-vae": (self.model.latent,), "belfusion": (windows_of(self.source.frames), WINDOW * self.model.latent)}
+        shape = latents.get(self.model.family)
+        return {"noise": normal(shape, seed, "posterior", position)} if shape else {}
 
     def module(self) -> Codec:
         """The family's codec; without a first stage, what stands for it."""

@@ -26,6 +26,10 @@ class Codec(nn.Module):
         """Input name -> (batch, frames, width of the input), to encodings (batch, frames, width)."""
         raise NotImplementedError
 
+    def decode(self, encoding: Tensor) -> dict[str, Tensor]:
+        """Encodings (batch, frames, width), or the drawn part of them, to what a person shows, one tensor (batch, frames, ...) each."""
+        raise NotImplementedError
+
     def listen(self, streams: dict[str, Tensor]) -> Tensor:
         """The encoding of a person who only speaks."""
         return self.encode(streams)

@@ -12,6 +12,7 @@ from reactdiff.clip import TARGETS, WINDOW, windows_of
 from reactdiff.diffusion.process import Process
 from reactdiff.diffusion.sampler import SAMPLERS, Noise
 from reactdiff.diffusion.smoothing import smooth
+from reactdiff.model.belfusion import WindowMLP, speaker_window
 from reactdiff.model.codec import LATENT
 from reactdiff.model.perfrdiff import AttributeAutoencoder, SpeakerTokens, WindowDenoiser
 from reactdiff.model.scale import Scaled
@@ -78,6 +79,8 @@ class LatentDiffusion(Scaled):
             # Most attributes are 0 most of the time: an absolute error would be least for never showing them.
             self.target, self.squared = AttributeAutoencoder.target, True
             self.condition, self.denoiser = SpeakerTokens(model, width - sum(TARGETS.values()) - model.latent), WindowDenoiser(model)
+        elif model.family == "belfusion":
+            self.condition, self.denoiser = speaker_window(model), WindowMLP(model)
         elif model.denoiser == "transformer":
             self.condition, self.denoiser = nn.Linear(model.patch * heard, model.width), FrameTransformer(model, self.target)
         else:

@@ -86,8 +86,7 @@ class TransVAE(Codec):
         mean, log_variance = self._posterior(batch)
         output = self._decode(_draw(mean, log_variance, batch["noise"]), batch["attributes"].shape[1])
         errors = [(output[name].float() - batch[name].float()).square().mean((1, 2)) for name in TARGETS]
-        divergence = (mean.square() + log_variance.exp() - 1 - log_variance).mean(1) / 2
-        return 10 * sum(errors) + KL_WEIGHT * divergence
+        return 10 * sum(errors) + KL_WEIGHT * divergence(mean, log_variance).mean(1)
 
     forward = loss
 
@@ -112,6 +111,11 @@ class TransVAE(Codec):
         """A sinusoid for each frame, (frames, model.width)."""
         weight = self.memory.weight
         return sinusoid(torch.arange(frames, device=weight.device), self.model_width).to(weight.dtype)
+
+
+def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Kullback and Leibler's, of each normal variable from the standard one."""
+    return (mean.square() + log_variance.exp() - 1 - log_variance) / 2
 
 
 def _draw(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ def test_science_trains_every_row_shares_autoencoders_writes_the_table_and_takes
         "first": {"evaluation.baselines": True, "model.online": True},
         "transformer": ONLINE,
         "perfrdiff": {"model.family": "perfrdiff", "model.online": True, "model.width": 16, "model.layers": 1},
+        "belfusion": {"model.family": "belfusion", "model.latent": 1, "model.width": 16, "model.layers": 2},
         "trans-vae": {"model.family": "trans-vae", "model.width": 16, "model.layers": 1, **PLAIN},
     }
     file, page = tmp_path / "compared.yaml", tmp_path / "page.md"
@@ -91,7 +92,7 @@ def test_science_trains_every_row_shares_autoencoders_writes_the_table_and_takes
         "online oracle 50 mean of 4",
     ):
         assert f"| {row} |" in text
-    assert done.stdout.count("items, weights") == 6, "stages that were trained"
+    assert done.stdout.count("items, weights") == 8, "stages that were trained"
     for store, scores in (("store", "none"), ("other store", "scores")):  # a run that is there, and scores of one that is nowhere
         again = job("bench", *command[:-1], tmp_path / scores, *settings(shards, tmp_path / store))
         assert page.read_text() == text and "items, weights" not in again.stdout, "nothing is trained twice"

@@ -4,6 +4,7 @@ import torch
 
 from reactdiff import config
 from reactdiff.generate import Reactor
+from reactdiff.model.belfusion import BehaviourVAE
 from reactdiff.model.latent_diffusion import LatentDiffusion
 from reactdiff.model.perfrdiff import AttributeAutoencoder
 from reactdiff.model.raw_streams import RawStreams
@@ -15,14 +16,15 @@ ONLINE = {"online": True, "width": 16, "layers": 1, "context": 1}
 CHUNKED = ONLINE | {"denoiser": "transformer", "chunk": 10, "patch": 5, "lags": (5, 15)}
 STEPS = {"prediction": "x0", "sampling_steps": 3}
 SMOOTH = {"history": "clean", "smoothing": 0.6}
-MODELS = ("unet", "transformer", "perfrdiff", "latents in chunks", "attributes in chunks")
+PEERS = {"perfrdiff": AttributeAutoencoder, "belfusion": BehaviourVAE}
+MODELS = ("unet", "transformer", *PEERS, "latents in chunks", "attributes in chunks")
 
 
 def reactor(which: str) -> Reactor:
     """A model with random weights, which hardly tell one speaker from another: so what they say is made louder."""
-    if which == "perfrdiff":
-        model = MODEL.model_copy(update=ONLINE | {"family": "perfrdiff"})
-        codec = randomise(AttributeAutoencoder(model, STREAMS))
+    if which in PEERS:
+        model = MODEL.model_copy(update=ONLINE | {"family": which})
+        codec = randomise(PEERS[which](model, STREAMS))
         return Reactor(codec, randomise(LatentDiffusion(model, config.Diffusion(**STEPS), FRAMES, codec.parts)))
     if which == "attributes in chunks":
         model = MODEL.model_copy(update=CHUNKED | {"space": "attributes"})

@@ -25,6 +25,7 @@ FAMILIES = {
     "transformer": {"denoiser": "transformer", "online": True, "width": 16, "layers": 2},
     "perfrdiff": {"family": "perfrdiff", "online": True, "width": 16, "layers": 2, "dropout": 0.0},
     "trans-vae": {"family": "trans-vae", "width": 16, "layers": 2, "dropout": 0.0},
+    "belfusion": {"family": "belfusion", "latent": 2, "width": 16, "layers": 2},
     "ablated": {"intra": False, "inter": False, "bounded": True},
 }
 
