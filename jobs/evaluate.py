@@ -26,7 +26,7 @@ from cluster import cli
 from cluster.config.schema import Experiment, Run
 from cluster.evaluation.evaluate import evaluate
 from cluster.runs.build_latents import build_latents
-from cluster.runs.saved import open_run
+from cluster.runs.saved import SAMPLING, open_run
 from cluster.runtime.ray_cluster import connect
 from cluster.telemetry.display import Display
 from reactdiff.metrics.arrays import load_arrays
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", metavar="RUN", help="name of a run, or its folder or URL (.../runs/NAME)")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="draw with other diffusion.sampler, sampling_steps or guidance")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=f"draw with other diffusion.{', '.join(SAMPLING)}")
     parser.add_argument("--arrays", type=Path, metavar="FILE.npz", help="score the arrays of this file instead of a run")
     parser.add_argument("--split", help="split that is scored (default: the run's evaluation.split)")
     parser.add_argument(

@@ -36,7 +36,7 @@ from cluster.data.reader import Reader
 from cluster.evaluation.picture import clip_picture, read_faces
 from cluster.runs.latents import encode_clip
 from cluster.runs.published import PublishedWeights, open_published
-from cluster.runs.saved import SavedRun, open_run
+from cluster.runs.saved import SAMPLING, SavedRun, open_run
 from cluster.storage import open_store
 from reactdiff.clip import speaker_listener
 from reactdiff.determinism import make_deterministic
@@ -90,7 +90,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="change one key of it, for example data.url=URL; of a RUN diffusion.sampler, sampling_steps, guidance",
+        help=f"change one key of it, for example data.url=URL; of a RUN diffusion.{', '.join(SAMPLING)}",
     )
     parser.add_argument("--clip", required=True, metavar="KEY", help="key of the clip")
     parser.add_argument("--split", help="split that holds the clip (default: evaluation.split of the run or the configuration)")

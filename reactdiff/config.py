@@ -211,6 +211,10 @@ class Diffusion(Branch):
         lt=1,
     )
     guidance: float = field(1.0, "Classifier-free guidance: 1 is none, above it the speaker counts for more.", ge=0)
+    autoguidance: float = field(
+        1.0, "Guidance by an earlier export of the run: 1 is none, above it a sample moves away from what that one would draw.", ge=1
+    )
+    weak_progress: int = field(0, "With autoguidance, the progress of that export.", unit="items", ge=0)
     normalisation: Literal["feature", "frame", "variance"] = field(
         "feature",
         "What is denoised is mapped to [-1, 1] by the training set's range per feature, or per frame and feature (the authors' choice), or "
@@ -224,6 +228,13 @@ class Diffusion(Branch):
                 f"diffusion.guidance is {self.guidance}, but a denoiser that was never trained without the speaker cannot be guided: "
                 "set diffusion.condition_dropout, 0.1 for example, or diffusion.guidance=1"
             )
+        if (self.autoguidance != 1) != (self.weak_progress > 0):
+            raise ValueError(
+                f"diffusion.autoguidance is {self.autoguidance} and diffusion.weak_progress {self.weak_progress}, but the one needs the "
+                "other: the progress of the export that is to guide, or 1 and 0"
+            )
+        if self.guidance != 1 and self.autoguidance != 1:
+            raise ValueError(f"diffusion.guidance is {self.guidance} and diffusion.autoguidance {self.autoguidance}: use one of them")
         for name in ("history_noise", "history_swap"):
             if getattr(self, name) and self.history != "clean":
                 raise ValueError(f"diffusion.{name} is {getattr(self, name)}, which only a clean history has: set diffusion.history=clean")

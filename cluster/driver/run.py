@@ -167,6 +167,11 @@ def check_run(experiment: Experiment, pinned: Pinned, steps: Sequence[str]) -> l
     """
     kinds = stages_over(Source(pinned.manifest.stream_specs, pinned.manifest.frames), experiment.model, experiment.diffusion)
     check_pretrained(experiment, pinned.manifest, pinned.store)
+    if experiment.diffusion.autoguidance != 1:
+        raise ConfigError(
+            "diffusion.autoguidance is asked of a finished run, which has an earlier export too: train without it, then python "
+            f"jobs/evaluate.py RUN diffusion.autoguidance={experiment.diffusion.autoguidance} diffusion.weak_progress=ITEMS"
+        )
     if "evaluation" in steps:
         assert_scorable(pinned.manifest, experiment.evaluation.split)
     return check_warm_start(experiment, kinds)

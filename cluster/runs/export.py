@@ -164,10 +164,34 @@ def newest_export(store: Store, name: str) -> Export:
     Raises:
         NotFound: if the stage was never finished.
     """
-    keys = sorted(entry.key for entry in store.list(f"exports/{name}/") if entry.key.endswith(".json"))
-    if not keys:
+    if not (there := _exported(store, name)):
         raise NotFound(f"{store.url} has no export of stage {name}: the run has not finished it; train it with jobs/train.py first")
-    return read_export(store, name, int(keys[-1].rsplit("/", 1)[-1].removesuffix(".json")))
+    return read_export(store, name, there[-1])
+
+
+def _exported(store: Store, name: str) -> list[int]:
+    """Progress of each export of a stage."""
+    keys = sorted(entry.key for entry in store.list(f"exports/{name}/") if entry.key.endswith(".json"))
+    return [int(key.rsplit("/", 1)[-1].removesuffix(".json")) for key in keys]
+
+
+def weaker_export(store: Store, export: Export) -> Export | None:
+    """The earlier export that `diffusion.autoguidance` asks for, if it does.
+
+    Raises:
+        NotFound: if it is not there, or of other latents; says which there are.
+    """
+    if not (progress := Diffusion.model_validate(export.diffusion).weak_progress):
+        return None
+    there = [read_export(store, export.stage, one) for one in _exported(store, export.stage) if one < export.progress]
+    for weak in there:
+        if weak.progress == progress and weak.dataset == export.dataset:
+            return weak
+    known = ", ".join(str(one.progress) for one in there if one.dataset == export.dataset) or "none"
+    raise NotFound(
+        f"diffusion.weak_progress is {progress}, but {store.url}/exports/{export.stage} has no such earlier export of these latents; "
+        f"earlier ones are: {known}. A stage leaves one where it ends: train with a smaller optim.epochs first, then with the full one"
+    )
 
 
 def load_export(store: Store, export: Export) -> nn.Module:
@@ -189,8 +213,11 @@ def load_codec(store: Store, export: Export) -> Codec:
 
 
 def load_reactor(store: Store, codec: Export, diffusion: Export | None) -> Reactor:
-    """What generates reactions, of the exports of all stages its family has."""
-    return _reactor(load_export(store, codec), load_export(store, diffusion) if diffusion else None)
+    """What generates reactions, of the exports of all stages its family has, and of the one that guides."""
+    reactor = _reactor(load_export(store, codec), load_export(store, diffusion) if diffusion else None)
+    if diffusion and reactor.diffusion and (weak := weaker_export(store, diffusion)):
+        reactor.diffusion.weaker = (_diffusion(load_export(store, weak)),)
+    return reactor
 
 
 def untrained_reactor(codec: Export, diffusion: Export | None) -> Reactor:
@@ -199,8 +226,13 @@ def untrained_reactor(codec: Export, diffusion: Export | None) -> Reactor:
 
 
 def _reactor(codec: nn.Module, diffusion: nn.Module | None) -> Reactor:
-    assert isinstance(codec, Codec) and (diffusion is None or isinstance(diffusion, LatentDiffusion))
-    return Reactor(codec, diffusion)
+    assert isinstance(codec, Codec)
+    return Reactor(codec, _diffusion(diffusion) if diffusion else None)
+
+
+def _diffusion(module: nn.Module) -> LatentDiffusion:
+    assert isinstance(module, LatentDiffusion)
+    return module
 
 
 def load_weights(store: Store, export: Export) -> dict[str, torch.Tensor]:

@@ -10,14 +10,14 @@ from cluster.config.loading import ConfigError, build, changed
 from cluster.config.paths import absolute
 from cluster.config.schema import Experiment
 from cluster.data.manifest import CURRENT, Manifest, load_manifest
-from cluster.runs.export import Export, load_reactor, newest_export
+from cluster.runs.export import Export, load_reactor, newest_export, weaker_export
 from cluster.runs.latents import LatentDataset
 from cluster.runs.state import read_state
 from cluster.storage import NotFound, Store, open_store
 from reactdiff.generate import Reactor
 from reactdiff.stage import stages_of
 
-SAMPLING = ("sampler", "sampling_steps", "guidance", "smoothing")
+SAMPLING = ("sampler", "sampling_steps", "guidance", "autoguidance", "weak_progress", "smoothing")
 """Fields of `diffusion` that training does not see: a finished run may be asked with others."""
 
 
@@ -62,7 +62,7 @@ class SavedRun:
         """The finished diffusion, which draws latents of the autoencoder that `latents` decodes with; None in a family without one.
 
         Raises:
-            NotFound: if it is not finished.
+            NotFound: if it is not finished, or the export that is to guide it is not there.
             ValueError: if it was trained on another autoencoder's latents.
         """
         if "diffusion" not in stages_of(self.experiment.model):
@@ -73,7 +73,9 @@ class SavedRun:
                 f"the diffusion of {self.store.url} (progress {export.progress}) was trained on latents {export.dataset}, but its newest "
                 f"autoencoder (progress {latents.export.progress}) made {made}: train the two in a run of another name (run.name)"
             )
-        return replace(export, diffusion=export.diffusion | self.sampling)
+        asked = replace(export, diffusion=export.diffusion | self.sampling)
+        weaker_export(self.store, asked)
+        return asked
 
     def with_sampling(self, overrides: Sequence[str]) -> "SavedRun":
         """The run as it draws with other sampling, for example `diffusion.sampler=dpm++`.

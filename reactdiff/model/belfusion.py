@@ -101,7 +101,8 @@ class BehaviourVAE(Codec):
 class WindowMLP(nn.Module):
     """Stage 2's denoiser: an MLP over the latent of a window, after Preechakul et al. (2022).
 
-    Every layer sees the latent again beside the layer before. Each is Linear, LayerNorm, a factor from time and speaker, SiLU. The output starts at zero.
+    Every layer sees the latent again beside the layer before. Each is Linear, LayerNorm, a factor from time and speaker, SiLU; the output
+    starts at zero.
 
     Args:
         model: widths of latent and layers, and their number.

@@ -19,8 +19,6 @@ from reactdiff.model.scale import Scaled
 from reactdiff.model.transformer import FrameTransformer, Past
 from reactdiff.model.unet import GROUPS, UNet
 
-START = Past()
-
 
 @dataclass(frozen=True)
 class Conversation:
@@ -29,12 +27,12 @@ class Conversation:
     Attributes:
         chunk: the next one.
         heard: the speaker's last chunk, normalised, (batch, frames, features); None before the first.
-        past: what a transformer remembers of the chunks before.
+        past: what a transformer, and one that guides it, remember of the chunks before; empty before the first.
     """
 
     chunk: int = 0
     heard: Tensor | None = None
-    past: Past = START
+    past: tuple[Past, ...] = ()
 
 
 class LatentDiffusion(Scaled):
@@ -54,6 +52,7 @@ class LatentDiffusion(Scaled):
     Attributes:
         target: how many features are denoised, the first ones.
         chunk: frames that have one diffusion time.
+        weaker: an earlier state of the same model, if it guides (autoguidance; Karras et al., 2024). It is no part of this module.
 
     Raises:
         ValueError: if the frames do not divide into windows, or a width does not suit the network.
@@ -66,7 +65,8 @@ class LatentDiffusion(Scaled):
         self.parts = dict(parts or {LATENT: model.latent})
         self.process = Process(diffusion)
         self.sampler, self.sampling_steps, self.guidance = SAMPLERS[diffusion.sampler], diffusion.sampling_steps, diffusion.guidance
-        self.smoothing = diffusion.smoothing
+        self.smoothing, self.autoguidance = diffusion.smoothing, diffusion.autoguidance
+        self.weaker: tuple[LatentDiffusion, ...] = ()
         self.online, self.target, self.squared = model.online, width, diffusion.loss == "squared"
         self.chunk, self.clean_history = model.chunk_frames, model.online and diffusion.history == "clean"
         self.direct, heard = model.space == "attributes", width
@@ -164,14 +164,14 @@ class LatentDiffusion(Scaled):
             return self._chunks(noise(number).flatten(0, 1).flatten(1, 2))[:, chunks]
 
         if self.online and self.joint:
-            past, made = START, []
+            past, made = tuple[Past, ...](), []
             for chunk in range(heard.shape[1]):
                 one = slice(chunk, chunk + 1)
                 clean, past = self._draw(heard[:, one], partial(start, chunks=one), past)
                 made.append(clean)
             clean = torch.cat(made, dim=1)
         else:
-            clean, _ = self._draw(heard, start, START)
+            clean, _ = self._draw(heard, start, ())
         return self.denormalise(clean.reshape(batch, samples, windows * WINDOW, -1))
 
     @torch.no_grad()
@@ -197,17 +197,20 @@ class LatentDiffusion(Scaled):
         heard = self.normalise(speaker[..., self._told :], self._told, (now.chunk - 1) * self.chunk)
         return Conversation(now.chunk, heard, now.past)
 
-    def _draw(self, heard: Tensor, noise: Noise, past: Past) -> tuple[Tensor, Past]:
+    def _draw(self, heard: Tensor, noise: Noise, past: tuple[Past, ...]) -> tuple[Tensor, tuple[Past, ...]]:
         """Clean chunks (batch, chunks, frames, target) under heard ones (batch, chunks, frames, features), and the past after them."""
-        guided = self.guidance != 1
-        condition = self._condition(torch.cat((heard, torch.zeros_like(heard))) if guided else heard)
+        guided, networks = self.guidance != 1, (self, *self.weaker)
+        asked = torch.cat((heard, torch.zeros_like(heard))) if guided else heard
+        known = [(one, one._condition(asked), then) for one, then in zip(networks, past or (Past(),) * len(networks), strict=True)]
 
         def twice(x: Tensor) -> Tensor:
             return torch.cat((x, x)) if guided else x
 
         def predict(noisy: Tensor, time: float) -> Tensor:
             times = torch.full(noisy.shape[:2], time, device=noisy.device)
-            answer = self._denoise(twice(noisy), twice(times), condition, past)
+            answer, *weaker = (one._denoise(twice(noisy), twice(times), condition, then) for one, condition, then in known)
+            for weak in weaker:
+                answer = weak + self.autoguidance * (answer - weak)
             if not guided:
                 return answer
             hearing, deaf = answer.chunk(2)
@@ -215,12 +218,13 @@ class LatentDiffusion(Scaled):
 
         clean = self.sampler(self.process, predict, noise, self.sampling_steps, self.limits(self.target))
         if isinstance(self.denoiser, FrameTransformer) and self.smoothing:
-            before = None if past.shown is None else past.shown[: len(clean)].float()  # guided, it is there twice
+            shown = past[0].shown if past else None
+            before = None if shown is None else shown[: len(clean)].float()  # guided, it is there twice
             every = self.denoiser.patch if self.denoiser.patch > 1 else self.chunk
             frames = smooth(clean.flatten(1, 2), before, every, self.smoothing)
             clean = frames.clamp(*self.limits(self.target)).view_as(clean)
-        if isinstance(self.denoiser, FrameTransformer) and self.online:
-            past = self.denoiser.remember(twice(clean).to(self._dtype), condition, past)
+        if self.joint and self.online:
+            past = tuple(one.denoiser.remember(twice(clean).to(one._dtype), condition, then) for one, condition, then in known)
         return clean, past
 
     def _heard(self, speaker: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save
 
 from cluster.cli import run
+from cluster.storage import content_hash
 from jobs.evaluate import main
 from reactdiff.metrics.official import EXTRA, OFFICIAL, REPAIRED
 from tests.tiny import ROOT, call, job
@@ -110,5 +112,20 @@ def test_a_run_is_scored_with_another_sampler_beside_its_own_and_with_nothing_el
     assert len(list((tmp_path / "store/runs/tiny/evaluation").glob("test-*.json"))) == 2
     assert evaluate(*asked, "diffusion.schedule=linear") == 1
     assert "diffusion.schedule=linear: a trained run can be asked with other diffusion.sampler" in capsys.readouterr().err
+    exports = tmp_path / "store/runs/tiny/exports/diffusion"
+    (last,) = exports.glob("*.json")
+    export = json.loads(last.read_text())
+    (exports / f"{5:015d}.json").write_text(json.dumps(export | {"progress": 5}))
+    assert evaluate(*asked, "diffusion.autoguidance=2", "diffusion.weak_progress=5") == 0
+    guided = json.loads(capsys.readouterr().out)["scores"]["model"]
+    assert guided["official"] == pytest.approx(scores[1]["scores"]["model"]["official"], rel=1e-3), "by itself, a model is not changed"
+    weights = load_file(exports / f"{export['hash']}.safetensors")
+    weak = save({name: 0.9 * one if one.is_floating_point() else one for name, one in weights.items()})
+    (exports / f"{content_hash(weak)}.safetensors").write_bytes(weak)
+    (exports / f"{6:015d}.json").write_text(json.dumps(export | {"progress": 6, "hash": content_hash(weak)}))
+    assert evaluate(*asked, "diffusion.autoguidance=2", "diffusion.weak_progress=6") == 0
+    assert json.loads(capsys.readouterr().out)["scores"]["model"]["official"] != pytest.approx(guided["official"], rel=1e-3)
+    assert evaluate(*asked, "diffusion.autoguidance=2", "diffusion.weak_progress=7") == 1
+    assert "no such earlier export of these latents; earlier ones are: 5, 6. A stage leaves one where" in capsys.readouterr().err
     assert evaluate(*asked, "diffusion.guidance=3") == 1
     assert "never trained without the speaker cannot be guided" in capsys.readouterr().err

@@ -44,6 +44,12 @@ def test_identity_changes_with_science_and_not_with_placement() -> None:
         ("workers.zero=4", "workers.zero = 4: Input should be 0, 1, 2 or 3"),
         ("data=3", "data is a branch with keys url"),
         ("optim.precision=bf16 workers.zero=0", "set workers.zero=1"),
+        ("diffusion.autoguidance=2", r"weak_progress 0, but the one needs the other"),
+        ("diffusion.weak_progress=800", r"autoguidance is 1\.0 and diffusion\.weak_progress 800"),
+        (
+            "diffusion.autoguidance=2 diffusion.weak_progress=800 diffusion.guidance=2 diffusion.condition_dropout=0.1",
+            "use one of them",
+        ),
         ("diffusion.guidance=3", r"never trained without the speaker cannot be guided: set diffusion\.condition_dropout"),
         ("model.family=perfrdiff", "online by construction: set model.online=true"),
         ("model.family=perfrdiff model.online=true model.bounded=true", "no heads to bound"),

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -80,7 +82,10 @@ def test_many_reactions_at_once_are_those_sampled_one_by_one(model: config.Model
 @pytest.mark.parametrize("denoiser", ["unet", "transformer"])
 @pytest.mark.parametrize("sampler, guidance", [("ddim", 1.0), ("ddpm", 1.0), ("dpm++", 2.0)])
 def test_reacting_window_by_window_is_sampling_the_whole_clip_online(denoiser: str, sampler: str, guidance: float) -> None:
-    module = online(denoiser, sampler, guidance)
+    assert_reacts_as_it_samples(online(denoiser, sampler, guidance))
+
+
+def assert_reacts_as_it_samples(module: LatentDiffusion) -> None:
     speaker = latents(2, 200)["speaker"].float()
     whole = module.sample(speaker, draws)
     now, made = Conversation(), []
@@ -89,6 +94,37 @@ def test_reacting_window_by_window_is_sampling_the_whole_clip_online(denoiser: s
         now = module.hear(now, speaker[:, window * WINDOW : (window + 1) * WINDOW])
         made.append(reaction)
     torch.testing.assert_close(torch.cat(made, dim=2), whole, rtol=1e-3, atol=1e-4)
+
+
+def test_a_weaker_model_guides_and_remembers_for_itself() -> None:
+    module, weak = (online("transformer", "ddim", 1.0) for _ in range(2))
+    speaker = latents(2, 200)["speaker"].float()
+    plain, module.weaker, module.autoguidance = module.sample(speaker, draws), (weak,), 2.0
+    torch.testing.assert_close(module.sample(speaker, draws), plain, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        weak.denoiser.out.weight.mul_(0.5)
+    noise, chunk = draws(0)[:, :, 0].flatten(0, 1)[:, None], module._chunks(torch.zeros(6, WINDOW, LATENT))
+    times, condition = torch.full((6, 1), 7.0), module._condition(chunk)
+    strong, weaker = (one._denoise(noise, times, condition, Past()) for one in (module, weak))
+    seen: list[torch.Tensor] = []
+
+    def sampler(process: object, predict: Any, *_: object) -> torch.Tensor:
+        seen.append(predict(noise, 7.0))
+        return seen[0]
+
+    module.sampler = sampler  # type: ignore[assignment]
+    module.react(Conversation(), lambda _: draws(0)[:, :, 0])
+    torch.testing.assert_close(seen[0], 2 * strong - weaker)
+
+
+@pytest.mark.parametrize("guide", [1.0, 2.0])
+def test_reacting_with_a_weaker_model_is_sampling_with_it(guide: float) -> None:
+    module, weak = (online("transformer", "ddim", 1.0) for _ in range(2))
+    with torch.no_grad():
+        for parameter in weak.parameters():
+            parameter.mul_(0.8)
+    module.weaker, module.autoguidance = (weak,), guide
+    assert_reacts_as_it_samples(module)
 
 
 @pytest.mark.parametrize("denoiser", ["unet", "transformer"])
