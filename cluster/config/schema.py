@@ -87,6 +87,12 @@ class Workers(Branch):
     recompute: bool = field(
         False, "Compute activations again in the backward pass instead of keeping them: less memory, a third slower.", kind="placement"
     )
+    compile: bool = field(
+        False,
+        "Compile forward and backward into fewer kernels (torch.compile; on CPUs it needs g++): faster steps, after minutes at each start "
+        "of the ranks. Not with workers.zero=3.",
+        kind="placement",
+    )
 
     @property
     def least(self) -> int:
@@ -102,6 +108,8 @@ class Workers(Branch):
     def _counted(self) -> "Workers":
         if not 1 <= self.least <= self.most:
             raise ValueError(f"workers.count is {self.count}, but ranks are counted from 1, and LEAST is not above MOST: 8, or [1, 8]")
+        if self.compile and self.zero == 3:
+            raise ValueError("workers.compile=true, but with workers.zero=3 every layer waits for its weights: set workers.zero=2")
         return self
 
 

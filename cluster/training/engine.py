@@ -86,21 +86,25 @@ class EngineSettings:
     clip: float
     ema: float
     recompute: bool
+    compile_for: int
+    """Items of the largest micro-batch, for which forward and backward are compiled; 0: they are not."""
 
 
 def engine_settings(experiment: Experiment, stage: str, ranks: int) -> EngineSettings:
     """How an experiment trains a stage on so many ranks."""
     optim, workers = experiment.optim, experiment.workers
     whole_share = -(-optim.batch[stage] // workers.most) if workers.least < workers.most else 0
+    parts = micro_batches(optim.batch[stage], ranks, workers.micro_batch or whole_share)
     return EngineSettings(
         zero=zero_stage(workers.zero, optim.precision, ranks),
         precision=optim.precision,
-        micro_batches=micro_batches(optim.batch[stage], ranks, workers.micro_batch or whole_share),
+        micro_batches=parts,
         betas=optim.betas,
         weight_decay=optim.weight_decay,
         clip=optim.clip,
         ema=optim.ema[stage],
         recompute=workers.recompute,
+        compile_for=-(-optim.batch[stage] // (ranks * parts)) if workers.compile else 0,
     )
 
 
@@ -152,6 +156,8 @@ class Engine:
         config = _deepspeed_config(settings, sum(p.numel() for p in stage.parameters()), device)
         if settings.recompute:
             recompute(stage)
+        if settings.compile_for:
+            _compile(stage)
         _give_memory(stage, config, device)
         self._engine, *_ = deepspeed.initialize(
             model=stage,
@@ -186,6 +192,8 @@ class Engine:
         Returns:
             This micro-batch's part of the step's mean loss; hand it to `backward`.
         """
+        if self.settings.compile_for:
+            micro_batch = _filled(micro_batch, self.settings.compile_for)
         weight = micro_batch["weight"]
         losses = self._engine({name: value for name, value in micro_batch.items() if name != "weight"})
         return (losses * weight).sum() / max(items, 1)
@@ -354,6 +362,21 @@ def _give_memory(stage: nn.Module, config: dict[str, Any], device: torch.device)
         for _ in one_by_one():
             pass
     stage.to(device)  # buffers
+
+
+def _compile(stage: nn.Module) -> None:
+    """Have the first step compile forward and backward; dropout draws what it draws uncompiled."""
+    torch._inductor.config.fallback_random = True
+    stage.compile(dynamic=False)
+
+
+def _filled(batch: Tensors, items: int) -> Tensors:
+    """A batch with as many items as the compiled one, those that were lacking of zeros and weight 0.
+
+    For another shape it would be compiled again, in the midst of training, which would pass for a hang.
+    """
+    lacking = items - len(batch["weight"])
+    return {name: torch.cat((value, value.new_zeros(lacking, *value.shape[1:]))) for name, value in batch.items()} if lacking else batch
 
 
 def _zero_or_nothing(engine: deepspeed.DeepSpeedEngine, _: torch.optim.Optimizer) -> str | None:

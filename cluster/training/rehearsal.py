@@ -52,7 +52,8 @@ def rehearse(kind: Stage, settings: EngineSettings, ranks: int, items: int) -> S
         ranks: how many there would be; this process must be in no group of torch.distributed.
         items: of the largest micro-batch.
     """
-    settings = replace(settings, micro_batches=min(settings.micro_batches, 2))  # a third holds no more than the second
+    # A third micro-batch holds no more than the second; what is compiled is taken to hold what its parts do.
+    settings = replace(settings, micro_batches=min(settings.micro_batches, 2), compile_for=0)
     with last_of(ranks), FakeTensorMode(allow_non_fake_inputs=True):
         batch = stored_batch(kind, items, "cpu") | {"weight": torch.ones(items)}
         with _Counting(batch.values()) as counting:

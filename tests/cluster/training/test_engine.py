@@ -35,15 +35,15 @@ def losses(rank: int, ranks: int, zero: int, again: bool) -> dict[str, list[floa
     return {name: learn(rank, family, zero, again) for name, family in FAMILIES.items()}
 
 
-def learn(rank: int, family: dict[str, Any], zero: int, again: bool) -> list[float]:
+def learn(rank: int, family: dict[str, Any], zero: int, again: bool, compile_for: int = 0) -> list[float]:
     """Losses of three steps of every stage on noise; a rank's share of a step is one item of two, and the second rank's of step 1 none.
 
-    Activations are kept, or computed again.
+    Activations are kept, or computed again; compiled for so many items, or not.
     """
     kinds, found = stages_over(CLIPS, Model(**{**SMALL, **family}), Diffusion(prediction="x0")), []
     for kind in kinds.values():
         module = build_without_memory(kind)
-        settings = EngineSettings(zero, "fp32", 1, (0.9, 0.999), 5e-4, 0.0, 0.99, again)
+        settings = EngineSettings(zero, "fp32", 1, (0.9, 0.999), 5e-4, 0.0, 0.99, again, compile_for)
         engine = Engine(module, initial_weights(module, 0), settings, torch.device("cpu"))
         for step in range(3):
             generator = torch.Generator().manual_seed(step)
@@ -77,6 +77,24 @@ def test_zero_3_learns_what_zero_1_learns_and_activations_that_are_computed_agai
         for rank in range(2):
             assert one[rank][family] == pytest.approx(three[rank][family], rel=1e-5), (family, rank)
         assert one[0][family][0] > 0 and one[1][family][1] == 0, "the second rank had nothing in the second step"
+
+
+def compiled(rank: int, ranks: int, zero: int, items: int) -> tuple[list[float], int]:
+    """What `learn` gives where it is compiled for so many items, and how many graphs that were: of a model with dropout, in both stages."""
+    family = {"denoiser": "transformer", "width": 16, "layers": 2, "dropout": 0.1}
+    return learn(rank, family, zero, False, items), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero", "items"), [(0, 1), (2, 3)])
+def test_a_compiled_step_has_the_same_bits_twice_is_compiled_once_a_stage_and_learns_what_an_uncompiled_one_learns(
+    zero: int, items: int
+) -> None:
+    plain, once, again = (on_ranks(2, compiled, zero, number) for number in (0, items, items))
+    assert once == again
+    for (losses, graphs), (expected, none) in zip(once, plain, strict=True):
+        assert losses == pytest.approx(expected, rel=1e-4)
+        assert (graphs, none) == (2, 0), "an empty share, or one of fewer items, is no other graph"
 
 
 EVERY = [(zero, "fp32") for zero in range(4)] + [(zero, "bf16") for zero in (1, 2, 3)]
@@ -138,7 +156,7 @@ def weights_of(module: torch.nn.Module) -> Weights:
 
 def toy_engine(zero: int, precision: str, micro_batches: int, clip: float) -> Engine:
     torch.manual_seed(0)
-    settings = EngineSettings(zero, precision, micro_batches, (0.9, 0.999), 5e-4, clip, 0.99, False)
+    settings = EngineSettings(zero, precision, micro_batches, (0.9, 0.999), 5e-4, clip, 0.99, False, 0)
     return Engine(toy := Toy(), weights_of(toy), settings, torch.device("cpu"))
 
 
@@ -240,7 +258,7 @@ def sum_error(rank: int, ranks: int) -> dict[int, float]:
     x, found = torch.rand(PARTS, 64, generator=torch.Generator().manual_seed(0)), {}
     engine_module.PERSISTENT = 0
     for zero in (1, 2, 3):
-        settings = EngineSettings(zero, "bf16", PARTS, (0.9, 0.999), 0.0, 0.0, 0.99, False)
+        settings = EngineSettings(zero, "bf16", PARTS, (0.9, 0.999), 0.0, 0.0, 0.99, False, 0)
         engine = Engine(wide := Wide(), weights_of(wide), settings, torch.device("cpu"))
         for part in range(PARTS):
             engine.backward(engine.forward({"x": x[part : part + 1], "weight": torch.ones(1)}, 1))
