@@ -1,7 +1,7 @@
 # make train          the demo: data, both stages, evaluation; typed again it resumes.   STORE=s3: the same through an S3 server
 # make check          for every save: lint, types, and the tests that need no process, Ray or server
 # make test           what a change must pass
-# make test-cluster   the slow suites: clusters, S3, several hosts.   make test-chaos: things are killed
+# make test-hosts     the slow suites: several hosts.   make test-cluster: clusters, S3, Prometheus.   make test-chaos: things are killed
 # make test-long      and what takes long: waits, notices, changes of size; memory; sweeps, retraining, benches
 # make monitor        a Prometheus, and a Grafana where it is installed, beside the runs of this machine.   make dashboard: its panels
 # PYTHON=python3.13   makes .venv, where there is none yet, with that Python and not with the first one that is there
@@ -14,6 +14,7 @@ SETUP  := .venv/setup.stamp
 BUCKET := reactdiff
 STORE  := file
 TWO    := -n 2
+HOSTS  := tests/cluster/multihost
 CHAOS  := tests/cluster/chaos
 LONG   := tests/cluster/driver/test_launch.py tests/cluster/training tests/jobs tests/reactdiff
 ARGS   :=
@@ -25,7 +26,7 @@ train_s3   := $(PY) infra/objectstore.py work/s3 --bucket $(BUCKET) -- \
               $(PY) jobs/train.py run.store=s3://$(BUCKET)/store data.url=s3://$(BUCKET)/shards
 after_s3   := @echo 'The S3 server has ended; what names s3://$(BUCKET) needs it: $(PY) infra/objectstore.py work/s3 --bucket $(BUCKET) -- COMMAND'
 
-.PHONY: monitor dashboard setup train check quick test lint test-cluster test-chaos test-long clean
+.PHONY: monitor dashboard setup train check quick test lint test-hosts test-cluster test-chaos test-long clean
 
 train: $(SETUP)
 	$(or $(train_$(STORE)),$(error STORE=$(STORE): use file or s3)) $(if $(GPU),workers.gpu=true workers.count=$(GPU)) $(ARGS)
@@ -45,9 +46,13 @@ lint: $(SETUP)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
+# The hosts are as many processes as the machine bears: one test after the other.
+test-hosts: $(SETUP)
+	$(PY) -m pytest -n 1 -m slow $(HOSTS) $(ARGS)
+
 test-cluster: $(SETUP)
 	@command -v chromium > /dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -qy --no-install-recommends chromium; }
-	$(PY) -m pytest $(TWO) -m slow $(addprefix --ignore=,$(CHAOS) $(LONG)) $(ARGS)
+	$(PY) -m pytest $(TWO) -m slow $(addprefix --ignore=,$(HOSTS) $(CHAOS) $(LONG)) $(ARGS)
 
 test-chaos: $(SETUP)
 	$(PY) -m pytest $(TWO) -m slow $(CHAOS) $(ARGS)

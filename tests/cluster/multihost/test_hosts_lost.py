@@ -17,7 +17,7 @@ RAY_GIVES_UP = 60
 def test_a_host_is_lost_for_good_and_the_run_goes_on_when_a_spare_joins(tiny_shards: Path, tmp_path: Path) -> None:
     with cluster(tmp_path, tiny_shards, workers=3) as hosts:
         run = Run(hosts, "lost", 3).start()
-        done = run.suffer(at(step=100).power_off(rank=1))
+        done = run.suffer(at(step=60).power_off(rank=1))
         run.watch.spend(1.5 * RAY_GIVES_UP, lambda: run.process.poll() is not None)
         assert run.process.poll() is None, f"the driver waits:\n{run.said()[-3000:]}"
         hosts.add()
@@ -44,7 +44,7 @@ def test_a_machine_that_is_told_to_end_waits_until_its_rank_has_left_with_a_chec
     """As a pod does that is evicted: the hook is a command on the machine itself, which does not come back."""
     with cluster(tmp_path, tiny_shards, workers=3) as hosts:
         run = Run(hosts, "evicted", 2, "run.checkpoint_every=100000", "run.checkpoint_minutes=0").start()
-        sight = run.watch.until(lambda sight: sight.step >= 100, "its step 100")
+        sight = run.watch.until(lambda sight: sight.step >= 60, "its step 60")
         name, _ = sight.ranks[1]
         (host,) = [host for host in hosts.workers if host.name == name]
         host.run(sys.executable, "infra/drain.py", "40")

@@ -11,7 +11,7 @@ from tests.cluster.support.multihost import Run, one_host_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-HALFWAY = at(step=100)
+HALFWAY = at(step=60)
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_store_that_is_away_for_30_s_is_said_and_loses_nothing(whole: Hosts, t
 def test_packets_that_are_dropped_between_ranks_hang_no_run_five_times(whole: Hosts, tiny_shards: Path, record_property) -> None:
     """No connection breaks, so no rank fails: all of them wait, and say so to a driver who hears them."""
     run = Run(whole, "dropped", 3).start()
-    for number, step in enumerate((20, 70, 120, 170, 220)):
+    for number, step in enumerate((20, 45, 70, 95, 120)):
         report(record_property, run, run.suffer(at(step=step).part(rank=number % 3, seconds=30)))
     assert run.end() == "DONE"
     said = [line for line in run.said().splitlines() if "writing the stacks of all ranks" in line]

@@ -29,8 +29,8 @@ CONFIG = ["--config", str(PROJECT / "jobs/configs/demo.yaml")]
 
 LONG = (
     *OVERRIDES,
-    "optim.epochs={autoencoder: 40, diffusion: 4}",  # 267 steps of stage 1, about 10 s on two cores
-    "run.checkpoint_every=240",
+    "optim.epochs={autoencoder: 24, diffusion: 4}",  # 160 steps of stage 1
+    "run.checkpoint_every=120",
     "evaluation.baselines=false",
     "evaluation.clips=2",
 )

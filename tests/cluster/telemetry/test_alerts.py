@@ -146,6 +146,7 @@ def test_a_store_that_fails(
 
 
 @slow
+@pytest.mark.alone  # ten seconds without a scrape are a silent driver here
 def test_a_run_that_is_well_sets_off_none_in_any_of_its_steps(shards: Path, tmp_path: Path) -> None:
     done, seen = threading.Event(), set[str]()
 
