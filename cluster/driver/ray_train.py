@@ -93,7 +93,8 @@ class _Start(WorkerGroupCallback, ControllerCallback):
     """
 
     def __init__(self, board: Any):
-        self._board, self._state = board, None
+        self._board = board
+        self._state: Any = None
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         self._board.asked.remote()

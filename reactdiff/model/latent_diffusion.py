@@ -224,8 +224,13 @@ class LatentDiffusion(Scaled):
             frames = smooth(clean.flatten(1, 2), before, every, self.smoothing)
             clean = frames.clamp(*self.limits(self.target)).view_as(clean)
         if self.joint and self.online:
-            past = tuple(one.denoiser.remember(twice(clean).to(one._dtype), condition, then) for one, condition, then in known)
+            past = tuple(one._remember(twice(clean), condition, then) for one, condition, then in known)
         return clean, past
+
+    def _remember(self, clean: Tensor, condition: Tensor, past: Past) -> Past:
+        """The past after chunks that are finished."""
+        assert isinstance(self.denoiser, FrameTransformer)
+        return self.denoiser.remember(clean.to(self._dtype), condition, past)
 
     def _heard(self, speaker: Tensor) -> Tensor:
         """What each chunk may know of the speaker: raw encodings (items, frames, encoding) to (items, chunks, frames, features)."""
