@@ -126,6 +126,9 @@ class Watchdog:
             return None
         behind = self._behind()
         ahead = sorted(set(self._heard) - set(behind))
+        outside = [rank for rank in behind if not self._heard[rank].snapshot["collective"]]
+        if not ahead and 0 < len(outside) < len(behind):  # in one phase, but the rest waits for them there
+            behind, ahead = outside, sorted(set(behind) - set(outside))
         if not ahead:
             others = f"all {self._ranks} ranks are there: " if self._ranks > 1 else ""
             return Stuck(behind, f"no step for {stood:.0f} s, limit {limit:.0f} s; {others}{self._where(behind[0], now)}")

@@ -68,8 +68,9 @@ class Totals(TypedDict):
 class Snapshot(TypedDict):
     """A meter's state in plain JSON types; `process` tells one meter from the one that replaces it after a restart.
 
-    `phase` is what the rank is at, since `phase_seconds`; `steps` are those of this process, `slowest_step` the longest of the last
-    hundred in seconds, without waits for the store and looks at val, `pid` the process.
+    `phase` is what the rank is at, since `phase_seconds`, and `collective` whether it waits for other ranks there; `steps` are those of
+    this process, `slowest_step` the longest of the last hundred in seconds, without waits for the store and looks at val, `pid` the
+    process.
     """
 
     rank: int
@@ -81,6 +82,7 @@ class Snapshot(TypedDict):
     elapsed: float
     phase: str
     phase_seconds: float
+    collective: bool
     steps: int
     slowest_step: float
     totals: Totals
@@ -166,6 +168,7 @@ class Meter:
                 "elapsed": self._mark - self._began,
                 "phase": self._now,
                 "phase_seconds": self._mark - self._entered,
+                "collective": False,
                 "steps": self._steps,
                 "slowest_step": max(self._durations, default=0.0),
                 "totals": _add(self._totals, _nothing()),

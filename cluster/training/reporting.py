@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from cluster.telemetry.meter import Meter, Snapshot
 from cluster.telemetry.repeating import repeating
 from cluster.training.requests import Request
+from cluster.training.stacks import in_collective
 
 
 @dataclass
@@ -22,7 +23,9 @@ def reporting(meter: Meter, report: Callable[[Snapshot], Request | None], write_
     inbox = Inbox()
 
     def tell() -> None:
-        before, inbox.request = inbox.request, report(meter.snapshot()) or Request.NOTHING
+        snapshot = meter.snapshot()
+        snapshot["collective"] = in_collective()
+        before, inbox.request = inbox.request, report(snapshot) or Request.NOTHING
         if inbox.request == Request.STACKS != before:
             write_stacks()
 

@@ -1,6 +1,6 @@
 """Which ranks hang, told by a clock of the test's own: named in time, and never one that is only slow."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 
@@ -15,17 +15,19 @@ class Group:
         self.now, self.elapsed = 0.0, 0.0
         self.watchdog = Watchdog(ranks, lambda rank: f"rank {rank}", lambda: self.now)
 
-    def second(self, where: Mapping[int, tuple[int, str]], slowest: float = 0.2) -> str:
+    def second(self, where: Mapping[int, tuple[int, str]], slowest: float = 0.2, waiting: Sequence[int] = ()) -> str:
         """A second goes by, then these ranks say in which step and phase they are; what is found, as `[ranks] text`."""
         self.now += 1
         for rank, (steps, phase) in where.items():
             snapshot = {"rank": rank, "elapsed": self.now, "steps": steps, "phase": phase, "phase_seconds": 0.5, "slowest_step": slowest}
-            self.watchdog.hear(snapshot)  # type: ignore[arg-type]
+            self.watchdog.hear(snapshot | {"collective": rank in waiting})  # type: ignore[arg-type]
         stuck = self.watchdog.look()
         return f"{list(stuck.ranks)} {stuck.text}" if stuck else ""
 
-    def seconds(self, count: int, where: Mapping[int, tuple[int, str]], slowest: float = 0.2) -> list[str]:
-        return [found for _ in range(count) if (found := self.second(where, slowest))]
+    def seconds(
+        self, count: int, where: Mapping[int, tuple[int, str]], slowest: float = 0.2, waiting: Sequence[int] = ()
+    ) -> list[str]:
+        return [found for _ in range(count) if (found := self.second(where, slowest, waiting))]
 
 
 def trained(ranks: int = 3) -> Group:
@@ -59,6 +61,13 @@ def test_a_rank_that_left_out_a_collective_is_named_and_not_the_one_that_waits_f
 def test_where_all_wait_for_each_other_all_are_named() -> None:
     found = trained().seconds(12, {rank: (4, "backward") for rank in range(3)})
     assert found[0].startswith("[0, 1, 2] ") and "all 3 ranks are there" in found[0]
+    found = trained().seconds(12, {rank: (4, "backward") for rank in range(3)}, waiting=range(3))
+    assert found[0].startswith("[0, 1, 2] ") and "all 3 ranks are there" in found[0]
+
+
+def test_a_rank_for_which_the_others_wait_in_the_same_phase_is_named_alone() -> None:
+    found = trained().seconds(12, {rank: (4, "backward") for rank in range(3)}, waiting=(0, 2))
+    assert found[0].startswith("[1] ") and "the others wait for it: rank 1 in phase backward" in found[0]
 
 
 @pytest.mark.parametrize(("slowest", "limit"), [(0.2, 10), (4.0, 20)])
