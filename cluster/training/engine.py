@@ -152,6 +152,7 @@ class Engine:
         deepspeed.utils.logger.setLevel(logging.WARNING)
         _import_muon()
         self.settings, self.device = settings, device
+        self._cached = False
         self._ranks, self._rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         config = _deepspeed_config(settings, sum(p.numel() for p in stage.parameters()), device)
         if settings.recompute:
@@ -194,9 +195,17 @@ class Engine:
         """
         if self.settings.compile_for:
             micro_batch = _filled(micro_batch, self.settings.compile_for)
+            self._fill_caches(micro_batch)
         weight = micro_batch["weight"]
         losses = self._engine({name: value for name, value in micro_batch.items() if name != "weight"})
         return (losses * weight).sum() / max(items, 1)
+
+    def _fill_caches(self, batch: Tensors) -> None:
+        """Once, before it is compiled: what a module keeps from its first forward on would have the second one compiled again."""
+        if not self._cached:
+            with torch.no_grad(), torch.random.fork_rng():
+                self.stage.forward({name: value for name, value in batch.items() if name != "weight"})
+            self._cached = True
 
     def backward(self, part: torch.Tensor) -> None:
         """Backward of what `forward` returned; DeepSpeed averages over ranks and micro-batches, so undo that."""
@@ -365,7 +374,7 @@ def _give_memory(stage: nn.Module, config: dict[str, Any], device: torch.device)
 
 
 def _compile(stage: nn.Module) -> None:
-    """Have the first step compile forward and backward; dropout draws what it draws uncompiled."""
+    """Have the first step compile forward and backward; a full share has the dropout of an uncompiled step."""
     torch._inductor.config.fallback_random = True
     stage.compile(dynamic=False)
 
