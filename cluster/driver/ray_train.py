@@ -1,7 +1,7 @@
 """One stage's worker group as Ray Train runs it: ranks pinned to their machines, and every decision about a failure left to the driver.
 
 What is private in Ray 2.56: the trainer's two methods through which its failure policy and its callbacks can be chosen, their base classes,
-and the callback that is left out.
+the callback that is left out, and where a worker group keeps its placement group.
 """
 
 import dataclasses

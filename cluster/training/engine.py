@@ -203,7 +203,7 @@ class Engine:
     def _fill_caches(self, batch: Tensors) -> None:
         """Once, before it is compiled: what a module keeps from its first forward on would have the second one compiled again."""
         if not self._cached:
-            with torch.no_grad(), torch.random.fork_rng():
+            with torch.no_grad(), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 self.stage.forward({name: value for name, value in batch.items() if name != "weight"})
             self._cached = True
 

@@ -14,8 +14,7 @@ from reactdiff.clip import TARGETS, WINDOW, windows_of
 from reactdiff.data.sample import StreamSpec
 from reactdiff.model.codec import Codec
 from reactdiff.model.decoder import bounded
-from reactdiff.model.layers import ZeroLinear
-from reactdiff.model.trans_vae import divergence
+from reactdiff.model.layers import ZeroLinear, divergence, last_state, reparameterised, unrolled
 from reactdiff.model.unet import sinusoid
 
 KL_WEIGHT = 1e-3
@@ -72,29 +71,22 @@ class BehaviourVAE(Codec):
             (batch,); an empty batch has an empty loss, through which zeros flow back.
         """
         mean, log_variance = self._posterior(batch["attributes"])
-        output = self._reconstruct(mean + (log_variance / 2).exp() * batch["noise"])
+        output = self._reconstruct(reparameterised(mean, log_variance, batch["noise"]))
         error = (output.float() - batch["attributes"].float()).square().mean((1, 2))
         return 10 * error + KL_WEIGHT * divergence(mean, log_variance).mean((1, 2))
 
     forward = loss
 
-    # Cells rather than nn.GRU, as in PerFRDiff's autoencoder.
     def _posterior(self, attributes: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, frames, 25) -> mean and log-variance of each window's latent, (batch, windows, 50 latent) float32."""
         windows = attributes.to(self.out.weight.dtype).unflatten(1, (windows_of(attributes.shape[1]), WINDOW))
-        state = windows.new_zeros(*windows.shape[:2], self.encoder.hidden_size).flatten(0, 1)
-        for frame in windows.flatten(0, 1).unbind(1):
-            state = self.encoder(frame, state)
-        state = state.unflatten(0, windows.shape[:2])
+        state = last_state(self.encoder, windows.flatten(0, 1)).unflatten(0, windows.shape[:2])
         return self.mean(state).float(), self.log_variance(state).float()
 
     def _reconstruct(self, latent: Tensor) -> Tensor:
         """(batch, windows, 50 latent) -> attributes (batch, frames, 25)."""
         heard = self.memory(latent.to(self.out.weight.dtype)).flatten(0, 1)
-        states = [torch.zeros_like(heard)]
-        for _ in range(WINDOW):
-            states.append(self.decoder(heard, states[-1]))
-        frames = self.out(torch.stack(states[1:], dim=1)).unflatten(0, latent.shape[:2]).flatten(1, 2)
+        frames = self.out(unrolled(self.decoder, heard, WINDOW)).unflatten(0, latent.shape[:2]).flatten(1, 2)
         return bounded(frames) if self.bounded else frames
 
 

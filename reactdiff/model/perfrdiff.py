@@ -14,7 +14,7 @@ from reactdiff.clip import TARGETS, WINDOW, windows_of
 from reactdiff.data.sample import StreamSpec
 from reactdiff.model.autoencoder import widths_of
 from reactdiff.model.codec import Codec
-from reactdiff.model.layers import ZeroLinear, check_heads
+from reactdiff.model.layers import ZeroLinear, check_heads, last_state, unrolled
 from reactdiff.model.unet import sinusoid
 
 HIDDEN_TOKENS = 0.2
@@ -83,21 +83,13 @@ class AttributeAutoencoder(Codec):
 
     forward = loss
 
-    # Cells rather than nn.GRU: cuDNN's wants all weights side by side in memory, where an optimiser that shards them does not leave them.
     def _compress(self, windows: Tensor) -> Tensor:
         """(windows, 50, 25) -> the state after the last frame, (windows, latent)."""
-        windows = windows.to(self.out.weight.dtype)
-        state = windows.new_zeros(len(windows), self.encoder.hidden_size)
-        for frame in windows.unbind(1):
-            state = self.encoder(frame, state)
-        return state
+        return last_state(self.encoder, windows.to(self.out.weight.dtype))
 
     def _reconstruct(self, latent: Tensor) -> Tensor:
         """(windows, latent), which is the input at every frame -> (windows, 50, 25)."""
-        states = [torch.zeros_like(latent)]
-        for _ in range(WINDOW):
-            states.append(self.decoder(latent, states[-1]))
-        return self.out(torch.stack(states[1:], dim=1))
+        return self.out(unrolled(self.decoder, latent, WINDOW))
 
 
 class SpeakerTokens(nn.Module):

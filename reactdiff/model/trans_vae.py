@@ -11,7 +11,7 @@ from reactdiff.data.sample import StreamSpec
 from reactdiff.model.autoencoder import widths_of
 from reactdiff.model.codec import Codec
 from reactdiff.model.decoder import bounded
-from reactdiff.model.layers import check_heads, mlp
+from reactdiff.model.layers import check_heads, divergence, mlp, reparameterised
 from reactdiff.model.unet import sinusoid
 
 KL_WEIGHT = 2e-3
@@ -69,7 +69,7 @@ class TransVAE(Codec):
             attributes (batch, K, frames, 25) and coefficients (batch, K, frames, 58).
         """
         mean, log_variance = encoding[:, 0].float().chunk(2, dim=-1)
-        latent = _draw(mean[:, None], log_variance[:, None], noise)
+        latent = reparameterised(mean[:, None], log_variance[:, None], noise)
         reactions = self._decode(latent.flatten(0, 1), encoding.shape[1])
         return {name: reaction.unflatten(0, noise.shape[:2]) for name, reaction in reactions.items()}
 
@@ -84,7 +84,7 @@ class TransVAE(Codec):
             (batch,); an empty batch has an empty loss, through which zeros flow back.
         """
         mean, log_variance = self._posterior(batch)
-        output = self._decode(_draw(mean, log_variance, batch["noise"]), batch["attributes"].shape[1])
+        output = self._decode(reparameterised(mean, log_variance, batch["noise"]), batch["attributes"].shape[1])
         errors = [(output[name].float() - batch[name].float()).square().mean((1, 2)) for name in TARGETS]
         return 10 * sum(errors) + KL_WEIGHT * divergence(mean, log_variance).mean(1)
 
@@ -111,13 +111,3 @@ class TransVAE(Codec):
         """A sinusoid for each frame, (frames, model.width)."""
         weight = self.memory.weight
         return sinusoid(torch.arange(frames, device=weight.device), self.model_width).to(weight.dtype)
-
-
-def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Kullback and Leibler's, of each normal variable from the standard one."""
-    return (mean.square() + log_variance.exp() - 1 - log_variance) / 2
-
-
-def _draw(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
-    """The latent that this standard normal noise stands for."""
-    return mean + (log_variance / 2).exp() * noise

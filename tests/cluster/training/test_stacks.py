@@ -12,20 +12,21 @@ from tests.cluster.support.ranks import on_ranks
 
 
 def late(rank: int, ranks: int) -> tuple[bool, bool, bool, str]:
-    """Whether this rank was seen in a collective before it, while the other one was awaited, and after it; and where it was meanwhile."""
+    """Whether this rank was seen in a collective before it, while one of them is late, and after it; and where it was meanwhile."""
     before, came, seen, where = in_collective(), threading.Event(), [False], [""]
 
     def look() -> None:
         while not came.is_set() and not seen[0]:
-            seen[0], where[0] = in_collective(), stacks()
+            seen[0] = in_collective()
+            where[0] = stacks()
             time.sleep(0.01)
 
     watching = threading.Thread(target=look)
     watching.start()
     if rank == 1:
         time.sleep(1)
-        seen[0] = False
         came.set()
+        watching.join()
     dist.all_reduce(torch.ones(1))
     came.set()
     watching.join()

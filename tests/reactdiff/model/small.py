@@ -55,6 +55,17 @@ def latents(items: int, frames: int) -> dict[str, torch.Tensor]:
     return raw | {"noise": torch.from_numpy(noise), "times": torch.from_numpy(times)}
 
 
+def assert_windows_are_denoised_by_themselves(module: nn.Module, noisy: torch.Tensor, times: torch.Tensor, speaker: torch.Tensor) -> None:
+    """Each of three windows under its own time and speaker, and under no other window's."""
+    output = module(noisy, times, speaker)
+    assert output.shape == noisy.shape
+    for changed in (module(noisy + 1, times, speaker), module(noisy, times + 1, speaker), module(noisy, times, speaker.roll(1, 0))):
+        assert not torch.allclose(changed, output, rtol=0, atol=1e-5)
+    torch.testing.assert_close(module(noisy[1:2], times[1:2], speaker[1:2]), output[1:2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(module(noisy, times.float(), speaker), output)
+    assert not torch.allclose(module(noisy, times + 0.5, speaker), output, rtol=0, atol=1e-5)
+
+
 def assert_empty_batch_flows_back_as_zeros(module: nn.Module, batch: dict[str, torch.Tensor]) -> None:
     loss = module.train()(batch)
     assert loss.shape == (0,) and loss.dtype == torch.float32
