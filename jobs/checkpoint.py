@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--weights", choices=get_args(Weights), default="average", help="averaged ones, which are scored, or the optimiser's own"
     )
+    export.add_argument(
+        "--length", type=float, default=0.0, metavar="SHARE", help="of averaged ones: another length, of a run with diffusion.ema_every"
+    )
     export.add_argument("--out", type=Path, metavar="FILE", help="local file (default: NAME-STAGE-PROGRESS.safetensors here)")
     verb["gc"].add_argument("--yes", action="store_true", help="delete it")
     return parser
@@ -75,7 +78,7 @@ def _list(options: argparse.Namespace, console: Console) -> int:
     right = {"progress", "MB", METRIC}
     table = Table(*(Column(head, justify="right" if head in right else "left", no_wrap=head != "state") for head in heads))
     for stage, inventory in inventories(store, experiment).items():
-        why = Retention.of(experiment.run, stage).kept(inventory.found)
+        why = Retention.of(experiment, stage).kept(inventory.found)
         for one in sorted(inventory.found, key=lambda one: (one.progress, one.by)):
             score = "-" if one.score is None else f"{one.score:.4f}"
             size, state = f"{one.bytes / 1e6:.1f}", one.wrong or "whole"
@@ -105,7 +108,9 @@ def _export(options: argparse.Namespace, console: Console) -> int:
     run = open_run(options.run, options.store)
     found = choose_checkpoint(run.store, inventories(run.store, run.experiment), options.stage, options.progress)
     path = options.out or Path(f"{run.experiment.run.name}-{found.stage}-{found.progress}.safetensors")
-    export_checkpoint(run, found, options.weights, path)
+    if options.length and options.weights != "average":
+        raise ValueError(f"--length {options.length:g} is of averaged weights: leave out --weights {options.weights}")
+    export_checkpoint(run, found, options.weights, path, options.length)
     size = f"{path.stat().st_size / 1e6:.1f} MB"
     console.print(f"{path}: {options.weights} weights of stage {found.stage} at progress {found.progress}, {size}")
     return 0

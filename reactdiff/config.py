@@ -9,6 +9,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from reactdiff.clip import WINDOW
+from reactdiff.diffusion.averages import LONGEST
 
 STAGES = ("autoencoder", "diffusion")
 ENCODING = (
@@ -215,6 +216,20 @@ class Diffusion(Branch):
         1.0, "Guidance by an earlier export of the run: 1 is none, above it a sample moves away from what that one would draw.", ge=1
     )
     weak_progress: int = field(0, "With autoguidance, the progress of that export.", unit="items", ge=0)
+    ema_every: int = field(
+        0,
+        "At each multiple of so many items a checkpoint stays for good that also holds two averages of weights, from which one of any "
+        "length is made afterwards; 0: none.",
+        unit="items",
+        ge=0,
+    )
+    ema_length: float = field(
+        0.0,
+        "With ema_every, the length of the averaged weights that draw, relative to the stage's training; 0: those of optim.ema.",
+        unit="share",
+        ge=0,
+        le=LONGEST,
+    )
     normalisation: Literal["feature", "frame", "variance"] = field(
         "feature",
         "What is denoised is mapped to [-1, 1] by the training set's range per feature, or per frame and feature (the authors' choice), or "
@@ -235,6 +250,11 @@ class Diffusion(Branch):
             )
         if self.guidance != 1 and self.autoguidance != 1:
             raise ValueError(f"diffusion.guidance is {self.guidance} and diffusion.autoguidance {self.autoguidance}: use one of them")
+        if self.ema_length and not self.ema_every:
+            raise ValueError(
+                f"diffusion.ema_length is {self.ema_length}, but an average of any length is made of what training kept for it: set "
+                "diffusion.ema_every, a tenth of the stage's items for example, in a new run"
+            )
         for name in ("history_noise", "history_swap"):
             if getattr(self, name) and self.history != "clean":
                 raise ValueError(f"diffusion.{name} is {getattr(self, name)}, which only a clean history has: set diffusion.history=clean")

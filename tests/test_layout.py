@@ -42,7 +42,7 @@ MODULES = {
         "shards stream tar_scan verify"
     ),
     "runs": (
-        "build_latents checkpoint checkpoint_writer environment export inventory latents lease lineage logs published registry "
+        "averages build_latents checkpoint checkpoint_writer environment export inventory latents lease lineage logs published registry "
         "retention saved snapshot state upkeep"
     ),
     "evaluation": "evaluate gate ground_truth html picture plan report rows rung validation",

@@ -146,7 +146,7 @@ def engines(card: Card) -> Found:
                     "ms a step": 1e3 * seconds,
                     "MFU": flops * items / seconds / peak if peak else None,
                     "peak memory, GB": peak_memory(card.device) / 1e9,
-                    "planned without activations, GB": sum(memory_per_rank(parameters, zero, 1, precision).values()) / 1e9,
+                    "planned without activations, GB": sum(memory_per_rank(parameters, engine.settings, 1).values()) / 1e9,
                 }
                 engine.end()
                 del engine

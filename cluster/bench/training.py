@@ -117,7 +117,7 @@ def engine_step(engine: Engine, batch: dict[str, torch.Tensor], items: int, part
             engine.backward(part_loss)
             loss += part_loss.detach()
         engine.step(1e-4, loss, engine.gradient_square())
-        engine.average()
+        engine.average(1)
 
     return step
 

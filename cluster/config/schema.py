@@ -169,6 +169,10 @@ class Experiment(Branch):
         """Travels as plain values: pydantic's generic classes do not pickle."""
         return Experiment.model_validate, (self.model_dump(mode="json"),)
 
+    def ema_every(self, stage: str) -> int:
+        """At each multiple of so many items a checkpoint stays that averages of any length are made of; 0: there are none."""
+        return self.diffusion.ema_every if stage == "diffusion" else 0
+
     @model_validator(mode="after")
     def _supported(self) -> "Experiment":
         if self.optim.precision == "bf16" and self.workers.zero == 0:

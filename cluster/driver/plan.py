@@ -21,14 +21,18 @@ from reactdiff.model.shapes import parameters_by_module
 from reactdiff.stage import Source, Stage, flops_per_item, shapes, stages_over, stored_batch
 
 
-def gang_with_memory(experiment: Experiment, kind: Stage) -> Gang:
+def gang_with_memory(experiment: Experiment, stage: str, kind: Stage) -> Gang:
     """The ranks of a stage, with the memory that each has to have on its machine; on GPUs it is another one, which nobody asks for here."""
     gang, workers = gang_of(experiment.workers), experiment.workers
     if workers.gpu:
         return gang
     with torch.device("meta"):
         parameters = sum(p.numel() for p in kind.module().parameters())
-    return replace(gang, memory=lambda ranks: sum(memory_per_rank(parameters, workers.zero, ranks, experiment.optim.precision).values()))
+
+    def memory(ranks: int) -> int:
+        return sum(memory_per_rank(parameters, engine_settings(experiment, stage, ranks), ranks).values())
+
+    return replace(gang, memory=memory)
 
 
 def plan(experiment: Experiment, pinned: Pinned) -> Group:
@@ -91,7 +95,7 @@ def _stage(experiment: Experiment, manifest: Manifest | None, name: str, kind: S
         steps = f"{optim.epochs[name]:g} epochs x {items:,} items / {batch} = {-(-end // batch):,}"
     table.add_row("steps", steps)
     table.add_row("items / rank and step", f"{batch} / {workers.most} ranks = {share}, in {parts} micro-batch{'es' if parts > 1 else ''}")
-    most, least = (memory_per_rank(parameters, workers.zero, ranks, optim.precision) for ranks in (workers.most, workers.least))
+    most, least = (memory_per_rank(parameters, engine_settings(experiment, name, ranks), ranks) for ranks in (workers.most, workers.least))
     for what in most:
         fewer = f" ({least[what] / 1e6:,.1f} MB with {workers.least} ranks)" if least[what] != most[what] else ""
         table.add_row(f"{what} / rank (ZeRO-{workers.zero}, {optim.precision})", f"{most[what] / 1e6:,.1f} MB{fewer}")
@@ -111,7 +115,7 @@ def _most_memory(experiment: Experiment, name: str, kind: Stage, ranks: int) -> 
     with torch.device("meta"):
         parameters = sum(p.numel() for p in kind.module().parameters())
     batch_bytes = share * sum(tensor.nbytes for tensor in stored_batch(kind, 1, "meta").values())
-    beside = beside_steps(parameters, ranks, batch_bytes, int(1e6 * experiment.data.read_ahead))
+    beside = beside_steps(parameters, len(settings.kinds), ranks, batch_bytes, int(1e6 * experiment.data.read_ahead))
     said, zero = " + ".join(f"{size / 1e9:.2f} {what}" for what, size in beside.items()), f"ZeRO-{settings.zero}"
     if gpu:
         yield f"most GPU memory / rank ({zero})", f"{held.living / 1e9:.2f} GB of tensors"

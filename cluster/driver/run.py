@@ -329,7 +329,7 @@ class _Life:
         )
         self.display.stage(stage, end)
         monitor, notes = StageMonitor(stage, self.exporter, self.display, self.faults.pop(stage, "")), f"{self.store.url}/ray"
-        trained = launch(job, gang_with_memory(self.experiment, kind), monitor, notes, self.lease.assert_not_taken, self.enough)
+        trained = launch(job, gang_with_memory(self.experiment, stage, kind), monitor, notes, self.lease.assert_not_taken, self.enough)
         self.lease.assert_held()
         for name in (stage, validation_name(stage)):
             write_tensorboard(self.store, name)

@@ -6,7 +6,7 @@ description is created last, so an export is whole or absent.
 
 import json
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 
 from cluster.config.schema import Experiment
 from cluster.runs import checkpoint
+from cluster.runs.averages import averaged_weights
 from cluster.runs.checkpoint import Checkpoint
 from cluster.runtime.device import best_device
 from cluster.storage import AlreadyExists, NotFound, Permanent, StorageError, Store, content_hash
@@ -43,6 +44,11 @@ class Export:
     model: dict[str, Any]
     diffusion: dict[str, Any]
     version: int = VERSION
+
+    @property
+    def weights(self) -> str:
+        """The key of its weights."""
+        return f"exports/{self.stage}/{self.hash}.safetensors"
 
     @property
     def kind(self) -> Stage:
@@ -76,12 +82,36 @@ def write_export(store: Store, experiment: Experiment, name: str, source: Source
     Raises:
         StorageError: if there is no whole checkpoint at that progress.
     """
+    found = _checkpoint(store, name, progress)
+    data = _averages(store, experiment, found, experiment.diffusion.ema_length)
+    return _write(store, export_of(experiment, source, found, content_hash(data)), data)
+
+
+def with_length(store: Store, experiment: Experiment, export: Export, length: float) -> Export:
+    """The same export with averages of another relative length, which are put beside its own; 0: those of `optim.ema`.
+
+    Raises:
+        StorageError: if its checkpoint is not there any more.
+        ValueError: as `averaged_weights`.
+    """
+    data = _averages(store, experiment, _checkpoint(store, export.stage, export.progress), length)
+    asked = replace(export, hash=content_hash(data), diffusion=export.diffusion | {"ema_length": length})
+    store.put(asked.weights, data)
+    return asked
+
+
+def _checkpoint(store: Store, name: str, progress: int) -> Checkpoint:
     found = next((c for c in _manifests(store, name) if c.progress == progress), None)
     if found is None:
         where = f"{store.url}/checkpoints/{name}"
         raise StorageError(f"{where} has no whole checkpoint at progress {progress}, the end of the stage; run the command again")
-    data = save(checkpoint.assemble(store, found, "average"))
-    return _write(store, export_of(experiment, source, found, content_hash(data)), data)
+    return found
+
+
+def _averages(store: Store, experiment: Experiment, found: Checkpoint, length: float) -> bytes:
+    if length and experiment.ema_every(found.stage):
+        return save(averaged_weights(store, experiment, found, length))
+    return save(checkpoint.assemble(store, found, "average"))
 
 
 def write_untrained(store: Store, experiment: Experiment, name: str, source: Source, dataset: str) -> Export:
@@ -100,7 +130,7 @@ def write_untrained(store: Store, experiment: Experiment, name: str, source: Sou
 
 
 def _write(store: Store, export: Export, data: bytes) -> Export:
-    store.put(f"exports/{export.stage}/{export.hash}.safetensors", data)
+    store.put(export.weights, data)
     _describe(store, export)
     return read_export(store, export.stage, export.progress)
 
@@ -133,9 +163,8 @@ def copy_export(export: Export, source: Store, store: Store) -> None:
     Raises:
         StorageError: if its weights are not those the description names.
     """
-    key = f"exports/{export.stage}/{export.hash}.safetensors"
-    if not store.exists(key):
-        store.put(key, read_verified(source, key, export.hash))
+    if not store.exists(export.weights):
+        store.put(export.weights, read_verified(source, export.weights, export.hash))
     _describe(store, export)
 
 
@@ -237,9 +266,8 @@ def _diffusion(module: nn.Module) -> LatentDiffusion:
 
 def load_weights(store: Store, export: Export) -> dict[str, torch.Tensor]:
     """Weights and buffers of an export by name, verified."""
-    key = f"exports/{export.stage}/{export.hash}.safetensors"
     try:
-        return load(read_verified(store, key, export.hash))
+        return load(read_verified(store, export.weights, export.hash))
     except HashMismatch as error:
         raise Permanent(f"{error}: it is damaged; delete exports/{export.stage}/ and run the command again") from None
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cluster.config.schema import Run
+from cluster.config.schema import Experiment
 from cluster.runs.lineage import newest_first
 from cluster.runs.state import Attempt
 from cluster.storage import Store
@@ -49,18 +49,19 @@ class Retention:
 
     Attributes:
         last: so many, those written last.
-        every: items: the first one at or after each multiple of it stays for good; 0: none.
+        every: items: the first one at or after each multiple of one of them stays for good.
         best: so many of those that have a score; 0: none.
     """
 
     last: int
-    every: int = 0
+    every: tuple[int, ...] = ()
     best: int = 0
 
     @classmethod
-    def of(cls, run: Run, stage: str) -> "Retention":
+    def of(cls, experiment: Experiment, stage: str) -> "Retention":
         """What a run's configuration asks for."""
-        return cls(run.keep, run.keep_every[stage], run.keep_best)
+        run, every = experiment.run, (experiment.run.keep_every[stage], experiment.ema_every(stage))
+        return cls(run.keep, tuple(sorted({one for one in every if one})), run.keep_best)
 
     def kept(self, found: Iterable[StoredCheckpoint], committed: str = "") -> dict[str, str]:
         """Key -> why it stays, of each checkpoint that does.
@@ -83,11 +84,12 @@ class Retention:
                 why[one.key] = ["damaged, newer than the last" if one.wrong else "last"]
             whole += not one.wrong
         at = {one.progress: one for one in reversed(order) if not one.wrong}
-        firsts = {progress // self.every: at[progress] for progress in sorted(at, reverse=True)} if self.every else {}
         scored = sorted(((one.score, one.progress) for one in at.values() if one.score is not None), reverse=True)
-        for mark, one in firsts.items():
-            if mark:
-                why.setdefault(one.key, []).append(f"every {self.every}")
+        for every in self.every:
+            firsts = {progress // every: at[progress] for progress in sorted(at, reverse=True)}
+            for mark, one in firsts.items():
+                if mark:
+                    why.setdefault(one.key, []).append(f"every {every}")
         for _, progress in scored[: self.best]:
             why.setdefault(at[progress].key, []).append("best")
         return {key: ", ".join(reasons) for key, reasons in why.items()}

@@ -10,14 +10,14 @@ from cluster.config.loading import ConfigError, build, changed
 from cluster.config.paths import absolute
 from cluster.config.schema import Experiment
 from cluster.data.manifest import CURRENT, Manifest, load_manifest
-from cluster.runs.export import Export, load_reactor, newest_export, weaker_export
+from cluster.runs.export import Export, load_reactor, newest_export, weaker_export, with_length
 from cluster.runs.latents import LatentDataset
 from cluster.runs.state import read_state
 from cluster.storage import NotFound, Store, open_store
 from reactdiff.generate import Reactor
 from reactdiff.stage import stages_of
 
-SAMPLING = ("sampler", "sampling_steps", "guidance", "autoguidance", "weak_progress", "smoothing")
+SAMPLING = ("sampler", "sampling_steps", "guidance", "autoguidance", "weak_progress", "smoothing", "ema_length")
 """Fields of `diffusion` that training does not see: a finished run may be asked with others."""
 
 
@@ -74,6 +74,8 @@ class SavedRun:
                 f"autoencoder (progress {latents.export.progress}) made {made}: train the two in a run of another name (run.name)"
             )
         asked = replace(export, diffusion=export.diffusion | self.sampling)
+        if "ema_length" in self.sampling:
+            asked = with_length(self.store, self.experiment, asked, self.sampling["ema_length"])
         weaker_export(self.store, asked)
         return asked
 

@@ -13,6 +13,7 @@ from safetensors.torch import save
 
 from cluster.config.schema import Experiment
 from cluster.data.manifest import load_manifest
+from cluster.runs.averages import averaged_weights
 from cluster.runs.checkpoint import Checkpoint, DamagedCheckpoint, GoneCheckpoint, assemble, read_manifest
 from cluster.runs.environment import command, environment
 from cluster.runs.export import export_of
@@ -101,17 +102,19 @@ def choose_checkpoint(store: Store, there: dict[str, Inventory], stage: str = ""
         raise ValueError(f"{error}, for training goes on; give the same command again") from None
 
 
-def export_checkpoint(run: SavedRun, found: Checkpoint, weights: Weights, path: Path) -> None:
+def export_checkpoint(run: SavedRun, found: Checkpoint, weights: Weights, path: Path, length: float = 0) -> None:
     """Write weights and buffers of a checkpoint as one safetensors file, with its description in the metadata.
 
     `export` there is the description of an export (`cluster/runs/export.py`), whose module takes these weights; `checkpoint` says where
     they come from. Averaged weights of equal progress are those of the run's own export, and have its hash.
 
+    With a `length` they are an average of that relative length (`averaged_weights`).
+
     Raises:
-        ValueError: if the checkpoint is damaged; nothing is written then.
+        ValueError: if a checkpoint is damaged or gone, or the length cannot be had; nothing is written then.
     """
     try:
-        tensors = assemble(run.store, found, weights)
+        tensors = averaged_weights(run.store, run.experiment, found, length) if length else assemble(run.store, found, weights)
     except DamagedCheckpoint as error:
         raise ValueError(
             f"{error}: export another one (--progress), python jobs/checkpoint.py verify {run.store.url} names all that is damaged"
@@ -120,6 +123,7 @@ def export_checkpoint(run: SavedRun, found: Checkpoint, weights: Weights, path: 
     manifest = load_manifest(read, found.dataset)
     export = export_of(run.experiment, Source(manifest.stream_specs, manifest.frames), found, content_hash(save(tensors)))
     origin = {"run": run.store.url, "manifest": found.file, "steps": found.steps, "weights": weights, "quarantine": len(found.quarantine)}
+    origin |= {"length": length} if length else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f".{path.name}.half")
     half.write_bytes(save(tensors, metadata={"export": json.dumps(asdict(export)), "checkpoint": json.dumps(origin)}))
@@ -152,7 +156,7 @@ def clearing(store: Store, experiment: Experiment, really: bool) -> Iterator[tup
             by = Attempt(life, open_attempt(store, life))
         garbage: Garbage = {}
         for stage, inventory in inventories(store, experiment, by).items():
-            keys = {*inventory.orphans(by), *inventory.excess(by, Retention.of(experiment.run, stage))}
+            keys = {*inventory.orphans(by), *inventory.excess(by, Retention.of(experiment, stage))}
             there = sorted(keys & inventory.sizes.keys(), key=lambda key: (not is_manifest(key), key))
             garbage |= {key: inventory.sizes[key] for key in there}
 

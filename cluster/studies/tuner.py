@@ -100,11 +100,12 @@ def _concurrent(sweep: Sweep, trials: Sequence[Trial], opened: OpenSweep, say: C
     connect(cpus=max(1, sweep.concurrent) * max(one.least for one in workers) + 1)
     shapes: dict[str, Experiment] = {}
     for trial in trials:
-        shapes.setdefault(f"{trial.experiment.model}{trial.experiment.workers}{trial.experiment.optim.precision}", trial.experiment)
+        one = trial.experiment
+        shapes.setdefault(f"{one.model}{one.workers}{one.optim.precision}{one.diffusion.ema_every > 0}", one)
     source = Source(opened.manifest.stream_specs, opened.manifest.frames)
     for experiment in shapes.values():
-        for kind in stages_over(source, experiment.model, experiment.diffusion).values():
-            assert_possible(gang_with_memory(experiment, kind))
+        for stage, kind in stages_over(source, experiment.model, experiment.diffusion).items():
+            assert_possible(gang_with_memory(experiment, stage, kind))
     room = min(gangs_at_once(gang_of(one)) for one in workers)
     if not sweep.concurrent:
         return min(room, sweep.most)

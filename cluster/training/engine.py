@@ -21,6 +21,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster.config.schema import Experiment
+from reactdiff.diffusion.averages import LENGTHS, average_kind, decay
 from reactdiff.model.init import Weights
 from reactdiff.model.recompute import recompute
 
@@ -44,7 +45,10 @@ PERSISTENT = 100_000
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("master", *MOMENTS, "average")
-"""What a checkpoint keeps of each parameter: fp32 weight, Adam's two moments, averaged weight (EMA)."""
+"""What a checkpoint keeps of each parameter: fp32 weight, Adam's two moments, averaged weight (EMA).
+
+With `diffusion.ema_every` there are averages of `LENGTHS`, too (`average_kind`).
+"""
 
 LARGEST_NORM = 1e19
 """Of a gradient that may be applied. Adam keeps the squares in fp32, where those of a larger one are infinite, and stay so.
@@ -89,6 +93,18 @@ class EngineSettings:
     compile_for: int
     """Items of the largest micro-batch, for which forward and backward are compiled; 0: they are not."""
 
+    lengths: tuple[float, ...]
+    """Relative lengths of averages that are kept beside that of `ema`."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is kept of each parameter."""
+        return *KINDS, *map(average_kind, self.lengths)
+
+    def decays(self, step: int) -> dict[str, float]:
+        """What each average keeps of itself when step `step` (from 1) enters it."""
+        return {"average": self.ema, **{average_kind(length): decay(length, step) for length in self.lengths}}
+
 
 def engine_settings(experiment: Experiment, stage: str, ranks: int) -> EngineSettings:
     """How an experiment trains a stage on so many ranks."""
@@ -105,6 +121,7 @@ def engine_settings(experiment: Experiment, stage: str, ranks: int) -> EngineSet
         ema=optim.ema[stage],
         recompute=workers.recompute,
         compile_for=-(-optim.batch[stage] // (ranks * parts)) if workers.compile else 0,
+        lengths=LENGTHS if experiment.ema_every(stage) else (),
     )
 
 
@@ -127,7 +144,7 @@ class Fragment:
         name: parameter name.
         shape: shape of the whole parameter.
         start: first element of the stretch in the flattened parameter.
-        tensors: kind (see KINDS) -> (count,) view.
+        tensors: kind (see `EngineSettings.kinds`) -> (count,) view.
     """
 
     name: str
@@ -171,11 +188,10 @@ class Engine:
         _make_adam_state(self._engine)
         self._owned = list(_own(self._engine))
         self._masters = [master.detach() for _, _, _, master, _ in self._owned]
-        self._averages = [torch.empty_like(master) for master in self._masters]
         with torch.no_grad():
-            for (name, _, start, _, _), master, average in zip(self._owned, self._masters, self._averages, strict=True):
+            for (name, _, start, _, _), master in zip(self._owned, self._masters, strict=True):
                 master.copy_(weights(name).reshape(-1)[start : start + master.numel()])
-                average.copy_(master)
+            self._averages = {kind: [master.clone() for master in self._masters] for kind in settings.decays(1)}
         self.resume(steps=0)
 
     @property
@@ -245,10 +261,11 @@ class Engine:
         inner.grad_scale = (norm / self.settings.clip).clamp(min=1).float() if self.settings.clip else None
         self._engine.step()
 
-    def average(self) -> None:
-        """Move the averaged weights towards those of a step that was applied."""
-        if self._averages:  # a small model may leave nothing to the last of many ranks
-            torch._foreach_lerp_(self._averages, self._masters, 1 - self.settings.ema)
+    def average(self, step: int) -> None:
+        """Move the averaged weights towards those of a step (from 1) that was applied."""
+        if self._masters:  # a small model may leave nothing to the last of many ranks
+            for kind, kept in self.settings.decays(step).items():
+                torch._foreach_lerp_(self._averages[kind], self._masters, 1 - kept)
 
     def end(self) -> None:
         """Let DeepSpeed let go of what it holds; nothing else may be asked for then."""
@@ -267,8 +284,9 @@ class Engine:
 
     def held(self) -> Iterator[Fragment]:
         """All that this rank holds of the training state; whoever writes into it calls `resume` next."""
-        for (name, shape, start, master, moments), average in zip(self._owned, self._averages, strict=True):
-            yield Fragment(name, shape, start, {"master": master, **moments, "average": average})
+        for index, (name, shape, start, master, moments) in enumerate(self._owned):
+            averages = {kind: each[index] for kind, each in self._averages.items()}
+            yield Fragment(name, shape, start, {"master": master, **moments, **averages})
 
     def fragments(self) -> Iterator[Fragment]:
         """What this rank owns of the training state, each element of the model owned by exactly one rank."""

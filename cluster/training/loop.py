@@ -158,7 +158,7 @@ class _Training:
             module.set_range(*read_range(job.dataset, manifest), *(read_moments(job.dataset, manifest) if module.standardised else ()))
         self.ahead = Ahead(place.device)
         self.engine = Engine(module, weights, engine_settings(experiment, job.stage, place.ranks), place.device)
-        self.writer = CheckpointWriter(job.run, _gather, place.rank, Retention.of(experiment.run, job.stage), self.superseded)
+        self.writer = CheckpointWriter(job.run, _gather, place.rank, Retention.of(experiment, job.stage), self.superseded)
         self.successor = lookout_for_successor(job.run, job.life) if place.rank == 0 else None
         self.log = MetricsLog(job.run, job.life, job.attempt, job.stage) if place.rank == 0 else None
         self.validator: Validator | None = None
@@ -360,7 +360,7 @@ class _Training:
         if self.successor and self.successor.answer():
             self.superseded()
         with self.meter.phase("optimizer"):
-            self.engine.average()
+            self.engine.average(batch.step + 1)
         numbers = {"loss": verdict.loss, "gradient_norm": verdict.gradient_norm, "learning_rate": self.rate(batch)}
         self.meter.gauges.update(progress_items=after, quarantined_items=len(self.quarantine), **numbers)
         logged = (batch.step + 1) % self.job.experiment.run.log_every == 0 or after == self.share.total
@@ -439,10 +439,11 @@ class _Training:
                 write_rung(self.job.run, rung, found.progress, measured)
 
     def checkpoint_due(self, before: int, after: int) -> bool:
-        """At every multiple of the cadence, at the end, and before a last step that is not a whole batch."""
-        every = self.job.experiment.run.checkpoint_every[self.job.stage] or self.order.items
+        """At every multiple of the cadence and of `diffusion.ema_every`, at the end, and before a last step that is not a whole batch."""
+        experiment, stage = self.job.experiment, self.job.stage
+        cadences = (experiment.run.checkpoint_every[stage] or self.order.items, experiment.ema_every(stage))
         ends = after == self.share.total or 0 < self.share.total - after < self.share.batch
-        return ends or before // every != after // every
+        return ends or any(every and before // every != after // every for every in cadences)
 
     def checkpoint_overdue(self) -> bool:
         """Whether the last checkpoint is longer ago than `run.checkpoint_minutes`; rank 0's clock decides for all."""

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from cluster.data.stream import WINDOWS, steps_ahead
-from cluster.training.engine import KINDS, Engine, EngineSettings, last_of
+from cluster.training.engine import Engine, EngineSettings, last_of
 from reactdiff.stage import Stage, build_without_memory, stored_batch
 
 MAPPED = 32 << 20
@@ -67,11 +67,12 @@ def rehearse(kind: Stage, settings: EngineSettings, ranks: int, items: int) -> S
     return StepMemory(counting.living, counting.resident)
 
 
-def beside_steps(parameters: int, ranks: int, batch_bytes: int, read_ahead: int) -> dict[str, int]:
+def beside_steps(parameters: int, kinds: int, ranks: int, batch_bytes: int, read_ahead: int) -> dict[str, int]:
     """Bytes of a rank's host memory that hold no tensor of a step.
 
     Args:
         parameters: of the stage.
+        kinds: values that a checkpoint keeps of each.
         ranks: number of ranks.
         batch_bytes: of a rank's share of a step, as it is read.
         read_ahead: bytes that may be read before they are asked for.
@@ -79,7 +80,7 @@ def beside_steps(parameters: int, ranks: int, batch_bytes: int, read_ahead: int)
     return {
         "libraries": BASE,
         "read ahead": WINDOWS * steps_ahead(batch_bytes, read_ahead) * batch_bytes,
-        "copy for checkpoints": 4 * len(KINDS) * -(-parameters // ranks),
+        "copy for checkpoints": 4 * kinds * -(-parameters // ranks),
     }
 
 
@@ -90,7 +91,7 @@ def _step(engine: Engine, batch: dict[str, torch.Tensor], items: int) -> None:
         engine.backward(part)
         loss += part.detach()
     engine.step(0.0, loss, engine.gradient_square())
-    engine.average()
+    engine.average(1)
 
 
 class _Counting(TorchDispatchMode):

@@ -50,6 +50,7 @@ def test_identity_changes_with_science_and_not_with_placement() -> None:
             "diffusion.autoguidance=2 diffusion.weak_progress=800 diffusion.guidance=2 diffusion.condition_dropout=0.1",
             "use one of them",
         ),
+        ("diffusion.ema_length=0.1", r"ema_length is 0\.1, but .* set diffusion\.ema_every, a tenth of the stage's items"),
         ("diffusion.guidance=3", r"never trained without the speaker cannot be guided: set diffusion\.condition_dropout"),
         ("model.family=perfrdiff", "online by construction: set model.online=true"),
         ("model.family=perfrdiff model.online=true model.bounded=true", "no heads to bound"),

@@ -5,6 +5,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from cluster.training import engine as engine_module
 from cluster.training.engine import LARGEST_NORM, Engine, EngineSettings, engine_settings, squared_norm
 from reactdiff.config import Diffusion, Model
 from reactdiff.data.sample import StreamSpec
+from reactdiff.diffusion.averages import LENGTHS
 from reactdiff.model.init import Weights, initial_weights
 from reactdiff.stage import Source, build_without_memory, empty_batch, stages_over
 from tests.cluster.support.poison import Poison
@@ -43,7 +45,7 @@ def learn(rank: int, family: dict[str, Any], zero: int, again: bool, compile_for
     kinds, found = stages_over(CLIPS, Model(**{**SMALL, **family}), Diffusion(prediction="x0")), []
     for kind in kinds.values():
         module = build_without_memory(kind)
-        settings = EngineSettings(zero, "fp32", 1, (0.9, 0.999), 5e-4, 0.0, 0.99, again, compile_for)
+        settings = EngineSettings(zero, "fp32", 1, (0.9, 0.999), 5e-4, 0.0, 0.99, again, compile_for, ())
         engine = Engine(module, initial_weights(module, 0), settings, torch.device("cpu"))
         for step in range(3):
             generator = torch.Generator().manual_seed(step)
@@ -54,7 +56,7 @@ def learn(rank: int, family: dict[str, Any], zero: int, again: bool, compile_for
             loss = engine.forward({name: each[share] for name, each in batch.items()} | {"weight": torch.ones(2)[share]}, 2)
             engine.backward(loss)
             engine.step(1e-3, loss.detach(), engine.gradient_square())
-            engine.average()
+            engine.average(step + 1)
             found += [float(loss.detach())] + [torch._dynamo.utils.counters["stats"]["unique_graphs"]] * bool(compile_for)
     return found
 
@@ -123,7 +125,7 @@ def nine_items(factor: float = 1.0) -> dict[str, torch.Tensor]:
     return {"x": x, "factor": torch.tensor([factor, *[1.0] * 8]), "weight": torch.ones(9)}
 
 
-def advance(engine: Engine, batch: dict[str, torch.Tensor], share: slice) -> tuple[float, float]:
+def advance(engine: Engine, batch: dict[str, torch.Tensor], share: slice, step: int = 1) -> tuple[float, float]:
     """A step of which this rank computes its share, as the loop does it; returns loss and gradient norm of the whole."""
     mine, parts, loss = {name: value[share] for name, value in batch.items()}, engine.settings.micro_batches, torch.zeros(())
     for part in range(parts):
@@ -135,7 +137,7 @@ def advance(engine: Engine, batch: dict[str, torch.Tensor], share: slice) -> tup
     dist.all_reduce(sums)
     engine.step(1e-3, sums[0], sums[1])
     if engine_module.finite(sums[0], sums[1].sqrt()):
-        engine.average()
+        engine.average(step)
     return float(sums[0]), math.sqrt(sums[1])
 
 
@@ -156,7 +158,7 @@ def weights_of(module: torch.nn.Module) -> Weights:
 
 def toy_engine(zero: int, precision: str, micro_batches: int, clip: float) -> Engine:
     torch.manual_seed(0)
-    settings = EngineSettings(zero, precision, micro_batches, (0.9, 0.999), 5e-4, clip, 0.99, False, 0)
+    settings = EngineSettings(zero, precision, micro_batches, (0.9, 0.999), 5e-4, clip, 0.99, False, 0, LENGTHS)
     return Engine(toy := Toy(), weights_of(toy), settings, torch.device("cpu"))
 
 
@@ -216,8 +218,8 @@ def resumed(rank: int, ranks: int, cases: list[tuple[int, str, int]]) -> dict[tu
     for case, persistent in product(cases, (0, engine_module.PERSISTENT)):
         engine_module.PERSISTENT = persistent
         first, second = (toy_engine(*case, clip=0.5) for _ in range(2))
-        for _ in range(2):
-            advance(first, nine_items(), share)
+        for step in (1, 2):
+            advance(first, nine_items(), share, step)
         parts: list[Any] = [None] * ranks
         kept = {(one.name, one.start): {kind: view.clone() for kind, view in one.tensors.items()} for one in first.fragments()}
         dist.all_gather_object(parts, kept)
@@ -227,8 +229,8 @@ def resumed(rank: int, ranks: int, cases: list[tuple[int, str, int]]) -> dict[tu
                 view.data.copy_(everything[fragment.name, fragment.start][kind])
         second.resume(steps=2)
         for engine in (first, second):
-            for _ in range(2):
-                advance(engine, nine_items(), share)
+            for step in (3, 4):
+                advance(engine, nine_items(), share, step)
         found[*case, persistent] = equal(state_of(first), state_of(second))
     return found
 
@@ -237,6 +239,41 @@ def resumed(rank: int, ranks: int, cases: list[tuple[int, str, int]]) -> dict[tu
 def test_an_engine_goes_on_bitwise_from_the_state_of_another_in_fp32_and_bf16() -> None:
     for found in on_ranks(2, resumed, [*ONE, *MANY]):
         assert all(found.values()), found
+
+
+def averages(rank: int, ranks: int, zero: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Every average after twelve steps, flat, with zeros where other ranks own it; and the same followed on whole weights, in float64."""
+    engine_module.PERSISTENT = 0
+    engine = toy_engine(zero, "fp32", 1, 0.0)
+    whole = {kind: weights_after(engine) for kind in engine.settings.decays(1)}
+    for step in range(1, 13):
+        advance(engine, nine_items(), uneven(rank, ranks), step)
+        after = weights_after(engine)
+        for kind, kept in engine.settings.decays(step).items():
+            whole[kind] = kept * whole[kind] + (1 - kept) * after
+    sizes = {name: parameter.numel() for name, parameter in Toy().named_parameters()}
+    starts = dict(zip(sizes, np.cumsum([0, *sizes.values()])[:-1].tolist(), strict=True))
+    mine = {kind: torch.zeros(sum(sizes.values())) for kind in whole}
+    for fragment in engine.fragments():
+        for kind, flat in mine.items():
+            begin = starts[fragment.name] + fragment.start
+            flat[begin : begin + fragment.tensors[kind].numel()] = fragment.tensors[kind]
+    return mine, whole
+
+
+def weights_after(engine: Engine) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in engine.fill(Toy()).parameters()]).double()
+
+
+@pytest.mark.starts
+def test_every_average_is_at_any_zero_stage_what_one_process_would_follow() -> None:
+    for zero in range(4):
+        (mine, whole), *others = on_ranks(3, averages, zero)
+        assert list(mine) == ["average", "average-0.05", "average-0.10"]
+        for kind, flat in mine.items():
+            together = flat + sum(other[kind] for other, _ in others)
+            assert together == pytest.approx(whole[kind], rel=1e-5, abs=1e-7), (zero, kind)
+        assert not torch.allclose(whole["average"], whole["average-0.10"], atol=1e-3) and not torch.equal(flat, together), "divided"
 
 
 PARTS = 128
@@ -258,7 +295,7 @@ def sum_error(rank: int, ranks: int) -> dict[int, float]:
     x, found = torch.rand(PARTS, 64, generator=torch.Generator().manual_seed(0)), {}
     engine_module.PERSISTENT = 0
     for zero in (1, 2, 3):
-        settings = EngineSettings(zero, "bf16", PARTS, (0.9, 0.999), 0.0, 0.0, 0.99, False, 0)
+        settings = EngineSettings(zero, "bf16", PARTS, (0.9, 0.999), 0.0, 0.0, 0.99, False, 0, ())
         engine = Engine(wide := Wide(), weights_of(wide), settings, torch.device("cpu"))
         for part in range(PARTS):
             engine.backward(engine.forward({"x": x[part : part + 1], "weight": torch.ones(1)}, 1))

@@ -25,7 +25,7 @@ from tests.memory import kilobytes
 
 SMALL = Model(facial=("au",), acoustic=("mfcc",), hidden=64, latent=16, channels=32, multipliers=(1, 1), condition=64)
 CLIPS = Source((StreamSpec("au", "facial", 15), StreamSpec("mfcc", "acoustic", 26)), 100)
-SETTINGS = EngineSettings(0, "fp32", 1, (0.9, 0.999), 5e-4, 0.0, 0.99, False, 0)
+SETTINGS = EngineSettings(0, "fp32", 1, (0.9, 0.999), 5e-4, 0.0, 0.99, False, 0, ())
 
 
 @pytest.mark.starts  # DeepSpeed asks a compiler what it could compile
@@ -130,8 +130,9 @@ def test_the_faithful_stage_2_is_trained_and_kept_on_one_rank_within_20_gb(tmp_p
     )
     kind = kind_of(experiment, "diffusion")
     parameters = sum(p.numel() for p in build_without_memory(kind).parameters())
-    held = rehearse(kind, engine_settings(experiment, "diffusion", 1), 1, 1).resident
-    beside = beside_steps(parameters, 1, sum(tensor.nbytes for tensor in stored_batch(kind, 1, "meta").values()), 1)
+    settings = engine_settings(experiment, "diffusion", 1)
+    held = rehearse(kind, settings, 1, 1).resident
+    beside = beside_steps(parameters, len(settings.kinds), 1, sum(tensor.nbytes for tensor in stored_batch(kind, 1, "meta").values()), 1)
     ((before, most),) = on_ranks(1, trained, experiment, str(tmp_path / "run"))
     planned = held + sum(beside.values()) - BASE
     print(f"\n{parameters:,} parameters: {planned / 1e9:.2f} GB planned, kB before and at most: {before, most}")
