@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     react.add_argument("url", metavar="URL", help="folder or s3://bucket/prefix of the dataset")
     react.add_argument("--strict", action="store_true", help="fail, and publish nothing, if any clip cannot be used")
     react.add_argument("--clips-per-shard", type=cli.positive, default=64, metavar="N", help="clips of each new shard (default: 64)")
+    react.add_argument(
+        "--one-to-many", action="store_true", help="keep who reacts appropriately in train, too, which diffusion.other_target needs"
+    )
     found = verbs.add_parser("index", help="make a dataset of WebDataset tars that another program wrote, where they lie")
     found.add_argument("url", metavar="URL", help="folder or s3://bucket/prefix that holds them as <split>/<name>.tar")
     for kind, what in (("facial", "face"), ("acoustic", "voice")):
@@ -102,7 +105,8 @@ def _react2024(options: argparse.Namespace, console: Console) -> int:
     try:
         with Display() as display:
             progress = display.counter("prepare", "clips")
-            done = prepare(tree, store, clips_per_shard=options.clips_per_shard, strict=options.strict, progress=progress)
+            asked = {name: getattr(options, name) for name in ("clips_per_shard", "strict", "one_to_many")}
+            done = prepare(tree, store, progress=progress, **asked)
     except RefusedClips as error:
         _list_refused(error.clips, console)
         raise

@@ -202,6 +202,14 @@ class Diffusion(Branch):
         ge=0,
         lt=1,
     )
+    other_target: float = field(
+        0.0,
+        "Probability that an item's target is not its own listener's, but that of another clip's who reacted appropriately to the same "
+        "speaker; the dataset must say who did (jobs/prepare.py --one-to-many).",
+        unit="probability",
+        ge=0,
+        le=1,
+    )
     sampler: Literal["ddim", "ddpm", "dpm++"] = field("ddim", "Sampler of a generation; dpm++ is DPM-Solver++(2M).")
     sampling_steps: int = field(20, "Calls of the denoiser in one generation; any number.", unit="steps", gt=0)
     smoothing: float = field(

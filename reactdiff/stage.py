@@ -66,6 +66,9 @@ class Stage(Protocol):
     def reads(self, side: int) -> dict[str, tuple[str, str]]:
         """What an item of this side reads: name in the batch -> (person, stream)."""
 
+    def targets(self) -> set[str]:
+        """What of an item may be another's, as its batch names it: the reaction that is to be learnt, where it is given the speaker."""
+
     def draw(self, seed: int, position: int) -> dict[str, np.ndarray]:
         """The random arrays of the item at a position of the order."""
 
@@ -88,6 +91,10 @@ class AutoencoderStage:
         person = PERSONS[side]
         of_targets = speaker_listener(side)[1] if self.model.family == "trans-vae" else person
         return {name: (person, name) for name in self.inputs} | {name: (of_targets, name) for name in TARGETS}
+
+    def targets(self) -> set[str]:
+        """Nothing: what is encoded is what is decoded."""
+        return set()
 
     def draw(self, seed: int, position: int) -> dict[str, np.ndarray]:
         """A variational autoencoder draws a latent: Trans-VAE of the clip, BeLFusion of each window. Nothing else is random."""
@@ -127,6 +134,10 @@ class DiffusionStage:
             return {"speaker": (speaker, LATENT), "listener": (listener, LATENT)}
         heard = {f"speaker {spec.name}": (speaker, spec.name) for spec in self.source.streams if spec.name not in TARGETS}
         return heard | {f"listener {name}": (listener, name) for name in TARGETS}
+
+    def targets(self) -> set[str]:
+        """What the listener shows."""
+        return {name for name, (person, _) in self.reads(0).items() if person == speaker_listener(0)[1]}
 
     def draw(self, seed: int, position: int) -> dict[str, np.ndarray]:
         """Noise, the diffusion time of each chunk, and what else is a matter of chance: what is heard, and what is remembered."""

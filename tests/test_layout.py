@@ -38,7 +38,7 @@ MODULES = {
     ),
     "telemetry": "books books_log display exporter meter metrics metrics_log monitor places receipt reminder repeating tensorboard",
     "data": (
-        "build_shard cache cache_file cache_space checksums demo index_tars manifest prepare quarantine ranges reader sequential "
+        "build_shard cache cache_file cache_space checksums demo index_tars manifest others prepare quarantine ranges reader sequential "
         "shards stream tar_scan verify"
     ),
     "runs": (

@@ -58,6 +58,10 @@ class Undrawn:
         """What the stage reads."""
         return self._sides[side]
 
+    def targets(self) -> set[str]:
+        """Nothing: each item has its own."""
+        return set()
+
     def draw(self, seed: int, position: int) -> dict[str, np.ndarray]:
         """Nothing."""
         return {}

@@ -66,7 +66,9 @@ class PrepareResult:
     refused: list[tuple[str, str, str]]
 
 
-def prepare(tree: Tree, store: Store, *, clips_per_shard: int, strict: bool, progress: Progress) -> PrepareResult:
+def prepare(
+    tree: Tree, store: Store, *, clips_per_shard: int, strict: bool, progress: Progress, one_to_many: bool = False
+) -> PrepareResult:
     """Make or grow the dataset in `store` so that it holds every usable clip of the tree.
 
     Args:
@@ -75,17 +77,24 @@ def prepare(tree: Tree, store: Store, *, clips_per_shard: int, strict: bool, pro
         clips_per_shard: of new shards; the last of a split is shorter.
         strict: refuse everything if any clip is refused.
         progress: called with (clips done, clips to do).
+        one_to_many: keep the appropriateness matrix of `train`, too, as a dataset that has it does in any case.
 
     Raises:
         RefusedClips: if a clip is, and `strict`; nothing is published then.
-        ValueError: if the dataset there is of another shape or of other clips, if no clip can be used, or if leaving clips
-            out leaves a row of an appropriateness matrix without a 1.
+        ValueError: if the dataset there is of another shape or of other clips, if no clip can be used, if leaving clips
+            out leaves a row of an appropriateness matrix without a 1, or if the tree has none that is asked for.
         StorageError: if the store fails.
     """
     store.assert_conditional_writes()
     work = _Preparation(ShardSource(tree, store, strict), *_current_state(store))
     work.assert_grows()
-    matrices = {split: tree.appropriateness(split) for split in tree.splits if split != TRAIN}
+    one_to_many |= work.old_split(TRAIN).appropriateness is not None
+    matrices = {split: tree.appropriateness(split) for split in tree.splits if split != TRAIN or one_to_many}
+    if one_to_many and matrices.get(TRAIN) is None:
+        raise ValueError(
+            f"the tree does not say which reactions are appropriate in split {TRAIN}: put the official appropriateness matrix there "
+            "(docs/data.md has the names), or prepare another dataset without --one-to-many"
+        )
     work.compare()
     plans = work.plan(clips_per_shard)
     results = work.build(plans, progress)

@@ -12,11 +12,13 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from operator import itemgetter
 from threading import Condition, Event
 
 import numpy as np
 import torch
 
+from cluster.data.others import Others
 from cluster.data.quarantine import BadItem, Quarantine
 from cluster.data.ranges import Range, ReadPlan
 from cluster.data.reader import Reader
@@ -152,6 +154,7 @@ class Stream:
         readers: threads that read and decode.
         pin: whether the tensors are in pinned memory, which is copied to a GPU asynchronously.
         quarantine: items that do not count; without one damaged data is an error.
+        others: whose targets items have, where these need not be their own.
     """
 
     def __init__(
@@ -165,12 +168,14 @@ class Stream:
         readers: int,
         pin: bool = False,
         quarantine: Quarantine | None = None,
+        others: Others | None = None,
     ):
         self._reader, self._stage, self._order, self._share = reader, stage, order, share
-        self._seed, self._pin, self._quarantine = seed, pin, quarantine
+        self._seed, self._pin, self._quarantine, self._others = seed, pin, quarantine, others
         sides = [stage.reads(side) for side in (0, 1)]
         self._kinds = {name: reader.array(source) for name, source in sides[0].items()}
         self._members = np.array([[reader.member(side[name]) for name in self._kinds] for side in sides], dtype=np.int64)
+        self._own = [name for name in self._kinds if others is None or name not in others.names]
         self._draws = bool(stage.draw(seed, 0))
         item_bytes = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in self._kinds.values())
         rows = -(-share.batch // share.ranks)
@@ -215,23 +220,31 @@ class Stream:
         """Plan the reads of these steps and begin with them."""
         window = self._new_window(range(first, self._end(first, count)))
         self._draw_ahead(window.steps[: 1 + DRAW_AHEAD])
-        rows = np.arange(len(window.items))
+        rows, positions = np.arange(len(window.items)), [position for step in window.steps for position in step.positions]
         if self._quarantine:
-            positions = (position for step in window.steps for position in step.positions)
             bad = [self._quarantine.holds(item, position) for item, position in zip(window.items.tolist(), positions, strict=True)]
             rows = rows[~np.array(bad, dtype=bool)]
         if not len(rows):
             return window
-        clips, sides = np.divmod(window.items[rows], 2)
-        places = [tensor.numpy() for tensor in window.tensors.values()]
-        plan = self._reader.plan(clips, self._members[sides], places, rows, self._indices.map)
-        np.add.at(window.checksums, plan.row, plan.crc)
+        plans = [self._read_plan(window, window.items[rows], rows, self._own)]
+        if self._others:
+            donors = self._others.of(window.items[rows], [positions[row] for row in rows.tolist()])
+            plans.append(self._read_plan(window, donors, rows, [name for name in self._kinds if name in self._others.names]))
         for row in rows.tolist():
             window.step_of[row].pending += len(self._kinds)
-        ranges = [(min(plan.row[span.first : span.last]), span) for span in self._reader.ranges(plan)]
-        for row, span in sorted(ranges):  # in the order in which they will be needed
+        ranges = [(min(plan.row[span.first : span.last]), span, plan) for plan in plans for span in self._reader.ranges(plan)]
+        for row, span, plan in sorted(ranges, key=itemgetter(0, 1)):  # in the order in which they will be needed
             self._pool.submit(self._fetch, window, plan, span, window.step_of[row])
         return window
+
+    def _read_plan(self, window: _ReadAhead, items: np.ndarray, rows: np.ndarray, names: list[str]) -> ReadPlan:
+        """Where these arrays of these items are, and that they go to these rows of a window."""
+        clips, sides = np.divmod(items, 2)
+        columns = [place for place, name in enumerate(self._kinds) if name in names]
+        places = [window.tensors[name].numpy() for name in names]
+        plan = self._reader.plan(clips, self._members[sides][:, columns], places, rows, self._indices.map)
+        np.add.at(window.checksums, plan.row, plan.crc)
+        return plan
 
     def _end(self, first: int, count: int) -> int:
         """Where a window of at most so many steps ends: before a group that it has no room for, whose blocks would be read in pieces."""

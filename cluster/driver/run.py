@@ -172,6 +172,12 @@ def check_run(experiment: Experiment, pinned: Pinned, steps: Sequence[str]) -> l
             "diffusion.autoguidance is asked of a finished run, which has an earlier export too: train without it, then python "
             f"jobs/evaluate.py RUN diffusion.autoguidance={experiment.diffusion.autoguidance} diffusion.weak_progress=ITEMS"
         )
+    if experiment.diffusion.other_target and pinned.manifest.split(experiment.data.split).appropriateness is None:
+        raise ConfigError(
+            f"diffusion.other_target is {experiment.diffusion.other_target}, but the dataset at {experiment.data.url} does not say which "
+            f"reactions are appropriate in split {experiment.data.split}: prepare it anew with python jobs/prepare.py react2024 "
+            "--one-to-many, or set diffusion.other_target=0"
+        )
     if "evaluation" in steps:
         assert_scorable(pinned.manifest, experiment.evaluation.split)
     return check_warm_start(experiment, kinds)
@@ -326,6 +332,7 @@ class _Life:
             manifest=manifest.hash,
             validation=self.validation_clips(stage),
             flops=flops_per_item(kind),
+            clips=(self.run.dataset, self.clips.hash),
         )
         self.display.stage(stage, end)
         monitor, notes = StageMonitor(stage, self.exporter, self.display, self.faults.pop(stage, "")), f"{self.store.url}/ray"

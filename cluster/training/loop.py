@@ -19,6 +19,7 @@ from cluster.config.identity import identity
 from cluster.config.schema import Experiment
 from cluster.data.cache import Cache
 from cluster.data.manifest import load_manifest
+from cluster.data.others import read_others
 from cluster.data.quarantine import BadItem, Quarantine
 from cluster.data.reader import Reader
 from cluster.data.stream import Batch, Share, Stream
@@ -71,6 +72,7 @@ class Job:
         validation: clips that are scored at each checkpoint and measured at rungs.
         attempt: how often a worker group of this life was started before, for this stage or an earlier one.
         flops: floating point operations of forward and backward for one item, for telemetry; counted once, by the driver.
+        clips: the dataset, and the hash of its state, that says whose reactions are appropriate for whom.
     """
 
     experiment: Experiment
@@ -82,6 +84,7 @@ class Job:
     validation: ValidationClips | None = None
     attempt: int = 0
     flops: float = 0.0
+    clips: tuple[Store, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -138,9 +141,8 @@ class _Training:
         source = Source(manifest.stream_specs, manifest.frames)
         self.kind = kind = stage(job.stage, experiment.model, experiment.diffusion, source)
         meter.gauges["peak_flops"] = peak_flops(place.device, optim.precision)
-        self.quarantine = Quarantine(
-            BadItem(2 * clip + side, 0, why) for clip, why in corrupt_clips(manifest, data.split).items() for side in (0, 1)
-        )
+        corrupt = corrupt_clips(manifest, data.split)
+        self.quarantine = Quarantine(BadItem(2 * clip + side, 0, why) for clip, why in corrupt.items() for side in (0, 1))
         self.stream = Stream(
             self.reader,
             kind,
@@ -151,6 +153,7 @@ class _Training:
             data.readers,
             pin=place.device.type == "cuda",
             quarantine=self.quarantine if data.on_corrupt == "quarantine" else None,
+            others=read_others(experiment, job.clips, kind.targets(), corrupt),
         )
         module = build_without_memory(kind)
         weights = first_weights(kind, job.stage, experiment, log.warning if place.rank == 0 else log.debug)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from cluster.data.manifest import load_appropriateness, load_manifest, read_file
 from cluster.data.prepare import PrepareResult, RefusedClips, prepare
 from cluster.data.reader import Reader
 from cluster.storage import Store, open_store
+from reactdiff.data.appropriateness import MATRIX
 from reactdiff.data.react2024 import Tree
 from reactdiff.data.synthetic import Simulation, write_tree
 
@@ -31,8 +33,8 @@ def root(simulated: Path, tmp_path: Path) -> Path:
     return shutil.copytree(simulated, tmp_path / "tree")
 
 
-def run(root: Path, store: Store, strict: bool = False, progress=lambda done, total: None) -> PrepareResult:
-    return prepare(Tree(root), store, clips_per_shard=2, strict=strict, progress=progress)
+def run(root: Path, store: Store, strict: bool = False, progress=lambda done, total: None, one_to_many: bool = False) -> PrepareResult:
+    return prepare(Tree(root), store, clips_per_shard=2, strict=strict, progress=progress, one_to_many=one_to_many)
 
 
 def keys(store: Store, split: str) -> list[str]:
@@ -121,6 +123,21 @@ def test_a_grown_tree_adds_shards_behind_the_old_ones(store: Store, root: Path) 
     assert grown.manifest.identity == first.hash != grown.manifest.hash
     assert load_manifest(store, first.hash) == first
     assert len(json.loads(read_file(store, grown.manifest.split("train").subjects))["a"]) == 8
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_who_reacts_appropriately_in_train_is_kept_where_it_is_asked_for_and_then_for_good(root: Path, tmp_path: Path) -> None:
+    plain, asked = open_store(str(tmp_path / "plain")), open_store(str(tmp_path / "asked"))
+    assert run(root, plain).manifest.splits["train"].appropriateness is None
+    manifest = run(root, asked, one_to_many=True).manifest
+    assert np.array_equal(load_appropriateness(asked, manifest, "train"), Tree(root).appropriateness("train"))
+    write_tree(replace(SIMULATION, clips={"train": 6, "val": 4}), root, workers=1)
+    grown = run(root, asked).manifest
+    assert load_appropriateness(asked, grown, "train").shape == (12, 12) and grown.hash != manifest.hash
+    (root / MATRIX).unlink()
+    np.save(root / "neighbour_emotion_val.npy", np.eye(8))
+    with pytest.raises(ValueError, match=r"does not say which reactions are appropriate in split train.*without --one-to-many"):
+        run(root, open_store(str(tmp_path / "another")), one_to_many=True)
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -36,6 +36,7 @@ from tests.tiny import tiny
         ("model.family=perfrdiff model.online=true model.width=500 model.heads=3", r"model\.width is 500.*multiple of 3"),
         ("model.family=perfrdiff model.online=true model.acoustic=[]", r"model\.acoustic is empty"),
         ("diffusion.autoguidance=2 diffusion.weak_progress=8", r"asked of a finished run.*jobs/evaluate\.py RUN diffusion\.autoguidance=2"),
+        ("diffusion.other_target=0.3", r"does not say which reactions are appropriate in split train: prepare it anew .*--one-to-many"),
         ("model.facial=[none]", r"names the stream 'none', but the dataset has no facial stream of that name"),
         ("model.init_from=[nobody]", "there is no run at"),
         ("model.init_from=[none.pth] model.multipliers=[1,2,4,8]", "there is no file"),

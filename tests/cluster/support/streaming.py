@@ -13,6 +13,7 @@ from fastcrc.crc32 import iscsi as crc32c
 
 from cluster.data.cache import Cache
 from cluster.data.manifest import Manifest, ShardTable, Split, StreamEntry, load_manifest, publish
+from cluster.data.others import Others
 from cluster.data.reader import Reader
 from cluster.data.shards import ShardInfo, members, read_index, shard_name, write_shard
 from cluster.data.stream import Batch, Share, Stream
@@ -113,12 +114,12 @@ def open_stream(
     read_ahead: int = 64 << 20,
     readers: int = 2,
     cache: Cache | None = None,
+    others: Others | None = None,
 ) -> Stream:
     """The stream of this share of a dataset's current state."""
     manifest = load_manifest(store)
-    return Stream(
-        Reader(store, manifest, "train", cache), stage_of(manifest), order or order_of(manifest, seed), share, seed, read_ahead, readers
-    )
+    reader, order = Reader(store, manifest, "train", cache), order or order_of(manifest, seed)
+    return Stream(reader, stage_of(manifest), order, share, seed, read_ahead, readers, others=others)
 
 
 def read_all(store: Store, share: Share, first_step: int = 0, **settings: Any) -> list[Batch]:
