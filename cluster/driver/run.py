@@ -24,6 +24,7 @@ from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.plan import assert_scorable
 from cluster.evaluation.validation import SPLIT as VALIDATION
 from cluster.evaluation.validation import ValidationClips
+from cluster.runs.averages import marks
 from cluster.runs.build_latents import build_latents
 from cluster.runs.environment import command, environment
 from cluster.runs.export import read_export, write_export, write_untrained
@@ -167,10 +168,13 @@ def check_run(experiment: Experiment, pinned: Pinned, steps: Sequence[str]) -> l
     """
     kinds = stages_over(Source(pinned.manifest.stream_specs, pinned.manifest.frames), experiment.model, experiment.diffusion)
     check_pretrained(experiment, pinned.manifest, pinned.store)
-    if experiment.diffusion.autoguidance != 1:
+    asked, end = experiment.diffusion, stage_end(experiment, "diffusion", pinned.manifest)
+    kept = marks(asked.ema_every, experiment.optim.batch["diffusion"], end) - {end}
+    if asked.weak_progress and asked.weak_progress not in kept:
         raise ConfigError(
-            "diffusion.autoguidance is asked of a finished run, which has an earlier export too: train without it, then python "
-            f"jobs/evaluate.py RUN diffusion.autoguidance={experiment.diffusion.autoguidance} diffusion.weak_progress=ITEMS"
+            f"diffusion.weak_progress is {asked.weak_progress}, where training keeps nothing that could guide; with diffusion.ema_every="
+            f"{asked.ema_every} it keeps {', '.join(map(str, sorted(kept))) or 'nothing'}. Or train without diffusion.autoguidance, and ask "
+            f"the finished run: python jobs/evaluate.py RUN diffusion.autoguidance={asked.autoguidance} diffusion.weak_progress=ITEMS"
         )
     if experiment.diffusion.other_target and pinned.manifest.split(experiment.data.split).appropriateness is None:
         raise ConfigError(

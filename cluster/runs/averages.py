@@ -13,6 +13,11 @@ WORST = 0.2
 """Misfit from which on a mixture is not given out as the average that was asked for."""
 
 
+def marks(every: int, batch: int, progress: int) -> set[int]:
+    """The progress of each checkpoint that a stage keeps for averages, until it ends at this progress."""
+    return {min(-(-mark // batch) * batch, progress) for mark in range(every, progress + 1, every)} if every else set()
+
+
 def averaged_weights(store: Store, experiment: Experiment, found: Checkpoint, length: float) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint as an average of this relative length, in the model's shapes, and its buffers.
 
@@ -32,7 +37,7 @@ def averaged_weights(store: Store, experiment: Experiment, found: Checkpoint, le
     every, batch = experiment.ema_every(found.stage), experiment.optim.batch[found.stage]
     if not every:
         raise ValueError(f"{store.url} keeps no averages of stage {found.stage} for other lengths: diffusion.ema_every of the run is 0")
-    wanted = {min(-(-mark // batch) * batch, found.progress) for mark in range(every, found.progress + 1, every)} - {found.progress}
+    wanted = marks(every, batch, found.progress) - {found.progress}
     there = [*_at(store, found.stage, wanted), found]
     basis = [(one, kept) for one in there for kept in LENGTHS]
     mixed = mixture([Profile(one.steps, kept) for one, kept in basis], Profile(found.steps, length))

@@ -204,6 +204,16 @@ def _exported(store: Store, name: str) -> list[int]:
     return [int(key.rsplit("/", 1)[-1].removesuffix(".json")) for key in keys]
 
 
+def export_earlier(store: Store, experiment: Experiment, export: Export) -> None:
+    """Export the stage as it was where `diffusion.weak_progress` asks for it, if training has kept a checkpoint there and no export."""
+    progress = Diffusion.model_validate(export.diffusion).weak_progress
+    if not progress or progress in _exported(store, export.stage):
+        return
+    if found := next((c for c in _manifests(store, export.stage) if (c.progress, c.dataset) == (progress, export.dataset)), None):
+        data = _averages(store, experiment, found, 0)
+        _write(store, replace(export, progress=progress, hash=content_hash(data)), data)
+
+
 def weaker_export(store: Store, export: Export) -> Export | None:
     """The earlier export that `diffusion.autoguidance` asks for, if it does.
 
@@ -219,7 +229,8 @@ def weaker_export(store: Store, export: Export) -> Export | None:
     known = ", ".join(str(one.progress) for one in there if one.dataset == export.dataset) or "none"
     raise NotFound(
         f"diffusion.weak_progress is {progress}, but {store.url}/exports/{export.stage} has no such earlier export of these latents; "
-        f"earlier ones are: {known}. A stage leaves one where it ends: train with a smaller optim.epochs first, then with the full one"
+        f"earlier ones are: {known}. A stage leaves one where it ends: train with a smaller optim.epochs first, then with the full one; "
+        "or with diffusion.ema_every, each of whose marks can be asked for"
     )
 
 

@@ -10,7 +10,7 @@ from cluster.config.loading import ConfigError, build, changed
 from cluster.config.paths import absolute
 from cluster.config.schema import Experiment
 from cluster.data.manifest import CURRENT, Manifest, load_manifest
-from cluster.runs.export import Export, load_reactor, newest_export, weaker_export, with_length
+from cluster.runs.export import Export, export_earlier, load_reactor, newest_export, weaker_export, with_length
 from cluster.runs.latents import LatentDataset
 from cluster.runs.state import read_state
 from cluster.storage import NotFound, Store, open_store
@@ -76,6 +76,7 @@ class SavedRun:
         asked = replace(export, diffusion=export.diffusion | self.sampling)
         if "ema_length" in self.sampling:
             asked = with_length(self.store, self.experiment, asked, self.sampling["ema_length"])
+        export_earlier(self.store, self.experiment, asked)
         weaker_export(self.store, asked)
         return asked
 

@@ -24,7 +24,7 @@ from cluster.evaluation.plan import plan_evaluation
 from cluster.evaluation.rows import CUT, MODEL, UNTRAINED, WRONG, chunk_of, rows_of
 from cluster.runs.saved import SavedRun, open_run
 from cluster.studies.comparison_table import TableRow
-from cluster.studies.kept_scores import ClipScores, RunScores, read_scores, scores_key, write_scores
+from cluster.studies.kept_scores import ClipScores, RunScores, read_all_scores, scores_key, write_scores
 from cluster.telemetry.display import Display
 from reactdiff.config import ENCODING, STAGES
 from reactdiff.stage import flops_per_item, stages_of
@@ -95,13 +95,13 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display, 
         comparison: its file.
         overrides: `key=value` texts for every run.
         display: that is told how it goes.
-        kept: file of scores.
+        kept: file of this comparison's scores; those in other files of its folder are taken up, too.
         keep: write the scores of all runs there.
 
     Returns:
         The lines of its table, by name.
     """
-    every, there = comparison_runs(comparison, overrides), read_scores(kept)
+    every, there = comparison_runs(comparison, overrides), read_all_scores(kept.parent)
     keys = {run.experiment.run.name: scores_key(run.experiment, pin(run.experiment, comparison.name).manifest.hash) for run in every}
     lent = {run.experiment.run.autoencoder for run in every if keys[run.experiment.run.name] not in there}
     found, names = {}, {}
@@ -109,7 +109,7 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display, 
     for number, run in enumerate(every):
         experiment, seed = run.experiment, run.experiment.seed
         key = keys[experiment.run.name]
-        where = f"; its scores are in {kept}" if key in there else ""
+        where = f"; its scores are in {kept.parent}" if key in there else ""
         display.say(f"{number + 1} of {len(every)}: {run.row}, seed {seed}, run {experiment.run.name}{where}")
         if key not in there or experiment.run.name in lent:
             execute(experiment, pin(experiment, comparison.name), STEPS if key not in there else STEPS[:1], display)

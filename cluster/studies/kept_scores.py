@@ -95,6 +95,15 @@ def read_scores(file: Path) -> dict[str, RunScores]:
         raise ValueError(f"{file} holds no scores ({error!r}): restore it, or delete it and train its runs again") from None
 
 
+def read_all_scores(folder: Path) -> dict[str, RunScores]:
+    """Key -> scores of each run in all files of a folder: what a run scored does not depend on what it is compared with.
+
+    Raises:
+        ValueError: as `read_scores`.
+    """
+    return {key: scores for file in sorted(folder.glob("*.json")) for key, scores in read_scores(file).items()}
+
+
 def write_scores(file: Path, runs: Mapping[str, RunScores], names: Mapping[str, str]) -> None:
     """Write a file of runs by key, with a name of each for people. Rows that are equal, as an oracle's under every seed, are kept once."""
     values: dict[str, list[list[float | None]]] = {}
