@@ -173,8 +173,8 @@ def check_run(experiment: Experiment, pinned: Pinned, steps: Sequence[str]) -> l
     if asked.weak_progress and asked.weak_progress not in kept:
         raise ConfigError(
             f"diffusion.weak_progress is {asked.weak_progress}, where training keeps nothing that could guide; with diffusion.ema_every="
-            f"{asked.ema_every} it keeps {', '.join(map(str, sorted(kept))) or 'nothing'}. Or train without diffusion.autoguidance, and ask "
-            f"the finished run: python jobs/evaluate.py RUN diffusion.autoguidance={asked.autoguidance} diffusion.weak_progress=ITEMS"
+            f"{asked.ema_every} it keeps {', '.join(map(str, sorted(kept))) or 'nothing'}. Or train without diffusion.autoguidance, and "
+            f"ask the finished run: python jobs/evaluate.py RUN diffusion.autoguidance={asked.autoguidance} diffusion.weak_progress=ITEMS"
         )
     if experiment.diffusion.other_target and pinned.manifest.split(experiment.data.split).appropriateness is None:
         raise ConfigError(
