@@ -316,7 +316,7 @@ def science(arguments: argparse.Namespace) -> int:
     """What models reach."""
     from cluster.data.demo import make_demo
     from cluster.storage import open_store
-    from cluster.studies.comparison import Comparison, compare
+    from cluster.studies.comparison import Comparison, compare, comparison_runs
     from cluster.studies.comparison_report import write_comparison_report
     from cluster.studies.comparison_table import markdown
 
@@ -326,7 +326,8 @@ def science(arguments: argparse.Namespace) -> int:
     kept = arguments.scores / f"{comparison.name}.json"
     experiment = anchored(comparison.load(arguments.overrides))
     with Display() as display:
-        make_demo(experiment.data.url, display)
+        for run in comparison_runs(comparison, arguments.overrides):
+            make_demo(run.experiment.data.url, display, one_to_many=run.experiment.diffusion.other_target > 0)
         rows = compare(comparison, arguments.overrides, display, kept, keep=arguments.write is not None)
     _say_table(markdown(rows), arguments.write, MARK)
     print(f"as a page: {write_comparison_report(open_store(experiment.run.store), comparison.name, rows)}")

@@ -61,7 +61,7 @@ def main() -> int:
         return 0
     with Display() as display:
         if arguments.config is None:
-            make_demo(experiment.data.url, display)
+            make_demo(experiment.data.url, display, one_to_many=experiment.diffusion.other_target > 0)
         scores = execute(experiment, pin(experiment, config.stem), steps, display, wait=not arguments.no_wait)
     if scores:
         print_table(scores)

@@ -12,8 +12,14 @@ from reactdiff.data.synthetic import Simulation, write_tree
 DYADS = Simulation(seed=0, frames=200, clips={"train": 400, "val": 24, "gate": 16, "test": 30})
 
 
-def make_demo(url: str, display: Display) -> None:
-    """Simulate the demo's tree and pack it into shards at this URL, unless the dataset is there."""
+def make_demo(url: str, display: Display, one_to_many: bool = False) -> None:
+    """Simulate the demo's tree and pack it into shards at this URL, unless the dataset is there.
+
+    Args:
+        url: of the dataset.
+        display: that is told how it goes.
+        one_to_many: as `prepare`.
+    """
     store = open_store(url)
     if store.exists(CURRENT):
         return
@@ -21,5 +27,6 @@ def make_demo(url: str, display: Display) -> None:
     display.say(f"the demo's dataset is not at {url} yet: simulating dyads in {tree}, then packing them into shards")
     write_tree(DYADS, tree, display.counter("simulate", "clips"))
     connect()
-    made = prepare(Tree(tree), store, clips_per_shard=16, strict=True, progress=display.counter("prepare", "clips"))
+    progress = display.counter("prepare", "clips")
+    made = prepare(Tree(tree), store, clips_per_shard=16, strict=True, progress=progress, one_to_many=one_to_many)
     display.end(f"dataset {made.manifest.hash} at {url}")
