@@ -13,6 +13,7 @@ python jobs/bench.py startup                                        to the first
 python jobs/bench.py metrics                                        a pair of reactions, against the challenges' way
 python jobs/bench.py metrics --full                                 and as many as the test set has, on all cores
 python jobs/bench.py sweep                                          halving, against the full grid: two hours, and it resumes
+python jobs/bench.py lags offline=NAME online=NAME                  which moments of the speaker runs react to
 python jobs/bench.py oracles                                        what can be known of the demo's test clips: minutes
 python jobs/bench.py science                                        the table of docs/science.md: hours on two cores, and it resumes
 """
@@ -28,11 +29,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Column, Table
 
 from cluster import cli
 from cluster.config.loading import load
 from cluster.config.paths import anchored
-from cluster.config.schema import Experiment
+from cluster.config.schema import Experiment, Run
 from cluster.studies.marked_page import assert_marked, put_between
 from cluster.telemetry.display import Display
 from reactdiff.clip import FRAME_RATE, WINDOW
@@ -90,6 +92,13 @@ def main() -> int:
     verb.add_argument("--resamples", type=cli.positive, default=10, help="of val's clips (default: 10)")
     what = "folder of the runs, which are kept, and taken up again (default: work/bench-sweep)"
     verb.add_argument("--work", type=Path, default=Path("work/bench-sweep"), metavar="FOLDER", help=what)
+    what = "which moments of the speaker finished runs react to, by how long ago they were: a table and a picture"
+    verb = verbs.add_parser("lags", help=what, description=what)
+    verb.add_argument("runs", nargs="+", metavar="NAME=RUN", help="what the line is called, and the run: its name, folder or URL")
+    verb.add_argument("--clips", type=cli.positive, default=20, metavar="N", help="of the split it is scored on (default: 20)")
+    verb.add_argument("--store", default=Run().store, metavar="URL", help="where a run's mere name is looked up (default: %(default)s)")
+    verb.add_argument("--out", type=Path, default=Path("work/lags.png"), metavar="FILE.png", help="picture (default: work/lags.png)")
+    verb.set_defaults(function=lags)
     what = "what can be known of the demo's test clips: every oracle, without training, in minutes"
     verb = verbs.add_parser("oracles", help=what, description=what)
     verb.add_argument("--write", type=Path, metavar="FILE.md", help="put the table between the <!-- oracles --> marks of this file")
@@ -331,6 +340,32 @@ def science(arguments: argparse.Namespace) -> int:
         rows = compare(comparison, arguments.overrides, display, kept, keep=arguments.write is not None)
     _say_table(markdown(rows), arguments.write, MARK)
     print(f"as a page: {write_comparison_report(open_store(experiment.run.store), comparison.name, rows)}")
+    return 0
+
+
+def lags(arguments: argparse.Namespace) -> int:
+    """When reactions change after a moment of the speaker was replaced."""
+    from cluster.runs.saved import open_run
+    from cluster.studies.lags import lag_profile
+    from reactdiff.data.synthetic.dyad import LONGEST_DELAY, SHORTEST_DELAY, USUAL_DELAY
+    from reactdiff.influence import PIECE
+    from reactdiff.plot import lags_png
+
+    found = {}
+    with Display() as display:
+        for named in arguments.runs:
+            name, equals, run = named.partition("=")
+            if not equals:
+                raise ValueError(f"{named!r} should be NAME=RUN, for example offline=demo-1a2b3c4d")
+            found[name] = lag_profile(open_run(run, arguments.store), arguments.clips, display.counter(name, "clips"))
+    table = Table("run", *(Column(f"{PIECE * lag / FRAME_RATE:.1f} s", justify="right") for lag in range(-1, 11)))
+    for name, profile in found.items():
+        now = len(profile) // 2
+        table.add_row(name, *(f"{value / profile.max():.2f}" for value in profile[now - 1 : now + 11]))
+    Console().print(table)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_bytes(lags_png(found, PIECE, (SHORTEST_DELAY, USUAL_DELAY, LONGEST_DELAY)))
+    print(f"as a picture: {arguments.out}")
     return 0
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reactdiff.clip import windows_of
+from reactdiff.clip import TARGETS, windows_of
 from reactdiff.data.keyed import normal
 from reactdiff.diffusion.noise import generation_noise
 from reactdiff.model.codec import Codec
@@ -25,6 +25,12 @@ class Reactor:
 
     codec: Codec
     diffusion: LatentDiffusion | None
+
+    @property
+    def hears(self) -> tuple[str, ...]:
+        """What is read of a speaker; where attributes are denoised themselves, the codec's other inputs are the listener's."""
+        direct = self.diffusion is not None and self.diffusion.direct
+        return tuple(name for name in self.codec.inputs if not (direct and name in TARGETS))
 
     def react(self, speakers: np.ndarray, items: list[Item], count: int, seed: int) -> dict[str, np.ndarray]:
         """Several reactions to each speaker; which ones depends on (seed, clip, direction, k) alone.

@@ -38,7 +38,7 @@ class Listener:
         self._reactor, self._diffusion = reactor, reactor.diffusion
         self._item, self._count, self._seed = item, count, seed
         self.chunk = self._diffusion.chunk
-        self.hears = tuple(name for name in reactor.codec.inputs if not (self._diffusion.direct and name in TARGETS))
+        self.hears = reactor.hears
         self._now = Conversation()
         self._streams: dict[str, np.ndarray] = {}
         self._waiting = 0

@@ -1,6 +1,7 @@
 """Pictures of reactions (what the speaker shows, what the real listener did, what was generated) and of noise schedules."""
 
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,31 @@ def _curves(panel: Axes, name: str, listener: np.ndarray, reactions: np.ndarray)
 
 def _seconds(attributes: np.ndarray) -> np.ndarray:
     return np.arange(len(attributes)) / FRAME_RATE
+
+
+def lags_png(profiles: Mapping[str, np.ndarray], piece: int, delays: tuple[float, float, float]) -> bytes:
+    """A PNG of what `by_lag` found, a line for each model, each as a share of its own largest change.
+
+    Args:
+        profiles: name -> (2 pieces - 1,).
+        piece: frames of a lag.
+        delays: in seconds, the shortest, the commonest and the longest after which a real listener's reaction begins.
+    """
+    figure = Figure(figsize=(7.4, 3.2), layout="constrained")
+    panel = figure.subplots()
+    shortest, usual, longest = delays
+    panel.axvspan(shortest, longest, color="#eeeeee", label="where real reactions begin")
+    panel.axvline(usual, color=PALE, linewidth=1, linestyle=":", label="most of them")
+    for (name, profile), colour in zip(profiles.items(), ("#000000", *COLOURS[1:3], *COLOURS[5:]), strict=False):
+        lags = (np.arange(len(profile)) - len(profile) // 2) * piece / FRAME_RATE
+        panel.plot(lags, profile / profile.max(), color=colour, linewidth=1.4, label=name)
+    panel.set_xlim(-1, 4)
+    panel.set_ylim(0, 1.05)
+    panel.set_xlabel("seconds after a moment of the speaker that was replaced")
+    panel.set_ylabel("change of the reaction")
+    panel.legend(frameon=False, fontsize=9)
+    _quiet(panel)
+    return _png(figure)
 
 
 def _png(figure: Figure, dpi: int = 130) -> bytes:
