@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reactdiff.clip import TARGETS, WINDOW
+from reactdiff.clip import WINDOW
 from reactdiff.diffusion.noise import window_noise
 from reactdiff.generate import Item, Reactor
 from reactdiff.model.latent_diffusion import Conversation
