@@ -94,6 +94,13 @@ class Workers(Branch):
         kind="placement",
     )
 
+    offload: Literal["none", "optimizer", "all"] = field(
+        "none",
+        "What waits in host memory beside a GPU: nothing; the optimiser's weights, moments, averages and sums of gradients, which are "
+        "then updated by the CPU; or each rank's part of the weights, too. Needs workers.zero=3.",
+        kind="placement",
+    )
+
     @property
     def least(self) -> int:
         """The least number of ranks that the run goes on with."""
@@ -106,6 +113,8 @@ class Workers(Branch):
 
     @model_validator(mode="after")
     def _counted(self) -> "Workers":
+        if self.offload != "none" and self.zero != 3:
+            raise ValueError(f"workers.offload is {self.offload} and workers.zero {self.zero}: set workers.zero=3, or workers.offload=none")
         if not 1 <= self.least <= self.most:
             raise ValueError(f"workers.count is {self.count}, but ranks are counted from 1, and LEAST is not above MOST: 8, or [1, 8]")
         if self.compile and self.zero == 3:

@@ -14,7 +14,7 @@ from cluster.driver.pin import Pinned, stage_end
 from cluster.driver.ray_train import gang_of
 from cluster.runtime.placement import Gang
 from cluster.training.engine import engine_settings, micro_batches
-from cluster.training.memory import memory_per_rank
+from cluster.training.memory import memory_per_rank, offloaded_per_rank
 from cluster.training.rehearsal import beside_steps, rehearse
 from reactdiff.clip import windows_of
 from reactdiff.model.shapes import parameters_by_module
@@ -22,15 +22,18 @@ from reactdiff.stage import Source, Stage, flops_per_item, shapes, stages_over, 
 
 
 def gang_with_memory(experiment: Experiment, stage: str, kind: Stage) -> Gang:
-    """The ranks of a stage, with the memory that each has to have on its machine; on GPUs it is another one, which nobody asks for here."""
+    """The ranks of a stage, with the memory that each has to have on its machine: on GPUs, for what is offloaded alone."""
     gang, workers = gang_of(experiment.workers), experiment.workers
-    if workers.gpu:
+    if workers.gpu and workers.offload == "none":
         return gang
     with torch.device("meta"):
         parameters = sum(p.numel() for p in kind.module().parameters())
 
     def memory(ranks: int) -> int:
-        return sum(memory_per_rank(parameters, engine_settings(experiment, stage, ranks), ranks).values())
+        settings = engine_settings(experiment, stage, ranks)
+        if workers.gpu:
+            return offloaded_per_rank(parameters, settings, ranks)
+        return sum(memory_per_rank(parameters, settings, ranks).values())
 
     return replace(gang, memory=memory)
 
@@ -116,9 +119,12 @@ def _most_memory(experiment: Experiment, name: str, kind: Stage, ranks: int) -> 
         parameters = sum(p.numel() for p in kind.module().parameters())
     batch_bytes = share * sum(tensor.nbytes for tensor in stored_batch(kind, 1, "meta").values())
     beside = beside_steps(parameters, len(settings.kinds), ranks, batch_bytes, int(1e6 * experiment.data.read_ahead))
+    offloaded = offloaded_per_rank(parameters, settings, ranks)
+    if gpu and offloaded:
+        beside["offloaded"] = offloaded
     said, zero = " + ".join(f"{size / 1e9:.2f} {what}" for what, size in beside.items()), f"ZeRO-{settings.zero}"
     if gpu:
-        yield f"most GPU memory / rank ({zero})", f"{held.living / 1e9:.2f} GB of tensors"
+        yield f"most GPU memory / rank ({zero})", f"{(held.living - offloaded) / 1e9:.2f} GB of tensors"
         yield "most host memory / rank", f"{sum(beside.values()) / 1e9:.2f} GB = {said}"
     else:
         whole = held.resident + sum(beside.values())

@@ -75,7 +75,7 @@ def squared_norm(gradients: Sequence[torch.Tensor], device: torch.device) -> tor
     parts = [gradient for gradient in gradients if gradient.numel()]
     if not parts:
         return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(torch._foreach_norm(parts, 2, torch.float32)).double().square().sum()
+    return torch.stack(torch._foreach_norm(parts, 2, torch.float32)).double().square().sum().to(device)
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,9 @@ class EngineSettings:
     recompute: bool
     compile_for: int
     """Items of the largest micro-batch, for which forward and backward are compiled; 0: they are not."""
+
+    offload: str
+    """What lies in host memory: "none", "optimizer" or "all"."""
 
     lengths: tuple[float, ...]
     """Relative lengths of averages that are kept beside that of `ema`."""
@@ -112,7 +115,7 @@ def engine_settings(experiment: Experiment, stage: str, ranks: int) -> EngineSet
     whole_share = -(-optim.batch[stage] // workers.most) if workers.least < workers.most else 0
     parts = micro_batches(optim.batch[stage], ranks, workers.micro_batch or whole_share)
     return EngineSettings(
-        zero=zero_stage(workers.zero, optim.precision, ranks),
+        zero=zero_stage(workers.zero, optim.precision, ranks, workers.offload),
         precision=optim.precision,
         micro_batches=parts,
         betas=optim.betas,
@@ -121,13 +124,14 @@ def engine_settings(experiment: Experiment, stage: str, ranks: int) -> EngineSet
         ema=optim.ema[stage],
         recompute=workers.recompute,
         compile_for=-(-optim.batch[stage] // (ranks * parts)) if workers.compile else 0,
+        offload=workers.offload,
         lengths=LENGTHS if experiment.ema_every(stage) else (),
     )
 
 
-def zero_stage(asked: int, precision: str, ranks: int) -> int:
+def zero_stage(asked: int, precision: str, ranks: int, offload: str = "none") -> int:
     """The ZeRO stage that is used: one rank has nobody to divide anything with, and weights that are not bf16 are their own masters."""
-    return 0 if ranks == 1 and precision != "bf16" else asked
+    return 0 if ranks == 1 and precision != "bf16" and offload == "none" else asked
 
 
 def micro_batches(batch: int, ranks: int, largest: int) -> int:
@@ -238,6 +242,8 @@ class Engine:
         if self.settings.zero == 0:  # every rank holds everything
             gradients = [p.grad for p in self.stage.parameters() if p.requires_grad][self._rank :: self._ranks]
             return squared_norm([gradient for gradient in gradients if gradient is not None], self.device)
+        if self.settings.offload != "none":
+            return squared_norm([flat.grad for flat in self._engine.optimizer.fp32_partitioned_groups_flat], self.device)
         if self.settings.zero == 3:  # all of it in one buffer, whose padding is 0
             return squared_norm(self._engine.optimizer.grad_partitions_flat_buffer.split(ALIGNED * ALIGNED), self.device)
         averaged = self._engine.optimizer.averaged_gradients.values()
@@ -255,6 +261,8 @@ class Engine:
             square: of the norm of its gradient, summed over the ranks; a scalar on the device.
         """
         inner, norm = _inner(self._engine), square.sqrt()
+        if self.settings.offload != "none":
+            loss, norm = loss.cpu(), norm.cpu()  # the CPU updates, and waits for them
         for group in inner.param_groups:
             group["lr"] = learning_rate
         inner.found_inf = (~finite(loss, norm)).float()
@@ -359,6 +367,10 @@ def _deepspeed_config(settings: EngineSettings, parameters: int, device: torch.d
         },
         "steps_per_print": 10**9,
     }
+    if settings.offload != "none":
+        host = {"device": "cpu", "pin_memory": device.type == "cuda"}
+        config["zero_force_ds_cpu_optimizer"] = False  # torch's has the mask, and needs no compiler
+        config["zero_optimization"] |= {"offload_optimizer": host} | ({"offload_param": host} if settings.offload == "all" else {})
     if settings.zero in (1, 2):
         config["zero_optimization"]["compute_grad_norm"] = False
     if settings.precision == "bf16":

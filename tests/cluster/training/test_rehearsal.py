@@ -25,7 +25,7 @@ from tests.memory import kilobytes
 
 SMALL = Model(facial=("au",), acoustic=("mfcc",), hidden=64, latent=16, channels=32, multipliers=(1, 1), condition=64)
 CLIPS = Source((StreamSpec("au", "facial", 15), StreamSpec("mfcc", "acoustic", 26)), 100)
-SETTINGS = EngineSettings(0, "fp32", 1, (0.9, 0.999), 5e-4, 0.0, 0.99, False, 0, ())
+SETTINGS = EngineSettings(0, "fp32", 1, (0.9, 0.999), 5e-4, 0.0, 0.99, False, 0, "none", ())
 
 
 @pytest.mark.starts  # DeepSpeed asks a compiler what it could compile
