@@ -48,7 +48,8 @@ TABLE = (
     Failure(
         "out_of_memory",
         False,
-        "lower workers.micro_batch, set workers.recompute=true, raise workers.zero or workers.count, or set workers.offload; all of them may change in a run",
+        "lower workers.micro_batch, set workers.recompute=true, raise workers.zero or workers.count, or set workers.offload; "
+        "all of them may change in a run",
         (MemoryError, "OutOfMemoryError"),
         says=(
             *("DefaultCPUAllocator: can't allocate memory", "[Errno 12] Cannot allocate memory"),

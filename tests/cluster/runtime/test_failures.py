@@ -112,7 +112,8 @@ PARAGRAPHS = {
     "data": "mend the file and give the same command again, or go on without: data.on_corrupt=quarantine",
     "non_finite": "look at the items named; lower optim.lr or set optim.clip, which makes another run",
     "out_of_memory": (
-        "lower workers.micro_batch, set workers.recompute=true, raise workers.zero or workers.count; all of them may change in a run"
+        "lower workers.micro_batch, set workers.recompute=true, raise workers.zero or workers.count, or set workers.offload; "
+        "all of them may change in a run"
     ),
     "refused": "correct the URL, or the credentials and their rights; then the same command",
     "storage": "see to the store; the same command goes on",
