@@ -1,6 +1,7 @@
 """Each alert fires where its cause happens in a real run, and none in a run that is well; the shipped rules, FACTOR times as fast."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from infra.dashboard import curves
 from infra.objectstore import ObjectStore
 from tests.cluster.data.test_stream_faults import copy
 from tests.cluster.support.damage import flip
@@ -45,6 +47,11 @@ class Watched:
         """Names of the alerts that fire now."""
         rows = self.server.get("query", query='ALERTS{alertstate="firing"}')["result"]
         return {row["metric"]["alertname"].removeprefix("Reactdiff") for row in rows}
+
+    def shown(self, query: str, begin: float) -> bool:
+        """Whether a panel with this query has shown anything since then."""
+        query = query.replace("$run", ".*").replace("$__rate_interval", "10s")
+        return bool(self.server.get("query_range", query=query, start=begin, end=time.time(), step=1)["result"])
 
     def fires(self, *names: str) -> None:
         """Wait until these have fired, whether they go on or not."""
@@ -89,10 +96,10 @@ def test_cost_restarts_failure_and_an_old_checkpoint(watched: Watched, shards: P
     never = ("run.checkpoint_every=1000000", "run.checkpoint_minutes=0")
     run = watched.start(shards, *never, "telemetry.prices={any: 3600}", "telemetry.budget=1", "run.retries=3")
     watched.fires("CostAboveBudget")
-    for time in range(1, 4):
+    for number in range(1, 4):
         run.rank(0).kill()
-        run.until_said("failed (lost)", time)
-        if time < 3:
+        run.until_said("failed (lost)", number)
+        if number < 3:
             run.until(lambda: run.trains(0))
     watched.fires("RestartsOften")
     watched.fires("CheckpointOld")
@@ -147,8 +154,9 @@ def test_a_store_that_fails(
 
 @slow
 @pytest.mark.alone  # ten seconds without a scrape are a silent driver here
-def test_a_run_that_is_well_sets_off_none_in_any_of_its_steps(shards: Path, tmp_path: Path) -> None:
-    done, seen = threading.Event(), set[str]()
+def test_a_run_that_is_well_sets_off_none_in_any_of_its_steps_and_every_panel_shows_it(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "with val", "train=20", "val=4", "test=8")
+    done, seen, begin = threading.Event(), set[str](), time.time()
 
     def look() -> None:
         while not done.wait(0.5):
@@ -158,9 +166,12 @@ def test_a_run_that_is_well_sets_off_none_in_any_of_its_steps(shards: Path, tmp_
         watching = threading.Thread(target=look)
         watching.start()
         try:
-            more = (f"telemetry.targets={watched.server.targets}", "run.name=one", "optim.epochs=20")
-            job("train", "--config", ROOT / "jobs/configs/demo.yaml", *settings(shards, tmp_path), *more)
+            told = (f"telemetry.targets={watched.server.targets}", "telemetry.prices={any: 1}", "telemetry.budget=100")
+            more = ("run.name=one", "optim.epochs=20", "evaluation.watch=1")
+            job("train", "--config", ROOT / "jobs/configs/demo.yaml", *settings(shards, tmp_path), *told, *more)
         finally:
             done.set()
             watching.join()
+        empty = {curve.title for curve in curves() if not watched.shown(curve.query, begin)}
     assert seen == set()
+    assert empty <= {"Alerts", "Failed", "Restarts a second", "Model FLOPs utilisation"}, "a CPU has no peak, and nothing went wrong"
