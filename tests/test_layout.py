@@ -33,7 +33,7 @@ MODULES = {
     "config": "identity loading paths schema spec",
     "storage": "base deadline folder hashing multipart parallel retry s3",
     "runtime": (
-        "after_import autoscaler device failures faults hosts jobs lookout machines nodes placement postmortem prices ray_cluster "
+        "after_import autoscaler device failures faults hosts jobs lookout machines nodes nvml placement postmortem prices ray_cluster "
         "remote_machine run_watch scratch stuck tasks"
     ),
     "telemetry": "books books_log display exporter meter metrics metrics_log monitor places receipt reminder repeating tensorboard",

@@ -73,6 +73,17 @@ METRICS = (
         "peak_flops", "gauge", "Peak operations per second of the rank's device.", "every rank", "flops", ("stage", "rank"), "Speed"
     ),
     MetricSpec("peak_memory_bytes", "gauge", "Peak device memory of the rank.", "every rank", "bytes", ("stage", "rank"), "Speed"),
+    MetricSpec("power_watts", "gauge", "Power that the rank's GPU draws.", "every rank", "watt", ("stage", "rank"), "GPUs"),
+    MetricSpec("temperature_celsius", "gauge", "Temperature of the rank's GPU.", "every rank", "celsius", ("stage", "rank"), "GPUs"),
+    MetricSpec(
+        "xid",
+        "gauge",
+        "The driver's number of the last error of the rank's GPU since it began; 0: none.",
+        "every rank",
+        "short",
+        ("stage", "rank"),
+        "GPUs",
+    ),
     MetricSpec("read_bytes", "counter", "Bytes the ranks read from storage.", "totals", "Bps", row="Storage", key="bytes"),
     MetricSpec(
         "store_faults",

@@ -33,6 +33,7 @@ from cluster.runs.logs import log_folder, rank_log
 from cluster.runs.retention import Retention
 from cluster.runs.state import Attempt, assert_newest_life, lookout_for_successor
 from cluster.runtime.device import peak_flops, peak_memory
+from cluster.runtime.nvml import card_gauges
 from cluster.storage import StorageError, Store
 from cluster.storage.retry import store_faults
 from cluster.telemetry.meter import Meter, Snapshot
@@ -117,7 +118,8 @@ def train(job: Job, place: Place, report: Callable[[Snapshot], Request | None]) 
     log_key = f"{log_folder(job.life, job.attempt)}/{job.stage}-rank-{place.rank}.log"
     begins = f"rank {place.rank} of {place.ranks} on {platform.node()}, process {os.getpid()}"
     # It reports until its log is written: a rank that falls silent is taken for one that hangs.
-    with reporting(meter, report, lambda: _write_stacks(job, place)) as inbox, rank_log(job.run, log_key, place.ranks, begins):
+    gauges = card_gauges(place.device)
+    with reporting(meter, report, lambda: _write_stacks(job, place), gauges) as inbox, rank_log(job.run, log_key, place.ranks, begins):
         try:
             training = _Training(job, place, meter, inbox)
             with closing(training.stream):

@@ -18,11 +18,17 @@ class Inbox:
 
 
 @contextmanager
-def reporting(meter: Meter, report: Callable[[Snapshot], Request | None], write_stacks: Callable[[], None]) -> Iterator[Inbox]:
-    """Hand over a snapshot about once a second and at the end; what is asked for comes back."""
+def reporting(
+    meter: Meter,
+    report: Callable[[Snapshot], Request | None],
+    write_stacks: Callable[[], None],
+    device_gauges: Callable[[], dict[str, float]] = dict,
+) -> Iterator[Inbox]:
+    """Hand over a snapshot about once a second and at the end, with what the device says of itself; what is asked for comes back."""
     inbox = Inbox()
 
     def tell() -> None:
+        meter.gauges.update(device_gauges())
         snapshot = meter.snapshot()
         snapshot["collective"] = in_collective()
         before, inbox.request = inbox.request, report(snapshot) or Request.NOTHING

@@ -177,6 +177,7 @@ def test_every_panel_of_the_dashboard_has_a_query_that_returns_data(server):
         exporter.money(1.0, 2.0)
         meters = group(1, clock)
         meters[0].gauges.update(val_progress_items=1.0, val_frcorr=0.5, val_frdist=2.0, quarantined_items=1)
+        meters[0].gauges.update(power_watts=400.0, temperature_celsius=60.0, xid=0.0)
         for done in range(40):
             exporter.tasks_done("latents", done)
             train(meters, exporter, clock, steps=1)

@@ -1,0 +1,46 @@
+"""What a GPU says of itself that torch does not: power, temperature, and its last error (XID), through NVIDIA's management library."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+
+def card_gauges(device: torch.device) -> Callable[[], dict[str, float]]:
+    """What reads the gauges of a device: `power_watts`, `temperature_celsius` and `xid`, those that it tells; none of a CPU.
+
+    XIDs are the driver's numbers of errors; the last one since this call counts, 0 if there was none.
+    """
+    if device.type != "cuda":
+        return dict
+    import pynvml as nvml
+
+    try:
+        nvml.nvmlInit()
+        card = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    except nvml.NVMLError:  # no library, or a part of a GPU
+        return dict
+    return _Card(nvml, card).read
+
+
+class _Card:
+    def __init__(self, nvml: Any, card: Any):
+        self._nvml, self._card, self._xid, self._errors = nvml, card, 0, None
+        with suppress(nvml.NVMLError):
+            errors = nvml.nvmlEventSetCreate()
+            nvml.nvmlDeviceRegisterEvents(card, nvml.nvmlEventTypeXidCriticalError, errors)
+            self._errors = errors
+
+    def read(self) -> dict[str, float]:
+        nvml, found = self._nvml, dict[str, float]()
+        with suppress(nvml.NVMLError):
+            found["power_watts"] = nvml.nvmlDeviceGetPowerUsage(self._card) / 1000
+        with suppress(nvml.NVMLError):
+            found["temperature_celsius"] = float(nvml.nvmlDeviceGetTemperature(self._card, nvml.NVML_TEMPERATURE_GPU))
+        if self._errors is not None:
+            with suppress(nvml.NVMLError):  # that no more errors wait is one, too
+                while True:
+                    self._xid = nvml.nvmlEventSetWait_v2(self._errors, 0).eventData
+            found["xid"] = float(self._xid)
+        return found
