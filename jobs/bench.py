@@ -84,6 +84,7 @@ def main() -> int:
         verbs, "science", science, CONFIGS / "science.yaml", "models, ablations and peers on equal data, against baselines and oracles"
     )
     verb.add_argument("--write", type=Path, metavar="FILE.md", help="put the table between the <!-- table --> marks of this file")
+    verb.add_argument("--picture", type=Path, metavar="FILE.png", help="draw agreement against variety, oracles as curves, models as points")
     what = "where scores are kept, by clip; a run that has them there is not trained, and --write puts all there (default: docs/science)"
     verb.add_argument("--scores", type=Path, default=SCORES, metavar="FOLDER", help=what)
     what = "12 trials with halving, against all of them to their end: items, time, and whether both name the same trial"
@@ -326,7 +327,7 @@ def science(arguments: argparse.Namespace) -> int:
     from cluster.data.demo import make_demo
     from cluster.storage import open_store
     from cluster.studies.comparison import Comparison, compare, comparison_runs
-    from cluster.studies.comparison_report import write_comparison_report
+    from cluster.studies.comparison_report import frontier_figure, write_comparison_report
     from cluster.studies.comparison_table import markdown
 
     comparison = Comparison.read(arguments.config)
@@ -339,6 +340,8 @@ def science(arguments: argparse.Namespace) -> int:
             make_demo(run.experiment.data.url, display, one_to_many=run.experiment.diffusion.other_target > 0)
         rows = compare(comparison, arguments.overrides, display, kept, keep=arguments.write is not None)
     _say_table(markdown(rows), arguments.write, MARK)
+    if arguments.picture:
+        frontier_figure(rows).savefig(arguments.picture, dpi=130)
     print(f"as a page: {write_comparison_report(open_store(experiment.run.store), comparison.name, rows)}")
     return 0
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._inductor.config
 from torch.profiler import ProfilerActivity, profile
 
 from cluster.bench.training import engine_step, random_batch
@@ -30,7 +31,7 @@ from cluster.runtime.device import peak_flops, peak_memory
 from cluster.storage import open_store
 from cluster.training.ahead import Ahead
 from cluster.training.engine import Engine, EngineSettings, engine_settings
-from cluster.training.memory import memory_per_rank
+from cluster.training.memory import OFFLOADED, memory_per_rank
 from reactdiff.clip import FRAME_RATE
 from reactdiff.data.keyed import normal
 from reactdiff.determinism import make_deterministic
@@ -201,6 +202,44 @@ def twice(card: Card) -> Found:
     return found
 
 
+def compiled(card: Card) -> Found:
+    """A step as it is, compiled (`workers.compile`), and compiled and replayed as CUDA graphs; bf16, ZeRO-1."""
+    found: Found = {}
+    for stage in card.kinds:
+        items = card.items(stage)
+        for name, compile_for, graphs in (("eager", 0, False), ("compiled", items, False), ("compiled, CUDA graphs", items, True)):
+            card.forget()
+            torch._dynamo.reset()
+            with torch._inductor.config.patch({"triton.cudagraphs": graphs}):
+                engine = card.engine(stage, zero=1, precision="bf16", compile_for=compile_for)
+                step, begin = card.step(engine, stage, items), time.perf_counter()
+                step()
+                card.wait()
+                first, seconds = time.perf_counter() - begin, card.seconds(step)
+                found[f"{stage}, {name}"] = {
+                    "ms a step": 1e3 * seconds,
+                    "first step, s": first,
+                    "peak memory, GB": peak_memory(card.device) / 1e9,
+                }
+                engine.end()
+                del engine, step
+    return found
+
+
+def offloaded(card: Card) -> Found:
+    """A step with nothing, the optimiser and all in host memory (`workers.offload`); bf16, ZeRO-3."""
+    found: Found = {}
+    for stage in card.kinds:
+        for offload in OFFLOADED:
+            card.forget()
+            engine = card.engine(stage, zero=3, precision="bf16", offload=offload)
+            seconds = card.seconds(card.step(engine, stage, card.items(stage)))
+            found[f"{stage}, {offload}"] = {"ms a step": 1e3 * seconds, "peak memory, GB": peak_memory(card.device) / 1e9}
+            engine.end()
+            del engine
+    return found
+
+
 def copies(card: Card) -> Found:
     """What a step pays for batches that come from host memory, copied a step ahead."""
     found: Found = {}
@@ -331,6 +370,8 @@ PARTS: Mapping[str, Callable[[Card], Found]] = {
     "checkpoint": checkpoint,
     "reactions": reactions,
     "profile": profiled,
+    "compiled": compiled,
+    "offload": offloaded,
 }
 """Name -> what measures it, in the order in which they are done."""
 
