@@ -84,7 +84,7 @@ def main() -> int:
         verbs, "science", science, CONFIGS / "science.yaml", "models, ablations and peers on equal data, against baselines and oracles"
     )
     verb.add_argument("--write", type=Path, metavar="FILE.md", help="put the table between the <!-- table --> marks of this file")
-    verb.add_argument("--picture", type=Path, metavar="FILE.png", help="draw agreement against variety, oracles as curves, models as points")
+    verb.add_argument("--picture", type=Path, metavar="FILE.png", help="draw agreement against variety, oracles as curves")
     what = "where scores are kept, by clip; a run that has them there is not trained, and --write puts all there (default: docs/science)"
     verb.add_argument("--scores", type=Path, default=SCORES, metavar="FOLDER", help=what)
     what = "12 trials with halving, against all of them to their end: items, time, and whether both name the same trial"
