@@ -45,7 +45,7 @@ from reactdiff.stage import LATENT, AutoencoderStage, DiffusionStage, Source, St
 
 CONFIGS = Path(__file__).parent / "configs"
 SERVER = Path(__file__).parent.parent / "infra" / "objectstore.py"
-MARK, ORACLES_MARK = "<!-- table -->", "<!-- oracles -->"
+MARK, PAIRS_MARK, ORACLES_MARK = "<!-- table -->", "<!-- pairs -->", "<!-- oracles -->"
 SCORES = Path(__file__).parent.parent / "docs" / "science"
 AUTHORS = Source(sample.AUTHORS, sample.AUTHORS_FRAMES)
 SIMULATED = Source(sample.SIMULATED, 200)
@@ -84,6 +84,8 @@ def main() -> int:
         verbs, "science", science, CONFIGS / "science.yaml", "models, ablations and peers on equal data, against baselines and oracles"
     )
     verb.add_argument("--write", type=Path, metavar="FILE.md", help="put the table between the <!-- table --> marks of this file")
+    what = "and how far every model is from this row, clip by clip; between the <!-- pairs --> marks of that file"
+    verb.add_argument("--against", action="append", default=[], metavar="ROW", help=what)
     verb.add_argument("--picture", type=Path, metavar="FILE.png", help="draw agreement against variety, oracles as curves")
     what = "where scores are kept, by clip; a run that has them there is not trained, and --write puts all there (default: docs/science)"
     verb.add_argument("--scores", type=Path, default=SCORES, metavar="FOLDER", help=what)
@@ -327,12 +329,17 @@ def science(arguments: argparse.Namespace) -> int:
     from cluster.data.demo import make_demo
     from cluster.storage import open_store
     from cluster.studies.comparison import Comparison, compare, comparison_runs
+    from cluster.studies.comparison_pairs import pairs_markdown
     from cluster.studies.comparison_report import frontier_figure, write_comparison_report
     from cluster.studies.comparison_table import markdown
 
     comparison = Comparison.read(arguments.config)
+    if missing := [name for name in arguments.against if name not in comparison.rows]:
+        raise ValueError(f"--against {missing[0]!r} is no row of {arguments.config}; they are {', '.join(comparison.rows)}")
     if arguments.write:
         assert_marked(arguments.write, MARK)
+        if arguments.against:
+            assert_marked(arguments.write, PAIRS_MARK)
     kept = arguments.scores / f"{comparison.name}.json"
     experiment = anchored(comparison.load(arguments.overrides))
     with Display() as display:
@@ -340,6 +347,8 @@ def science(arguments: argparse.Namespace) -> int:
             make_demo(run.experiment.data.url, display, one_to_many=run.experiment.diffusion.other_target > 0)
         rows = compare(comparison, arguments.overrides, display, kept, keep=arguments.write is not None)
     _say_table(markdown(rows), arguments.write, MARK)
+    if arguments.against:
+        _say_table(pairs_markdown(rows, arguments.against), arguments.write, PAIRS_MARK)
     if arguments.picture:
         frontier_figure(rows).savefig(arguments.picture, dpi=130)
     print(f"as a page: {write_comparison_report(open_store(experiment.run.store), comparison.name, rows)}")

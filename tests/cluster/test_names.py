@@ -33,9 +33,12 @@ ROWS = {
     "face only, also of the target": "889b7ebd a2a3f58d 0864d94b",
     "voice only, also of the target": "d6a5fb99 0344a612 a3bef837",
     "Trans-VAE": "1a097232 f9dd4596 186d7aba",
-    "BeLFusion, x0": "f7f022eb c9d3457f 4c8be885",
+    "BeLFusion, x0": "7e61269a 881ac459 b909f20d",
     "transformer, x0, online": "dceb4b99 8714732a 1696a147",
     "PerFRDiff, x0, online": "80053976 3a7a231d e58de908",
+    "recipe": "702e3dfa 465b7aaf d3e7062e",
+    "recipe, equal operations": "82050118 2b91292c aa081907",
+    "recipe, online": "b7be9ed2 a67c72dc 9fbdb92f",
 }
 """Row -> the ends of its runs' names, under seeds 0, 1 and 2."""
 
