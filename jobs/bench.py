@@ -343,13 +343,16 @@ def science(arguments: argparse.Namespace) -> int:
     kept = arguments.scores / f"{comparison.name}.json"
     experiment = anchored(comparison.load(arguments.overrides))
     with Display() as display:
-        for run in comparison_runs(comparison, arguments.overrides):
-            make_demo(run.experiment.data.url, display, one_to_many=run.experiment.diffusion.other_target > 0)
+        every = [run.experiment for run in comparison_runs(comparison, arguments.overrides)]
+        others = {one.data.url for one in every if one.diffusion.other_target}
+        for url in dict.fromkeys(one.data.url for one in every):
+            make_demo(url, display, one_to_many=url in others)
         rows = compare(comparison, arguments.overrides, display, kept, keep=arguments.write is not None)
     _say_table(markdown(rows), arguments.write, MARK)
     if arguments.against:
         _say_table(pairs_markdown(rows, arguments.against), arguments.write, PAIRS_MARK)
     if arguments.picture:
+        arguments.picture.parent.mkdir(parents=True, exist_ok=True)
         frontier_figure(rows).savefig(arguments.picture, dpi=130)
     print(f"as a page: {write_comparison_report(open_store(experiment.run.store), comparison.name, rows)}")
     return 0

@@ -6,7 +6,8 @@
   python jobs/checkpoint.py gc demo-1a2b3c4d                         what could go; --yes deletes it
 
 A run goes on from the checkpoint with the most progress that is whole and counts, and keeps those that its configuration asks for:
-run.keep (the last ones), run.keep_every (one in every so many items, for good), run.keep_best (by the score of evaluation.watch).
+run.keep (the last ones), run.keep_every (one in every so many items, for good), run.keep_best (by the score of evaluation.watch),
+diffusion.ema_every (for averages of any length).
 Training deletes the others by itself. What is left to gc is what was never deleted because a run was killed or its configuration has
 changed since: give that to jobs/train.py first, config.yaml in the run's folder is what counts here. A checkpoint that does not count
 was written by a driver or a rank that another one had replaced already.

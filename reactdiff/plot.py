@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -157,7 +158,7 @@ def lags_png(profiles: Mapping[str, np.ndarray], piece: int, delays: tuple[float
     shortest, usual, longest = delays
     panel.axvspan(shortest, longest, color="#eeeeee", label="where real reactions begin")
     panel.axvline(usual, color=PALE, linewidth=1, linestyle=":", label="most of them")
-    for (name, profile), colour in zip(profiles.items(), ("#000000", *COLOURS[1:3], *COLOURS[5:]), strict=False):
+    for (name, profile), colour in zip(profiles.items(), cycle(("#000000", *COLOURS[1:3], *COLOURS[5:])), strict=False):
         lags = (np.arange(len(profile)) - len(profile) // 2) * piece / FRAME_RATE
         panel.plot(lags, profile / profile.max(), color=colour, linewidth=1.4, label=name)
     panel.set_xlim(-1, 4)

@@ -208,8 +208,8 @@ def compiled(card: Card) -> Found:
     for stage in card.kinds:
         items = card.items(stage)
         for name, compile_for, graphs in (("eager", 0, False), ("compiled", items, False), ("compiled, CUDA graphs", items, True)):
-            card.forget()
             torch._dynamo.reset()
+            card.forget()
             with torch._inductor.config.patch({"triton.cudagraphs": graphs}):
                 engine = card.engine(stage, zero=1, precision="bf16", compile_for=compile_for)
                 step, begin = card.step(engine, stage, items), time.perf_counter()

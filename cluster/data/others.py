@@ -18,7 +18,7 @@ class Others:
     """Whose target an item has.
 
     Args:
-        matrix: (2n, 2n) which reactions are appropriate for which speakers, row clip + n * direction.
+        matrix: (2n, 2n) bool, which reactions are appropriate for which speakers, row clip + n * direction.
         seed: of the experiment.
         probability: that an item has another one's target, if there is any for it.
         names: what of an item is its target, as its batch names it.
@@ -27,12 +27,11 @@ class Others:
 
     def __init__(self, matrix: np.ndarray, seed: int, probability: float, names: Collection[str], left_out: Collection[int] = ()):
         self.names, self._seed, self._probability, self._clips = names, seed, probability, len(matrix) // 2
-        others = matrix.astype(bool)
-        np.fill_diagonal(others, False)
-        for clip in left_out:
-            others[:, [clip, clip + self._clips]] = False
-        rows, self._columns = np.nonzero(others)
-        self._begin = np.searchsorted(rows, np.arange(len(matrix) + 1))
+        taken = np.ones(len(matrix), dtype=bool)
+        taken[[row for clip in left_out for row in (clip, clip + self._clips)]] = False
+        each = [np.flatnonzero(matrix[row] & taken).astype(np.int32) for row in range(len(matrix))]
+        each = [others[others != row] for row, others in enumerate(each)]
+        self._begin, self._columns = np.cumsum([0, *map(len, each)]), np.concatenate(each)
 
     def of(self, items: np.ndarray, positions: Sequence[int]) -> np.ndarray:
         """The items (2 * clip + direction) whose targets these items have at these positions, (n,) each."""

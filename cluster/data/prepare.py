@@ -93,7 +93,7 @@ def prepare(
     if one_to_many and matrices.get(TRAIN) is None:
         raise ValueError(
             f"the tree does not say which reactions are appropriate in split {TRAIN}: put the official appropriateness matrix there "
-            "(docs/data.md has the names), or prepare another dataset without --one-to-many"
+            "(docs/data.md has the names), or prepare a new dataset without --one-to-many"
         )
     work.compare()
     plans = work.plan(clips_per_shard)

@@ -51,7 +51,8 @@ class Batch:
             again once nothing refers to them.
         checksums: of each item, the sum of the CRC32C of all member bytes it consists of; 0 of a quarantined one.
         bytes: read for it, and for later steps along with it.
-        corrupt: items of it whose bytes are damaged.
+        corrupt: items whose bytes are damaged: of it, or of those whose targets it has.
+        targets: the item whose target each has; its own, but for `Others`.
     """
 
     step: int
@@ -61,6 +62,7 @@ class Batch:
     checksums: np.ndarray
     bytes: int
     corrupt: tuple[BadItem, ...] = ()
+    targets: tuple[int, ...] = ()
 
     @property
     def ledger(self) -> int:
@@ -132,10 +134,10 @@ class _Step:
 
 
 class _ReadAhead:
-    """Steps that are read together: their items, and tensors with a row for each."""
+    """Steps that are read together: their items, whose targets these have, and tensors with a row for each."""
 
-    def __init__(self, steps: list[_Step], items: np.ndarray, tensors: dict[str, torch.Tensor]):
-        self.steps, self.items, self.tensors = steps, items, tensors
+    def __init__(self, steps: list[_Step], items: np.ndarray, targets: np.ndarray, tensors: dict[str, torch.Tensor]):
+        self.steps, self.items, self.targets, self.tensors = steps, items, targets, tensors
         self.step_of = [step for step in steps for _ in step.positions]
         self.checksums = np.zeros(len(items), dtype=np.int64)
         self.corrupt: dict[int, BadItem] = {}
@@ -175,7 +177,8 @@ class Stream:
         sides = [stage.reads(side) for side in (0, 1)]
         self._kinds = {name: reader.array(source) for name, source in sides[0].items()}
         self._members = np.array([[reader.member(side[name]) for name in self._kinds] for side in sides], dtype=np.int64)
-        self._own = [name for name in self._kinds if others is None or name not in others.names]
+        self._borrowed = [name for name in self._kinds if others is not None and name in others.names]
+        self._own = [name for name in self._kinds if name not in self._borrowed]
         self._draws = bool(stage.draw(seed, 0))
         item_bytes = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in self._kinds.values())
         rows = -(-share.batch // share.ranks)
@@ -208,7 +211,12 @@ class Stream:
     def mask(self, batch: Batch) -> None:
         """Let what is in the quarantine by now count nothing in a batch, in place; so it is in what is handed out from here on."""
         assert self._quarantine is not None
-        self._blank(batch, (row for row, at in enumerate(batch.positions) if self._quarantine.holds(batch.items[row], at)))
+        self._blank(batch, (row for row, at in enumerate(batch.positions) if self._left_out(batch.items[row], batch.targets[row], at)))
+
+    def _left_out(self, item: int, target: int, position: int) -> bool:
+        """Whether an item counts nothing there: an item with another's target does where that one does not, and is not lost for it."""
+        assert self._quarantine is not None
+        return self._quarantine.holds(item, position) or self._quarantine.holds(target, position)
 
     def close(self) -> None:
         """Stop the readers; one that waits before a retry gives up."""
@@ -220,31 +228,32 @@ class Stream:
         """Plan the reads of these steps and begin with them."""
         window = self._new_window(range(first, self._end(first, count)))
         self._draw_ahead(window.steps[: 1 + DRAW_AHEAD])
-        rows, positions = np.arange(len(window.items)), [position for step in window.steps for position in step.positions]
+        rows = np.arange(len(window.items))
         if self._quarantine:
-            bad = [self._quarantine.holds(item, position) for item, position in zip(window.items.tolist(), positions, strict=True)]
-            rows = rows[~np.array(bad, dtype=bool)]
+            positions = (position for step in window.steps for position in step.positions)
+            both = zip(window.items.tolist(), window.targets.tolist(), positions, strict=True)
+            rows = rows[~np.array([self._left_out(*of_row) for of_row in both], dtype=bool)]
         if not len(rows):
             return window
-        plans = [self._read_plan(window, window.items[rows], rows, self._own)]
-        if self._others:
-            donors = self._others.of(window.items[rows], [positions[row] for row in rows.tolist()])
-            plans.append(self._read_plan(window, donors, rows, [name for name in self._kinds if name in self._others.names]))
+        own = window.items[rows] == window.targets[rows]
+        parts = ((rows[own], list(self._kinds), False), (rows[~own], self._own, False), (rows[~own], self._borrowed, True))
+        plans = [self._read_plan(window, some, names, borrowed) for some, names, borrowed in parts if len(some)]
         for row in rows.tolist():
             window.step_of[row].pending += len(self._kinds)
-        ranges = [(min(plan.row[span.first : span.last]), span, plan) for plan in plans for span in self._reader.ranges(plan)]
-        for row, span, plan in sorted(ranges, key=itemgetter(0, 1)):  # in the order in which they will be needed
-            self._pool.submit(self._fetch, window, plan, span, window.step_of[row])
+        ranges = [(min(plan.row[span.first : span.last]), span, plan, of) for plan, of in plans for span in self._reader.ranges(plan)]
+        for row, span, plan, of in sorted(ranges, key=itemgetter(0, 1)):  # in the order in which they will be needed
+            self._pool.submit(self._fetch, window, plan, span, window.step_of[row], of)
         return window
 
-    def _read_plan(self, window: _ReadAhead, items: np.ndarray, rows: np.ndarray, names: list[str]) -> ReadPlan:
-        """Where these arrays of these items are, and that they go to these rows of a window."""
-        clips, sides = np.divmod(items, 2)
+    def _read_plan(self, window: _ReadAhead, rows: np.ndarray, names: list[str], borrowed: bool) -> tuple[ReadPlan, np.ndarray]:
+        """Where these arrays of these rows are, which may be borrowed; and the item that each row of the window takes them from."""
+        of = window.targets if borrowed else window.items
+        clips, sides = np.divmod(of[rows], 2)
         columns = [place for place, name in enumerate(self._kinds) if name in names]
         places = [window.tensors[name].numpy() for name in names]
         plan = self._reader.plan(clips, self._members[sides][:, columns], places, rows, self._indices.map)
         np.add.at(window.checksums, plan.row, plan.crc)
-        return plan
+        return plan, of
 
     def _end(self, first: int, count: int) -> int:
         """Where a window of at most so many steps ends: before a group that it has no room for, whose blocks would be read in pieces."""
@@ -259,15 +268,17 @@ class Stream:
         shares = [self._share.positions(number) for number in numbers]
         ends = list(accumulate((len(share) for share in shares), initial=0))
         steps = [_Step(*step) for step in zip(numbers, shares, (slice(*pair) for pair in pairwise(ends)), strict=True)]
-        items = self._order.at(np.concatenate([np.arange(share.start, share.stop) for share in shares] or [np.empty(0, np.int64)]))
-        return _ReadAhead(steps, items, {name: self._memory.take(len(items), *kind) for name, kind in self._kinds.items()})
+        positions = np.concatenate([np.arange(share.start, share.stop) for share in shares] or [np.empty(0, np.int64)])
+        items = self._order.at(positions)
+        targets = self._others.of(items, positions.tolist()) if self._others else items
+        return _ReadAhead(steps, items, targets, {name: self._memory.take(len(items), *kind) for name, kind in self._kinds.items()})
 
     def _wanted_again(self, step: int) -> bool:
         """Whether there is another epoch after the one a step is in."""
         return (step * self._share.batch // self._order.items + 1) * self._order.items < self._share.total
 
-    def _fetch(self, window: _ReadAhead, plan: ReadPlan, span: Range, first: _Step) -> None:
-        """Read a range and count it for its steps; `first` is the earliest of them."""
+    def _fetch(self, window: _ReadAhead, plan: ReadPlan, span: Range, first: _Step, of: np.ndarray) -> None:
+        """Read a range and count it for its steps; `first` is the earliest of them, and `of` says which item each row's bytes are of."""
         rows = plan.row[span.first : span.last]
         try:
             damaged, size = self._reader.fetch(plan, span, self._wanted_again(first.number))
@@ -280,7 +291,7 @@ class Stream:
         with self._changed:
             first.bytes += size
             for number, error in damaged.items():
-                self._mark_corrupt(window, plan.row[number], error)
+                self._mark_corrupt(window, plan.row[number], int(of[plan.row[number]]), error)
             for row in rows:
                 window.step_of[row].pending -= 1
             self._notify()
@@ -290,13 +301,13 @@ class Stream:
         if self._waited_for and self._waited_for.done():
             self._changed.notify()
 
-    def _mark_corrupt(self, window: _ReadAhead, row: int, error: CorruptData) -> None:
-        """Note that an item is damaged; without a quarantine that is an error of its step."""
+    def _mark_corrupt(self, window: _ReadAhead, row: int, item: int, error: CorruptData) -> None:
+        """Note that an item is damaged which a row needs; without a quarantine that is an error of its step."""
         step = window.step_of[row]
         if self._quarantine is None:
             step.error = error
         else:
-            bad = BadItem(int(window.items[row]), step.positions[row - step.rows.start], str(error))
+            bad = BadItem(item, step.positions[row - step.rows.start], str(error))
             window.corrupt[row] = min(window.corrupt.get(row, bad), bad)  # whichever thread was first
 
     def _wait_for_batch(self, window: _ReadAhead, step: _Step) -> Batch:
@@ -312,7 +323,8 @@ class Stream:
             tensors |= step.random.result()
         corrupt = {row: window.corrupt[at] for row, at in enumerate(range(step.rows.start, step.rows.stop)) if at in window.corrupt}
         checksums = window.checksums[step.rows]
-        batch = Batch(step.number, step.positions, items, tensors, checksums, step.bytes, tuple(corrupt.values()))
+        targets = tuple(window.targets[step.rows].tolist())
+        batch = Batch(step.number, step.positions, items, tensors, checksums, step.bytes, tuple(corrupt.values()), targets)
         if self._quarantine is not None:
             self._blank(batch, corrupt)
             self.mask(batch)

@@ -24,7 +24,7 @@ from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.plan import assert_scorable
 from cluster.evaluation.validation import SPLIT as VALIDATION
 from cluster.evaluation.validation import ValidationClips
-from cluster.runs.averages import marks
+from cluster.runs.averages import marks, mixture_at
 from cluster.runs.build_latents import build_latents
 from cluster.runs.environment import command, environment
 from cluster.runs.export import read_export, write_export, write_untrained
@@ -170,6 +170,9 @@ def check_run(experiment: Experiment, pinned: Pinned, steps: Sequence[str]) -> l
     check_pretrained(experiment, pinned.manifest, pinned.store)
     asked, end = experiment.diffusion, stage_end(experiment, "diffusion", pinned.manifest)
     kept = marks(asked.ema_every, experiment.optim.batch["diffusion"], end) - {end}
+    for progress in (end, asked.weak_progress) if asked.ema_length else ():
+        if progress:
+            mixture_at(experiment, "diffusion", progress, asked.ema_length)
     if asked.weak_progress and asked.weak_progress not in kept:
         raise ConfigError(
             f"diffusion.weak_progress is {asked.weak_progress}, where training keeps nothing that could guide; with diffusion.ema_every="

@@ -1,5 +1,6 @@
 """Averaged weights of any length, made of the two averages that checkpoints of a stage hold (`diffusion.ema_every`)."""
 
+from collections.abc import Set
 from math import prod
 
 import torch
@@ -14,7 +15,7 @@ WORST = 0.2
 
 
 def marks(every: int, batch: int, progress: int) -> set[int]:
-    """The progress of each checkpoint that a stage keeps for averages, until it ends at this progress."""
+    """The progress of each checkpoint that a stage keeps for averages until it is at this progress: of steps that reach a multiple."""
     return {min(-(-mark // batch) * batch, progress) for mark in range(every, progress + 1, every)} if every else set()
 
 
@@ -34,31 +35,43 @@ def averaged_weights(store: Store, experiment: Experiment, found: Checkpoint, le
         ValueError: if checkpoints that are needed are gone, or the length is too far from what they allow.
         DamagedCheckpoint: as `load_into`.
     """
-    every, batch = experiment.ema_every(found.stage), experiment.optim.batch[found.stage]
-    if not every:
+    if not experiment.ema_every(found.stage):
         raise ValueError(f"{store.url} keeps no averages of stage {found.stage} for other lengths: diffusion.ema_every of the run is 0")
-    wanted = marks(every, batch, found.progress) - {found.progress}
-    there = [*_at(store, found.stage, wanted), found]
-    basis = [(one, kept) for one in there for kept in LENGTHS]
-    mixed = mixture([Profile(one.steps, kept) for one, kept in basis], Profile(found.steps, length))
+    mixed = mixture_at(experiment, found.stage, found.progress, length)
+    there = [*_at(store, found.stage, mixed.keys() - {found.progress}), found]
+    whole = {name: torch.zeros(prod(shape), dtype=torch.float64) for name, shape in found.shapes.items()}
+    part = {name: {average_kind(kept): torch.empty(flat.numel()) for kept in LENGTHS} for name, flat in whole.items()}
+    for one in there:
+        buffers = load_into(store, one, [Target(name, 0, views) for name, views in part.items()])
+        for kept, weight in zip(LENGTHS, mixed[one.progress], strict=True):
+            for name, views in part.items():
+                whole[name].add_(views[average_kind(kept)], alpha=weight)
+    for name, shape in found.shapes.items():
+        part[name] = {"": whole.pop(name).float().view(*shape)}
+    return {name: views[""] for name, views in part.items()} | buffers
+
+
+def mixture_at(experiment: Experiment, stage: str, progress: int, length: float) -> dict[int, tuple[float, ...]]:
+    """Which averages make one of this length at this progress: progress of a checkpoint -> the weight of each of its `LENGTHS`.
+
+    Raises:
+        ValueError: if the length is too far from what the checkpoints at the multiples of `diffusion.ema_every` allow.
+    """
+    every, batch = experiment.ema_every(stage), experiment.optim.batch[stage]
+    there = sorted(marks(every, batch, progress) | {progress})
+    steps = {one: -(-one // batch) for one in there}
+    mixed = mixture([Profile(steps[one], kept) for one in there for kept in LENGTHS], Profile(steps[progress], length))
     if mixed.misfit > WORST:
         raise ValueError(
-            f"an average of length {length:g} cannot be made of the {len(there)} checkpoints of stage {found.stage} in {store.url}: the "
-            f"nearest one differs by {mixed.misfit:.0%} of its profile. Ask for a length nearer to {' or '.join(map(str, LENGTHS))}; "
-            f"with a smaller diffusion.ema_every (it is {every}) a new run keeps more"
+            f"diffusion.ema_length={length:g}: such an average cannot be made of the {len(there)} checkpoints that stage {stage} keeps "
+            f"until {progress}: the nearest one differs by {mixed.misfit:.0%} of its profile. Ask for a length nearer to "
+            f"{' or '.join(map(str, LENGTHS))}, or in a new run for a smaller diffusion.ema_every than {every}"
         )
-    whole = {name: torch.zeros(prod(shape), dtype=torch.float64) for name, shape in found.shapes.items()}
-    for number, one in enumerate(there):
-        kinds = dict(zip(map(average_kind, LENGTHS), mixed.weights[number * len(LENGTHS) :], strict=False))
-        part = {name: {kind: torch.empty(flat.numel()) for kind in kinds} for name, flat in whole.items()}
-        buffers = load_into(store, one, [Target(name, 0, views) for name, views in part.items()])
-        for name, views in part.items():
-            for kind, weight in kinds.items():
-                whole[name].add_(views[kind], alpha=weight)
-    return {name: flat.float().view(*found.shapes[name]) for name, flat in whole.items()} | buffers
+    weights = iter(mixed.weights)
+    return {one: tuple(next(weights) for _ in LENGTHS) for one in there}
 
 
-def _at(store: Store, stage: str, wanted: set[int]) -> list[Checkpoint]:
+def _at(store: Store, stage: str, wanted: Set[int]) -> list[Checkpoint]:
     """The checkpoints at these amounts of progress, in their order."""
     there: dict[int, Checkpoint] = {}
     for key in list_checkpoints(store, stage):

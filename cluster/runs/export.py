@@ -15,7 +15,7 @@ from torch import nn
 
 from cluster.config.schema import Experiment
 from cluster.runs import checkpoint
-from cluster.runs.averages import averaged_weights
+from cluster.runs.averages import averaged_weights, marks
 from cluster.runs.checkpoint import Checkpoint
 from cluster.runtime.device import best_device
 from cluster.storage import AlreadyExists, NotFound, Permanent, StorageError, Store, content_hash
@@ -88,16 +88,22 @@ def write_export(store: Store, experiment: Experiment, name: str, source: Source
 
 
 def with_length(store: Store, experiment: Experiment, export: Export, length: float) -> Export:
-    """The same export with averages of another relative length, which are put beside its own; 0: those of `optim.ema`.
+    """The same export with averages of another relative length; 0: those of `optim.ema`.
+
+    They are made once, and kept beside the export's own, since their last bits may be others on another machine.
 
     Raises:
         StorageError: if its checkpoint is not there any more.
         ValueError: as `averaged_weights`.
     """
-    data = _averages(store, experiment, _checkpoint(store, export.stage, export.progress), length)
-    asked = replace(export, hash=content_hash(data), diffusion=export.diffusion | {"ema_length": length})
-    store.put(asked.weights, data)
-    return asked
+    record = f"averages/{export.stage}/{export.progress:015d}-{length:g}.json"
+    if not store.exists(record):
+        data = _averages(store, experiment, _checkpoint(store, export.stage, export.progress), length)
+        made = replace(export, hash=content_hash(data))
+        store.put(made.weights, data)
+        with suppress(AlreadyExists):
+            store.create(record, json.dumps({"hash": made.hash}).encode())
+    return replace(export, hash=json.loads(store.read(record))["hash"], diffusion=export.diffusion | {"ema_length": length})
 
 
 def _checkpoint(store: Store, name: str, progress: int) -> Checkpoint:
@@ -205,13 +211,15 @@ def _exported(store: Store, name: str) -> list[int]:
 
 
 def export_earlier(store: Store, experiment: Experiment, export: Export) -> None:
-    """Export the stage as it was where `diffusion.weak_progress` asks for it, if training has kept a checkpoint there and no export."""
-    progress = Diffusion.model_validate(export.diffusion).weak_progress
-    if not progress or progress in _exported(store, export.stage):
+    """Export the stage as it was where `diffusion.weak_progress` asks for it, if that is a mark of `diffusion.ema_every` before the end."""
+    progress, batch = Diffusion.model_validate(export.diffusion).weak_progress, experiment.optim.batch[export.stage]
+    kept = marks(experiment.ema_every(export.stage), batch, export.progress) - {export.progress}
+    if progress not in kept or progress in _exported(store, export.stage):
         return
     if found := next((c for c in _manifests(store, export.stage) if (c.progress, c.dataset) == (progress, export.dataset)), None):
-        data = _averages(store, experiment, found, 0)
-        _write(store, replace(export, progress=progress, hash=content_hash(data)), data)
+        data = _averages(store, experiment, found, experiment.diffusion.ema_length)
+        alone = experiment.diffusion.model_copy(update={"autoguidance": 1.0, "weak_progress": 0}).model_dump(mode="json")
+        _write(store, replace(export, progress=progress, hash=content_hash(data), diffusion=alone), data)
 
 
 def weaker_export(store: Store, export: Export) -> Export | None:
@@ -230,7 +238,7 @@ def weaker_export(store: Store, export: Export) -> Export | None:
     raise NotFound(
         f"diffusion.weak_progress is {progress}, but {store.url}/exports/{export.stage} has no such earlier export of these latents; "
         f"earlier ones are: {known}. A stage leaves one where it ends: train with a smaller optim.epochs first, then with the full one; "
-        "or with diffusion.ema_every, each of whose marks can be asked for"
+        "or with diffusion.ema_every, where what the step that reaches a multiple of it left can be asked for"
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cluster.config.schema import Experiment
+from cluster.runs.averages import marks
 from cluster.runs.lineage import newest_first
 from cluster.runs.state import Attempt
 from cluster.storage import Store
@@ -49,19 +50,23 @@ class Retention:
 
     Attributes:
         last: so many, those written last.
-        every: items: the first one at or after each multiple of one of them stays for good.
+        every: items: the first one at or after each multiple of it stays for good; 0: none.
         best: so many of those that have a score; 0: none.
+        averages: items: those at which a step of `batch` items reaches a multiple of it stay for good; 0: none.
+        batch: items of a step.
     """
 
     last: int
-    every: tuple[int, ...] = ()
+    every: int = 0
     best: int = 0
+    averages: int = 0
+    batch: int = 1
 
     @classmethod
     def of(cls, experiment: Experiment, stage: str) -> "Retention":
         """What a run's configuration asks for."""
-        run, every = experiment.run, (experiment.run.keep_every[stage], experiment.ema_every(stage))
-        return cls(run.keep, tuple(sorted({one for one in every if one})), run.keep_best)
+        run, batch = experiment.run, experiment.optim.batch[stage]
+        return cls(run.keep, run.keep_every[stage], run.keep_best, experiment.ema_every(stage), batch)
 
     def kept(self, found: Iterable[StoredCheckpoint], committed: str = "") -> dict[str, str]:
         """Key -> why it stays, of each checkpoint that does.
@@ -85,11 +90,13 @@ class Retention:
             whole += not one.wrong
         at = {one.progress: one for one in reversed(order) if not one.wrong}
         scored = sorted(((one.score, one.progress) for one in at.values() if one.score is not None), reverse=True)
-        for every in self.every:
-            firsts = {progress // every: at[progress] for progress in sorted(at, reverse=True)}
-            for mark, one in firsts.items():
-                if mark:
-                    why.setdefault(one.key, []).append(f"every {every}")
+        firsts = {progress // self.every: at[progress] for progress in sorted(at, reverse=True)} if self.every else {}
+        for mark, one in firsts.items():
+            if mark:
+                why.setdefault(one.key, []).append(f"every {self.every}")
+        if self.averages:
+            for progress in sorted(at.keys() & marks(self.averages, self.batch, max(at, default=0))):
+                why.setdefault(at[progress].key, []).append("for averages")
         for _, progress in scored[: self.best]:
             why.setdefault(at[progress].key, []).append("best")
         return {key: ", ".join(reasons) for key, reasons in why.items()}

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -106,7 +106,7 @@ def export_checkpoint(run: SavedRun, found: Checkpoint, weights: Weights, path: 
     """Write weights and buffers of a checkpoint as one safetensors file, with its description in the metadata.
 
     `export` there is the description of an export (`cluster/runs/export.py`), whose module takes these weights; `checkpoint` says where
-    they come from. Averaged weights of equal progress are those of the run's own export, and have its hash.
+    they come from. Averaged weights of equal progress and length are those of the run's own export, and have its hash.
 
     With a `length` they are an average of that relative length (`averaged_weights`).
 
@@ -123,7 +123,8 @@ def export_checkpoint(run: SavedRun, found: Checkpoint, weights: Weights, path: 
     manifest = load_manifest(read, found.dataset)
     export = export_of(run.experiment, Source(manifest.stream_specs, manifest.frames), found, content_hash(save(tensors)))
     origin = {"run": run.store.url, "manifest": found.file, "steps": found.steps, "weights": weights, "quarantine": len(found.quarantine)}
-    origin |= {"length": length} if length else {}
+    if weights == "average":
+        export = replace(export, diffusion=export.diffusion | {"ema_length": length})
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f".{path.name}.half")
     half.write_bytes(save(tensors, metadata={"export": json.dumps(asdict(export)), "checkpoint": json.dumps(origin)}))

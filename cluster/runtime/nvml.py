@@ -1,10 +1,15 @@
 """What a GPU says of itself that torch does not: power, temperature, and its last error (XID), through NVIDIA's management library."""
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from threading import Thread
 from typing import Any
 
 import torch
+
+EVERY = 2.0
+"""Seconds between two looks."""
 
 
 def card_gauges(device: torch.device) -> Callable[[], dict[str, float]]:
@@ -21,7 +26,7 @@ def card_gauges(device: torch.device) -> Callable[[], dict[str, float]]:
         card = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
     except nvml.NVMLError:  # no library, or a part of a GPU
         return dict
-    return _Card(nvml, card).read
+    return _Card(nvml, card).told
 
 
 class _Card:
@@ -31,6 +36,18 @@ class _Card:
             errors = nvml.nvmlEventSetCreate()
             nvml.nvmlDeviceRegisterEvents(card, nvml.nvmlEventTypeXidCriticalError, errors)
             self._errors = errors
+        self._told = self.read()
+        Thread(target=self._watch, name="nvml", daemon=True).start()
+
+    def told(self) -> dict[str, float]:
+        """What was read last: who asks is not to wait for a card that does not answer."""
+        return self._told
+
+    def _watch(self) -> None:
+        with suppress(Exception):  # a library that goes wrong is no reason to stop training
+            while True:
+                time.sleep(EVERY)
+                self._told = self.read()
 
     def read(self) -> dict[str, float]:
         nvml, found = self._nvml, dict[str, float]()

@@ -24,7 +24,7 @@ from cluster.evaluation.plan import plan_evaluation
 from cluster.evaluation.rows import CUT, MODEL, UNTRAINED, WRONG, chunk_of, rows_of
 from cluster.runs.saved import SavedRun, open_run
 from cluster.studies.comparison_table import TableRow
-from cluster.studies.kept_scores import ClipScores, RunScores, read_all_scores, scores_key, write_scores
+from cluster.studies.kept_scores import ClipScores, RunScores, read_all_scores, read_scores, scores_key, write_scores
 from cluster.telemetry.display import Display
 from reactdiff.config import ENCODING, STAGES
 from reactdiff.stage import flops_per_item, stages_of
@@ -101,7 +101,7 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display, 
     Returns:
         The lines of its table, by name.
     """
-    every, there = comparison_runs(comparison, overrides), read_all_scores(kept.parent)
+    every, there = comparison_runs(comparison, overrides), read_all_scores(kept.parent) | read_scores(kept)
     keys = {run.experiment.run.name: scores_key(run.experiment, pin(run.experiment, comparison.name).manifest.hash) for run in every}
     lent = {run.experiment.run.autoencoder for run in every if keys[run.experiment.run.name] not in there}
     found, names = {}, {}

@@ -17,9 +17,14 @@ def lag_profile(run: SavedRun, clips: int, progress: Callable[[int, int], None])
         run: finished.
         clips: how many, the first ones; each one's moments are replaced by those of the clip half the split away.
         progress: told (clips done, clips in all).
+
+    Raises:
+        ValueError: if the split has one clip, which nobody can replace.
     """
     reader, model = Reader(run.dataset, run.clips, run.experiment.evaluation.split), run.model()
     (speaker, _), count = speaker_listener(0), min(clips, reader.clips)
+    if reader.clips < 2:
+        raise ValueError(f"split {run.experiment.evaluation.split} of {run.dataset.url} has {reader.clips} clip; at least 2 are needed")
     wanted, found = [(speaker, name) for name in model.hears], list[np.ndarray]()
     for clip in range(count):
         own, other = (

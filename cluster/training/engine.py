@@ -40,6 +40,9 @@ ALIGNED = 1024  # DeepSpeed wants buckets that divide evenly
 BUCKET = 50 * 1024 * ALIGNED
 """Most elements that are reduced or gathered in one collective."""
 
+PIECE = ALIGNED * ALIGNED
+"""Elements of which a norm is taken in fp32; norms are summed in fp64."""
+
 PERSISTENT = 100_000
 """Parameters with fewer elements are not divided by ZeRO-3: to gather each for itself would cost more than they weigh."""
 
@@ -243,9 +246,10 @@ class Engine:
             gradients = [p.grad for p in self.stage.parameters() if p.requires_grad][self._rank :: self._ranks]
             return squared_norm([gradient for gradient in gradients if gradient is not None], self.device)
         if self.settings.offload != "none":
-            return squared_norm([flat.grad for flat in self._engine.optimizer.fp32_partitioned_groups_flat], self.device)
+            flats = self._engine.optimizer.fp32_partitioned_groups_flat
+            return squared_norm([piece for flat in flats for piece in flat.grad.split(PIECE)], self.device)
         if self.settings.zero == 3:  # all of it in one buffer, whose padding is 0
-            return squared_norm(self._engine.optimizer.grad_partitions_flat_buffer.split(ALIGNED * ALIGNED), self.device)
+            return squared_norm(self._engine.optimizer.grad_partitions_flat_buffer.split(PIECE), self.device)
         averaged = self._engine.optimizer.averaged_gradients.values()
         return squared_norm([gradient for group in averaged for gradient in group], self.device)
 

@@ -25,6 +25,7 @@ from cluster.data.reader import Reader
 from cluster.data.stream import Batch, Share, Stream
 from cluster.evaluation.rung import RungMeter, read_rung, write_rung
 from cluster.evaluation.validation import ValidationClips, Validator
+from cluster.runs.averages import marks
 from cluster.runs.checkpoint import Checkpoint
 from cluster.runs.checkpoint_writer import CheckpointWriter
 from cluster.runs.inventory import remove_orphans
@@ -139,7 +140,7 @@ class _Training:
         self.reader = Reader(job.dataset, manifest, data.split, self.cache)
         self.order = Order(2 * self.reader.counts, experiment.seed, data.block, data.group, data.order)
         total, batch = int(optim.epochs[job.stage] * self.order.items), optim.batch[job.stage]
-        self.share = Share(batch, total, place.ranks, place.rank)
+        self.share, self.marks = Share(batch, total, place.ranks, place.rank), marks(experiment.ema_every(job.stage), batch, total)
         source = Source(manifest.stream_specs, manifest.frames)
         self.kind = kind = stage(job.stage, experiment.model, experiment.diffusion, source)
         meter.gauges["peak_flops"] = peak_flops(place.device, optim.precision)
@@ -309,8 +310,10 @@ class _Training:
         valid, seed, device = sum(_gather(batch.valid)), self.dropout_seed(batch), self.place.device
         module = self.engine.fill(self.kind.module().to(device))
         wrong = examine(module, {name: tensor.to(device) for name, tensor in batch.tensors.items()}, valid, seed)
-        whys = {row: f"{self.reader.named(batch.items[row] // 2)}: {why} in step {batch.step}" for row, why in wrong.items()}
-        mine = [BadItem(batch.items[row], batch.positions[row], why) for row, why in whys.items()]
+        mine = []
+        for row, why in wrong.items():
+            item = self.item_to_blame(batch, row)
+            mine.append(BadItem(item, batch.positions[row], f"{self.reader.named(item // 2)}: {why} in step {batch.step}"))
         zeros = empty_batch(self.kind, 1, str(device)) | {"weight": torch.ones(1)}
         found, zeros_wrong = zip(*_gather((mine, examine(module, zeros, 1, seed))), strict=True)
         bad = sorted(itertools.chain(*found), key=lambda bad: bad.position)
@@ -321,6 +324,11 @@ class _Training:
         if self.job.experiment.data.on_corrupt == "stop":
             raise self.non_finite(batch, verdict, "", bad)
         return bad
+
+    def item_to_blame(self, batch: Batch, row: int) -> int:
+        """The item of a row that is not finite; where its target is another's and holds what is no number, that one."""
+        finite = all(batch.tensors[name][row].isfinite().all() for name in self.kind.targets())
+        return batch.items[row] if finite else batch.targets[row]
 
     def non_finite(self, batch: Batch, verdict: Verdict, why: str, bad: Iterable[BadItem] = ()) -> NonFinite:
         """What is said of a step that cannot be applied."""
@@ -446,9 +454,9 @@ class _Training:
     def checkpoint_due(self, before: int, after: int) -> bool:
         """At every multiple of the cadence and of `diffusion.ema_every`, at the end, and before a last step that is not a whole batch."""
         experiment, stage = self.job.experiment, self.job.stage
-        cadences = (experiment.run.checkpoint_every[stage] or self.order.items, experiment.ema_every(stage))
+        every = experiment.run.checkpoint_every[stage] or self.order.items
         ends = after == self.share.total or 0 < self.share.total - after < self.share.batch
-        return ends or any(every and before // every != after // every for every in cadences)
+        return ends or before // every != after // every or after in self.marks
 
     def checkpoint_overdue(self) -> bool:
         """Whether the last checkpoint is longer ago than `run.checkpoint_minutes`; rank 0's clock decides for all."""

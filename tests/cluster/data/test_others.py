@@ -1,5 +1,6 @@
 """Whose target an item has: a function of seed and position, always somebody appropriate, and read in its place."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 
 from cluster.data.manifest import load_manifest
 from cluster.data.others import Others, read_others
-from cluster.data.stream import Share
+from cluster.data.quarantine import Quarantine
+from cluster.data.stream import Batch, Share
 from cluster.storage import open_store
-from tests.cluster.support.streaming import expected, joined, make_latents, order_of, read_all, same, stage_of
+from tests.cluster.support.streaming import damage, expected, joined, make_latents, open_stream, order_of, read_all, same, stage_of
 from tests.tiny import tiny
 
 CLIPS = 12
@@ -72,6 +74,37 @@ def test_an_item_keeps_its_speaker_and_has_the_other_s_listener_on_any_number_of
         assert sum(part.ledger for part in parts) == whole.ledger
         assert all(np.array_equal(tensor, whole.tensors[name]) for name, tensor in joined(parts).items())
     assert batches[0].ledger != read_all(store, Share(5, total, 1, 0))[0].ledger, "the ledger tells of it"
+
+
+def test_a_damaged_target_is_quarantined_itself_and_takes_no_other_item_with_it(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    make_latents(store, [5, 4, 3])
+    damage(store, 1, 2, "b.latent.npy")  # clip 7: side 0 has it as its target, side 1 as its speaker
+    chosen, share = others(0.5), Share(5, 20 * 2 * CLIPS, 1, 0)
+
+    def batches(first: int, quarantine: Quarantine) -> Iterator[Batch]:
+        stream = open_stream(store, share, others=chosen, quarantine=quarantine)
+        try:
+            for batch in stream.batches(first):  # what the loop does with them
+                quarantine.add(batch.corrupt)
+                stream.mask(batch)
+                yield batch
+        finally:
+            stream.close()
+
+    known = Quarantine()
+    found = list(batches(0, known))
+    assert {bad.item for bad in known.entries} == {14, 15} and all(bad.why for bad in known.entries)
+    borrowed = 0
+    for batch in found:
+        for row, (item, target, position) in enumerate(zip(batch.items, batch.targets, batch.positions, strict=True)):
+            counts = not (known.holds(item, position) or known.holds(target, position))
+            assert batch.tensors["weight"][row] == counts
+            borrowed += not counts and item not in (14, 15)
+    assert borrowed > 3
+    for first in (3, 40):
+        before = Quarantine(bad for bad in known.entries if bad.position < first * share.batch)
+        assert all(map(same, batches(first, before), found[first:])), "a resume leaves out the same"
 
 
 def test_a_stage_without_a_speaker_and_a_run_that_does_not_ask_have_their_own_targets(tmp_path: Path) -> None:

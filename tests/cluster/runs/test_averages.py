@@ -66,7 +66,7 @@ def test_an_average_of_another_length_is_made_of_the_marks_alone(store: Store, e
 
 def test_what_cannot_be_made_is_refused_with_the_reason(store: Store, experiment: Experiment) -> None:
     last = train(store, experiment)
-    with pytest.raises(ValueError, match=r"length 0\.01 cannot be made of the 11 .*differs by \d\d% .*to 0\.05 or 0\.1; .*\(it is 22\)"):
+    with pytest.raises(ValueError, match=r"ema_length=0\.01: .* of the 11 .*differs by \d\d% .*to 0\.05 or 0\.1, .* than 22"):
         averaged_weights(store, experiment, last, 0.01)
     gone = next(key for key in list_checkpoints(store, STAGE) if f"{112:015d}" in key)
     store.delete(gone)

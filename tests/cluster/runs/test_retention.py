@@ -23,7 +23,7 @@ def stored(progress: int, attempt: int = 0, **more: object) -> StoredCheckpoint:
 
 
 def kept(found: list[StoredCheckpoint], last: int, every: int = 0, best: int = 0, committed: str = "") -> dict[int, str]:
-    why = Retention(last, (every,) * bool(every), best).kept(found, committed)
+    why = Retention(last, every, best).kept(found, committed)
     return {one.progress: why[one.key] for one in found if one.key in why}
 
 
@@ -36,12 +36,18 @@ def test_the_last_ones_stay_and_the_first_at_or_after_each_multiple_and_the_best
     assert kept(found, 1, 0, 9).keys() == {6, 18, 24, 30, 36}, "12 was never scored"
 
 
+def test_what_averages_need_stays_also_where_a_shorter_run_ended_just_before() -> None:
+    there = [stored(progress) for progress in (96, 192, 768, 776, 784, 880, 976)]
+    why = {one.progress: said for one in there if (said := Retention(1, averages=97, batch=16).kept(there).get(one.key))}
+    assert why == {784: "for averages", 880: "for averages", 976: "last, for averages"}, "97 is reached at 112, 194 at 208, 776 at 784"
+
+
 def test_what_stays_for_good_stays_however_many_come_after_it() -> None:
     """Deleting goes on with every checkpoint: what one round keeps the next one must keep too."""
     there: list[StoredCheckpoint] = []
     for progress in range(7, 700, 7):
         there.append(stored(progress))
-        why = Retention(2, (100,)).kept(there)
+        why = Retention(2, 100).kept(there)
         there = [one for one in there if one.key in why]
     assert [one.progress for one in there] == [105, 203, 301, 406, 504, 602, 686, 693]
 
@@ -55,7 +61,7 @@ def test_damaged_ones_and_those_that_do_not_count_are_neither_counted_nor_kept_f
 
 def test_the_later_one_of_two_at_the_same_progress_is_the_one_that_is_best() -> None:
     found = [stored(10, attempt=0, score=0.5), stored(10, attempt=1, score=0.5), stored(20, attempt=1), stored(30, attempt=1)]
-    assert sorted(Retention(1, (10,), 1).kept(found)) == [one.key for one in found[1:]]
+    assert sorted(Retention(1, 10, 1).kept(found)) == [one.key for one in found[1:]]
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -66,7 +72,7 @@ def test_the_committed_one_and_the_last_whole_ones_stay_whatever_there_is(seed: 
         stored(progress, attempt, wrong=rng.choice(("", "", "torn")), counts=rng.random() < 0.8, score=rng.choice((None, rng.random())))
         for attempt, progress in numbers
     ]
-    policy = Retention(rng.randrange(1, 4), rng.choice(((), (7,), (7, 5))), rng.randrange(3))
+    policy = Retention(rng.randrange(1, 4), rng.choice((0, 7)), rng.randrange(3), rng.choice((0, 5)))
     committed = StoredCheckpoint(f"checkpoints/{STAGE}/{99:015d}-000001.3.json", 99, Attempt(1, 3))
     why = policy.kept([*found, committed], committed.key)
     whole = [one.key for one in found if one.counts and not one.wrong]
@@ -83,7 +89,7 @@ def commit(writer: CheckpointWriter, progress: int) -> None:
 
 
 def test_a_writer_keeps_for_good_what_a_run_asks_for_and_deletes_the_parts_of_the_others(store: Store) -> None:
-    writer = CheckpointWriter(store, lambda value: [value], 0, Retention(1, (20,), 1), lambda: None)
+    writer = CheckpointWriter(store, lambda value: [value], 0, Retention(1, 20, 1), lambda: None)
     scores = MetricsLog(store, 1, 0, validation_name(STAGE))
     for progress in range(6, 66, 6):
         commit(writer, progress)
@@ -99,4 +105,4 @@ def test_best_ones_are_asked_for_only_where_checkpoints_are_scored() -> None:
     with pytest.raises(ConfigError, match=r"run.keep_best is 2, but no checkpoint is scored: set evaluation.watch"):
         load(None, ["run.keep_best=2", "evaluation.watch=0"])
     asked = load(None, ["run.keep=2", "run.keep_every.diffusion=50", "run.keep_best=1", "evaluation.watch=4", "diffusion.ema_every=30"])
-    assert Retention.of(asked, "diffusion") == Retention(2, (30, 50), 1) and Retention.of(asked, STAGE) == Retention(2, (), 1)
+    assert Retention.of(asked, "diffusion") == Retention(2, 50, 1, 30, 16) and Retention.of(asked, STAGE) == Retention(2, 0, 1, 0, 16)

@@ -1,6 +1,7 @@
 """What a GPU says of itself, by a stand-in for NVIDIA's library: no GPU is here."""
 
 import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,6 +57,7 @@ class Library(SimpleNamespace):
 
 @pytest.fixture(autouse=True)
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.runtime.nvml.EVERY", 0.01)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234-5678"))
 
 
@@ -71,7 +73,11 @@ def test_power_temperature_and_the_last_error_are_told(monkeypatch: pytest.Monke
     assert library.registered == [("GPU-1234-5678", 8, "set")]
     assert read() == {"power_watts": 412.345, "temperature_celsius": 63.0, "xid": 0.0}
     library.xids += [31, 79]
-    assert read()["xid"] == read()["xid"] == 79.0
+    for _ in range(1000):
+        if read()["xid"]:
+            break
+        time.sleep(0.01)
+    assert read()["xid"] == read()["xid"] == 79.0, "the last one, and it stays"
 
 
 def test_what_a_card_does_not_tell_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,9 +92,5 @@ def test_without_the_library_or_a_card_there_is_nothing_to_tell(monkeypatch: pyt
     assert card_gauges(torch.device("cpu"))() == {}
 
 
-def test_the_real_library_says_that_it_is_not_there() -> None:
-    import pynvml
-
-    with pytest.raises(pynvml.NVMLError):
-        pynvml.nvmlInit()
+def test_the_real_library_knows_no_such_card() -> None:
     assert card_gauges(CUDA)() == {}

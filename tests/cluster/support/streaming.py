@@ -14,6 +14,7 @@ from fastcrc.crc32 import iscsi as crc32c
 from cluster.data.cache import Cache
 from cluster.data.manifest import Manifest, ShardTable, Split, StreamEntry, load_manifest, publish
 from cluster.data.others import Others
+from cluster.data.quarantine import Quarantine
 from cluster.data.reader import Reader
 from cluster.data.shards import ShardInfo, members, read_index, shard_name, write_shard
 from cluster.data.stream import Batch, Share, Stream
@@ -115,11 +116,12 @@ def open_stream(
     readers: int = 2,
     cache: Cache | None = None,
     others: Others | None = None,
+    quarantine: Quarantine | None = None,
 ) -> Stream:
     """The stream of this share of a dataset's current state."""
     manifest = load_manifest(store)
     reader, order = Reader(store, manifest, "train", cache), order or order_of(manifest, seed)
-    return Stream(reader, stage_of(manifest), order, share, seed, read_ahead, readers, others=others)
+    return Stream(reader, stage_of(manifest), order, share, seed, read_ahead, readers, quarantine=quarantine, others=others)
 
 
 def read_all(store: Store, share: Share, first_step: int = 0, **settings: Any) -> list[Batch]:

@@ -280,7 +280,7 @@ def offloaded(rank: int, ranks: int, offload: str) -> list[Any]:
     """States after two steps, one that is thrown away, a resume of another engine, and one more; in both precisions."""
     share, found = uneven(rank, ranks), list[Any]()
     for precision, parts, persistent in (("fp32", 1, 0), ("bf16", 3, 0), ("fp32", 3, engine_module.PERSISTENT)):
-        engine_module.PERSISTENT = persistent
+        engine_module.PERSISTENT, engine_module.PIECE = persistent, 4  # of a large model there are many
         engine, second = (toy_engine(3, precision, parts, 0.5, offload) for _ in range(2))
         told = [advance(engine, nine_items(factor), share, step) for step, factor in ((1, 1.0), (2, 1.0), (3, math.inf))]
         for mine, other in zip(engine.held(), second.held(), strict=True):
