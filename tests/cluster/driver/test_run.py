@@ -37,6 +37,7 @@ from tests.tiny import tiny
         ("model.family=perfrdiff model.online=true model.acoustic=[]", r"model\.acoustic is empty"),
         ("diffusion.autoguidance=2 diffusion.weak_progress=8", r"where training keeps nothing.*keeps nothing\. .*autoguidance=2"),
         ("diffusion.autoguidance=2 diffusion.weak_progress=8 diffusion.ema_every=10", r"ema_every=10 it keeps 12, 24, 30\."),
+        ("diffusion.ema_every=10 diffusion.ema_length=0.28", r"ema_length=0\.28: such an average cannot be made of the 4 checkpoints"),
         ("diffusion.other_target=0.3", r"does not say which reactions are appropriate in split train: prepare it anew .*--one-to-many"),
         ("model.facial=[none]", r"names the stream 'none', but the dataset has no facial stream of that name"),
         ("model.init_from=[nobody]", "there is no run at"),
