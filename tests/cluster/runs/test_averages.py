@@ -30,7 +30,8 @@ from reactdiff.stage import Source, build, stages_over
 from tests.tiny import tiny
 
 STAGE, BATCH, STEPS = "diffusion", 4, 60
-SETTINGS = ("optim.batch=4", "diffusion.ema_every=22", "run.keep=1", "model.online=true", "model.denoiser=transformer")
+SMALL = ("model.online=true", "model.denoiser=transformer", "model.width=16", "model.layers=2")
+SETTINGS = ("optim.batch=4", "diffusion.ema_every=22", "run.keep=1", *SMALL)
 """A mark every 22 items lies within a step of 4 as often as at its end."""
 
 
