@@ -8,8 +8,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
+from reactdiff.averages import LONGEST
 from reactdiff.clip import WINDOW
-from reactdiff.diffusion.averages import LONGEST
 
 STAGES = ("autoencoder", "diffusion")
 ENCODING = (

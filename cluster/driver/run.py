@@ -170,15 +170,14 @@ def check_run(experiment: Experiment, pinned: Pinned, steps: Sequence[str]) -> l
     check_pretrained(experiment, pinned.manifest, pinned.store)
     asked, end = experiment.diffusion, stage_end(experiment, "diffusion", pinned.manifest)
     kept = marks(asked.ema_every, experiment.optim.batch["diffusion"], end) - {end}
-    for progress in (end, asked.weak_progress) if asked.ema_length else ():
-        if progress:
-            mixture_at(experiment, "diffusion", progress, asked.ema_length)
     if asked.weak_progress and asked.weak_progress not in kept:
         raise ConfigError(
             f"diffusion.weak_progress is {asked.weak_progress}, where training keeps nothing that could guide; with diffusion.ema_every="
             f"{asked.ema_every} it keeps {', '.join(map(str, sorted(kept))) or 'nothing'}. Or train without diffusion.autoguidance, and "
             f"ask the finished run: python jobs/evaluate.py RUN diffusion.autoguidance={asked.autoguidance} diffusion.weak_progress=ITEMS"
         )
+    for progress in filter(None, (end, asked.weak_progress)) if asked.ema_length else ():
+        mixture_at(experiment, "diffusion", progress, asked.ema_length)
     if experiment.diffusion.other_target and pinned.manifest.split(experiment.data.split).appropriateness is None:
         raise ConfigError(
             f"diffusion.other_target is {experiment.diffusion.other_target}, but the dataset at {experiment.data.url} does not say which "

@@ -8,7 +8,7 @@ import torch
 from cluster.config.schema import Experiment
 from cluster.runs.checkpoint import Checkpoint, GoneCheckpoint, Target, list_checkpoints, load_into, progress_of, read_manifest
 from cluster.storage import Store
-from reactdiff.diffusion.averages import LENGTHS, Profile, average_kind, mixture
+from reactdiff.averages import LENGTHS, Profile, average_kind, mixture
 
 WORST = 0.2
 """Misfit from which on a mixture is not given out as the average that was asked for."""

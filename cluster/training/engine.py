@@ -21,7 +21,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster.config.schema import Experiment
-from reactdiff.diffusion.averages import LENGTHS, average_kind, decay
+from reactdiff.averages import LENGTHS, average_kind, decay
 from reactdiff.model.init import Weights
 from reactdiff.model.recompute import recompute
 

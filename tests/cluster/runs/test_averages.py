@@ -24,8 +24,8 @@ from cluster.runs.export import (
 from cluster.runs.retention import Retention
 from cluster.storage import NotFound, Store
 from cluster.training.engine import Fragment
+from reactdiff.averages import LENGTHS, average_kind, decay
 from reactdiff.data.sample import StreamSpec
-from reactdiff.diffusion.averages import LENGTHS, average_kind, decay
 from reactdiff.stage import Source, build, stages_over
 from tests.tiny import tiny
 

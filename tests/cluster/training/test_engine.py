@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from cluster.training import engine as engine_module
 from cluster.training.engine import LARGEST_NORM, Engine, EngineSettings, engine_settings, squared_norm
+from reactdiff.averages import LENGTHS
 from reactdiff.config import Diffusion, Model
 from reactdiff.data.sample import StreamSpec
-from reactdiff.diffusion.averages import LENGTHS
 from reactdiff.model.init import Weights, initial_weights
 from reactdiff.stage import Source, build_without_memory, empty_batch, stages_over
 from tests.cluster.support.poison import Poison

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from reactdiff.diffusion.averages import LENGTHS, LONGEST, Profile, average_kind, decay, exponent, mixture
+from reactdiff.averages import LENGTHS, LONGEST, Profile, average_kind, decay, exponent, mixture
 
 STEPS = 600
 
