@@ -207,7 +207,8 @@ def compiled(card: Card) -> Found:
     found: Found = {}
     for stage in card.kinds:
         items = card.items(stage)
-        for name, compile_for, graphs in (("eager", 0, False), ("compiled", items, False), ("compiled, CUDA graphs", items, True)):
+        ways = [("eager", 0, False), ("compiled", items, False), ("compiled, CUDA graphs", items, True)]
+        for name, compile_for, graphs in ways if card.device.type == "cuda" else ways[:2]:  # a CPU has no such graphs
             torch._dynamo.reset()
             card.forget()
             with torch._inductor.config.patch({"triton.cudagraphs": graphs}):
