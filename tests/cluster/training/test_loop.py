@@ -246,9 +246,9 @@ def one_bad_item(rank: int, ranks: int, cases: list[Experiment], folder: str) ->
                 states += [before, state_of(self)]
             return verdict
 
-        def counted(self, applied=applied):
-            applied.append(1)
-            average(self)
+        def counted(self, done, applied=applied):
+            applied.append(done)
+            average(self, done)
 
         stops = experiment.model_copy(update={"data": experiment.data.model_copy(update={"on_corrupt": "stop"})})
         with poisoned_items(experiment, {item: DOSES[number % len(DOSES)]}):
