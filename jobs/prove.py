@@ -31,7 +31,7 @@ what it says
   For each fault: when the ranks or the driver were started again, when training went on, the items that were trained on again, and
   whether that was by itself or by the same command. Then whether the weights are identical (workers.count=[1,3]: of another
   placement, with the largest difference of a loss) and the ledger equal, or at which positions it differs. A script that fails
-  is shortened to one that fails without none of its faults. Exit code 0: proven. 1: not.
+  is shortened until leaving out any one of its faults lets it pass, and that one is printed. Exit code 0: proven. 1: not.
 
 on a cluster
   With RAY_ADDRESS set it runs on that cluster, with the data.url and run.store of the configuration, and does only what needs no

@@ -43,7 +43,7 @@ def _overridden(tree: dict[str, Any], overrides: Sequence[str], source: str) -> 
         key, sign, value = text.partition("=")
         if not sign:
             raise ConfigError(f"{text!r} is no override; write key=value, for example optim.lr=1e-4 (--help lists the keys)")
-        _merge(tree, _nested(key.split("."), _scalar(value)), f"override {text!r}")
+        _merge(tree, _nested(key.split("."), _scalar(text, value)), f"override {text!r}")
     return build(tree, source)
 
 
@@ -75,8 +75,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return tree
 
 
-def _scalar(text: str) -> Any:
-    value = yaml.safe_load(text) if text else ""
+def _scalar(override: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"{override!r} is no override: {text!r} is not valid YAML; a shell needs quotes around spaces, as in 'key={{a: 1}}'"
+        ) from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
         try:
             return float(value)

@@ -49,7 +49,12 @@ class Run(Branch):
     )
     checkpoint_every: PerStage[int] = field(per_stage(0, 0), "Progress between checkpoints; 0: an epoch.", kind="placement", unit="items")
     log_every: int = field(10, "Steps between logged rows.", kind="placement", unit="steps", ge=1)
-    keep: int = field(3, "Newest checkpoints kept of each stage; others are deleted, but for the next two.", kind="placement", ge=1)
+    keep: int = field(
+        3,
+        "Newest checkpoints kept of each stage. Others are deleted, but for those of run.keep_every, run.keep_best and diffusion.ema_every.",
+        kind="placement",
+        ge=1,
+    )
     keep_every: PerStage[int] = field(
         per_stage(0, 0),
         "The first checkpoint at or after each multiple of it is kept for good; 0: none.",

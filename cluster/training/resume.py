@@ -22,9 +22,17 @@ Gather = Callable[[Any], list[Any]]
 
 
 class NoUsableCheckpoint(RuntimeError):
-    """A stage has checkpoints, and none that its run could go on from."""
+    """A stage has checkpoints, and none that its run could go on from.
+
+    Attributes:
+        advice: what to do; it is not what other data ask for.
+    """
 
     failure = "data"
+
+    def __init__(self, said: str, advice: str = ""):
+        super().__init__(said)
+        self.advice = advice
 
 
 class Candidates(NamedTuple):
@@ -107,8 +115,9 @@ def restore(engine: Engine, quarantine: Quarantine, store: Store, stage: str, fo
         return one
     if problems:
         raise NoUsableCheckpoint(
-            f"stage {stage} of {store.url} has {len(problems)} checkpoints and none can be used: {'; '.join(problems)}. Restore one "
-            f"from a copy and give the same command again; to train the stage anew, delete {store.url}/checkpoints/{stage} before"
+            f"stage {stage} of {store.url} has {len(problems)} checkpoints and none can be used: {'; '.join(problems)}",
+            "restore one of them from a copy and give the same command again; "
+            f"to train the stage anew, delete {store.url}/checkpoints/{stage} before",
         )
     return None
 

@@ -77,6 +77,7 @@ def test_identity_changes_with_science_and_not_with_placement() -> None:
         ("data.cache=s3://bucket/cache", r"data\.cache is 's3://bucket/cache', but .* set data\.cache=/local/disk/reactdiff"),
         ("data.cache=file:///tmp/cache", "on each node's own disk"),
         ("seed", "write key=value"),
+        ("workers.labels={pool:", r"'workers\.labels=\{pool:' is no override: .* needs quotes around spaces"),
     ],
 )
 def test_a_wrong_override_is_refused_in_a_sentence_that_names_it(override: str, said: str) -> None:

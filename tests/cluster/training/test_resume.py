@@ -1,6 +1,7 @@
 """Where a life goes on, and when it had better not."""
 
 import json
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from cluster.config.schema import Experiment
 from cluster.data.stream import Share
 from cluster.runs.checkpoint import OtherVersion
 from cluster.runs.environment import ARITHMETIC
+from cluster.runtime.failures import StageFailed, classify
 from cluster.storage import Store, open_store
 from cluster.training.engine import Fragment
 from cluster.training.resume import Candidates, NoUsableCheckpoint, candidates, restore, tell_other_arithmetic
@@ -71,7 +73,9 @@ def test_a_stage_whose_checkpoints_are_all_unusable_stops_and_says_of_each_why(r
         (short, "less than 6 items, the last one of a shorter run"),
     ):
         assert (key in said or f"{12:032x}" in said) and why in said
-    assert f"delete {run.url}/checkpoints/autoencoder before" in said and NoUsableCheckpoint.failure == "data"
+    failure, cause = classify([pickle.loads(pickle.dumps(error.value))])  # as it comes from a rank
+    advised = str(StageFailed("autoencoder", failure, cause))
+    assert failure.name == "data" and "quarantine" not in advised and f"delete {run.url}/checkpoints/autoencoder before" in advised
 
 
 def test_it_stops_on_every_rank_also_where_only_another_one_s_part_is_damaged(run: Store) -> None:
