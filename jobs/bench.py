@@ -328,7 +328,7 @@ def science(arguments: argparse.Namespace) -> int:
     """What models reach."""
     from cluster.data.demo import make_demo
     from cluster.storage import open_store
-    from cluster.studies.comparison import Comparison, compare, comparison_runs
+    from cluster.studies.comparison import Comparison, compare, comparison_runs, scored_groups
     from cluster.studies.comparison_pairs import pairs_markdown
     from cluster.studies.comparison_report import frontier_figure, write_comparison_report
     from cluster.studies.comparison_table import markdown
@@ -350,7 +350,8 @@ def science(arguments: argparse.Namespace) -> int:
         rows = compare(comparison, arguments.overrides, display, kept, keep=arguments.write is not None)
     _say_table(markdown(rows), arguments.write, MARK)
     if arguments.against:
-        _say_table(pairs_markdown(rows, arguments.against), arguments.write, PAIRS_MARK)
+        pairs = pairs_markdown(rows, arguments.against, scored_groups(experiment, rows))
+        _say_table(pairs, arguments.write, PAIRS_MARK)
     if arguments.picture:
         arguments.picture.parent.mkdir(parents=True, exist_ok=True)
         frontier_figure(rows).savefig(arguments.picture, dpi=130)

@@ -51,7 +51,7 @@ class Run(Branch):
     log_every: int = field(10, "Steps between logged rows.", kind="placement", unit="steps", ge=1)
     keep: int = field(
         3,
-        "Newest checkpoints kept of each stage. Others are deleted, but for those of run.keep_every, run.keep_best and diffusion.ema_every.",
+        "Newest checkpoints kept of each stage. Others are deleted, but for those of run.keep_every, run.keep_best, diffusion.ema_every.",
         kind="placement",
         ge=1,
     )

@@ -5,11 +5,12 @@ in a file is not trained at all. Rows whose stage 1 is the same share it: the fi
 others take it over.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field
 
@@ -18,11 +19,15 @@ from cluster.config.loading import ConfigError
 from cluster.config.paths import anchored
 from cluster.config.schema import Experiment
 from cluster.config.spec import Spec, assignments
+from cluster.data.manifest import load_appropriateness, load_manifest
 from cluster.driver.pin import pin
 from cluster.driver.run import STEPS, execute
+from cluster.evaluation.ground_truth import of_first_clips
 from cluster.evaluation.plan import plan_evaluation
 from cluster.evaluation.rows import CUT, MODEL, UNTRAINED, WRONG, chunk_of, rows_of
 from cluster.runs.saved import SavedRun, open_run
+from cluster.storage import open_store
+from cluster.studies.comparison_pairs import independent_groups
 from cluster.studies.comparison_table import TableRow
 from cluster.studies.kept_scores import ClipScores, RunScores, read_all_scores, read_scores, scores_key, write_scores
 from cluster.telemetry.display import Display
@@ -104,7 +109,7 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display, 
     every, there = comparison_runs(comparison, overrides), read_all_scores(kept.parent) | read_scores(kept)
     keys = {run.experiment.run.name: scores_key(run.experiment, pin(run.experiment, comparison.name).manifest.hash) for run in every}
     lent = {run.experiment.run.autoencoder for run in every if keys[run.experiment.run.name] not in there}
-    found, names = {}, {}
+    names = {keys[run.experiment.run.name]: f"{run.row}, seed {run.experiment.seed}" for run in every}
     rows: dict[str, TableRow] = {}
     for number, run in enumerate(every):
         experiment, seed = run.experiment, run.experiment.seed
@@ -113,15 +118,28 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display, 
         display.say(f"{number + 1} of {len(every)}: {run.row}, seed {seed}, run {experiment.run.name}{where}")
         if key not in there or experiment.run.name in lent:
             execute(experiment, pin(experiment, comparison.name), STEPS if key not in there else STEPS[:1], display)
-        found[key], names[key] = there.get(key) or run_scores(run.open()), f"{run.row}, seed {seed}"
-        for name, scores in found[key].rows.items():
+        if key not in there:
+            there[key] = run_scores(run.open())
+            if keep:  # at once, so that who is interrupted after an hour has an hour's scores
+                write_scores(kept, {key: there[key] for key in names if key in there}, names)
+        found = there[key]
+        for name, scores in found.rows.items():
             label = run.row if name == MODEL else f"{name} ({run.row})" if name in (CUT, WRONG, UNTRAINED) else name
-            sizes = (found[key].parameters, found[key].gflop) if name == MODEL else None
+            sizes = (found.parameters, found.gflop, found.tflop) if name == MODEL else None
             row = rows.setdefault(label, TableRow({}, chunk_of(experiment.model) if sizes else None, sizes))
             row.seeds[seed] = scores  # baselines are the same whichever row they stand beside
     if keep:
-        write_scores(kept, found, names)
+        write_scores(kept, {key: there[key] for key in names}, names)
     return rows
+
+
+def scored_groups(experiment: Experiment, rows: Mapping[str, TableRow]) -> np.ndarray:
+    """Which of the clips that were scored are independent of each other, as `independent_groups` has it."""
+    dataset = open_store(experiment.data.url)
+    appropriate = load_appropriateness(dataset, load_manifest(dataset), experiment.evaluation.split)
+    assert appropriate is not None, "there are scores"
+    items = {len(scores.values) for row in rows.values() for scores in row.seeds.values()}
+    return independent_groups(of_first_clips(appropriate, min(items) // 2))
 
 
 def run_scores(saved: SavedRun) -> RunScores:
@@ -130,13 +148,14 @@ def run_scores(saved: SavedRun) -> RunScores:
     return RunScores(*size(saved), {row: ClipScores.of(plan.read_row(row)) for row in rows_of(plan)})
 
 
-def size(saved: SavedRun) -> tuple[int, float]:
-    """Parameters of all stages, and GFLOP of training on one item of the last one."""
-    parameters, flops = 0, 0.0
+def size(saved: SavedRun) -> tuple[int, float, float]:
+    """Parameters of all stages, GFLOP of training on one item of the last one, and TFLOP of the training of all."""
+    parameters, flops, total = 0, 0.0, 0.0
     for stage in stages_of(saved.experiment.model):
-        kind = saved.export(stage).kind
+        export = saved.export(stage)
         with torch.device("meta"):
-            module = kind.module()
-        flops = flops_per_item(kind) / 1e9
+            module = export.kind.module()
+        flops = flops_per_item(export.kind)
         parameters += sum(parameter.numel() for parameter in module.parameters())
-    return parameters, flops
+        total += flops * export.progress
+    return parameters, flops / 1e9, total / 1e12

@@ -25,12 +25,12 @@ class TableRow:
     Attributes:
         seeds: what it scored, by seed.
         chunk: frames in which a model reacts, 0 if it hears the whole clip; None if it is no model that was trained.
-        size: parameters, and GFLOP of training on one item, of such a model.
+        size: parameters, GFLOP of training on one item of the last stage, and TFLOP of all its training, of such a model.
     """
 
     seeds: dict[int, ClipScores]
     chunk: int | None = None
-    size: tuple[int, float] | None = None
+    size: tuple[int, float, float] | None = None
 
     def mean_of_seeds(self) -> ClipScores:
         """The seeds' mean for every clip, whose clips are drawn anew to say what another test set would have given."""
@@ -76,7 +76,7 @@ def cells(rows: Mapping[str, TableRow]) -> tuple[list[str], dict[str, list[str]]
 
     def counted(name: str, place: int) -> str:
         size = rows[name].size
-        return f"{size[place]:,}" if size and place == 0 else f"{size[place]:.2f}" if size else ""
+        return f"{size[place]:,}" if size and place == 0 else f"{size[place]:.3g}" if size else ""
 
     def way(oracle: str, name: str) -> str:
         return f"{gap_closed(means[name], means[RANDOM], means[oracle]):.0%}"
@@ -99,6 +99,7 @@ def cells(rows: Mapping[str, TableRow]) -> tuple[list[str], dict[str, list[str]]
         "FRSyn, varying ↓": lambda name: spread(name, lambda one: one["FRSyn_varying"]),
         "parameters": lambda name: counted(name, 0),
         "GFLOP / item": lambda name: counted(name, 1),
+        "TFLOP, all training": lambda name: counted(name, 2),
     }
     made = {head: [cell(name) for name in rows] for head, cell in columns.items()}
     made = {head: column for head, column in made.items() if any(column)}

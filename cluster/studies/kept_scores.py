@@ -13,8 +13,12 @@ from cluster.evaluation.plan import VERSION
 from reactdiff.metrics.intervals import percentiles, resampled_means
 from reactdiff.metrics.partial import PER_CLIP, PartialScores, means_to_metrics
 
-DIGITS = 5
+DIGITS = 4
 """Significant digits that are kept of a clip's value."""
+
+
+SIZES = ("parameters", "gflop", "tflop")
+"""What is kept of a run beside its scores."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,13 @@ class RunScores:
     Attributes:
         parameters: of all its stages.
         gflop: of training on one item of the last stage.
+        tflop: of the training of all its stages.
         rows: of its evaluation, by name.
     """
 
     parameters: int
     gflop: float
+    tflop: float
     rows: Mapping[str, ClipScores]
 
 
@@ -87,7 +93,7 @@ def read_scores(file: Path) -> dict[str, RunScores]:
         values = {name: np.array(rows, dtype=np.float64) for name, rows in kept["values"].items()}
         return {
             key: RunScores(
-                one["parameters"], one["gflop"], {row: ClipScores(values[name], one["predictions"]) for row, name in one["rows"].items()}
+                *(one[size] for size in SIZES), {row: ClipScores(values[name], one["predictions"]) for row, name in one["rows"].items()}
             )
             for key, one in kept["runs"].items()
         }
@@ -115,8 +121,7 @@ def write_scores(file: Path, runs: Mapping[str, RunScores], names: Mapping[str, 
             rows[row] = digest(plain)[:16]
             values[rows[row]] = plain
         (predictions,) = {scores.predictions for scores in run.rows.values()}
-        sizes = {"parameters": run.parameters, "gflop": run.gflop, "predictions": predictions}
-        entries[key] = {"name": names[key], **sizes, "rows": rows}
+        entries[key] = {"name": names[key], **{size: getattr(run, size) for size in SIZES}, "predictions": predictions, "rows": rows}
     lines = ",\n".join(f'"{name}": {json.dumps(rows, separators=(",", ":"))}' for name, rows in values.items())
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.part")

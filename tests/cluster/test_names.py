@@ -12,6 +12,7 @@ from cluster.config.spec import Spec
 from cluster.data.manifest import Manifest
 from cluster.driver.pin import run_name
 from cluster.studies.comparison import Comparison, comparison_runs
+from cluster.studies.kept_scores import scores_key
 from cluster.studies.sweep import OpenSweep, Sweep
 from reactdiff.config import Model, Optim, field
 from tests.tiny import ROOT
@@ -33,12 +34,17 @@ ROWS = {
     "face only, also of the target": "889b7ebd a2a3f58d 0864d94b",
     "voice only, also of the target": "d6a5fb99 0344a612 a3bef837",
     "Trans-VAE": "1a097232 f9dd4596 186d7aba",
-    "BeLFusion, x0": "7e61269a 881ac459 b909f20d",
+    "BeLFusion, x0": "82a1f4a8 168234cb f2d96414",
     "transformer, x0, online": "dceb4b99 8714732a 1696a147",
     "PerFRDiff, x0, online": "80053976 3a7a231d e58de908",
+    "transformer, x0, squared errors": "f04c57a1 a307450d e327a4cd",
+    "and batches of 2": "94617e7b 8c080f88 c415603c",
+    "and tokens of 5 frames, lags": "4c2ca66d e37a6b81 b8e65ff3",
+    "and variance 1 at EDM's levels": "7662f35f d3e1b341 faf8e7fa",
     "recipe": "702e3dfa 465b7aaf d3e7062e",
     "recipe, equal operations": "82050118 2b91292c aa081907",
     "recipe, online": "b7be9ed2 a67c72dc 9fbdb92f",
+    "ReactDiff, as published, ten times the items": "feb2277d c3c6544b 4db85c4b",
 }
 """Row -> the ends of its runs' names, under seeds 0, 1 and 2."""
 
@@ -110,3 +116,24 @@ def test_a_field_added_later_enters_a_name_only_where_it_is_not_its_default(conf
 def test_the_fields_that_names_always_stand_for_are_there() -> None:
     there = {*identity(load(None)), *ends(load(None))}
     assert there >= ORIGINAL_FIELDS, "a field that goes renames every run"
+
+
+@pytest.mark.parametrize(("parts", "row"), [("offline", "recipe"), ("online", "recipe, online")])
+def test_the_first_row_of_the_parts_is_the_recipe_whose_scores_are_there(parts: str, row: str) -> None:
+    files = {f"science/{parts}.yaml": "as it is", "science.yaml": row}
+    every = [
+        [scores_key(run.experiment, DATASET) for run in comparison_runs(Comparison.read(CONFIGS / file), []) if run.row == name]
+        for file, name in files.items()
+    ]
+    assert every[0] == every[1] and len(every[0]) == 3
+
+
+@pytest.mark.parametrize(("best", "row"), [("best-offline", "recipe"), ("best-online", "recipe, online")])
+def test_the_recipe_of_the_comparison_is_that_of_the_configuration(best: str, row: str) -> None:
+    recipe = next(run.experiment for run in comparison_runs(Comparison.read(CONFIGS / "science.yaml"), []) if run.row == row)
+    shipped = load(CONFIGS / f"{best}.yaml")
+    assert recipe.diffusion == shipped.diffusion
+    unused = dict.fromkeys(("hidden", "latent", "channels", "multipliers", "condition", "dropout"))  # of a first stage or a UNet
+    assert recipe.model.model_dump() | unused == shipped.model.model_dump() | unused
+    same = ("batch", "lr", "ema", "warmup")
+    assert [getattr(recipe.optim, name)["diffusion"] for name in same] == [getattr(shipped.optim, name)["diffusion"] for name in same]

@@ -5,13 +5,15 @@ import re
 import numpy as np
 import pytest
 
-from cluster.studies.comparison_pairs import pairs_markdown, row_difference
+from cluster.studies.comparison_pairs import independent_groups, pairs_markdown, row_difference
 from cluster.studies.comparison_table import TableRow
 from cluster.studies.kept_scores import ClipScores
 from reactdiff.data.keyed import generator
 from reactdiff.metrics.partial import PER_CLIP
 
 CLIPS = 40
+ALONE = np.arange(CLIPS)
+"""Every clip is a group of its own."""
 
 
 def row(better: float, name: str, seeds: tuple[int, ...] = (0, 1, 2)) -> TableRow:
@@ -27,23 +29,47 @@ def row(better: float, name: str, seeds: tuple[int, ...] = (0, 1, 2)) -> TableRo
 
 def test_what_is_hard_for_both_cancels_out() -> None:
     better, worse = row(0.2, "better"), row(0.0, "worse")
-    mean, low, high = row_difference(better, worse, "FRCorr")
-    assert 0 < low < mean < high and mean - low < 0.1 and abs(mean - 0.2) < 0.05
-    assert row_difference(worse, better, "FRCorr") == pytest.approx([-mean, -high, -low])
+    mean, low, high, seeds_agree = row_difference(better, worse, "FRCorr", ALONE)
+    assert 0 < low < mean < high and mean - low < 0.1 and abs(mean - 0.2) < 0.05 and seeds_agree
+    assert row_difference(worse, better, "FRCorr", ALONE)[:3] == pytest.approx([-mean, -high, -low])
     intervals = [one.mean_of_seeds().intervals()["FRCorr"] for one in (worse, better)]
     assert intervals[0][1] > intervals[1][0], "the rows' own intervals overlap"
-    mean, low, high = row_difference(row(0.0, "another"), worse, "FRCorr")
-    assert low < 0 < high
+    same = row_difference(row(0.0, "another"), worse, "FRCorr", ALONE)
+    assert same.low < 0 < same.high
+
+
+def test_items_that_share_a_reference_or_a_recording_are_drawn_together() -> None:
+    appropriate = np.eye(8, dtype=bool)
+    appropriate[0, 1] = appropriate[6, 7] = True  # clips 0 and 1 share an act in one direction, 2 and 3 in the other
+    assert independent_groups(appropriate).tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+
+
+def test_clips_that_say_the_same_make_no_interval_narrower() -> None:
+    better, worse = row(0.2, "better"), row(0.0, "worse")
+    often = []
+    for one in (better, worse):
+        often.append(TableRow({seed: ClipScores(np.repeat(scores.values, 4, axis=0), 2) for seed, scores in one.seeds.items()}, 0))
+    alone = row_difference(better, worse, "FRCorr", ALONE)
+    assert row_difference(*often, "FRCorr", np.repeat(ALONE, 4))[:3] == pytest.approx(alone[:3])
+    as_if = row_difference(*often, "FRCorr", np.arange(4 * CLIPS))
+    assert as_if.high - as_if.low < 0.8 * (alone.high - alone.low)
+
+
+def test_what_one_seed_contradicts_is_not_bold() -> None:
+    base, mixed = row(0.0, "base"), row(0.5, "mixed")
+    mixed.seeds[2] = row(-0.2, "mixed").seeds[2]
+    assert not row_difference(mixed, base, "FRCorr", ALONE).seeds_agree
+    assert "**" not in pairs_markdown({"mixed": mixed, "base": base}, ["base"], ALONE)
 
 
 def test_only_seeds_that_both_have_are_compared() -> None:
-    assert row_difference(row(0.2, "better", (0, 1)), row(0.0, "worse", (1, 2)), "FRCorr") == (
-        row_difference(row(0.2, "better", (1,)), row(0.0, "worse", (1,)), "FRCorr")
+    assert row_difference(row(0.2, "better", (0, 1)), row(0.0, "worse", (1, 2)), "FRCorr", ALONE) == (
+        row_difference(row(0.2, "better", (1,)), row(0.0, "worse", (1,)), "FRCorr", ALONE)
     )
 
 
 def test_the_table_has_models_alone_and_marks_what_excludes_0() -> None:
     rows = {"better": row(0.2, "better"), "same": row(0.0, "another"), "base": row(0.0, "worse"), "oracle": TableRow(row(1.0, "o").seeds)}
-    head, _, *lines = pairs_markdown(rows, ["base"]).splitlines()
+    head, _, *lines = pairs_markdown(rows, ["base"], ALONE).splitlines()
     assert "FRCorr ↑ against base" in head and [line.split(" | ")[0] for line in lines] == ["| better", "| same", "| base"]
     assert re.search(r"\*\*\+0\.\d{3} \(\+0\.\d{3} \.\. \+0\.\d{3}\)\*\*", lines[0]) and "**" not in lines[1]

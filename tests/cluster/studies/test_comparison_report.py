@@ -11,7 +11,7 @@ from tests.cluster.support.html import assert_asks_for_nothing
 
 
 def test_the_page_has_the_table_the_models_and_the_oracles_between_which_they_lie(tmp_path: Path) -> None:
-    models = {"a<b>": TableRow({1: scored(1, 0.5), 2: scored(2, 0.6)}, 0, (12, 0.5)), "online": TableRow({1: scored(1, 0.7)}, 50)}
+    models = {"a<b>": TableRow({1: scored(1, 0.5), 2: scored(2, 0.6)}, 0, (12, 0.5, 2.5)), "online": TableRow({1: scored(1, 0.7)}, 50)}
     oracles = {name: TableRow({1: scored(1, noise)}) for name, noise in zip(frontier_names(), (0.5, 0.4, 0.3, 0.2, 0.1), strict=True)}
     page = comparison_report("mine", models | oracles)
     assert_asks_for_nothing(page)

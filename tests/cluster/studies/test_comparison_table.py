@@ -20,7 +20,8 @@ def scored(seed: int, noise: float) -> ClipScores:
 
 def table(**rows: TableRow) -> tuple[list[str], dict[str, dict[str, str]]]:
     """The columns of the table, and its lines by name and column."""
-    head, _, *lines = markdown({name.replace("_", " "): row for name, row in rows.items()}).splitlines()
+    made = markdown({name.replace("_", " "): row for name, row in rows.items()})
+    head, _, *lines = (line.removesuffix(" |") for line in made.splitlines())
     columns = head.split(" | ")[1:]
     return columns, {
         name.removeprefix("| "): dict(zip(columns, cells, strict=True)) for name, *cells in (line.split(" | ") for line in lines)
@@ -28,7 +29,7 @@ def table(**rows: TableRow) -> tuple[list[str], dict[str, dict[str, str]]]:
 
 
 def test_the_table_says_how_far_each_row_has_come_between_random_listener_and_oracle() -> None:
-    model = TableRow({1: scored(1, 0.5), 2: scored(2, 0.5)}, 0, (1234567, 0.5))
+    model = TableRow({1: scored(1, 0.5), 2: scored(2, 0.5)}, 0, (1234567, 0.5, 2.5))
     columns, cells = table(
         model=model, random_listener=TableRow({1: scored(1, 3.0)}), oracle=TableRow(dict.fromkeys((1, 2), scored(1, 0.1)))
     )
@@ -39,6 +40,7 @@ def test_the_table_says_how_far_each_row_has_come_between_random_listener_and_or
     mean, spread = map(float, re.findall(r"[\d.]+", cells["model"]["FRCorr ↑"]))
     assert low < mean < high and spread > 0 and "±" not in cells["oracle"]["FRCorr ↑"], "the oracle is the same under both seeds here"
     assert cells["model"]["parameters"] == "1,234,567" and cells["oracle"]["parameters"] == ""
+    assert (cells["model"]["GFLOP / item"], cells["model"]["TFLOP, all training"]) == ("0.5", "2.5")
     assert "share of frontier (95 %)" not in columns, "there is no frontier here"
     assert float(cells["model"]["energy score ↓"].split()[0]) < float(cells["random listener"]["energy score ↓"])
     assert float(cells["model"]["steps inside"].split()[0]) > 1 and "at ends" in columns

@@ -21,10 +21,11 @@ def part(constant: bool = False) -> PartialScores:
 def test_scores_come_back_from_a_file_as_they_were_kept(tmp_path: Path) -> None:
     scores, undefined = ClipScores.of(part()), ClipScores.of(part(constant=True))
     file = tmp_path / "science" / "compared.json"
-    kept = {"a": RunScores(12, 0.5, {"model": scores, "oracle": scores}), "b": RunScores(13, 0.6, {"model": undefined, "oracle": scores})}
+    first = RunScores(12, 0.5, 2.5, {"model": scores, "oracle": scores})
+    kept = {"a": first, "b": RunScores(13, 0.6, 2.6, {"model": undefined, "oracle": scores})}
     write_scores(file, kept, {"a": "first, seed 0", "b": "second, seed 0"})
     back = read_scores(file)
-    assert list(back) == ["a", "b"] and (back["b"].parameters, back["b"].gflop) == (13, 0.6)
+    assert list(back) == ["a", "b"] and (back["b"].parameters, back["b"].gflop, back["b"].tflop) == (13, 0.6, 2.6)
     for key, run in kept.items():
         for row, one in run.rows.items():
             np.testing.assert_array_equal(back[key].rows[row].values, one.values)
@@ -38,7 +39,7 @@ def test_what_is_kept_has_the_metrics_of_what_was_scored() -> None:
     found = ClipScores.of(part()).metrics()
     for name, value in (whole.official | whole.repaired | whole.extra).items():
         if name in found:
-            assert found[name] == pytest.approx(value, rel=1e-4), name
+            assert found[name] == pytest.approx(value, rel=1e-3), name
     assert set(whole.intervals) == set(found)
 
 

@@ -62,7 +62,7 @@ def pages(run: Store, folder: Path) -> dict[str, str]:
     for number in (0, 2):
         search.ledger.enter_end(number, "DONE", scores={"FRDist": 1.25 + number, "FRCorr": 0.5 - number, "FRDiv": 0.1 * number})
     search.refresh()
-    models = {"a model of a long name": TableRow({1: scored(1, 0.5), 2: scored(2, 0.6)}, 0, (12, 0.5))}
+    models = {"a model of a long name": TableRow({1: scored(1, 0.5), 2: scored(2, 0.6)}, 0, (12, 0.5, 2.5))}
     models["noise"] = TableRow({1: scored(1, 3)})
     return {"run": report(run), "sweep": sweep_report(search, {}), "comparison": comparison_report("mine", models)}
 
