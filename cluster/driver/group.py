@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 from ray.train import WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -22,7 +22,7 @@ from cluster.driver.watchdog import Hang, Watchdog
 from cluster.runs.checkpoint import newest_progress
 from cluster.runs.lineage import open_attempt
 from cluster.runs.logs import log_folder, make_room
-from cluster.runtime.failures import StageFailed, inner
+from cluster.runtime.failures import LOST, StageFailed, inner
 from cluster.runtime.lookout import Lookout
 from cluster.runtime.nodes import draining_nodes, listens, nodes
 from cluster.runtime.placement import Demand, Gang, fit
@@ -43,6 +43,9 @@ CLUSTER_POLL = 2.0
 
 ENDING = 20.0
 """Seconds that Ray Train is given to end the ranks of a stage that has failed."""
+
+NOTICED = 120.0
+"""Seconds that Ray Train is given to notice that ranks were killed."""
 
 
 class Group:
@@ -82,7 +85,7 @@ class Group:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         self._growth: Demand | None = None
-        self._growing = Lock()
+        self._grows, self._growing = False, Lock()
         self._reserved, self._price = False, Berths(job.experiment.telemetry.prices)
         self._berths = [self._price.of(node, gang.each(len(place))) for node in place]
         self._lookout = Lookout(self._ask_of_machines, CLUSTER_POLL, RayError)
@@ -127,6 +130,7 @@ class Group:
         """What is known of the ranks belongs to one attempt."""
         self.reason, self.why = "", ""
         self.hang: Hang | None = None
+        self._killed: tuple[float, Exception] | None = None
         self._progress, self._heard = 0.0, dict[int, Snapshot]()
         self._watchdog = Watchdog(len(self._place), self._rank_name)
         make_room(self._job.run)
@@ -134,6 +138,7 @@ class Group:
         ray.get(self._board.begin.remote(self._job.attempt))
         self._goes_on_from = newest_progress(self._job.run, self._job.stage)
         self._monitor.again(self._goes_on_from)
+        self._grows = True
 
     def _decide(self, error: Exception, judge: Callable[[Exception, "Group"], None]) -> None:
         """Answer Ray Train, which waits: the same ranks again, or the end of this group."""
@@ -159,6 +164,7 @@ class Group:
         if not self._growing.acquire(timeout=ENDING):
             return  # the cluster does not answer: nothing is placed
         try:
+            self._grows = False  # the lookout may be on its way
             if self._growth:
                 with suppress(RayError):
                     self._growth.remove()
@@ -186,6 +192,8 @@ class Group:
     def _look(self) -> Exception | None:
         """Take the ranks' numbers, look at the machines, and ask what is to be asked; returns a failure that waits for a decision."""
         self._assert_ours()
+        if self._killed and time.monotonic() - self._killed[0] > NOTICED:
+            raise self._killed[1]
         if self._interruption.signal and self.reason != "interrupted":
             self.reason = "interrupted"
             self._monitor.say("told to end: a checkpoint at the next step, then the end; the second Ctrl-C ends at once")
@@ -196,6 +204,10 @@ class Group:
             self._heed(*answer)
         try:
             snapshots, error = ray.get(self._board.take.remote(self._request()))
+        except ActorDiedError as gone:
+            if not self._killed:
+                self._give_up_unheard(gone)
+            return None
         except RayError:
             return None  # Ray is ending; the ranks' own error says more
         self._book_places()
@@ -227,7 +239,19 @@ class Group:
             ray.get(self._board.ask.remote(Request.STACKS))
         time.sleep(2 * REPORT)  # each rank reports once a second, and hears it then
         self._examine(folder, sorted(self._heard), kill=False)
-        self._examine(folder, [rank for rank in stuck.ranks if rank in self._heard] or sorted(self._heard), kill=True)
+        self._kill(folder, [rank for rank in stuck.ranks if rank in self._heard] or sorted(self._heard), self.hang)
+
+    def _give_up_unheard(self, error: RayError) -> None:
+        """The board's process is gone: ranks train on, but nobody hears them, nor they the driver. They start again, with another board."""
+        self._monitor.say("the process through which driver and ranks speak is gone: killing the ranks, which start again")
+        lost = StageFailed(self._job.stage, LOST, error)
+        if not self._heard:  # nobody knows their processes: they end with the driver
+            raise lost
+        self._kill(log_folder(self._job.life, self._job.attempt), sorted(self._heard), lost)
+
+    def _kill(self, folder: str, ranks: Sequence[int], why: Exception) -> None:
+        self._examine(folder, ranks, kill=True)
+        self._killed = time.monotonic(), why
 
     def _examine(self, folder: str, ranks: Sequence[int], kill: bool) -> None:
         """Look at ranks from outside, where they could not say themselves where they are; kill them or not."""
@@ -266,6 +290,8 @@ class Group:
         if leaving or lacking <= 0 or len(self._heard) < len(self._place):  # until all ranks are placed, what is free is theirs
             return leaving, 0
         with self._growing:
+            if not self._grows or len(self._heard) < len(self._place):
+                return leaving, 0
             if self._growth is None:  # what an autoscaler sees
                 self._growth, self._reserved = Demand(replace(self._gang, memory=None), lacking), False
             return leaving, self._room()

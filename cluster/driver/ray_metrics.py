@@ -32,7 +32,7 @@ class RayMetrics:
         self._told: set[Series] = set()
 
     def tell(self, over: bool = False) -> None:
-        """Tell all that there is now; what is no more is 0.
+        """Tell all that there is now; what is no more is 0 once, and not told again.
 
         Args:
             over: the run ends: then it is at no step.
@@ -42,10 +42,9 @@ class RayMetrics:
             for sample in metric.samples:
                 if not (over and metric.name == "reactdiff_at"):
                     now[sample.name, tuple(sample.labels.items())] = float(sample.value)
-        for series in self._told - now.keys():
-            now[series] = 0.0
+        gone = dict.fromkeys(self._told - now.keys(), 0.0)
         self._told = set(now)
-        for (name, labels), value in now.items():
+        for (name, labels), value in (now | gone).items():
             if name not in self._gauges:
                 self._gauges[name] = Gauge(name, tag_keys=tuple(key for key, _ in labels))
             self._gauges[name].set(value, dict(labels))

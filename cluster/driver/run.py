@@ -140,18 +140,15 @@ def _execute(
             running.ended = "SUPERSEDED"
             raise
         except Enough as told:
-            running.ended = "STOPPED"
-            running.update(status="STOPPED", why=str(told), stage="")  # wherever it was when it heard of it
+            running.end("STOPPED", str(told), stage="")  # wherever it was when it heard of it
             raise
         except (KeyboardInterrupt, SystemExit):  # Ray turns SIGTERM into SystemExit
-            running.ended = "STOPPED"
-            running.update(status="STOPPED", why="told to end")
+            running.end("STOPPED", "told to end")
             raise
         except BaseException as error:
-            running.ended = "FAILED"
             if isinstance(error, StageFailed):  # of a step: there is an exporter
                 running.exporter.failed(error.failure.name)
-            running.update(status="FAILED", why=str(error))
+            running.end("FAILED", str(error))
             raise
         done = tuple(steps) == STEPS
         running.ended = "DONE" if done else "STOPPED"
@@ -208,11 +205,13 @@ class _Life:
         exporter: serves its numbers, and has its books.
         faults: stage -> why it must be started again, where an earlier life ended by a fault.
         ended: the status it leaves, empty while it lasts.
+        untold: whether the store did not take it.
     """
 
     exporter: Exporter
     faults: dict[str, str]
     ended = ""
+    untold = False
 
     def __init__(
         self, experiment: Experiment, pinned: Pinned, state: State, lease: Lease, display: Display, enough: Callable[[], str]
@@ -233,7 +232,7 @@ class _Life:
 
     def settle(self, trial: str) -> None:
         """Keep the receipt of the run so far, and show it unless the run is one of many; tidy up after those who were killed."""
-        if self.ended == "SUPERSEDED":
+        if self.ended == "SUPERSEDED" or self.untold:
             return
         try:
             self.lease.assert_held()
@@ -302,6 +301,19 @@ class _Life:
         """
         self.lease.assert_held()
         self.state = update_state(self.store, self.state, **changes)
+
+    def end(self, status: str, why: str, **changes: str) -> None:
+        """Write how the life ended. What ended it is said and decides the exit code, also where the store cannot be told.
+
+        Raises:
+            Superseded: if another driver has taken the run over.
+        """
+        self.ended = status
+        try:
+            self.update(status=status, why=why, **changes)
+        except StorageError as error:
+            self.untold = True
+            log.error("%s/state.json does not say that the run is %s (%s): %s", self.store.url, status, why, error)
 
     def finished_latents(self) -> LatentDataset:
         """The finished autoencoder over the run's dataset."""

@@ -10,6 +10,7 @@ from cluster.data.shards import decode_npy, encode_npy, members
 from cluster.runs.latents import CORRUPT, MOMENTS, RANGE, EncodedShard, LatentDataset, empty_range, encode_shard, range_union
 from cluster.runtime.tasks import Account, map_tasks
 from cluster.storage import AlreadyExists, Store, content_hash
+from cluster.storage.parallel import parallel_map
 
 
 def build_latents(
@@ -66,8 +67,8 @@ def build_latents(
 def _range(latents: LatentDataset, shards: Sequence[EncodedShard]) -> File:
     """Write the range of the training split's latents, from those of its shards."""
     store, bounds = latents.store, empty_range(latents)
-    for shard in shards:
-        bounds = range_union(bounds, decode_npy(store.read(shard.range)))
+    for data in parallel_map(store.read, [shard.range for shard in shards]):
+        bounds = range_union(bounds, decode_npy(data))
     if (bounds[0] > bounds[1]).any():
         raise ValueError(
             f"split {latents.split} of {latents.dataset.url} has no clips to take the latents' range from; set data.split to one that has"
@@ -79,7 +80,8 @@ def _moments(latents: LatentDataset, shards: Sequence[EncodedShard]) -> dict[str
     """Write mean and standard deviation of the training split's latents; nothing where a shard was made before sums were kept."""
     if not all(shard.sums for shard in shards):
         return {}
-    count, total, squares = np.sum([decode_npy(latents.store.read(shard.sums)) for shard in shards], axis=0)
+    sums = parallel_map(latents.store.read, [shard.sums for shard in shards])
+    count, total, squares = np.sum([decode_npy(data) for data in sums], axis=0)
     mean = total / count
     deviation = np.sqrt(np.maximum(squares / count - np.square(mean), 0))
     return {MOMENTS: _kept(latents.store, MOMENTS, np.stack((mean, deviation))).model_dump()}

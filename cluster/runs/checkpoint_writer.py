@@ -12,7 +12,7 @@ from cluster.runs.checkpoint import BUFFER, Checkpoint, CheckpointPart, Extent, 
 from cluster.runs.inventory import prune
 from cluster.runs.retention import Retention
 from cluster.runs.snapshot import TensorSnapshot
-from cluster.runs.state import Attempt, Superseded
+from cluster.runs.state import Attempt
 from cluster.storage import AlreadyExists, StorageError, Store, content_hash
 
 
@@ -107,7 +107,7 @@ class CheckpointWriter:
         """The checkpoint that was published; on rank 0 it exists when this returns.
 
         Raises:
-            Superseded: on rank 0, if a newer life or attempt has begun. Then there is no such checkpoint.
+            Superseded: on rank 0, if a newer life or attempt has begun. Then it counts only if that one goes on from it.
             StorageError: if another group with the same numbers has created this manifest, of other parts.
         """
         assert self._published is not None
@@ -137,7 +137,10 @@ class CheckpointWriter:
         return tensors
 
     def _create(self, checkpoint: Checkpoint) -> None:
-        """Create the manifest, and take it back if a newer life or attempt began meanwhile: this process may have stood still."""
+        """Create the manifest; a newer life or attempt that began meanwhile ends this one: this process may have stood still.
+
+        It stays then: if the newer one has found it in time, it goes on from it, and if not, it counts for nobody.
+        """
         self._superseded()
         key = f"checkpoints/{checkpoint.stage}/{checkpoint.file}"
         try:
@@ -148,11 +151,7 @@ class CheckpointWriter:
                     f"{self._store.url}/{key} was created with other parts by another group with the same numbers; "
                     "the next attempt has numbers of its own"
                 ) from None
-        try:
-            self._superseded()
-        except Superseded:
-            self._store.delete(key)
-            raise
+        self._superseded()
 
     def close(self) -> None:
         """Wait for deletions, and let go of the threads; a checkpoint that was not finished does not exist."""

@@ -1,7 +1,8 @@
 """Which checkpoints of a run count: those of its newest attempt, and those that this one inherited when it began.
 
 A driver that was frozen or cut off, or a rank of a group that was given up, may wake and create one more. It finds itself superseded
-afterwards and takes that back; what it could not take back is in nobody's inheritance, so no reader takes it for the run's.
+afterwards. Either its successor found that checkpoint in time and inherits it, or it is in nobody's inheritance, and no reader takes
+it for the run's. It is never deleted by who wrote it, for it cannot know which of the two.
 """
 
 import json
@@ -22,7 +23,7 @@ LOOKS = 60
 def open_attempt(store: Store, life: int) -> int:
     """Take the next attempt number of a life, before each start of a worker group, and record which checkpoints it goes on from.
 
-    They are looked for when the number is taken: whoever commits one later sees the number, and takes it back.
+    They are looked for when the number is taken: whoever commits one later sees the number, and ends.
 
     Args:
         store: the run's folder.

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 
 from cluster.runs.state import Attempt
 from cluster.storage import StorageError, Store
+from cluster.storage.parallel import parallel_map
 from cluster.telemetry.repeating import repeating
 
 FOLDER = "logs"
@@ -22,6 +23,9 @@ RANK_BYTES = 64_000
 
 ALL_BYTES = 20_000_000
 """Most bytes of all logs of a run; the oldest attempts' go."""
+
+ALL_LOGS = 4_000
+"""Most logs of a run; listing them is part of each start."""
 
 EVERY = 1.0
 """Seconds between two writes of a log that has grown."""
@@ -116,12 +120,15 @@ def write_end(store: Store, life: int, attempt: int, stage: str, text: str) -> N
 
 
 def make_room(store: Store) -> None:
-    """Delete the logs of the oldest attempts where all together are more than three quarters of what is kept."""
+    """Delete the logs of the oldest attempts where all together are more than three quarters of what is kept, in bytes or in objects."""
     sizes: dict[str, dict[str, int]] = {}
     for entry in store.list(f"{FOLDER}/"):
         sizes.setdefault(entry.key.split("/")[1], {})[entry.key] = entry.size
+    size, count, old = sum(sum(of.values()) for of in sizes.values()), sum(map(len, sizes.values())), list[str]()
     for attempt in sorted(sizes, key=Attempt.parse)[:-1]:
-        if sum(sum(of.values()) for of in sizes.values()) <= 3 * ALL_BYTES // 4:
+        if size <= 3 * ALL_BYTES // 4 and count <= 3 * ALL_LOGS // 4:
             break
-        for key in sizes.pop(attempt):
-            store.delete(key)
+        size, count = size - sum(sizes[attempt].values()), count - len(sizes[attempt])
+        old += sizes[attempt]
+    for _ in parallel_map(store.delete, old):
+        pass

@@ -4,6 +4,7 @@ docs/architecture.md has the same table for people. An error of ours names its c
 needs to import none of those who raise them; built-in exceptions, those of a store and those of Ray are listed in the table.
 """
 
+import errno
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -59,10 +60,17 @@ TABLE = (
     Failure("refused", False, "correct the URL, or the credentials and their rights; then the same command", (Permanent,)),
     Failure("storage", True, "see to the store; the same command goes on", (StorageError,), AGAIN),
     Failure(
+        "disk",
+        True,
+        "make room on that machine, or mend its disk (TMPDIR, data.cache); the same command goes on",
+        exit_code=AGAIN,
+        says=tuple(f"[Errno {code}]" for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)),
+    ),
+    Failure(
         "user",
         False,
         "correct what the sentence names; then the same command",
-        (ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError),
+        (ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError, ArithmeticError, NameError, NotImplementedError),
     ),
     Failure("hang", True, "look at the stacks in the run's folder; the same command goes on", (), AGAIN),
     Failure("preempted", True, "the same command goes on", ("PreemptionError",), AGAIN, free=True),

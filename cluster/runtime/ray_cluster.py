@@ -5,7 +5,6 @@ import os
 import secrets
 import signal
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.runtime.nodes import HEAD, draining_nodes, listens
 from cluster.runtime.prices import MARKET
 from cluster.storage import Permanent, StorageError, Store
+from cluster.storage.base import probe_key
 
 OBJECT_STORE_BYTES = 200_000_000  # only small results pass through it; Ray's own default takes 30 % of the memory
 PROBE_SECONDS = 2.0
@@ -118,7 +118,7 @@ def assert_visible(store: Store, field: str, key: str = "") -> None:
         return
     leaving = draining_nodes()
     nodes = [node for node in nodes if node["Resources"].get("CPU") and node["NodeID"] not in leaving]
-    probe = key or f"visible-{uuid.uuid4().hex}"
+    probe = key or probe_key(store)
     if not key:
         store.put(probe, b"")
     try:

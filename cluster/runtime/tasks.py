@@ -4,12 +4,14 @@ import logging
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any, Protocol
 
 import ray
+from ray import cloudpickle
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -25,6 +27,10 @@ log = logging.getLogger(__name__)
 
 RETRIES = 3
 """Times that calls are tried again without any call coming to its end, for each class of failure."""
+
+
+CALL_TRIES = 4
+"""Times that a single call may fail, whatever others come to: one that always does is at fault itself."""
 
 
 RAY_RETRIES = 3
@@ -131,12 +137,14 @@ class _Calls:
             scheduling_strategy="DEFAULT",  # anywhere: the driver of a sweep's trial sits in a placement group without room for tasks
             runtime_env={"env_vars": worker_environment(workers)},
         )
-        self._function, self._box = function, [ray.put(shared)]  # in a list: else Ray takes it out itself, for every call
+        self._function = cloudpickle.dumps(function)  # whose import may be what gets stuck: it is watched, too
+        self._box = [ray.put(shared)]  # in a list: else Ray takes it out itself, for every call
         self._waiting = list(range(len(calls)))[::-1]
         self._running: dict[Any, int] = {}
         self._begun = set[int]()
         self._processes: set[TaskProcess] = set()
         self._budget = Budget(RETRIES)
+        self._failures = Counter[int]()
 
     @property
     def left(self) -> bool:
@@ -191,13 +199,15 @@ class _Calls:
             self._account.begin(number)
 
     def _failed(self, number: int, error: RayError) -> None:
-        cause = error.cause if isinstance(error, RayTaskError) else TaskLost(f"{self._name}: {_first_line(error)}", error)
+        call = f"{self._name}({', '.join(map(repr, self._calls[number])):.100})"
+        cause = error.cause if isinstance(error, RayTaskError) else TaskLost(f"{call}: {_first_line(error)}", error)
         cause.__cause__ = error
         failure = failure_of(cause)
-        if failure is None or not self._budget.allows(failure):
+        self._failures[number] += 1
+        if failure is None or not self._budget.allows(failure) or self._failures[number] == CALL_TRIES:
             raise cause
         place = raised_in(cause)
-        log.warning("%s of call %d, which is tried again (%s)%s: %s", failure.name, number, self._budget, place and f", {place}", cause)
+        log.warning("%s of %s, which is tried again (%s)%s: %s", failure.name, call, self._budget, place and f", {place}", cause)
         self._waiting.append(number)
         if self._account and number in self._begun:
             self._begun.remove(number)
@@ -240,14 +250,15 @@ _loaded: list[float] = [time.monotonic()]
 
 
 def _call(
-    function: Callable[..., Any], box: list[ray.ObjectRef], call: tuple[Any, ...], stuck: float
+    pickled: bytes, box: list[ray.ObjectRef], call: tuple[Any, ...], stuck: float
 ) -> tuple[TaskProcess, tuple[float, float], Any]:
-    began = time.monotonic()
-    starting = began - _loaded.pop() if _loaded else 0.0
-    (reference,) = box
-    if (name := reference.hex()) not in _taken:
-        _taken.clear()
-        _taken[name] = ray.get(reference)
     with ended_if_stuck(stuck):
+        function = cloudpickle.loads(pickled)
+        began = time.monotonic()
+        starting = began - _loaded.pop() if _loaded else 0.0
+        (reference,) = box
+        if (name := reference.hex()) not in _taken:
+            _taken.clear()
+            _taken[name] = ray.get(reference)
         result = function(_taken[name], *call)
     return (ray.util.get_node_ip_address(), os.getpid()), (starting, time.monotonic() - began), result

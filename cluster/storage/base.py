@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,13 @@ class AlreadyExists(StorageError):
 
 class Stale(StorageError):
     """`replace` found other content than the one its etag stands for: another writer was first."""
+
+
+PROBES = "probes/"
+"""Prefix of objects that are there for a moment."""
+
+FORGOTTEN = 86_400
+"""Seconds after which such an object is known to be of a process that was killed."""
 
 
 class Entry(NamedTuple):
@@ -179,7 +187,7 @@ class Store(ABC):
         Raises:
             StorageError: if a second create or a stale replace succeeds.
         """
-        key = f"proof-{uuid.uuid4().hex}"
+        key = probe_key(self)
         first = self.create(key, b"first")
         try:
             self._must_fail(AlreadyExists, "a second create of one key succeeded", lambda: self.create(key, b"second"))
@@ -227,3 +235,12 @@ def checked_key(key: str) -> str:
             f"'.', '..', '\\' or a name that begins with {PRIVATE!r}"
         )
     return key
+
+
+def probe_key(store: Store, clock: Callable[[], float] = time.time) -> str:
+    """The key of an object that will be there for a moment; what killed processes left of theirs long ago is removed."""
+    now = int(clock())
+    for entry in store.list(PROBES):
+        if now - int(entry.key.removeprefix(PROBES).partition("-")[0]) > FORGOTTEN:
+            store.delete(entry.key)
+    return f"{PROBES}{now}-{uuid.uuid4().hex}"

@@ -41,9 +41,9 @@ def independent_groups(appropriate: np.ndarray) -> np.ndarray:
     """
     items = np.arange(len(appropriate))
     linked = appropriate | appropriate.T | (items[:, None] % (len(items) // 2) == items % (len(items) // 2))
-    least, before = items, None
-    while not np.array_equal(least, before):
-        before, least = least, np.where(linked, least, len(items)).min(axis=1)
+    least = items
+    while (lower := np.where(linked, least, len(items)).min(axis=1)).tolist() != least.tolist():
+        least = lower
     return np.unique(least, return_inverse=True)[1]
 
 

@@ -93,7 +93,8 @@ def read_scores(file: Path) -> dict[str, RunScores]:
         values = {name: np.array(rows, dtype=np.float64) for name, rows in kept["values"].items()}
         return {
             key: RunScores(
-                *(one[size] for size in SIZES), {row: ClipScores(values[name], one["predictions"]) for row, name in one["rows"].items()}
+                **{size: one[size] for size in SIZES},
+                rows={row: ClipScores(values[name], one["predictions"]) for row, name in one["rows"].items()},
             )
             for key, one in kept["runs"].items()
         }

@@ -154,9 +154,9 @@ class Books:
             facts: more to keep with it.
         """
         now, sums = self.now(), dict(self._sums)
-        for held in list(self._open):
-            for line, ms in held.seems(now):
-                sums[line] = sums.get(line, 0) + ms
+        held = [held.seems(now) for held in list(self._open)]  # once: others go on booking
+        for line, ms in (one for seems in held for one in seems):
+            sums[line] = sums.get(line, 0) + ms
         berths = list(dict.fromkeys(line.berth for line in sums))
         lines = [[line.stage, line.state, line.fault, berths.index(line.berth), ms] for line, ms in sums.items() if ms]
         return {
@@ -166,7 +166,7 @@ class Books:
             "until": now,
             "berths": [berth._asdict() for berth in berths],
             "lines": lines,
-            "held": [[line.stage, berths.index(line.berth)] for held in self._open for line, _ in held.seems(now)[:1]],
+            "held": [[line.stage, berths.index(line.berth)] for seems in held for line, _ in seems[:1]],
             "faults": list(self._faults),
             "furthest": dict(self.furthest),
             "slowest": list(self._slowest),

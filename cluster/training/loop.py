@@ -220,8 +220,10 @@ class _Training:
             return 0
         if self.place.rank == 0:
             tell_other_arithmetic(job.run, found)
-        validates = self.validator and self.looks_at(found) and not self.validated(found)
-        if found.progress < self.share.total and (validates or self.rungs_at(found)):
+        with self.meter.phase("evaluation"):
+            validates = self.validator and self.looks_at(found) and not self.validated(found)
+            measures = self.rungs_at(found)
+        if found.progress < self.share.total and (validates or measures):
             # The life that wrote it died before.
             self.take_averages([(one.name, one.start, one.tensors["average"]) for one in self.engine.fragments()])
             if validates:
@@ -428,10 +430,10 @@ class _Training:
         assert self.validator
         with self.meter.phase("evaluation"):
             scores = self.validator.validate()
-        self.meter.gauges.update(val_progress_items=found.progress, val_frcorr=scores["FRCorr"], val_frdist=scores["FRDist"])
-        if self.validation_log is not None:
-            self.validation_log.add(progress=found.progress, **scores)
-            self.validation_log.flush()
+            self.meter.gauges.update(val_progress_items=found.progress, val_frcorr=scores["FRCorr"], val_frdist=scores["FRDist"])
+            if self.validation_log is not None:
+                self.validation_log.add(progress=found.progress, **scores)
+                self.validation_log.flush()
 
     def rungs_within(self, before: int, after: int) -> list[int]:
         """The rungs that a step reaches."""
@@ -444,12 +446,12 @@ class _Training:
 
     def measure(self, found: Checkpoint) -> None:
         """Measure a checkpoint, if it is one of a rung."""
-        for rung in self.rungs_at(found):
-            assert self.rung_meter
-            with self.meter.phase("evaluation"):
+        with self.meter.phase("evaluation"):  # the store is asked, too, and may be slow
+            for rung in self.rungs_at(found):
+                assert self.rung_meter
                 measured = self.rung_meter.measure()
-            if self.place.rank == 0:
-                write_rung(self.job.run, rung, found.progress, measured)
+                if self.place.rank == 0:
+                    write_rung(self.job.run, rung, found.progress, measured)
 
     def checkpoint_due(self, before: int, after: int) -> bool:
         """At every multiple of the cadence and of `diffusion.ema_every`, at the end, and before a last step that is not a whole batch."""

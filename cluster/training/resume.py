@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from cluster.config.identity import differing
@@ -13,6 +14,7 @@ from cluster.runs.checkpoint import Checkpoint, DamagedCheckpoint, GoneCheckpoin
 from cluster.runs.environment import ARITHMETIC
 from cluster.runs.state import read_life
 from cluster.storage import Store
+from cluster.storage.parallel import parallel_map
 from cluster.training.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -60,14 +62,13 @@ def candidates(store: Store, stage: str, share: Share, dataset: Store, manifest:
             items that this run would train on.
     """
     usable, problems = [], []
-    for key in checkpoint.list_checkpoints(store, stage):
-        try:
-            one = checkpoint.read_manifest(store, key)
-        except GoneCheckpoint:
+    keys = checkpoint.list_checkpoints(store, stage)
+    for key, one in zip(keys, parallel_map(partial(_read, store), keys), strict=True):
+        if isinstance(one, GoneCheckpoint):
             continue
-        except DamagedCheckpoint as error:
-            log.error("CHECKPOINT DAMAGED, falling back to the one before: %s", error)
-            problems.append(str(error))
+        if isinstance(one, DamagedCheckpoint):
+            log.error("CHECKPOINT DAMAGED, falling back to the one before: %s", one)
+            problems.append(str(one))
             continue
         where = f"{store.url}/{key}"
         if one.dataset != manifest:
@@ -90,6 +91,13 @@ def candidates(store: Store, stage: str, share: Share, dataset: Store, manifest:
         else:
             problems.append(f"{where} ends with a step of less than {share.batch} items, the last one of a shorter run")
     return Candidates(usable, problems)
+
+
+def _read(store: Store, key: str) -> Checkpoint | DamagedCheckpoint:
+    try:
+        return checkpoint.read_manifest(store, key)
+    except DamagedCheckpoint as error:
+        return error
 
 
 def restore(engine: Engine, quarantine: Quarantine, store: Store, stage: str, found: Candidates, gather: Gather) -> Checkpoint | None:

@@ -46,7 +46,7 @@ TINY = (
 
 WHO = re.compile(
     r"((runs|sweeps|registry)/[^/]+/)?"
-    r"(proof-|lease\.json|lives/|lineage/|logs/|books/|receipt|report|metrics/|checkpoints/|tensorboard/|ray/)"
+    r"(probes/|lease\.json|lives/|lineage/|logs/|books/|receipt|report|metrics/|checkpoints/|tensorboard/|ray/)"
 )
 """What says who did the work, how often and when: not what the work is. Rows, checkpoints and curves are compared by `_of_run`."""
 

@@ -1,13 +1,18 @@
 """What a group of ranks is asked for, and when one reason gives way to another."""
 
+from threading import Lock
 from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 
 from cluster.driver import group as module
 from cluster.driver.group import Group
+from cluster.driver.watchdog import Hang
+from cluster.runtime.failures import StageFailed
+from cluster.runtime.placement import Gang
 from cluster.training.requests import Request
+from tests.cluster.telemetry.test_meter import Clock
 
 
 @pytest.fixture
@@ -18,7 +23,8 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Group:
         raise RayError
 
     made = object.__new__(Group)
-    made.reason, made.why, made.hang = "", "", None
+    made.reason, made.why, made.hang, made._killed = "", "", None, None
+    made._heard = {}
     made._place, made._names = ["a", "b"], {"a": "host-a"}
     made._assert_ours, made._enough = lambda: None, lambda: ""
     made._interruption = SimpleNamespace(signal=0)  # type: ignore[assignment]
@@ -59,3 +65,54 @@ def test_and_that_its_run_has_come_far_enough(group: Group) -> None:
     look(group, [], 3)
     group._enough = lambda: "another trial is better"
     assert look(group, [], 3) == ("enough", Request.LEAVE)
+
+
+def test_ranks_that_were_killed_and_are_not_missed_by_ray_train_end_the_run_with_the_reason(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, hang = Clock(0.0), Hang("rank 1 does not get on")
+    monkeypatch.setattr(module.time, "monotonic", clock)
+    monkeypatch.setattr(group, "_examine", lambda *_, **__: None)
+    group._kill("logs", [1], hang)
+    clock.now = module.NOTICED
+    assert look(group, [], 2)[0] == "", "it may still notice"
+    clock.now += 1
+    with pytest.raises(Hang, match="rank 1"):
+        group._look()
+
+
+def test_ranks_that_nobody_hears_any_more_are_killed_so_that_they_start_again(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[int] = []
+
+    def gone(*_: object) -> None:
+        raise ActorDiedError
+
+    monkeypatch.setattr(module.ray, "get", gone)
+    monkeypatch.setattr(group, "_examine", lambda folder, ranks, kill: killed.extend(ranks))
+    group._job = SimpleNamespace(stage="diffusion", life=1, attempt=0)  # type: ignore[assignment]
+    with pytest.raises(StageFailed, match=r"stage diffusion failed \(lost\)"):
+        look(group, [], 2)  # none was heard of: nobody knows whom to kill
+    group._heard = {0: {}, 1: {}}  # type: ignore[dict-item]
+    look(group, [], 2)
+    look(group, [], 2)
+    assert killed == [0, 1], "once"
+
+
+def test_no_room_is_reserved_for_a_group_that_has_ended_while_its_lookout_was_on_its_way(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserved: list[Gang] = []
+
+    def draining() -> list[str]:
+        group._withdraw_growth()
+        return []
+
+    group._gang, group._heard = Gang(2, 4, {"CPU": 1.0}), {0: {}, 1: {}}  # type: ignore[dict-item]
+    group._growth, group._growing, group._grows = None, Lock(), True
+    monkeypatch.setattr(module, "Demand", lambda gang, ranks: reserved.append(gang))
+    monkeypatch.setattr(group, "_room", lambda: 2)
+    monkeypatch.setattr(module, "draining_nodes", list)
+    assert group._ask_of_machines() == ([], 2) and len(reserved) == 1
+    group._growth = None
+    monkeypatch.setattr(module, "draining_nodes", draining)
+    assert group._ask_of_machines() == ([], 0) and len(reserved) == 1

@@ -1,6 +1,7 @@
 """What a run refuses before it writes anything, and that one driver at a time is at it."""
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ from cluster.driver.run import STEPS, check_run, execute
 from cluster.runs import lease
 from cluster.runs.lease import LEASE, Held
 from cluster.runs.state import Superseded, open_life
-from cluster.runtime.failures import StageFailed
+from cluster.runtime.failures import LOST, StageFailed, failure_of
 from cluster.runtime.ray_cluster import Resources
 from cluster.runtime.tasks import TaskLost
 from cluster.storage import StorageError, Store, open_store
@@ -266,3 +267,27 @@ def test_a_driver_whose_lease_was_taken_stops_before_its_next_step(
     with pytest.raises(Superseded, match=r"lease\.json was taken by another process"):
         start(clips, tmp_path)
     assert not done and folder(tmp_path).read(LEASE) == b"{}"
+
+
+@pytest.mark.starts
+@pytest.mark.parametrize("ends", [SystemExit(143), StageFailed("latents", failure_of(MemoryError()) or LOST, MemoryError("no more"))])
+def test_a_store_that_cannot_be_told_how_a_run_ended_does_not_hide_it(
+    ends: BaseException,
+    clips: Path,
+    tmp_path: Path,
+    steps: dict[str, Callable[[Any], None]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def silent(*_: Any, **__: Any) -> None:
+        raise StorageError("nobody answers")
+
+    def step(life: Any) -> None:
+        monkeypatch.setattr(run, "update_state", silent)
+        raise ends
+
+    steps["latents"] = step
+    with pytest.raises(type(ends)) as told:
+        start(clips, tmp_path)
+    assert told.value is ends and state(tmp_path)["status"] == "RUNNING"
+    assert re.search(r"runs/one/state\.json does not say that the run is (STOPPED|FAILED) .*: nobody answers", caplog.text)

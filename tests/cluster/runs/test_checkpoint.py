@@ -16,7 +16,7 @@ from cluster.runs.checkpoint_writer import CheckpointWriter
 from cluster.runs.inventory import delete_objects, remove_orphans
 from cluster.runs.lineage import open_attempt
 from cluster.runs.retention import Retention
-from cluster.runs.state import Attempt, Superseded, open_life
+from cluster.runs.state import Attempt, Superseded, assert_newest_life, open_life
 from cluster.storage import StorageError, Store
 from cluster.training.engine import Fragment
 
@@ -115,20 +115,45 @@ def test_nothing_is_swept_while_a_manifest_cannot_be_read(store: Store) -> None:
     assert parts(store) == before
 
 
-@pytest.mark.parametrize("looks", [1, 2])
-def test_a_writer_that_is_superseded_before_or_after_the_create_leaves_no_manifest_and_deletes_nothing(store: Store, looks: int) -> None:
+class Supersedes:
+    """A newer attempt that begins before or after an old one creates a manifest."""
+
+    def __init__(self, store: Store, look: int):
+        self._store, self._look, self._looks = store, look, 0
+
+    def __call__(self) -> None:
+        self._looks += 1
+        if self._looks == self._look:
+            open_attempt(self._store, 1)
+        assert_newest_life(self._store, 1, 0)
+
+
+def test_a_writer_that_is_superseded_before_the_create_writes_nothing(store: Store) -> None:
+    assert open_attempt(store, open_life(store, {})) == 0
     commit(writer_of(store), 1)
-    before, asked = {entry.key for entry in store.list()}, []
-
-    def superseded() -> None:
-        asked.append(1)
-        if len(asked) == looks:
-            raise Superseded("another life has begun")
-
+    before = {entry.key for entry in store.list("checkpoints/") if "/parts/" not in entry.key}
     with pytest.raises(Superseded):
-        commit(writer_of(store, 1, superseded), 2)
-    assert progresses(store) == [1] and {entry.key for entry in store.list() if "/parts/" not in entry.key} <= before
-    assert before <= {entry.key for entry in store.list()}
+        commit(writer_of(store, 1, Supersedes(store, 1)), 2)
+    assert progresses(store) == [1] and before == {entry.key for entry in store.list("checkpoints/") if "/parts/" not in entry.key}
+
+
+def test_what_a_newer_attempt_has_found_and_goes_on_from_is_not_taken_from_it(store: Store) -> None:
+    assert open_attempt(store, open_life(store, {})) == 0
+    commit(writer_of(store), 1)
+    with pytest.raises(Superseded):
+        commit(writer_of(store, 1, Supersedes(store, 2)), 2)
+    assert progresses(store) == [2, 1], "it began when that one was there, and nothing of before was deleted either"
+
+
+def test_what_was_created_after_a_newer_attempt_had_looked_counts_for_nobody_and_goes_with_the_next_one(store: Store) -> None:
+    assert open_attempt(store, open_life(store, {})) == 0
+    commit(writer_of(store), 1)
+    assert open_attempt(store, 1) == 1
+    late = writer_of(store)  # of an attempt that is over, and does not know it
+    commit(late, 2)
+    assert progresses(store) == [1]
+    remove_orphans(store, "autoencoder", Attempt(1, 1))
+    assert len([entry for entry in store.list("checkpoints/") if "/parts/" not in entry.key]) == 1
 
 
 def test_a_commit_of_what_is_committed_already_is_done_and_one_of_other_parts_is_an_error(store: Store) -> None:

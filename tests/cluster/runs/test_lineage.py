@@ -124,7 +124,7 @@ def test_200_interleavings_of_two_drivers_leave_nothing_of_an_older_life_that_a_
         happened.update(world.faults)
         happened.update(world.late)
     assert all(happened[what] > 100 for what in ("stopped", "cut off", "killed")), happened
-    assert all(happened[what] > 3 for what in ("create", "delete")), f"attempts that were over wrote, and took back: {happened}"
+    assert happened["create"] > 3, f"attempts that were over wrote: {happened}"
 
 
 def test_the_checker_finds_what_a_fence_before_the_create_alone_lets_through(monkeypatch: pytest.MonkeyPatch) -> None:

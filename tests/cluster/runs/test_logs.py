@@ -82,6 +82,15 @@ def test_the_oldest_attempts_make_room(folder: Store, monkeypatch: pytest.Monkey
     assert {entry.key.split("/")[1] for entry in folder.list("logs/")} == {"000010.0"}, "the newest one's stay"
 
 
+def test_many_small_logs_make_room_too(folder: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "ALL_LOGS", 40)
+    for attempt in range(5):
+        for rank in range(10):
+            folder.put(f"{log_folder(1, attempt)}/diffusion-rank-{rank}.log", b"x")
+    make_room(folder)
+    assert {entry.key.split("/")[1] for entry in folder.list("logs/")} == {"000001.2", "000001.3", "000001.4"}
+
+
 def test_why_a_group_ended_is_kept_beside_its_ranks_logs(folder: Store) -> None:
     write_end(folder, 3, 1, "diffusion", "hang, rank 1 on host")
     assert folder.read("logs/000003.1/diffusion-end.txt") == b"hang, rank 1 on host\n"

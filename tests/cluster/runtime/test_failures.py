@@ -92,7 +92,7 @@ def test_ray_s_own_errors_stand_in_the_table() -> None:
 
 def test_a_command_ends_with_75_where_the_same_one_may_go_on_and_with_1_where_a_person_must_act() -> None:
     codes = {one.name: one.exit_code for one in failures.TABLE}
-    again = {"lost", "storage", "no_place", "held", "superseded", "hang", "preempted"}
+    again = {"lost", "storage", "disk", "no_place", "held", "superseded", "hang", "preempted"}
     assert {name for name, code in codes.items() if code == 75} == again and set(codes.values()) == {1, 75}
     assert exit_code(StageFailed("diffusion", failures.LOST, OSError())) == 75 and exit_code(ValueError("a key")) == 1
 
@@ -117,6 +117,7 @@ PARAGRAPHS = {
     ),
     "refused": "correct the URL, or the credentials and their rights; then the same command",
     "storage": "see to the store; the same command goes on",
+    "disk": "make room on that machine, or mend its disk (TMPDIR, data.cache); the same command goes on",
     "user": "correct what the sentence names; then the same command",
     "hang": "look at the stacks in the run's folder; the same command goes on",
     "preempted": "the same command goes on",
@@ -147,3 +148,16 @@ def test_of_a_group_that_lost_a_rank_the_lost_one_is_named_and_guesses_of_librar
     what = StageFailed("diffusion", failure, gone).what
     assert what == "stage diffusion failed (lost): WorkerHealthCheckFailedError: its process has died. End of file"
     assert "typically" not in StageFailed("diffusion", *classify([peer])).what
+
+
+def test_a_mistake_of_the_program_is_not_taken_for_a_lost_machine() -> None:
+    for mistake in (IndexError("list index out of range"), ZeroDivisionError(), NameError("x"), NotImplementedError()):
+        failure, cause = classify([RuntimeError("Connection closed by peer"), mistake])
+        assert (failure.name, failure.retried, failure.exit_code, cause) == ("user", False, 1, mistake)
+
+
+def test_a_full_or_broken_disk_of_one_machine_is_tried_again() -> None:
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        failure = failure_of(OSError(code, os.strerror(code), "/tmp/scratch"))
+        assert failure is not None and (failure.name, failure.retried, failure.exit_code) == ("disk", True, 75)
+    assert failure_of(OSError(errno.ENOENT, os.strerror(errno.ENOENT))) is None

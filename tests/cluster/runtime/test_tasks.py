@@ -16,7 +16,7 @@ from cluster.config.schema import Workers
 from cluster.runtime import tasks
 from cluster.runtime.ray_cluster import Resources
 from cluster.runtime.stuck import alive
-from cluster.runtime.tasks import map_tasks
+from cluster.runtime.tasks import TaskLost, map_tasks
 from cluster.storage import StorageError
 
 CALLS = 40
@@ -109,7 +109,7 @@ def test_a_call_that_never_ends_is_made_again_and_one_that_gets_on_is_left_alone
     monkeypatch.setattr(tasks, "RAY_RETRIES", 0)
     monkeypatch.setattr(tasks, "STUCK", 2.0)
     assert list(map_tasks(stuck_once, [()], Workers(), str(tmp_path))) == [(0, 7)]
-    assert (tmp_path / "stuck").exists() and "of call 0, which is tried again" in caplog.text
+    assert (tmp_path / "stuck").exists() and "of stuck_once(), which is tried again" in caplog.text
     caplog.clear()
     list(map_tasks(slow_but_alive, [()], Workers(), ""))
     assert "tried again" not in caplog.text
@@ -171,3 +171,48 @@ def test_a_cluster_that_grows_is_used_while_calls_are_under_way(
             time.sleep(0.1)
         (tmp_path / "go").touch()
         assert len(done.result()) == 8
+
+
+def lose_the_first(folder: str, number: int) -> int:
+    """Call 0 ends its process, always; others come to their end meanwhile."""
+    if number:
+        return number
+    with open(f"{folder}/tries", "a") as tries:
+        tries.write("x")
+    os._exit(1)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_call_that_always_fails_is_given_up_and_named_however_many_others_succeed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "RAY_RETRIES", 0)
+    found = []
+    with pytest.raises(TaskLost, match=r"^lose_the_first\(0\): "):
+        for number, _ in map_tasks(lose_the_first, [(number,) for number in range(400)], Workers(), str(tmp_path)):
+            found.append(number)
+    assert (tmp_path / "tries").read_text() == "x" * tasks.CALL_TRIES and found
+
+
+class StuckImport:
+    """What stops when it is unpickled first, as an import may."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        self.__dict__ |= state
+        stuck_once(self.folder)
+
+    def __call__(self, _: str) -> int:
+        return 8
+
+    __name__ = "stuck_import"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_process_that_gets_stuck_before_its_call_begins_is_made_again_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "RAY_RETRIES", 0)
+    monkeypatch.setattr(tasks, "STUCK", 2.0)
+    assert list(map_tasks(StuckImport(str(tmp_path)), [()], Workers(), "")) == [(0, 8)]
+    assert (tmp_path / "stuck").exists()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.storage import AlreadyExists, NotFound, Stale, StorageError, Store, folder, open_store
+from cluster.storage.base import FORGOTTEN, probe_key
 from cluster.storage.folder import ABANDONED, STAGED, FolderStore
 from tests.cluster.support.streaming import read_range
 from tests.cluster.support.writes import WRITES, watch_writes
@@ -233,3 +234,11 @@ def test_a_missing_bucket_and_a_wrong_secret_fail_at_once_without_a_secret(s3_ur
     with pytest.raises(StorageError, match=f"{s3_url}/a at http://.*403") as caught:
         open_store(s3_url).read("a")
     assert "hunter2" not in str(caught.value)
+
+
+def test_what_killed_processes_left_of_their_probes_goes_a_day_later(store: Store) -> None:
+    old, young = (probe_key(store, lambda now=now: now) for now in (1_000.0, 50_000.0))
+    store.put(old, b"")
+    store.put(young, b"")
+    another = probe_key(store, lambda: 1_001.0 + FORGOTTEN)
+    assert [entry.key for entry in store.list()] == [young] and another.startswith("probes/87401-")

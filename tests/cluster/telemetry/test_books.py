@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.telemetry.books import NOWHERE, SPANS, Berth, Books, even
+from cluster.telemetry.books import NOWHERE, SPANS, Berth, Books, HeldPlace, even
 from cluster.telemetry.meter import Meter
 from cluster.telemetry.places import GroupBooks, PlaceBooks, TaskBooks
 from tests.cluster.telemetry.test_meter import Clock
@@ -272,3 +272,17 @@ def test_places_that_ray_held_from_then_to_then_are_booked_from_then_to_then() -
     clock.now = 110.0
     group.close(until=108.25)
     assert books.states() == {(STAGE, "idle"): 10.75}
+
+
+def test_a_record_that_is_made_while_a_place_is_taken_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    books = Books(1)
+    HeldPlace(books, "diffusion", Berth("first"), "starting")
+    plain = Berth._asdict
+
+    def another_comes(berth: Berth) -> dict[str, object]:
+        HeldPlace(books, "diffusion", Berth("second"), "starting")
+        return plain(berth)
+
+    monkeypatch.setattr(Berth, "_asdict", another_comes)
+    found = books.record()
+    assert [berth["node"] for berth in found["berths"]] == ["first"] and found["held"] == [["diffusion", 0]]
