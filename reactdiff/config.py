@@ -219,6 +219,9 @@ class Diffusion(Branch):
         ge=0,
         lt=1,
     )
+    hidden_streams: tuple[str, ...] = field(
+        (), "Streams of the speaker that a generation does without, as where a camera or a microphone is missing; needs stream_dropout."
+    )
     guidance: float = field(1.0, "Classifier-free guidance: 1 is none, above it the speaker counts for more.", ge=0)
     autoguidance: float = field(
         1.0, "Guidance by an earlier export of the run: 1 is none, above it a sample moves away from what that one would draw.", ge=1
@@ -250,6 +253,11 @@ class Diffusion(Branch):
             raise ValueError(
                 f"diffusion.guidance is {self.guidance}, but a denoiser that was never trained without the speaker cannot be guided: "
                 "set diffusion.condition_dropout, 0.1 for example, or diffusion.guidance=1"
+            )
+        if self.hidden_streams and not self.stream_dropout:
+            raise ValueError(
+                f"diffusion.hidden_streams is {', '.join(self.hidden_streams)}, but a denoiser that always heard all streams cannot do "
+                "without one: set diffusion.stream_dropout, 0.2 for example, or diffusion.hidden_streams=[]"
             )
         if (self.autoguidance != 1) != (self.weak_progress > 0):
             raise ValueError(

@@ -204,6 +204,9 @@ class Experiment(Branch):
                 f"diffusion.stream_dropout is {self.diffusion.stream_dropout}, but latents are made of all streams together: "
                 "set model.space=attributes, or diffusion.stream_dropout=0"
             )
+        streams = (*self.model.facial, *self.model.acoustic)
+        if unknown := [name for name in self.diffusion.hidden_streams if name not in streams]:
+            raise ValueError(f"diffusion.hidden_streams names {unknown[0]!r}, but the model hears {', '.join(streams)}")
         if self.diffusion.history == "clean" and not (self.model.online and self.model.denoiser == "transformer"):
             raise ValueError("diffusion.history=clean needs an online transformer: set model.online=true model.denoiser=transformer")
         if self.diffusion.smoothing and self.model.denoiser != "transformer":

@@ -17,7 +17,7 @@ from cluster.storage import NotFound, Store, open_store
 from reactdiff.generate import Reactor
 from reactdiff.stage import stages_of
 
-SAMPLING = ("sampler", "sampling_steps", "guidance", "autoguidance", "weak_progress", "smoothing", "ema_length")
+SAMPLING = ("sampler", "sampling_steps", "guidance", "autoguidance", "weak_progress", "smoothing", "hidden_streams", "ema_length")
 """Fields of `diffusion` that training does not see: a finished run may be asked with others."""
 
 

@@ -2,11 +2,11 @@
 
 Runs resume as runs do and are kept, so the same comparison again does what is left, and then only prints. A run whose scores are kept
 in a file is not trained at all. Rows whose stage 1 is the same share it: the first one's run trains the autoencoder of a seed, the
-others take it over.
+others take it over. Rows that differ only in how they draw (`SAMPLING`) share one run, which is asked in each way.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from cluster.config.identity import digest, identity, name_fields
+from cluster.config.identity import digest, ends, identity, name_fields
 from cluster.config.loading import ConfigError
 from cluster.config.paths import anchored
 from cluster.config.schema import Experiment
@@ -22,10 +22,11 @@ from cluster.config.spec import Spec, assignments
 from cluster.data.manifest import load_appropriateness, load_manifest
 from cluster.driver.pin import pin
 from cluster.driver.run import STEPS, execute
+from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.ground_truth import of_first_clips
 from cluster.evaluation.plan import plan_evaluation
 from cluster.evaluation.rows import CUT, MODEL, UNTRAINED, WRONG, chunk_of, rows_of
-from cluster.runs.saved import SavedRun, open_run
+from cluster.runs.saved import SAMPLING, SavedRun, open_run
 from cluster.storage import open_store
 from cluster.studies.comparison_pairs import independent_groups
 from cluster.studies.comparison_table import TableRow
@@ -44,14 +45,28 @@ class Comparison(Spec):
 
 @dataclass(frozen=True)
 class ComparisonRun:
-    """One row under one seed; its run is named by the comparison and by what it computes."""
+    """One row under one seed.
+
+    Attributes:
+        row: its name.
+        experiment: what it asks for; named by the comparison and by what is computed.
+        trained: the experiment of the run that it is drawn from; its own, or one that draws in another way.
+        drawn: how that run is asked to draw, where not as it was trained.
+    """
 
     row: str
     experiment: Experiment
+    trained: Experiment
+    drawn: tuple[str, ...] = ()
 
-    def open(self) -> SavedRun:
-        """Its run, once it was started."""
-        return open_run(self.experiment.run.name, self.experiment.run.store)
+    def scores(self, display: Display) -> RunScores:
+        """What is kept of its run, which is finished."""
+        saved = open_run(self.trained.run.name, self.trained.run.store).with_sampling(self.drawn)
+        if self.drawn:
+            asked = saved.experiment.model_copy(update={"evaluation": self.experiment.evaluation})
+            saved = replace(saved, experiment=asked)
+            evaluate(asked, saved.store, saved.latents(), saved.diffusion(), display.counter("evaluation", "parts"))
+        return run_scores(saved)
 
 
 def comparison_runs(comparison: Comparison, overrides: Sequence[str]) -> list[ComparisonRun]:
@@ -62,21 +77,36 @@ def comparison_runs(comparison: Comparison, overrides: Sequence[str]) -> list[Co
     """
     found: dict[str, ComparisonRun] = {}
     owners: dict[str, str] = {}
+    trained: dict[str, Experiment] = {}
     for seed in comparison.seeds:
         for row, keys in comparison.rows.items():
             experiment = anchored(comparison.load(overrides, assignments(keys), [f"seed={seed}", "telemetry.port=0"]))
-            key = _stage_1(experiment)
+            key, training = _stage_1(experiment), _training(experiment)
             owner = owners.get(key, "") if stages_of(experiment.model) == STAGES else ""
             experiment = _with(experiment, autoencoder=owner)
             experiment = _with(experiment, name=f"{comparison.name}-{digest(name_fields(experiment))[:8]}")
             if stages_of(experiment.model) == STAGES:
                 owners.setdefault(key, experiment.run.name)
-            if (twin := found.setdefault(experiment.run.name, ComparisonRun(row, experiment))).row != row:
+            first = trained.setdefault(training, experiment)
+            if (twin := found.setdefault(experiment.run.name, ComparisonRun(row, experiment, first, _drawn(experiment, first)))).row != row:
                 raise ConfigError(
                     f"{comparison.name}: rows {twin.row!r} and {row!r} would be the same run; rows differ in keys that --help of "
                     "jobs/train.py calls identity, not only in where they run or how long"
                 )
     return list(found.values())
+
+
+def _training(experiment: Experiment) -> str:
+    """Stands for everything that trained weights depend on."""
+    drawing = {f"diffusion.{name}" for name in SAMPLING}
+    fields = {name: value for name, value in name_fields(experiment).items() if name not in drawing}
+    return digest([fields, ends(experiment), experiment.data.url])
+
+
+def _drawn(experiment: Experiment, trained: Experiment) -> tuple[str, ...]:
+    """The `key=value` texts by which a run of one experiment is asked to draw as another one would."""
+    asked, was = (one.diffusion.model_dump(mode="json") for one in (experiment, trained))
+    return tuple(assignments({f"diffusion.{name}": asked[name] for name in SAMPLING if asked[name] != was[name]}))
 
 
 def _with(experiment: Experiment, **run: str) -> Experiment:
@@ -117,9 +147,9 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display, 
         where = f"; its scores are in {kept.parent}" if key in there else ""
         display.say(f"{number + 1} of {len(every)}: {run.row}, seed {seed}, run {experiment.run.name}{where}")
         if key not in there or experiment.run.name in lent:
-            execute(experiment, pin(experiment, comparison.name), STEPS if key not in there else STEPS[:1], display)
+            execute(run.trained, pin(run.trained, comparison.name), STEPS if key not in there else STEPS[:1], display)
         if key not in there:
-            there[key] = run_scores(run.open())
+            there[key] = run.scores(display)
             if keep:  # at once, so that who is interrupted after an hour has an hour's scores
                 write_scores(kept, {key: there[key] for key in names if key in there}, names)
         found = there[key]

@@ -66,6 +66,7 @@ class LatentDiffusion(Scaled):
         self.process = Process(diffusion)
         self.sampler, self.sampling_steps, self.guidance = SAMPLERS[diffusion.sampler], diffusion.sampling_steps, diffusion.guidance
         self.smoothing, self.autoguidance = diffusion.smoothing, diffusion.autoguidance
+        self.hidden = frozenset(diffusion.hidden_streams)
         self.weaker: tuple[LatentDiffusion, ...] = ()
         self.online, self.target, self.squared = model.online, width, diffusion.loss == "squared"
         self.chunk, self.clean_history = model.chunk_frames, model.online and diffusion.history == "clean"
@@ -107,9 +108,7 @@ class LatentDiffusion(Scaled):
             hears = batch["hears"][:, :1] if self.joint else batch["hears"]  # all chunks of a clip see each other
             heard = heard * hears[:, :, None, None]
         if "streams" in batch:
-            widths = [width for part, width in self.parts.items() if part not in TARGETS]
-            shown = [stream.expand(-1, width) for stream, width in zip(batch["streams"].split(1, dim=1), widths, strict=True)]
-            heard = heard * torch.cat(shown, dim=1)[:, None, None]
+            heard = heard * self._shown(batch["streams"])[:, None, None]
         if self.joint and not self.online:
             times = times[:, :1].expand_as(times)  # as in sampling
         noise = self._chunks(batch["noise"].flatten(1, 2))
@@ -143,7 +142,7 @@ class LatentDiffusion(Scaled):
         times = torch.full(clean.shape[:2], time, device=clean.device)
         noisy = self.process.q_sample(clean, self._chunks(noise.flatten(1, 2)), times)
         history = clean if self.clean_history else None
-        prediction = self._denoise(noisy, times, self._condition(self._heard(speaker)), history=history)
+        prediction = self._denoise(noisy, times, self._condition(self._without_hidden(self._heard(speaker))), history=history)
         return self.denormalise(self.process.clean(noisy, prediction, times).clamp(*self.limits(self.target)).flatten(1, 2))
 
     @torch.no_grad()
@@ -158,7 +157,7 @@ class LatentDiffusion(Scaled):
             Raw encodings of the listener, (batch, K, frames, target).
         """
         batch, samples, windows = noise(0).shape[:3]
-        heard = self._heard(speaker).repeat_interleave(samples, dim=0)
+        heard = self._without_hidden(self._heard(speaker)).repeat_interleave(samples, dim=0)
 
         def start(number: int, chunks: slice = slice(None)) -> Tensor:
             return self._chunks(noise(number).flatten(0, 1).flatten(1, 2))[:, chunks]
@@ -195,7 +194,7 @@ class LatentDiffusion(Scaled):
     def hear(self, now: Conversation, speaker: Tensor) -> Conversation:
         """The conversation after the speaker's raw encoding (batch, chunk, encoding) of the chunk that was just reacted in."""
         heard = self.normalise(speaker[..., self._told :], self._told, (now.chunk - 1) * self.chunk)
-        return Conversation(now.chunk, heard, now.past)
+        return Conversation(now.chunk, self._without_hidden(heard), now.past)
 
     def _draw(self, heard: Tensor, noise: Noise, past: tuple[Past, ...]) -> tuple[Tensor, tuple[Past, ...]]:
         """Clean chunks (batch, chunks, frames, target) under heard ones (batch, chunks, frames, features), and the past after them."""
@@ -237,6 +236,18 @@ class LatentDiffusion(Scaled):
         told = speaker[..., self._told :] if speaker.shape[-1] == self.minimum.shape[1] else speaker
         chunks = self._chunks(self.normalise(told, self._told))
         return torch.cat((torch.zeros_like(chunks[:, :1]), chunks[:, :-1]), dim=1) if self.online else chunks
+
+    def _shown(self, streams: Tensor) -> Tensor:
+        """From 1 or 0 for each stream, (..., streams), to the same for each of their features."""
+        widths = [width for part, width in self.parts.items() if part not in TARGETS]
+        return torch.cat([one.expand(*one.shape[:-1], width) for one, width in zip(streams.split(1, dim=-1), widths, strict=True)], dim=-1)
+
+    def _without_hidden(self, heard: Tensor) -> Tensor:
+        """What is heard (..., features) without the streams that a generation does without; training decides for itself."""
+        if not self.hidden:
+            return heard
+        names = [part for part in self.parts if part not in TARGETS]
+        return heard * self._shown(heard.new_tensor([name not in self.hidden for name in names]))
 
     def _history(self, clean: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The finished chunks that those after them see in training, of the shape of `clean`; none is of a later moment than its own."""

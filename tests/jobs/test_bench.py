@@ -68,6 +68,7 @@ def test_science_trains_every_row_shares_autoencoders_writes_the_table_and_takes
     rows = {
         "first": {"evaluation.baselines": True, "model.online": True},
         "transformer": ONLINE,
+        "transformer, drawn otherwise": {**ONLINE, "diffusion.sampler": "dpm++"},
         "perfrdiff": {"model.family": "perfrdiff", "model.online": True, "model.width": 16, "model.layers": 1},
         "belfusion": {"model.family": "belfusion", "model.latent": 1, "model.width": 16, "model.layers": 2},
         "trans-vae": {"model.family": "trans-vae", "model.width": 16, "model.layers": 1, **PLAIN},

@@ -71,6 +71,11 @@ def test_identity_changes_with_science_and_not_with_placement() -> None:
         ("diffusion.smoothing=0.6", r"of a transformer: set model\.denoiser=transformer"),
         ("model.denoiser=transformer diffusion.history=clean", r"set model\.online=true"),
         ("diffusion.history_swap=0.1", r"only a clean history has: set diffusion\.history=clean"),
+        ("diffusion.hidden_streams=[mfcc]", r"always heard all streams cannot do without one: set diffusion\.stream_dropout"),
+        (
+            "model.denoiser=transformer model.space=attributes diffusion.stream_dropout=0.2 diffusion.hidden_streams=[ears]",
+            r"names 'ears', but the model hears",
+        ),
         ("diffusion.stream_dropout=0.1", r"set model\.space=attributes, or"),
         ("model.denoiser=transformer model.space=attributes run.autoencoder=a", "no first stage: leave it out"),
         ("model.facial=[] model.acoustic=[]", "name at least one stream"),

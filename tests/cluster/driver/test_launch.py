@@ -219,6 +219,19 @@ def test_seeded_a_machine_lost_without_a_spare_is_waited_for_and_the_weights_are
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+def test_a_dead_board_costs_the_work_since_the_last_checkpoint_and_the_run_goes_on_by_itself(
+    undisturbed: Running, two: Machines, shards: Path, tmp_path: Path
+) -> None:
+    run = Running(shards, tmp_path, "deaf", "workers.count=2", address=two.address)
+    run.until(lambda: run.progress >= 480)
+    two.kill_process("ray::Board")
+    assert run.end() == 0, run.said
+    assert run.weights == undisturbed.weights and run.ledger == undisturbed.ledger and run.attempts > 1
+    assert "the process through which driver and ranks speak is gone" in run.said and "failed (lost)" in run.said, run.said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_run_waits_for_a_cluster_that_grows(undisturbed: Running, shards: Path, tmp_path: Path) -> None:
     with machines(1) as there:
         run = Running(shards, tmp_path, "grow", "workers.count=2", address=there.address)

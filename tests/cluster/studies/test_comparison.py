@@ -34,6 +34,22 @@ def test_a_comparison_is_the_same_runs_every_time_and_other_ones_with_other_sett
     assert runs[0] == runs[1] and not set(runs[0]) & set(runs[2])
 
 
+def test_rows_that_draw_in_another_way_are_drawn_from_the_run_of_the_first_that_trains_the_same() -> None:
+    rows = {
+        "first": {},
+        "dpm": {"diffusion.sampler": "dpm++", "diffusion.sampling_steps": 5},
+        "longer": {"diffusion.sampler": "dpm++", "optim.epochs.diffusion": 300},
+        "weighted": {"diffusion.weighting": "min-snr"},
+    }
+    found = {run.row: run for run in comparison_runs(comparison(rows=rows, seeds=[3]), [])}
+    assert {row: run.trained.run.name == run.experiment.run.name for row, run in found.items()} == {
+        **{"first": True, "dpm": False},
+        **{"longer": True, "weighted": True},
+    }
+    assert found["dpm"].trained == found["first"].experiment and found["first"].drawn == found["longer"].drawn == ()
+    assert found["dpm"].drawn == ('diffusion.sampler="dpm++"', "diffusion.sampling_steps=5")
+
+
 def test_a_wrong_key_and_rows_that_are_one_run_are_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match="rows 'first' and 'longer' would be the same run"):
         comparison_runs(comparison(rows={"first": {}, "longer": {"optim.epochs.autoencoder": 300}}), [])

@@ -121,6 +121,19 @@ class Machines:
         """One goes away without a word, and does not come back."""
         _kill(self._nodes.pop())
 
+    def kill_process(self, title: str) -> None:
+        """The one process of that title, of a worker of Ray's, is gone without a word."""
+        (one,) = self._processes(title)
+        one.kill()
+
+    def _processes(self, title: str = "") -> list[psutil.Process]:
+        found = []
+        for one in psutil.process_iter():
+            with suppress(psutil.Error):
+                if one.environ().get("RAY_TMPDIR") == self._environment["RAY_TMPDIR"] and (not title or title in one.cmdline()):
+                    found.append(one)
+        return found
+
     def drain(self, node: str, seconds: int) -> None:
         """Tell the cluster that a node will be taken away, as a cloud does with a spot machine."""
         reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test", "--deadline-remaining-seconds", str(seconds)]
@@ -130,10 +143,9 @@ class Machines:
     def close(self) -> None:
         for process in (*self._nodes, self._head):
             _kill(process)
-        for one in psutil.process_iter():  # what an autoscaler started
+        for one in self._processes():  # what an autoscaler started
             with suppress(psutil.Error):
-                if one.environ().get("RAY_TMPDIR") == self._environment["RAY_TMPDIR"]:
-                    one.kill()
+                one.kill()
 
 
 def _listens(address: str) -> bool:

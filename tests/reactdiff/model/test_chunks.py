@@ -6,7 +6,7 @@ import torch
 from reactdiff import config
 from reactdiff.clip import TARGETS, WINDOW
 from reactdiff.data.sample import StreamSpec
-from reactdiff.model.latent_diffusion import LatentDiffusion
+from reactdiff.model.latent_diffusion import Conversation, LatentDiffusion
 from reactdiff.model.raw_streams import RawStreams
 from reactdiff.model.transformer import FrameTransformer, Past
 from reactdiff.stage import DiffusionStage, Source
@@ -180,6 +180,28 @@ def test_what_is_drawn_for_an_item_is_of_its_position_alone_and_reaches_the_loss
         assert not torch.equal(other(drawn), base), name
         again = batch_of(kind, [4, 5])
         assert torch.equal(again[name][1], drawn[name][0])
+
+
+def test_a_generation_does_without_hidden_streams_as_training_did_and_training_does_not_see_what_is_hidden_later() -> None:
+    (_, plain), (kind, deaf) = direct(stream_dropout=0.5), direct(stream_dropout=0.5, hidden_streams=["au", "mfcc"])
+    for module in (plain, deaf):
+        module.set_range(torch.zeros(100, 126), torch.ones(100, 126), torch.full((126,), 0.1), torch.full((126,), 0.3))
+    batch = batch_of(kind, [1, 2, 3])
+    assert torch.equal(deaf(batch), plain(batch))
+    torch.manual_seed(0)
+    noise, speaker = torch.randn(1, 2, 2, WINDOW, 83), torch.rand(1, 100, 126)
+    silent = speaker.clone()
+    silent[..., 83:98] = silent[..., 100:] = 0.1  # the mean: all that is left of va are features 98 and 99
+    drawn = deaf.sample(speaker, lambda _: noise)
+    torch.testing.assert_close(drawn, plain.sample(silent, lambda _: noise), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(drawn, plain.sample(speaker, lambda _: noise), atol=1e-4)
+    made, now = [], Conversation()
+    for chunk in range(10):
+        here = slice(10 * chunk, 10 * chunk + 10)
+        one, now = deaf.react(now, lambda _, here=here: noise.flatten(2, 3)[:, :, here])
+        now = deaf.hear(now, speaker[:, here])
+        made.append(one)
+    torch.testing.assert_close(torch.cat(made, dim=2), drawn, rtol=1e-4, atol=1e-5)
 
 
 def test_a_swapped_history_is_of_other_moments_and_never_of_later_ones() -> None:
