@@ -2,7 +2,8 @@
 # make check          for every save: lint, types, and the tests that need no process, Ray or server
 # make test           what a change must pass
 # make test-hosts     the slow suites: several hosts.   make test-cluster: clusters, S3, Prometheus.   make test-chaos: things are killed
-# make test-long      and what takes long: waits, notices, changes of size; memory; sweeps, retraining, benches
+# make test-crash     killed before each of their writes: runs, sweeps, retraining.   make test-long: waits, notices, changes of size;
+#                     memory; sweeps, retraining, benches
 # make monitor        a Prometheus, and a Grafana where it is installed, beside the runs of this machine.   make dashboard: its panels
 # PYTHON=python3.13   makes .venv, where there is none yet, with that Python and not with the first one that is there
 # GPU=1               one rank on each of so many GPUs: make train GPU=1
@@ -16,6 +17,7 @@ STORE  := file
 TWO    := -n 2
 HOSTS  := tests/cluster/multihost
 CHAOS  := tests/cluster/chaos
+CRASH  := $(addprefix $(CHAOS)/,test_every_crash.py test_sweep_kill.py)
 LONG   := tests/cluster/driver/test_launch.py tests/cluster/training tests/jobs tests/reactdiff
 ARGS   :=
 GPU    :=
@@ -26,7 +28,7 @@ train_s3   := $(PY) infra/objectstore.py work/s3 --bucket $(BUCKET) -- \
               $(PY) jobs/train.py run.store=s3://$(BUCKET)/store data.url=s3://$(BUCKET)/shards
 after_s3   := @echo 'The S3 server has ended; what names s3://$(BUCKET) needs it: $(PY) infra/objectstore.py work/s3 --bucket $(BUCKET) -- COMMAND'
 
-.PHONY: monitor dashboard setup train check quick test lint test-hosts test-cluster test-chaos test-long clean
+.PHONY: monitor dashboard setup train check quick test lint test-hosts test-cluster test-chaos test-crash test-long clean
 
 train: $(SETUP)
 	$(or $(train_$(STORE)),$(error STORE=$(STORE): use file or s3)) $(if $(GPU),workers.gpu=true workers.count=$(GPU)) $(ARGS)
@@ -55,7 +57,10 @@ test-cluster: $(SETUP)
 	$(PY) -m pytest $(TWO) -m slow $(addprefix --ignore=,$(HOSTS) $(CHAOS) $(LONG)) $(ARGS)
 
 test-chaos: $(SETUP)
-	$(PY) -m pytest $(TWO) -m slow $(CHAOS) $(ARGS)
+	$(PY) -m pytest $(TWO) -m slow $(CHAOS) $(addprefix --ignore=,$(CRASH)) $(ARGS)
+
+test-crash: $(SETUP)
+	$(PY) -m pytest $(TWO) -m slow $(CRASH) $(ARGS)
 
 test-long: $(SETUP)
 	$(PY) -m pytest $(TWO) -m slow $(LONG) $(ARGS)
