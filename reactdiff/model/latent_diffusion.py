@@ -142,7 +142,7 @@ class LatentDiffusion(Scaled):
         times = torch.full(clean.shape[:2], time, device=clean.device)
         noisy = self.process.q_sample(clean, self._chunks(noise.flatten(1, 2)), times)
         history = clean if self.clean_history else None
-        prediction = self._denoise(noisy, times, self._condition(self._without_hidden(self._heard(speaker))), history=history)
+        prediction = self._denoise(noisy, times, self._condition(self._heard(speaker)), history=history)
         return self.denormalise(self.process.clean(noisy, prediction, times).clamp(*self.limits(self.target)).flatten(1, 2))
 
     @torch.no_grad()
