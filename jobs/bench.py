@@ -350,7 +350,7 @@ def science(arguments: argparse.Namespace) -> int:
         rows = compare(comparison, arguments.overrides, display, kept, keep=arguments.write is not None)
     _say_table(markdown(rows), arguments.write, MARK)
     if arguments.against:
-        pairs = pairs_markdown(rows, arguments.against, scored_groups(experiment, rows))
+        pairs = pairs_markdown(rows, arguments.against, scored_groups(every[0], rows))
         _say_table(pairs, arguments.write, PAIRS_MARK)
     if arguments.picture:
         arguments.picture.parent.mkdir(parents=True, exist_ok=True)

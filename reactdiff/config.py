@@ -220,7 +220,7 @@ class Diffusion(Branch):
         lt=1,
     )
     hidden_streams: tuple[str, ...] = field(
-        (), "Streams of the speaker that a generation does without, as where a camera or a microphone is missing; needs stream_dropout."
+        (), "Streams of the speaker that a generation takes no notice of, whatever a dead camera or microphone gives; needs stream_dropout."
     )
     guidance: float = field(1.0, "Classifier-free guidance: 1 is none, above it the speaker counts for more.", ge=0)
     autoguidance: float = field(

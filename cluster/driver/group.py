@@ -21,7 +21,7 @@ from cluster.driver.ray_train import Fit
 from cluster.driver.watchdog import Hang, Watchdog
 from cluster.runs.checkpoint import newest_progress
 from cluster.runs.lineage import open_attempt
-from cluster.runs.logs import log_folder, make_room
+from cluster.runs.logs import log_folder, make_room, write_end
 from cluster.runtime.failures import LOST, StageFailed, inner
 from cluster.runtime.lookout import Lookout
 from cluster.runtime.nodes import draining_nodes, listens, nodes
@@ -142,7 +142,7 @@ class Group:
 
     def _decide(self, error: Exception, judge: Callable[[Exception, "Group"], None]) -> None:
         """Answer Ray Train, which waits: the same ranks again, or the end of this group."""
-        again = False
+        again, self._killed = False, None
         try:
             self._withdraw_growth()  # or it would take the places of the ranks
             if isinstance(error, WorkerGroupError) and not self.reason and not self._interruption.signal and self._machines_answer():
@@ -193,6 +193,7 @@ class Group:
         """Take the ranks' numbers, look at the machines, and ask what is to be asked; returns a failure that waits for a decision."""
         self._assert_ours()
         if self._killed and time.monotonic() - self._killed[0] > NOTICED:
+            self._keep_end(self._killed[1])
             raise self._killed[1]
         if self._interruption.signal and self.reason != "interrupted":
             self.reason = "interrupted"
@@ -243,11 +244,15 @@ class Group:
 
     def _give_up_unheard(self, error: RayError) -> None:
         """The board's process is gone: ranks train on, but nobody hears them, nor they the driver. They start again, with another board."""
-        self._monitor.say("the process through which driver and ranks speak is gone: killing the ranks, which start again")
         lost = StageFailed(self._job.stage, LOST, error)
         if not self._heard:  # nobody knows their processes: they end with the driver
+            self._keep_end(lost)
             raise lost
+        self._monitor.say("the process through which driver and ranks speak is gone: killing the ranks, which start again")
         self._kill(log_folder(self._job.life, self._job.attempt), sorted(self._heard), lost)
+
+    def _keep_end(self, why: Exception) -> None:
+        write_end(self._job.run, self._job.life, self._job.attempt, self._job.stage, str(why))
 
     def _kill(self, folder: str, ranks: Sequence[int], why: Exception) -> None:
         self._examine(folder, ranks, kill=True)

@@ -52,7 +52,7 @@ class DamagedCheckpoint(RuntimeError):
 
 
 class GoneCheckpoint(DamagedCheckpoint):
-    """A manifest was deleted since it was listed: by an attempt that took it back, or had too many."""
+    """A manifest was deleted since it was listed: by an attempt that had too many."""
 
 
 class OtherVersion(ValueError):

@@ -241,6 +241,7 @@ def probe_key(store: Store, clock: Callable[[], float] = time.time) -> str:
     """The key of an object that will be there for a moment; what killed processes left of theirs long ago is removed."""
     now = int(clock())
     for entry in store.list(PROBES):
-        if now - int(entry.key.removeprefix(PROBES).partition("-")[0]) > FORGOTTEN:
+        written = entry.key.removeprefix(PROBES).partition("-")[0]
+        if written.isdecimal() and now - int(written) > FORGOTTEN:
             store.delete(entry.key)
     return f"{PROBES}{now}-{uuid.uuid4().hex}"

@@ -21,7 +21,7 @@ from cluster.config.schema import Experiment
 from cluster.config.spec import Spec, assignments
 from cluster.data.manifest import load_appropriateness, load_manifest
 from cluster.driver.pin import pin
-from cluster.driver.run import STEPS, execute
+from cluster.driver.run import STEPS, check_run, execute
 from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.ground_truth import of_first_clips
 from cluster.evaluation.plan import plan_evaluation
@@ -34,6 +34,9 @@ from cluster.studies.kept_scores import ClipScores, RunScores, read_all_scores, 
 from cluster.telemetry.display import Display
 from reactdiff.config import ENCODING, STAGES
 from reactdiff.stage import flops_per_item, stages_of
+
+DRAWING = tuple(name for name in SAMPLING if name not in ("autoguidance", "weak_progress", "ema_length"))
+"""What rows may differ in and share a run: how its one export draws. Others draw with exports that the run makes for itself."""
 
 
 class Comparison(Spec):
@@ -62,7 +65,7 @@ class ComparisonRun:
     def scores(self, display: Display) -> RunScores:
         """What is kept of its run, which is finished."""
         saved = open_run(self.trained.run.name, self.trained.run.store).with_sampling(self.drawn)
-        if self.drawn:
+        if self.experiment.run.name != self.trained.run.name or self.experiment.evaluation != self.trained.evaluation:
             asked = saved.experiment.model_copy(update={"evaluation": self.experiment.evaluation})
             saved = replace(saved, experiment=asked)
             evaluate(asked, saved.store, saved.latents(), saved.diffusion(), display.counter("evaluation", "parts"))
@@ -75,9 +78,10 @@ def comparison_runs(comparison: Comparison, overrides: Sequence[str]) -> list[Co
     Raises:
         ConfigError: for a key or value that no experiment has, or rows that are one run.
     """
-    found: dict[str, ComparisonRun] = {}
+    found: dict[tuple[str, ...], ComparisonRun] = {}
     owners: dict[str, str] = {}
     trained: dict[str, Experiment] = {}
+    named: dict[str, str] = {}
     for seed in comparison.seeds:
         for row, keys in comparison.rows.items():
             experiment = anchored(comparison.load(overrides, assignments(keys), [f"seed={seed}", "telemetry.port=0"]))
@@ -87,18 +91,21 @@ def comparison_runs(comparison: Comparison, overrides: Sequence[str]) -> list[Co
             experiment = _with(experiment, name=f"{comparison.name}-{digest(name_fields(experiment))[:8]}")
             if stages_of(experiment.model) == STAGES:
                 owners.setdefault(key, experiment.run.name)
-            first = trained.setdefault(training, experiment)
-            if (twin := found.setdefault(experiment.run.name, ComparisonRun(row, experiment, first, _drawn(experiment, first)))).row != row:
+            run = ComparisonRun(row, experiment, trained.setdefault(training, experiment))
+            run = replace(run, drawn=_drawn(experiment, run.trained))
+            same = (training, *run.drawn, experiment.evaluation.model_dump_json())
+            twin = found.setdefault(same, run)
+            if twin is not run or named.setdefault(experiment.run.name, training) != training:
                 raise ConfigError(
-                    f"{comparison.name}: rows {twin.row!r} and {row!r} would be the same run; rows differ in keys that --help of "
-                    "jobs/train.py calls identity, not only in where they run or how long"
+                    f"{comparison.name}: row {row!r} would be the same run as one before it; rows differ in keys that --help of "
+                    "jobs/train.py calls identity, or in their evaluation, not only in where they run or how long"
                 )
     return list(found.values())
 
 
 def _training(experiment: Experiment) -> str:
     """Stands for everything that trained weights depend on."""
-    drawing = {f"diffusion.{name}" for name in SAMPLING}
+    drawing = {f"diffusion.{name}" for name in DRAWING}
     fields = {name: value for name, value in name_fields(experiment).items() if name not in drawing}
     return digest([fields, ends(experiment), experiment.data.url])
 
@@ -106,7 +113,7 @@ def _training(experiment: Experiment) -> str:
 def _drawn(experiment: Experiment, trained: Experiment) -> tuple[str, ...]:
     """The `key=value` texts by which a run of one experiment is asked to draw as another one would."""
     asked, was = (one.diffusion.model_dump(mode="json") for one in (experiment, trained))
-    return tuple(assignments({f"diffusion.{name}": asked[name] for name in SAMPLING if asked[name] != was[name]}))
+    return tuple(assignments({f"diffusion.{name}": asked[name] for name in DRAWING if asked[name] != was[name]}))
 
 
 def _with(experiment: Experiment, **run: str) -> Experiment:
@@ -136,46 +143,55 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display, 
     Returns:
         The lines of its table, by name.
     """
-    every, there = comparison_runs(comparison, overrides), read_all_scores(kept.parent) | read_scores(kept)
-    keys = {run.experiment.run.name: scores_key(run.experiment, pin(run.experiment, comparison.name).manifest.hash) for run in every}
-    lent = {run.experiment.run.autoencoder for run in every if keys[run.experiment.run.name] not in there}
-    names = {keys[run.experiment.run.name]: f"{run.row}, seed {run.experiment.seed}" for run in every}
+    every, here = comparison_runs(comparison, overrides), read_scores(kept)
+    there = read_all_scores(kept.parent) | here
+    for run in every:
+        if run.experiment.seed == comparison.seeds[0]:  # before hours of the others; who lends an autoencoder comes first
+            check_run(_with(run.experiment, autoencoder=""), pin(run.experiment, comparison.name), STEPS)
+    keys = [scores_key(run.experiment, pin(run.experiment, comparison.name).manifest.hash) for run in every]
+    lent = {run.experiment.run.autoencoder for run, key in zip(every, keys, strict=True) if key not in there}
+    mine: dict[str, RunScores] = {}
     rows: dict[str, TableRow] = {}
-    for number, run in enumerate(every):
+    for number, (run, key) in enumerate(zip(every, keys, strict=True)):
         experiment, seed = run.experiment, run.experiment.seed
-        key = keys[experiment.run.name]
         where = f"; its scores are in {kept.parent}" if key in there else ""
-        display.say(f"{number + 1} of {len(every)}: {run.row}, seed {seed}, run {experiment.run.name}{where}")
+        drawn = f", drawn with {' '.join(run.drawn)}" if run.drawn else ""
+        display.say(f"{number + 1} of {len(every)}: {run.row}, seed {seed}, run {run.trained.run.name}{drawn}{where}")
         if key not in there or experiment.run.name in lent:
             execute(run.trained, pin(run.trained, comparison.name), STEPS if key not in there else STEPS[:1], display)
         if key not in there:
             there[key] = run.scores(display)
-            if keep:  # at once, so that who is interrupted after an hour has an hour's scores
-                write_scores(kept, {key: there[key] for key in names if key in there}, names)
-        found = there[key]
+        found = mine[key] = replace(there[key], name=f"{run.row}, seed {seed}")
+        if keep and key not in here:  # at once, so that who is interrupted after an hour has an hour's scores
+            write_scores(kept, here | mine)
         for name, scores in found.rows.items():
             label = run.row if name == MODEL else f"{name} ({run.row})" if name in (CUT, WRONG, UNTRAINED) else name
             sizes = (found.parameters, found.gflop, found.tflop) if name == MODEL else None
             row = rows.setdefault(label, TableRow({}, chunk_of(experiment.model) if sizes else None, sizes))
             row.seeds[seed] = scores  # baselines are the same whichever row they stand beside
     if keep:
-        write_scores(kept, {key: there[key] for key in names}, names)
+        write_scores(kept, mine)
     return rows
 
 
 def scored_groups(experiment: Experiment, rows: Mapping[str, TableRow]) -> np.ndarray:
-    """Which of the clips that were scored are independent of each other, as `independent_groups` has it."""
+    """Which of the clips that were scored are independent of each other, as `independent_groups` has it.
+
+    Raises:
+        ConfigError: if rows were scored on other clips than others.
+    """
     dataset = open_store(experiment.data.url)
     appropriate = load_appropriateness(dataset, load_manifest(dataset), experiment.evaluation.split)
-    assert appropriate is not None, "there are scores"
     items = {len(scores.values) for row in rows.values() for scores in row.seeds.values()}
+    if appropriate is None or len(items) != 1:
+        raise ConfigError("rows that are scored on different clips cannot be compared clip by clip: give all the same evaluation.clips")
     return independent_groups(of_first_clips(appropriate, min(items) // 2))
 
 
 def run_scores(saved: SavedRun) -> RunScores:
     """What is kept of a finished run."""
     plan = plan_evaluation(saved.experiment, saved.store, saved.latents(), saved.diffusion())
-    return RunScores(*size(saved), {row: ClipScores.of(plan.read_row(row)) for row in rows_of(plan)})
+    return RunScores("", *size(saved), {row: ClipScores.of(plan.read_row(row)) for row in rows_of(plan)})
 
 
 def size(saved: SavedRun) -> tuple[int, float, float]:

@@ -21,7 +21,7 @@ class Difference(NamedTuple):
     Attributes:
         mean: row minus other.
         low, high: its 95 % interval.
-        seeds_agree: whether it has one sign under every seed.
+        seeds_agree: whether it has one sign under every one of several seeds, over several groups of clips.
     """
 
     mean: float
@@ -54,6 +54,7 @@ def row_difference(row: TableRow, other: TableRow, metric: str, groups: np.ndarr
     section 3.8). Of few seeds and groups such an interval is too narrow: hence the second condition.
     """
     seeds = sorted(row.seeds.keys() & other.seeds.keys())
+    assert len(groups) == len(next(iter(row.seeds.values())).values), "each clip has its group"
     each = np.stack([row.seeds[seed].columns(metric)[:, 0] - other.seeds[seed].columns(metric)[:, 0] for seed in seeds])
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
     means = np.empty(RESAMPLES)
@@ -62,7 +63,7 @@ def row_difference(row: TableRow, other: TableRow, metric: str, groups: np.ndarr
         some, drawn = draw.integers(len(each), size=len(each)), draw.integers(len(members), size=len(members))
         means[number] = each[np.ix_(some, np.concatenate([members[group] for group in drawn]))].mean()
     signs = set(np.sign(each.mean(axis=1)).tolist())
-    return Difference(float(each.mean()), *percentiles(means, 0.95), seeds_agree=len(signs) == 1)
+    return Difference(float(each.mean()), *percentiles(means, 0.95), seeds_agree=len(signs) == 1 < min(len(each), len(members)))
 
 
 def pairs_markdown(rows: Mapping[str, TableRow], against: Sequence[str], groups: np.ndarray) -> str:

@@ -17,7 +17,7 @@ DIGITS = 4
 """Significant digits that are kept of a clip's value."""
 
 
-SIZES = ("parameters", "gflop", "tflop")
+ABOUT = ("name", "parameters", "gflop", "tflop")
 """What is kept of a run beside its scores."""
 
 
@@ -57,12 +57,14 @@ class RunScores:
     """What is kept of a run.
 
     Attributes:
+        name: for people, of its row and seed.
         parameters: of all its stages.
         gflop: of training on one item of the last stage.
         tflop: of the training of all its stages.
         rows: of its evaluation, by name.
     """
 
+    name: str
     parameters: int
     gflop: float
     tflop: float
@@ -93,7 +95,7 @@ def read_scores(file: Path) -> dict[str, RunScores]:
         values = {name: np.array(rows, dtype=np.float64) for name, rows in kept["values"].items()}
         return {
             key: RunScores(
-                **{size: one[size] for size in SIZES},
+                **{about: one[about] for about in ABOUT},
                 rows={row: ClipScores(values[name], one["predictions"]) for row, name in one["rows"].items()},
             )
             for key, one in kept["runs"].items()
@@ -111,8 +113,8 @@ def read_all_scores(folder: Path) -> dict[str, RunScores]:
     return {key: scores for file in sorted(folder.glob("*.json")) for key, scores in read_scores(file).items()}
 
 
-def write_scores(file: Path, runs: Mapping[str, RunScores], names: Mapping[str, str]) -> None:
-    """Write a file of runs by key, with a name of each for people. Rows that are equal, as an oracle's under every seed, are kept once."""
+def write_scores(file: Path, runs: Mapping[str, RunScores]) -> None:
+    """Write a file of runs by key. Rows that are equal, as an oracle's under every seed, are kept once."""
     values: dict[str, list[list[float | None]]] = {}
     entries = {}
     for key, run in runs.items():
@@ -122,7 +124,7 @@ def write_scores(file: Path, runs: Mapping[str, RunScores], names: Mapping[str, 
             rows[row] = digest(plain)[:16]
             values[rows[row]] = plain
         (predictions,) = {scores.predictions for scores in run.rows.values()}
-        entries[key] = {"name": names[key], **{size: getattr(run, size) for size in SIZES}, "predictions": predictions, "rows": rows}
+        entries[key] = {**{about: getattr(run, about) for about in ABOUT}, "predictions": predictions, "rows": rows}
     lines = ",\n".join(f'"{name}": {json.dumps(rows, separators=(",", ":"))}' for name, rows in values.items())
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.part")

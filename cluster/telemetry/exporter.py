@@ -52,6 +52,7 @@ class Exporter:
         self._lock = threading.Lock()
         self._restarts: Counter[str] = Counter()
         self._at, self._failed, self._budget = "", "", 0.0
+        self._been = set[str]()
         self._spent_before = 0.0
         self._tasks: dict[str, int] = {}
         self._waited = 0.0
@@ -85,6 +86,7 @@ class Exporter:
         """The run is at this step from now on; empty: at none."""
         with self._lock:
             self._at = step
+            self._been |= {step} if step else set()
             self._version += 1
 
     def failed(self, kind: str) -> None:
@@ -150,7 +152,7 @@ class Exporter:
             stages, gauges, ranks = self.tally.stages(), self.tally.gauges(), self.tally.ranks()
             restarts = [({"class": kind}, count) for kind, count in self._restarts.items()]
             waited: list[Sample] = [({}, self._waited)]
-            at: list[Sample] = [({"stage": self._at}, 1.0)] if self._at else []
+            at: list[Sample] = [({"stage": step}, float(step == self._at)) for step in sorted(self._been)]
             failed: list[Sample] = [({"class": self._failed}, 1.0)] if self._failed else []
             tasks: list[Sample] = [({"stage": step}, done) for step, done in self._tasks.items()]
         for metric in METRICS:

@@ -109,7 +109,7 @@ METRICS = (
         "rank 0",
         row="Storage",
     ),
-    MetricSpec("at", "gauge", "The step that the run is at; 1.", "driver", row="Workers"),
+    MetricSpec("at", "gauge", "1 at the step that the run is at, 0 at those that it has left.", "driver", row="Workers"),
     MetricSpec("heartbeat_seconds", "gauge", "Unix time at which the driver told its numbers.", "driver", "dateTimeFromNow", (), "Workers"),
     MetricSpec("tasks_done", "counter", "Tasks that are done: shards of latents, parts of the evaluation.", "driver", "ops", row="Workers"),
     MetricSpec(

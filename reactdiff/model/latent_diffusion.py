@@ -247,7 +247,8 @@ class LatentDiffusion(Scaled):
         if not self.hidden:
             return heard
         names = [part for part in self.parts if part not in TARGETS]
-        return heard * self._shown(heard.new_tensor([name not in self.hidden for name in names]))
+        shown = self._shown(torch.tensor([name not in self.hidden for name in names], device=heard.device))
+        return torch.where(shown, heard, 0.0)  # whatever a dead sensor gives
 
     def _history(self, clean: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The finished chunks that those after them see in training, of the shape of `clean`; none is of a later moment than its own."""

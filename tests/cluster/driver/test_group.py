@@ -1,5 +1,7 @@
 """What a group of ranks is asked for, and when one reason gives way to another."""
 
+from contextlib import suppress
+from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ from cluster.driver.group import Group
 from cluster.driver.watchdog import Hang
 from cluster.runtime.failures import StageFailed
 from cluster.runtime.placement import Gang
+from cluster.storage import open_store
 from cluster.training.requests import Request
 from tests.cluster.telemetry.test_meter import Clock
 
@@ -29,7 +32,8 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Group:
     made._assert_ours, made._enough = lambda: None, lambda: ""
     made._interruption = SimpleNamespace(signal=0)  # type: ignore[assignment]
     made._monitor = SimpleNamespace(say=lambda text: None)  # type: ignore[assignment]
-    made._board = SimpleNamespace(take=SimpleNamespace(remote=lambda *_: None))
+    made._board = SimpleNamespace(take=SimpleNamespace(remote=lambda *_: None), decide=SimpleNamespace(remote=lambda *_: None))
+    made._growth, made._growing, made._grows = None, Lock(), True
     monkeypatch.setattr(module.ray, "get", silent)
     return made
 
@@ -68,8 +72,9 @@ def test_and_that_its_run_has_come_far_enough(group: Group) -> None:
 
 
 def test_ranks_that_were_killed_and_are_not_missed_by_ray_train_end_the_run_with_the_reason(
-    group: Group, monkeypatch: pytest.MonkeyPatch
+    group: Group, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    group._job = SimpleNamespace(stage="diffusion", life=1, attempt=0, run=open_store(str(tmp_path)))  # type: ignore[assignment]
     clock, hang = Clock(0.0), Hang("rank 1 does not get on")
     monkeypatch.setattr(module.time, "monotonic", clock)
     monkeypatch.setattr(group, "_examine", lambda *_, **__: None)
@@ -79,9 +84,15 @@ def test_ranks_that_were_killed_and_are_not_missed_by_ray_train_end_the_run_with
     clock.now += 1
     with pytest.raises(Hang, match="rank 1"):
         group._look()
+    assert (tmp_path / "logs/000001.0/diffusion-end.txt").read_text() == "rank 1 does not get on\n"
+    with suppress(RayError):
+        group._decide(RuntimeError("it did notice"), lambda *_: None)
+    group._look()
 
 
-def test_ranks_that_nobody_hears_any_more_are_killed_so_that_they_start_again(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_nobody_hears_any_more_are_killed_so_that_they_start_again(
+    group: Group, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     killed: list[int] = []
 
     def gone(*_: object) -> None:
@@ -89,7 +100,7 @@ def test_ranks_that_nobody_hears_any_more_are_killed_so_that_they_start_again(gr
 
     monkeypatch.setattr(module.ray, "get", gone)
     monkeypatch.setattr(group, "_examine", lambda folder, ranks, kill: killed.extend(ranks))
-    group._job = SimpleNamespace(stage="diffusion", life=1, attempt=0)  # type: ignore[assignment]
+    group._job = SimpleNamespace(stage="diffusion", life=1, attempt=0, run=open_store(str(tmp_path)))  # type: ignore[assignment]
     with pytest.raises(StageFailed, match=r"stage diffusion failed \(lost\)"):
         look(group, [], 2)  # none was heard of: nobody knows whom to kill
     group._heard = {0: {}, 1: {}}  # type: ignore[dict-item]
@@ -108,7 +119,6 @@ def test_no_room_is_reserved_for_a_group_that_has_ended_while_its_lookout_was_on
         return []
 
     group._gang, group._heard = Gang(2, 4, {"CPU": 1.0}), {0: {}, 1: {}}  # type: ignore[dict-item]
-    group._growth, group._growing, group._grows = None, Lock(), True
     monkeypatch.setattr(module, "Demand", lambda gang, ranks: reserved.append(gang))
     monkeypatch.setattr(group, "_room", lambda: 2)
     monkeypatch.setattr(module, "draining_nodes", list)

@@ -62,9 +62,14 @@ def test_what_is_no_more_is_0_and_a_run_that_ends_is_at_no_step(monkeypatch: pyt
         exporter.at("diffusion")
         metrics.tell()
         assert Kept.values["reactdiff_at", (("stage", "latents"),)] == 0 and Kept.values["reactdiff_at", (("stage", "diffusion"),)] == 1
+        exporter.money(1.0, 9.0)
+        metrics.tell()
+        exporter.money(1.0, 0.0)
+        metrics.tell()
+        assert Kept.values["reactdiff_budget_dollars", ()] == 0
         Kept.values.clear()
         metrics.tell()
-        assert ("reactdiff_at", (("stage", "latents"),)) not in Kept.values, "told once that it is no more"
+        assert ("reactdiff_budget_dollars", ()) not in Kept.values, "told once that it is no more"
         metrics.tell(over=True)
         assert Kept.values["reactdiff_at", (("stage", "diffusion"),)] == 0
         assert Kept.values["reactdiff_tasks_done_total", (("stage", "latents"),)] == 3

@@ -240,5 +240,6 @@ def test_what_killed_processes_left_of_their_probes_goes_a_day_later(store: Stor
     old, young = (probe_key(store, lambda now=now: now) for now in (1_000.0, 50_000.0))
     store.put(old, b"")
     store.put(young, b"")
+    store.put("probes/somebody-else", b"")
     another = probe_key(store, lambda: 1_001.0 + FORGOTTEN)
-    assert [entry.key for entry in store.list()] == [young] and another.startswith("probes/87401-")
+    assert [entry.key for entry in store.list()] == [young, "probes/somebody-else"] and another.startswith("probes/87401-")

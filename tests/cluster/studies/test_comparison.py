@@ -40,18 +40,22 @@ def test_rows_that_draw_in_another_way_are_drawn_from_the_run_of_the_first_that_
         "dpm": {"diffusion.sampler": "dpm++", "diffusion.sampling_steps": 5},
         "longer": {"diffusion.sampler": "dpm++", "optim.epochs.diffusion": 300},
         "weighted": {"diffusion.weighting": "min-snr"},
+        "on test": {"evaluation.split": "test"},
     }
     found = {run.row: run for run in comparison_runs(comparison(rows=rows, seeds=[3]), [])}
     assert {row: run.trained.run.name == run.experiment.run.name for row, run in found.items()} == {
         **{"first": True, "dpm": False},
-        **{"longer": True, "weighted": True},
+        **{"longer": True, "weighted": True, "on test": False},
     }
     assert found["dpm"].trained == found["first"].experiment and found["first"].drawn == found["longer"].drawn == ()
+    assert found["on test"].trained == found["first"].experiment != found["on test"].experiment and found["on test"].drawn == ()
     assert found["dpm"].drawn == ('diffusion.sampler="dpm++"', "diffusion.sampling_steps=5")
 
 
 def test_a_wrong_key_and_rows_that_are_one_run_are_refused_before_anything_starts() -> None:
-    with pytest.raises(ConfigError, match="rows 'first' and 'longer' would be the same run"):
+    with pytest.raises(ConfigError, match="row 'longer' would be the same run as one before it"):
         comparison_runs(comparison(rows={"first": {}, "longer": {"optim.epochs.autoencoder": 300}}), [])
+    with pytest.raises(ConfigError, match="row 'again' would be the same run"):
+        comparison_runs(comparison(rows={"first": {}, "again": {"telemetry.host": "127.0.0.2"}}), [])
     with pytest.raises(ConfigError, match=r"model\.denoisr"):
         comparison_runs(comparison(rows={"odd": {"model.denoisr": "unet"}}), [])

@@ -21,11 +21,12 @@ def part(constant: bool = False) -> PartialScores:
 def test_scores_come_back_from_a_file_as_they_were_kept(tmp_path: Path) -> None:
     scores, undefined = ClipScores.of(part()), ClipScores.of(part(constant=True))
     file = tmp_path / "science" / "compared.json"
-    first = RunScores(12, 0.5, 2.5, {"model": scores, "oracle": scores})
-    kept = {"a": first, "b": RunScores(13, 0.6, 2.6, {"model": undefined, "oracle": scores})}
-    write_scores(file, kept, {"a": "first, seed 0", "b": "second, seed 0"})
+    first = RunScores("first, seed 0", 12, 0.5, 2.5, {"model": scores, "oracle": scores})
+    kept = {"a": first, "b": RunScores("second, seed 0", 13, 0.6, 2.6, {"model": undefined, "oracle": scores})}
+    write_scores(file, kept)
     back = read_scores(file)
-    assert list(back) == ["a", "b"] and (back["b"].parameters, back["b"].gflop, back["b"].tflop) == (13, 0.6, 2.6)
+    assert list(back) == ["a", "b"]
+    assert (back["b"].name, back["b"].parameters, back["b"].gflop, back["b"].tflop) == ("second, seed 0", 13, 0.6, 2.6)
     for key, run in kept.items():
         for row, one in run.rows.items():
             np.testing.assert_array_equal(back[key].rows[row].values, one.values)
