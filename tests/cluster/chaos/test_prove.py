@@ -8,7 +8,7 @@ from cluster.studies.script import choose_kinds
 from tests.cluster.multihost.test_prove import assert_proven, prove
 
 # Alone: its hosts are more processes than two cores bear beside others.
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(3600)]
 
 
 def test_five_kinds_of_faults_of_two_seeds_change_nothing(shards: Path) -> None:

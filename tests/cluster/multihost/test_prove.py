@@ -8,7 +8,7 @@ import pytest
 from tests.cluster.support.multihost import CONFIG, requires_namespaces
 from tests.tiny import OVERRIDES, job
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
 def prove(shards: Path, *arguments: str) -> str:
