@@ -145,10 +145,12 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display, 
     """
     every, here = comparison_runs(comparison, overrides), read_scores(kept)
     there = read_all_scores(kept.parent) | here
+    keys = []
     for run in every:
-        if run.experiment.seed == comparison.seeds[0]:  # before hours of the others; who lends an autoencoder comes first
-            check_run(_with(run.experiment, autoencoder=""), pin(run.experiment, comparison.name), STEPS)
-    keys = [scores_key(run.experiment, pin(run.experiment, comparison.name).manifest.hash) for run in every]
+        pinned = pin(run.experiment, comparison.name)
+        keys.append(scores_key(run.experiment, pinned.manifest.hash))
+        if run.experiment.seed == comparison.seeds[0]:  # before hours of the others; the autoencoder that it will take is not there yet
+            check_run(_with(run.experiment, autoencoder=""), pinned, STEPS)
     lent = {run.experiment.run.autoencoder for run, key in zip(every, keys, strict=True) if key not in there}
     mine: dict[str, RunScores] = {}
     rows: dict[str, TableRow] = {}
