@@ -153,15 +153,20 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display, 
             check_run(_with(run.experiment, autoencoder=""), pinned, STEPS)
     lent = {run.experiment.run.autoencoder for run, key in zip(every, keys, strict=True) if key not in there}
     mine: dict[str, RunScores] = {}
+    finished = set[str]()
     rows: dict[str, TableRow] = {}
     for number, (run, key) in enumerate(zip(every, keys, strict=True)):
         experiment, seed = run.experiment, run.experiment.seed
         where = f"; its scores are in {kept.parent}" if key in there else ""
         drawn = f", drawn with {' '.join(run.drawn)}" if run.drawn else ""
         display.say(f"{number + 1} of {len(every)}: {run.row}, seed {seed}, run {run.trained.run.name}{drawn}{where}")
-        if key not in there or experiment.run.name in lent:
-            execute(run.trained, pin(run.trained, comparison.name), STEPS if key not in there else STEPS[:1], display)
-        if key not in there:
+        if key in there:
+            if experiment.run.name in lent:
+                execute(run.trained, pin(run.trained, comparison.name), STEPS[:1], display)
+        else:
+            if run.trained.run.name not in finished:
+                execute(run.trained, pin(run.trained, comparison.name), STEPS, display)
+                finished.add(run.trained.run.name)
             there[key] = run.scores(display)
         found = mine[key] = replace(there[key], name=f"{run.row}, seed {seed}")
         if keep and key not in here:  # at once, so that who is interrupted after an hour has an hour's scores

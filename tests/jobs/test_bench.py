@@ -94,8 +94,8 @@ def test_science_trains_every_row_shares_autoencoders_writes_the_table_and_takes
     ):
         assert f"| {row} |" in text
     assert done.stdout.count("items, weights") == 8, "stages that were trained"
-    drawn = [line.partition(" | ")[2] for line in text.splitlines() if line.startswith(("| transformer |", "| transformer, drawn otherwise |"))]
-    assert len(set(drawn)) == 2, "of one run, and each with scores of its own"
+    ways = ("| transformer |", "| transformer, drawn otherwise |")
+    assert len({line.partition(" | ")[2] for line in text.splitlines() if line.startswith(ways)}) == 2, "of one run, and each with scores of its own"
     for store, scores in (("store", "none"), ("other store", "scores")):  # a run that is there, and scores of one that is nowhere
         again = job("bench", *command[:-1], tmp_path / scores, *settings(shards, tmp_path / store))
         assert page.read_text() == text and "items, weights" not in again.stdout, "nothing is trained twice"
