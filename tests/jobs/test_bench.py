@@ -56,7 +56,7 @@ def test_startup_measures_both_ends_of_a_run_and_of_an_empty_loop(shards: Path, 
 
 
 @pytest.mark.slow
-def test_seeded_data_are_read_from_a_server_of_their_own_beside_the_wire_and_webdataset(tmp_path: Path) -> None:
+def test_data_are_read_from_a_server_of_their_own_beside_the_wire_and_webdataset(tmp_path: Path) -> None:
     done = job("bench", "data", "--stage", "diffusion", "--size", "1", "--rounds", "1", "model.latent=8", cwd=tmp_path)
     assert "latents of 200 frames x 8, batches of 8" in done.stdout and "SeaweedFS" in done.stdout
     head, *rows = [line.split("│" if "│" in line else "┃")[1:-1] for line in done.stdout.splitlines() if line.startswith(("│", "┃"))]

@@ -218,7 +218,7 @@ def test_latents_of_a_damaged_source_list_the_clip_and_train_without_it_or_are_r
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_seeded_a_run_says_how_to_go_on_goes_on_without_the_clip_and_never_scores_a_damaged_one(shards: Path, tmp_path: Path) -> None:
+def test_a_run_says_how_to_go_on_goes_on_without_the_clip_and_never_scores_a_damaged_one(shards: Path, tmp_path: Path) -> None:
     data, store = tmp_path / "shards", tmp_path / "store"
     shutil.copytree(shards, data)
     key, scored = flip(data, "train", 4, "a.mfcc.npy"), flip(data, "test", 2, "a.mfcc.npy")
