@@ -6,6 +6,7 @@ On a terminal it goes on until Ctrl-C or the run's end.
 import argparse
 import sys
 import time
+from collections.abc import Callable
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -34,25 +35,45 @@ def main() -> int:
     arguments = parser.parse_args()
     store = open_folder(arguments.run, arguments.store).store
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, markup=False, highlight=False, emoji=False)
-    shown, over = _look(store)
+    silence = Silence()
+    shown, over = _look(store, silence)
     if arguments.once or not console.is_terminal:
         console.print(shown)
         return 0
     with Live(shown, console=console, auto_refresh=False) as live:
         while not over:
             time.sleep(EVERY)
-            shown, over = _look(store)
+            shown, over = _look(store, silence)
             live.update(shown, refresh=True)
     return 0
 
 
-def _look(store: Store) -> tuple[Group, bool]:
+class Silence:
+    """How long a driver has written nothing, by this machine's clock, for the driver's may be another; only the first look believes it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock, self._last, self._since = clock, -1, 0.0
+
+    def after(self, until: int) -> float:
+        """Seconds without a newer record than this, which says that it ends so many milliseconds after 1970."""
+        now = self._clock()
+        if self._last < 0:
+            self._since = now - max(0.0, time.time() - until / 1000)
+        elif until != self._last:
+            self._since = now
+        self._last = until
+        return now - self._since
+
+
+def _look(store: Store, silence: Silence) -> tuple[Group, bool]:
     """What there is to see, and whether the run has ended."""
     state = read_state(store)
     if state is None:
         raise ValueError(f"run {store.url} ended before it began (no state.json): start it again with jobs/train.py")
     status = f"{state.status}{f' in {state.stage}' if state.stage else ''}, life {state.life}{f': {state.why}' if state.why else ''}"
-    return Group(f"{store.url}: {status}", live_table(read_books(store), time.time())), state.status != "RUNNING"
+    records = read_books(store)
+    silent = silence.after(records[-1]["until"]) if records else 0.0
+    return Group(f"{store.url}: {status}", live_table(records, silent)), state.status != "RUNNING"
 
 
 if __name__ == "__main__":

@@ -88,6 +88,8 @@ class Group:
         self._grows, self._growing = False, Lock()
         self._reserved, self._price = False, Berths(job.experiment.telemetry.prices)
         self._berths = [self._price.of(node, gang.each(len(place))) for node in place]
+        if job.experiment.telemetry.budget and (free := {berth.node for berth in self._berths if berth.price < 0}):
+            monitor.say(f"nobody knows what {', '.join(sorted(free))} costs, so telemetry.budget does not count it: set telemetry.prices")
         self._lookout = Lookout(self._ask_of_machines, CLUSTER_POLL, RayError)
         self._begin()
         if len(hosts := dict.fromkeys(place)) > 1:

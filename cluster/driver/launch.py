@@ -11,6 +11,7 @@ from ray.train import TrainingFailedError
 from cluster.driver.group import Group
 from cluster.driver.interruption import Enough, Interruption, never
 from cluster.driver.ray_train import set_defaults
+from cluster.driver.watchdog import Hang
 from cluster.runs.checkpoint import newest_progress
 from cluster.runs.logs import write_end
 from cluster.runtime.failures import LOST, PREEMPTED, Budget, StageFailed, classify
@@ -47,7 +48,9 @@ def launch(
     with Interruption() as interruption:
         try:
             return _Stage(job, gang, monitor, interruption, assert_ours, enough).train(notes)
-        except StageFailed:
+        except (StageFailed, Hang) as failed:
+            name, text = (failed.failure, str(failed)) if isinstance(failed, Hang) else (failed.failure.name, failed.what)
+            monitor.blame(name, text)
             monitor.give_back(failed=True)
             raise
         finally:
@@ -135,6 +138,5 @@ class _Stage:
         allowed = self._budget.allows(failure)
         failed = StageFailed(self._job.stage, failure, cause, where, str(self._budget))
         if not allowed:
-            self._monitor.blame(failure.name, failed.what)
             raise failed from cause
         self._monitor.restarted(failure.name, f"{failed.what}; starting the ranks again ({self._budget})")

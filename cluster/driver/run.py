@@ -147,12 +147,12 @@ def _execute(
             raise
         except BaseException as error:
             if isinstance(error, StageFailed):  # of a step: there is an exporter
+                running.exporter.books.ends(error.failure.name, error.stage, error.what)
                 running.exporter.failed(error.failure.name)
             running.end("FAILED", str(error))
             raise
         done = tuple(steps) == STEPS
         running.ended = "DONE" if done else "STOPPED"
-        running.exporter.at("")
     running.update(status="DONE" if done else "STOPPED", why="" if done else f"only {', '.join(steps)} asked for")
     return running.scores
 
@@ -194,6 +194,7 @@ def _exporter(experiment: Experiment, run: str, life: int, trial: str) -> Iterat
         exporter.write_target(experiment.telemetry.targets)
         yield exporter
     finally:
+        exporter.at("")  # however it ends: who looks at the last numbers is not to take it for lost
         exporter.drain(LAST_SCRAPE)
         exporter.close()
 
@@ -221,14 +222,15 @@ class _Life:
         self.run = pinned.saved(experiment)
         self.scores: dict[str, Scores] = {}
         self.job = this_job()
+        self.peaks = dict[str, float]()
 
     def facts(self) -> dict[str, Any]:
         """What is kept with the books."""
         tally = self.exporter.tally
         work = {stage: {key: totals[key] for key in ("items", "bytes", "flops")} for stage, totals in tally.stages().items()}
-        peaks = {rank["stage"]: rank["gauges"].get("peak_flops", 0.0) for rank in tally.ranks()}
-        now = {"stage": self.state.stage, "work": work, "peak": peaks, "gauges": tally.gauges(), JOB: self.job}
-        return {**now, **({ENDED: self.ended} if self.ended else {})}
+        self.peaks |= {rank["stage"]: rank["gauges"].get("peak_flops", 0.0) for rank in tally.ranks()}
+        now = {"stage": self.state.stage, "work": work, "peak": self.peaks, "gauges": tally.gauges()}
+        return {**now, **({JOB: self.job} if self.job else {}), **({ENDED: self.ended} if self.ended else {})}
 
     def settle(self, trial: str) -> None:
         """Keep the receipt of the run so far, and show it unless the run is one of many; tidy up after those who were killed."""

@@ -3,6 +3,7 @@
 import io
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -72,10 +73,15 @@ class EvaluationPlan:
         return total(PartialScores.from_arrays(np.load(io.BytesIO(part), allow_pickle=False)) for part in parts)
 
     @property
+    def otherwise(self) -> dict[str, Any]:
+        """How the reactions are drawn, where that is not as the run's configuration says."""
+        trained, asked = self.experiment.diffusion.model_dump(mode="json"), self.diffusion.diffusion if self.diffusion else {}
+        return {name: value for name, value in asked.items() if value != trained[name]}
+
+    @property
     def id(self) -> str:
         """Stands for everything the scores depend on."""
-        trained, asked = self.experiment.diffusion.model_dump(mode="json"), self.diffusion.diffusion if self.diffusion else {}
-        other = {name: value for name, value in asked.items() if value != trained[name]}
+        other = self.otherwise
         facts = [VERSION, self.latents.export.hash, self.diffusion and self.diffusion.hash, self.latents.source_hash, self.experiment.seed]
         return digest([*facts, self.split, self.predictions, self.clips, *([other] if other else [])])
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from matplotlib.figure import Figure
 
 from cluster.evaluation.html import render, svg
@@ -60,8 +61,8 @@ def report(store: Store) -> str:
         timeline=_timeline(records),
         books={"head": lines.head, "rows": lines.rows},
         faults=lines.faults,
-        config=store.read("config.yaml").decode(),
-        **_scores(store),
+        config=(config := store.read("config.yaml").decode()),
+        **_scores(store, yaml.safe_load(config)["evaluation"]),
     )
 
 
@@ -99,7 +100,8 @@ def _timeline(records: Sequence[Mapping[str, Any]]) -> str:
     axes = figure.subplots()
     shown = [state for state in BOOK_STATES if any(state in span for one in records for span in one["timeline"]["spans"])]
     began = records[0]["began"] if records else 0
-    for number, record in enumerate(records):
+    named = set[str]()
+    for record in records:
         span, spans = record["timeline"]["span"], record["timeline"]["spans"]
         if not spans:
             continue
@@ -108,7 +110,9 @@ def _timeline(records: Sequence[Mapping[str, Any]]) -> str:
         for state in shown:
             high = [below + one.get(state, 0.0) / (span / 1000) for below, one in zip(low, spans, strict=True)]
             colour = COLOURS[BOOK_STATES.index(state)]
-            axes.stairs(high, edges, baseline=low, fill=True, color=colour, label=None if number else state.replace("_", " "))
+            label = None if state in named else state.replace("_", " ")
+            axes.stairs(high, edges, baseline=low, fill=True, color=colour, label=label)
+            named.add(state)
             low = high
     for record in records:
         for fault in record["faults"]:
@@ -121,14 +125,18 @@ def _timeline(records: Sequence[Mapping[str, Any]]) -> str:
     return svg(figure, "timeline")
 
 
-def _scores(store: Store) -> dict[str, Any]:
-    """The newest evaluation's table, and its picture where one is kept."""
+def _scores(store: Store, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of the evaluation that the configuration asks for, or of another where there is none, and its picture where one is kept."""
     nothing = {"scores": [], "metrics": [], "split": "", "clips": 0, "predictions": 0, "picture": ""}
     names = [entry.key for entry in store.list("evaluation/") if entry.key.count("/") == 1 and entry.key.endswith(".json")]
     found = [(json.loads(store.read(name)), name) for name in names]
     if not found:
         return nothing
-    values, name = found[-1]
+
+    def fits(one: tuple[dict[str, Any], str]) -> list[bool]:
+        return [not one[0].get("otherwise"), *(one[0][key] == asked[key] for key in ("split", "predictions"))]
+
+    values, name = max(found, key=fits)
     rows = [(row, [_number(one["official"][metric]) for metric in OFFICIAL]) for row, one in values["scores"].items()]
     try:
         picture = base64.b64encode(store.read(name.removesuffix(".json") + ".png")).decode()

@@ -65,8 +65,8 @@ class Account(Protocol):
     def end(self, call: int, address: str = "", starting: float = 0.0, working: float = 0.0) -> None:
         """It was answered by a machine, in seconds of its process's start and of its own; or it is given up."""
 
-    def lose(self, call: int, kind: str, text: str) -> None:
-        """It failed, for a class of failure, and is tried again."""
+    def lose(self, call: int, kind: str, text: str, address: str = "") -> None:
+        """It failed, for a class of failure, on this machine if that is known."""
 
 
 class TaskLost(RuntimeError):
@@ -204,14 +204,15 @@ class _Calls:
         cause.__cause__ = error
         failure = failure_of(cause)
         self._failures[number] += 1
+        if self._account and number in self._begun:
+            self._begun.remove(number)
+            address = next((address for _, address in RAISED_IN.findall(str(error))), "")
+            self._account.lose(number, failure.name if failure else "user", str(cause), address)
         if failure is None or not self._budget.allows(failure) or self._failures[number] == CALL_TRIES:
             raise cause
         place = raised_in(cause)
         log.warning("%s of %s, which is tried again (%s)%s: %s", failure.name, call, self._budget, place and f", {place}", cause)
         self._waiting.append(number)
-        if self._account and number in self._begun:
-            self._begun.remove(number)
-            self._account.lose(number, failure.name, str(cause))
 
 
 def _end(processes: set[TaskProcess]) -> None:

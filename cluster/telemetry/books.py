@@ -32,6 +32,9 @@ SPANS = 240
 SPAN = 5_000
 """Milliseconds of a span at the beginning."""
 
+LONGEST = 2_000
+"""Characters of a fault's text that are kept."""
+
 SLOWEST = 10
 """Worker groups whose slowest rank is kept: those where it cost the others most."""
 
@@ -86,15 +89,21 @@ class Books:
 
     Attributes:
         life: its number.
-        furthest: the furthest progress of each stage, of earlier lives too, in items: what is done again below it is replay.
+        furthest: the furthest progress of each stage, of earlier lives too, in items.
+        reached: where each stage stands, in items: below `furthest` where it does work again.
+        owed: of each stage, up to which progress it does work again on account of which fault, ascending.
+        fatal: the fault that ended the life, if one did.
     """
 
     def __init__(self, life: int, clock: Callable[[], float] | None = None):
-        self.life, self.furthest = life, dict[str, float]()
+        self.life, self.fatal = life, NO_FAULT
+        self.furthest, self.reached = dict[str, float](), dict[str, float]()
+        self.owed = dict[str, list[tuple[float, str]]]()
         self._clock = clock or _steady()
         self._sums: dict[Line, int] = {}
         self._faults: list[dict[str, Any]] = []
         self._slowest: list[dict[str, Any]] = []
+        self._groups: list[Callable[[], dict[str, Any] | None]] = []
         self._span, self._spans = SPAN, list[dict[str, float]]()
         self._open: list[HeldPlace] = []
         self._began = self.now()
@@ -116,11 +125,31 @@ class Books:
         progress = self.furthest.get(stage, 0.0)
         self._faults.append(
             {
-                **{"fault": name, "class": kind, "stage": stage, "text": text},
+                **{"fault": name, "class": kind, "stage": stage, "text": text[:LONGEST]},
                 **{"time": self.now(), "life": life or self.life, "progress": progress},
             }
         )
         return name
+
+    def ends(self, kind: str, stage: str, text: str) -> None:
+        """A fault ends the life: the last one, if that is how it was noted, or another."""
+        last = self._faults[-1] if self._faults else {}
+        noted = (last.get("class"), last.get("stage"), last.get("text")) == (kind, stage, text[:LONGEST])
+        self.fatal = last["fault"] if noted else self.fault(kind, stage, text)
+
+    def reach(self, stage: str, progress: float) -> None:
+        """A stage has come so far."""
+        self.reached[stage] = progress
+        self.furthest[stage] = max(self.furthest.get(stage, 0.0), progress)
+
+    def owe(self, stage: str, fault: str) -> None:
+        """What a stage has done since its checkpoint it does again, on account of this fault."""
+        here = self.reached.get(stage, 0.0)
+        self.owed[stage] = [(here, fault), *(one for one in self.owed.get(stage, []) if one[0] > here)]
+
+    def owing(self, stage: str, progress: float) -> tuple[float, str]:
+        """Up to which progress a stage that stands here does work again, and on account of which fault; of none: (0, "")."""
+        return next((one for one in self.owed.get(stage, ()) if one[0] > progress), (0.0, NO_FAULT))
 
     def book(self, stage: str, parts: Mapping[str, int], end: int, berth: Berth, fault: str = NO_FAULT) -> None:
         """Book milliseconds of one worker, by state, that passed until `end`; in the timeline one after the other."""
@@ -155,21 +184,29 @@ class Books:
         """
         now, sums = self.now(), dict(self._sums)
         held = [held.seems(now) for held in list(self._open)]  # once: others go on booking
+        pending: dict[Line, int] = {}
         for line, ms in (one for seems in held for one in seems):
-            sums[line] = sums.get(line, 0) + ms
-        berths = list(dict.fromkeys(line.berth for line in sums))
-        lines = [[line.stage, line.state, line.fault, berths.index(line.berth), ms] for line, ms in sums.items() if ms]
+            pending[line] = pending.get(line, 0) + ms
+        berths = list(dict.fromkeys(line.berth for line in (*sums, *pending)))
+
+        def rows(found: Mapping[Line, int]) -> list[list[Any]]:
+            return [[line.stage, line.state, line.fault, berths.index(line.berth), ms] for line, ms in found.items() if ms]
+
         return {
             "version": VERSION,
             "life": self.life,
             "began": self._began,
             "until": now,
             "berths": [berth._asdict() for berth in berths],
-            "lines": lines,
+            "lines": rows(sums),
+            "pending": rows(pending),
             "held": [[line.stage, berths.index(line.berth)] for seems in held for line, _ in seems[:1]],
             "faults": list(self._faults),
+            "fatal": self.fatal,
             "furthest": dict(self.furthest),
-            "slowest": list(self._slowest),
+            "reached": dict(self.reached),
+            "owed": {stage: list(owed) for stage, owed in self.owed.items()},
+            "slowest": self._costliest(found for slowest in list(self._groups) if (found := slowest())),
             "timeline": {"span": self._span, "spans": [dict(span) for span in self._spans]},
             **facts,
         }
@@ -182,20 +219,27 @@ class Books:
         """It is not any more."""
         self._open.remove(held)
 
-    def slowest(self, stage: str, rank: int, node: str, cost: float, ranks: int) -> None:
-        """Note the rank that a group waited for, and how many seconds that cost the others."""
-        found = {"stage": stage, "rank": rank, "node": node, "seconds": round(cost, 3), "ranks": ranks}
-        self._slowest = sorted([*self._slowest, found], key=lambda one: -one["seconds"])[:SLOWEST]
+    def watch(self, slowest: Callable[[], dict[str, Any] | None]) -> None:
+        """A group trains from now on, and tells this of the rank that its others wait for."""
+        self._groups.append(slowest)
+
+    def watched(self, slowest: Callable[[], dict[str, Any] | None]) -> None:
+        """It has ended, or is started again: what it tells now is kept."""
+        self._groups.remove(slowest)
+        self._slowest = self._costliest([found] if (found := slowest()) else [])
+
+    def _costliest(self, more: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        return sorted([*self._slowest, *more], key=lambda one: -one["seconds"])[:SLOWEST]
 
     def _draw(self, begin: int, end: int, state: str) -> None:
         while end - self._began > SPANS * self._span:
             self._spans = [_plus(self._spans[at : at + 2]) for at in range(0, len(self._spans), 2)]
             self._span *= 2
-        first, last = begin - self._began, end - self._began
-        for number in range(max(0, first) // self._span, max(0, last - 1) // self._span + 1):
+        first, last = max(0, begin - self._began), end - self._began  # what an earlier life held is not drawn here
+        for number in range(first // self._span, (last - 1) // self._span + 1 if last > first else 0):
             while len(self._spans) <= number:
                 self._spans.append({})
-            inside = min(last, (number + 1) * self._span) - (max(first, number * self._span) if number else first)
+            inside = min(last, (number + 1) * self._span) - max(first, number * self._span)
             self._spans[number][state] = round(self._spans[number].get(state, 0.0) + inside / 1000, 3)
 
 
@@ -236,22 +280,23 @@ class HeldPlace:
             self.at += ms
             self._books.book(self.stage, {"waiting": ms}, self.at, NOWHERE, self.fault)
 
-    def settle(self, fault: str = NO_FAULT, again: float = 0.0) -> None:
-        """Book what waits: lost to a fault, or as it was, where this share of it was done a second time."""
+    def settle(self, fault: str = NO_FAULT, again: float = 0.0, owed: str = NO_FAULT) -> None:
+        """Book what waits: lost to a fault, or as it was, where this share of it was done a second time on account of another fault."""
         if fault:
-            parts = {"recovery": sum(self.waiting.values())}
+            twice, parts = 0, {"recovery": sum(self.waiting.values())}
         else:
-            parts = {}
-            for state, ms in self.waiting.items():
-                twice = round(again * ms) if state not in ("recovery", "starting") else 0
-                parts["replay"] = parts.get("replay", 0) + twice
-                parts[state] = parts.get(state, 0) + ms - twice
-        self._books.book(self.stage, {state: ms for state, ms in parts.items() if ms}, self.at, self.berth, fault or self.fault)
+            replay = {state: round(again * ms) for state, ms in self.waiting.items() if state not in ("recovery", "starting")}
+            twice, parts = sum(replay.values()), {state: ms - replay.get(state, 0) for state, ms in self.waiting.items()}
+        kept = {state: ms for state, ms in parts.items() if ms}
+        if twice:
+            self._books.book(self.stage, {"replay": twice}, self.at - sum(kept.values()), self.berth, owed)
+        self._books.book(self.stage, kept, self.at, self.berth, fault or self.fault)
         self.waiting = {}
 
     def end(self, fault: str = NO_FAULT, at: int = 0) -> None:
         """The place is given back, now or at this moment."""
-        self.spend(at or self._books.now(), {})
+        now = self._books.now()
+        self.spend(min(at or now, now), {})
         self.settle(fault)
         self._books.give_back(self)
 

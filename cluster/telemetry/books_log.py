@@ -19,7 +19,7 @@ ENDED = "ended"
 """Key of what a record has once its life has ended: the status that it left."""
 
 JOB = "job"
-"""Key of the session of the cluster and the number of the job in it that a record's driver was."""
+"""Key of the session of the cluster and the number of the job in it that a record's driver was; a trial of a sweep is no job."""
 
 DRIVER = "driver"
 """Class of the fault that a driver was lost."""
@@ -86,12 +86,17 @@ def inherit(
             books.furthest[stage] = max(books.furthest.get(stage, 0.0), progress)
     if not earlier:
         return {}
-    if ENDED in (last := earlier[-1]):
-        return {fault["stage"]: fault["fault"] for fault in last["faults"][-1:]} if last[ENDED] == "FAILED" else {}
+    last = earlier[-1]
+    books.reached |= last.get("reached", {})
+    books.owed |= {stage: [(upto, fault) for upto, fault in owed] for stage, owed in last.get("owed", {}).items()}
+    if ENDED in last:
+        return {fault["stage"]: fault["fault"] for fault in last["faults"] if fault["fault"] == last.get("fatal")}
     stage = last.get("stage", "")
     fault = books.fault(DRIVER, stage, f"the driver of life {last['life']} was lost", last["life"])
+    if stage in books.reached:
+        books.owe(stage, fault)
     known = ended(*last[JOB]) if JOB in last else None
-    more = round(1000 * EVERY) if known is None else max(0, known - last["until"])
+    more = round(1000 * EVERY) if known is None else max(0, min(known, books.now()) - last["until"])
     for held_for, berth in last["held"]:
         if last["berths"][berth]["node"]:
             books.book(held_for, {"recovery": more}, books.now(), Berth(**last["berths"][berth]), fault)

@@ -19,7 +19,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Metric, make_wsgi_app, start_http_server
 
-from cluster.telemetry.books import Books
+from cluster.telemetry.books import BOOK_STATES, Books
 from cluster.telemetry.meter import BUCKETS, Snapshot, Tally, Totals
 from cluster.telemetry.metrics import METRICS, NAMED
 
@@ -152,7 +152,8 @@ class Exporter:
             stages, gauges, ranks = self.tally.stages(), self.tally.gauges(), self.tally.ranks()
             restarts = [({"class": kind}, count) for kind, count in self._restarts.items()]
             waited: list[Sample] = [({}, self._waited)]
-            at: list[Sample] = [({"stage": step}, float(step == self._at)) for step in sorted(self._been)]
+            been = sorted(self._been)
+            at: list[Sample] = [({"stage": step}, float(step == self._at)) for step in been]
             failed: list[Sample] = [({"class": self._failed}, 1.0)] if self._failed else []
             tasks: list[Sample] = [({"stage": step}, done) for step, done in self._tasks.items()]
         for metric in METRICS:
@@ -175,7 +176,9 @@ class Exporter:
         yield self._metric("failed", failed)
         yield self._metric("cost_dollars", [({}, self._cost())])
         yield self._metric("budget_dollars", [({}, self._budget)] if self._budget else [])
-        states = [({"stage": stage, "state": state}, seconds) for (stage, state), seconds in self.books.states().items()]
+        booked = self.books.states()
+        begun = dict.fromkeys((*been, *(stage for stage, _ in booked)))
+        states = [({"stage": stage, "state": state}, booked.get((stage, state), 0.0)) for stage in begun for state in BOOK_STATES]
         yield self._metric("goodput_seconds", states)
         yield self._metric("restarts", restarts)
         yield self._metric("waiting_seconds", waited)

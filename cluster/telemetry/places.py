@@ -1,6 +1,7 @@
 """The accounts of what a run holds: the ranks of a group, places in which nobody works, and the tasks of a step."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from cluster.telemetry.books import NO_FAULT, Berth, Books, HeldPlace
 from cluster.telemetry.meter import Snapshot, state_of
@@ -29,13 +30,14 @@ class GroupBooks:
     def _begin(self, progress: float) -> None:
         self._heard: dict[int, Snapshot] = {}
         self._done = dict.fromkeys(range(len(self._held)), progress)
-        self._known = self._books.furthest.get(self._stage, 0.0)
+        self._books.reached[self._stage] = progress
+        self._books.watch(self._slowest)
 
     def without(self, seconds: float) -> None:
         """For so many seconds in all, no rank having been heard of since, Ray was asked for the places and had not given them."""
         for held in self._held:
             held.wait(seconds - self._without)
-        self._without = seconds
+        self._without = max(self._without, seconds)
 
     def hear(self, snapshot: Snapshot) -> None:
         """A rank has told where its time went."""
@@ -58,15 +60,17 @@ class GroupBooks:
             self._settle(rank, held, snapshot["gauges"].get("progress_items", 0.0))
 
     def _settle(self, rank: int, held: HeldPlace, progress: float) -> None:
-        done, known = self._done[rank], self._known
-        again = min(1.0, max(0.0, known - done) / (progress - done)) if progress > done else float(progress <= known)
-        held.settle(again=again if held.fault else 0.0)
+        done = self._done[rank]
+        upto, owed = self._books.owing(self._stage, done)
+        again = min(1.0, (upto - done) / (progress - done)) if owed and progress > done else float(bool(owed))
+        held.settle(again=again, owed=owed)
         self._done[rank] = progress
-        self._books.furthest[self._stage] = max(self._books.furthest.get(self._stage, 0.0), progress)
+        self._books.reach(self._stage, max(self._done.values()))
 
     def lose(self, fault: str, progress: float) -> None:
         """The ranks failed; they are started again on the same places, from a checkpoint at this progress."""
-        self._note_slowest()
+        self._books.owe(self._stage, fault)
+        self._books.watched(self._slowest)
         for held in self._held:
             held.doing = "recovery"
             held.spend(self._books.now(), {})
@@ -82,7 +86,9 @@ class GroupBooks:
             failed: whether they failed, and did not leave at a checkpoint.
             until: Unix time in seconds of when it had them; 0: now.
         """
-        self._note_slowest()
+        self._books.watched(self._slowest)
+        if failed and fault:
+            self._books.owe(self._stage, fault)
         for held in self._held:
             if not failed:
                 held.settle()
@@ -90,12 +96,15 @@ class GroupBooks:
             held.end(fault, round(1000 * until))
         self._held = []
 
-    def _note_slowest(self) -> None:
-        waits = {rank: snapshot["totals"]["phases"]["agree"]["seconds"] for rank, snapshot in self._heard.items()}
-        if len(waits) > 1:
-            slowest = min(waits, key=lambda rank: waits[rank])
-            cost = sum(seconds - waits[slowest] for seconds in waits.values())
-            self._books.slowest(self._stage, slowest, self._held[slowest].berth.node, cost, len(waits))
+    def _slowest(self) -> dict[str, Any] | None:
+        """The rank that the others waited for, and how many seconds that cost them."""
+        waits = {rank: snapshot["totals"]["phases"]["agree"]["seconds"] for rank, snapshot in list(self._heard.items())}
+        if len(waits) < 2:
+            return None
+        slowest = min(waits, key=lambda rank: waits[rank])
+        cost = sum(seconds - waits[slowest] for seconds in waits.values())
+        node = self._held[slowest].berth.node
+        return {"stage": self._stage, "rank": slowest, "node": node, "seconds": round(cost, 3), "ranks": len(waits)}
 
 
 class PlaceBooks:
@@ -131,10 +140,11 @@ class TaskBooks:
     def __init__(self, books: Books, stage: str, state: str, berth: Callable[[str], Berth]):
         self._books, self._stage, self._state, self._berth = books, stage, state, berth
         self._held: dict[int, HeldPlace] = {}
+        self._last = ""
 
     def begin(self, call: int) -> None:
-        """There is room for this call from now on."""
-        self._held[call] = HeldPlace(self._books, self._stage, self._berth(""), self._state)
+        """There is room for this call from now on: as far as is known on a machine like that which answered last."""
+        self._held[call] = HeldPlace(self._books, self._stage, self._berth(self._last), self._state)
 
     def end(self, call: int, address: str = "", starting: float = 0.0, working: float = 0.0) -> None:
         """A call is answered, or given up: then its seconds are those since it began.
@@ -147,14 +157,18 @@ class TaskBooks:
         """
         held = self._held.pop(call)
         if address:
-            held.berth = self._berth(address)
+            self._last, held.berth = address, self._berth(address)
+            for other in self._held.values():
+                other.berth = other.berth if other.berth.node else held.berth
             held.at = self._books.now() - round(1000 * (starting + working))  # it may have waited among others' tasks
         held.spend(self._books.now(), {"starting": starting, self._state: working})
         held.end()
 
-    def lose(self, call: int, kind: str, text: str) -> None:
-        """A call failed, and what it did is lost to a fault of this class."""
+    def lose(self, call: int, kind: str, text: str, address: str = "") -> None:
+        """A call failed, on this machine if that is known, and what it did is lost to a fault of this class."""
         held = self._held.pop(call)
+        if address:
+            held.berth = self._berth(address)
         held.spend(self._books.now(), {})
         held.settle(self._books.fault(kind, self._stage, text))
         held.end()

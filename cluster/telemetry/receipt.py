@@ -13,17 +13,20 @@ from rich.table import Table
 
 from cluster.storage import Store
 from cluster.telemetry.books import AGAIN, BOOK_STATES, Berth
-from cluster.telemetry.books_log import ENDED, read_books
+from cluster.telemetry.books_log import DRIVER, ENDED, read_books
 
 RECEIPT = "receipt.json"
 
 SHOWN = {"loss": "loss", "val_frcorr": "FRCorr on val", "quarantined_items": "quarantined items"}
 """Gauges that a look at a run shows, and their names for people."""
 
+COSTLIEST = 10
+"""Faults that are told one by one: those that took the most time."""
+
 SILENT = 30.0
 """Seconds without a record after which a driver is said to be silent."""
 
-DOING = {"resized": "restart to grow", "driver": "driver lost"}
+DOING = {"resized": "restart to grow", DRIVER: "driver lost"}
 """Classes of faults whose names say little -> words."""
 
 
@@ -46,8 +49,9 @@ def receipt(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     states, money, unpriced = defaultdict[str, float](float), defaultdict[str, float](float), 0.0
     stages: dict[str, defaultdict[str, float]] = {}
     faults = {fault["fault"]: {**fault, **dict.fromkeys((*AGAIN, "waiting", "cost"), 0.0)} for one in records for fault in one["faults"]}
+    lost = {fault["life"]: fault["fault"] for fault in faults.values() if fault["class"] == DRIVER}
     for record in records:
-        for stage, state, fault, berth, ms in record["lines"]:
+        for stage, state, fault, berth, ms in (*record["lines"], *_pending(record, lost)):
             seconds, where = ms / 1000, record["berths"][berth]
             cost = Berth(**where).dollars(ms)
             states[state] += seconds
@@ -55,6 +59,7 @@ def receipt(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             money[state] += cost
             unpriced += seconds if where["price"] < 0 else 0.0
             if fault:
+                faults.setdefault(fault, _unknown(fault, stage))
                 faults[fault][state] += seconds
                 faults[fault]["cost"] += cost
     work: dict[str, Counter[str]] = {}
@@ -64,6 +69,10 @@ def receipt(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for stage, done in record.get("work", {}).items():
             work.setdefault(stage, Counter()).update(done)
     held = {stage: sum(by.values()) - by["waiting"] for stage, by in stages.items()}
+    waits: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for one in (one for record in records for one in record["slowest"]):
+        same = waits.setdefault((one["stage"], one["rank"], one["node"]), {**one, "seconds": 0.0})
+        same |= {"seconds": round(same["seconds"] + one["seconds"], 3), "ranks": max(same["ranks"], one["ranks"])}
     return {
         "lives": len(records),
         "wall": (records[-1]["until"] - records[0]["began"]) / 1000 if records else 0.0,
@@ -79,9 +88,23 @@ def receipt(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "unpriced": round(unpriced, 3),
         "faults": list(faults.values()),
         "restarts": dict(Counter(fault["class"] for fault in faults.values())),
-        "slowest": sorted((one for record in records for one in record["slowest"]), key=lambda one: -one["seconds"])[:3],
+        "slowest": sorted(waits.values(), key=lambda one: -one["seconds"])[:3],
         "logs": "logs/",
     }
+
+
+def _pending(record: Mapping[str, Any], lost: Mapping[int, str]) -> list[list[Any]]:
+    """What a life had not booked when it was last seen: as it seemed, or lost with its driver, if a later life found that it was."""
+    if (fault := lost.get(record["life"])) is None:
+        return record.get("pending", [])
+    return [[stage, state if state == "waiting" else "recovery", fault, berth, ms] for stage, state, _, berth, ms in record["pending"]]
+
+
+def _unknown(fault: str, stage: str) -> dict[str, Any]:
+    """A fault of a life whose books cannot be read."""
+    life = int(fault.partition(".")[0])
+    known = {"fault": fault, "class": "unknown", "stage": stage, "text": f"the books of life {life} cannot be read", "life": life}
+    return {**known, "time": 0, "progress": 0.0, **dict.fromkeys((*AGAIN, "waiting", "cost"), 0.0)}
 
 
 def verdict(made: Mapping[str, Any]) -> list[str]:
@@ -97,6 +120,7 @@ def verdict(made: Mapping[str, Any]) -> list[str]:
         (share["checkpoint"], 0.05, "of the time goes to checkpoints: raise run.checkpoint_every, or give the store more bandwidth"),
         (lost, 0.05, f"of the time was lost to faults, most of it to {_named(blamed)}: {_cure(share)}"),
         (share["starting"], 0.2, "of the time ranks and tasks start: the run is short for that many starts, or loads from a slow disk"),
+        (share["encode"], 0.25, "of the time goes to latents: give it more machines, or run.autoencoder, whose latents there are"),
         (share["evaluate"], 0.25, "of the time goes to scores: lower evaluation.watch, evaluation.clips or evaluation.predictions"),
         (share["idle"], 0.05, "of the time machines are held for nobody"),
         (waited, 0.2, "of the time there was no room: give workers.count a range, or ask for other machines"),
@@ -107,8 +131,7 @@ def verdict(made: Mapping[str, Any]) -> list[str]:
             f"rank {slow['rank']} on {slow['node']} ({slow['stage']}) kept {slow['ranks'] - 1} others waiting, for "
             f"{_time(slow['seconds'])} in all: see to its machine, or leave it out by workers.labels"
         )
-    mfu = "".join(f", MFU {value:.0%} in {stage}" for stage, value in made["mfu"].items())
-    bound = f"{share['compute']:.0%} of the time is spent computing{mfu}"
+    bound = f"{share['compute']:.0%} of the time is spent computing"
     return said or [f"{bound}: computing binds this run; more ranks, or a larger workers.micro_batch where memory allows, make it faster"]
 
 
@@ -143,8 +166,14 @@ def receipt_lines(made: Mapping[str, Any]) -> ReceiptLines:
     work = ", ".join(f"{items:,} items of {stage}".replace(",", " ") for stage, items in made["items"].items())
     about = [f"{made['lives']} {'life' if made['lives'] == 1 else 'lives'}, {_time(made['wall'])} of wall time{away}"]
     about += [f"{work}; {made['bytes'] / 1e9:.2f} GB read by ranks"] if work else []
+    about += [", ".join(f"MFU {value:.1%} of stage {stage}" for stage, value in made["mfu"].items())] if made["mfu"] else []
+    about += ["restarts: " + ", ".join(f"{count} {_doing(kind)}" for kind, count in made["restarts"].items())] if made["restarts"] else []
     about += [f"no price is known for {_time(made['unpriced'])} of the time: telemetry.prices"] if priced and made["unpriced"] >= 1 else []
-    faults = [f"{_named(fault)} of {fault['stage']}: {_lost(fault, priced)}; {fault['text']}" for fault in made["faults"]]
+    costly = sorted(made["faults"], key=lambda fault: -sum(fault[state] for state in (*AGAIN, "waiting")))
+    faults = [f"{_named(fault)} of {fault['stage']}: {_lost(fault, priced)}; {fault['text']}" for fault in costly[:COSTLIEST]]
+    if rest := costly[COSTLIEST:]:
+        sums = {key: sum(fault[key] for fault in rest) for key in (*AGAIN, "waiting", "cost")}
+        faults.append(f"{len(rest)} more faults: {_lost(sums, priced)}")
     faults += [f"what each rank said and why it ended is in {made['logs']} of the run's folder"] if faults else []
     return ReceiptLines(about, ["state", *made["stages"], "all", "share", *["money"] * priced], rows, faults)
 
@@ -159,15 +188,15 @@ def receipt_table(made: Mapping[str, Any]) -> Group:
         table.add_row(*row)
     table.add_section()
     table.add_row(*lines.rows[-1])
-    return Group(f"receipt: {lines.about[0]}", *lines.about[1:], table, *lines.faults, *verdict(made))
+    return Group(f"receipt: {lines.about[0]}", *lines.about[1:], table, *verdict(made), *lines.faults)
 
 
-def live_table(records: Sequence[Mapping[str, Any]], now: float) -> Group:
+def live_table(records: Sequence[Mapping[str, Any]], silent: float) -> Group:
     """A run that goes on: where it is, and its receipt so far.
 
     Args:
         records: of its lives.
-        now: Unix time in seconds.
+        silent: seconds since its driver wrote the last of them.
     """
     lines = []
     if records and ENDED not in (last := records[-1]):
@@ -175,13 +204,17 @@ def live_table(records: Sequence[Mapping[str, Any]], now: float) -> Group:
             numbers = [f"{gauges['progress_items']:.0f} items"] if "progress_items" in gauges else []
             numbers += [f"{name} {gauges[key]:.4g}" for key, name in SHOWN.items() if key in gauges]
             lines += [f"{stage}: {', '.join(numbers)}"] if numbers else []
-        if (silent := now - last["until"] / 1000) > SILENT:
+        if silent > SILENT:
             lines.append(f"its driver has written nothing for {_time(silent)}: it is lost, or does not reach the store")
     return Group(*lines, receipt_table(receipt(records)))
 
 
 def _named(fault: Mapping[str, Any] | None) -> str:
-    return "" if fault is None else f"fault {fault['fault']} ({DOING.get(fault['class'], fault['class'])})"
+    return "" if fault is None else f"fault {fault['fault']} ({_doing(fault['class'])})"
+
+
+def _doing(kind: str) -> str:
+    return DOING.get(kind, kind)
 
 
 def _lost(fault: Mapping[str, Any], priced: bool) -> str:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.evaluation.report import REPORT, report, write_report
+from cluster.evaluation.report import REPORT, _timeline, report, write_report
 from cluster.runs.state import State, open_life, write_state
 from cluster.storage import Store, open_store
 from cluster.telemetry.books import Berth, Books
+from cluster.telemetry.books_log import read_books
 from cluster.telemetry.metrics_log import MetricsLog
 from reactdiff.metrics.official import OFFICIAL
 from tests.cluster.support.html import Tags, assert_asks_for_nothing
@@ -20,7 +21,7 @@ from tests.cluster.telemetry.test_meter import Clock
 def run(tmp_path: Path) -> Store:
     """A run of two lives with curves, faults, scores and a picture; its name would be a tag."""
     store = open_store(str(tmp_path / "runs" / "a&b"))
-    store.put("config.yaml", b"seed: 1 # <script>alert(1)</script>\n")
+    store.put("config.yaml", b"seed: 1 # <script>alert(1)</script>\nevaluation: {split: test, predictions: 10}\n")
     for _ in range(2):
         life = open_life(store, {})
     write_state(store, State("FAILED", life, "d", "m", "diffusion", "rank 1 <b>hangs</b>"))
@@ -56,6 +57,23 @@ def test_the_page_has_what_the_folder_has(run: Store) -> None:
     assert len(page) < 3_000_000 and max(map(len, re.findall(r'd="([^"]*)"', page))) < 40_000, "a curve has a few hundred points"
 
 
+def test_of_several_evaluations_that_of_the_configuration_is_shown(run: Store) -> None:
+    facts = json.loads(run.read("evaluation/test-0123.json"))
+    for name, changed in (
+        ("val-0000", {"split": "val"}),
+        ("test-ffff", {"predictions": 3}),
+        ("test-eeee", {"otherwise": {"sampler": "ddpm"}}),
+    ):
+        run.put(f"evaluation/{name}.json", json.dumps({**facts, **changed, "scores": {}}).encode())
+    page = report(run)
+    assert "Scores on split test" in page and "random listener" in page
+
+
+def test_each_state_is_named_once_also_where_the_first_life_booked_nothing(run: Store) -> None:
+    run.put("books/000001.json", json.dumps(Books(1, Clock(900.0)).record()).encode())
+    assert _timeline(read_books(run)).count("data wait") == 1
+
+
 def test_it_asks_for_nothing_and_what_a_run_says_stays_text(run: Store) -> None:
     page = report(run)
     assert_asks_for_nothing(page)
@@ -69,7 +87,7 @@ def test_the_same_folder_makes_the_same_page(run: Store) -> None:
 
 def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
-    store.put("config.yaml", b"seed: 1\n")
+    store.put("config.yaml", b"seed: 1\nevaluation: {split: test, predictions: 10}\n")
     write_state(store, State("RUNNING", open_life(store, {}), "d", "m"))
     Tags(report(store))
 

@@ -3,9 +3,10 @@
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -14,7 +15,7 @@ from infra.objectstore import ObjectStore
 from tests.cluster.data.test_stream_faults import copy
 from tests.cluster.support.damage import flip
 from tests.cluster.support.faulty import TAR_RANGE, faulty_proxy
-from tests.cluster.support.machines import Running, machines
+from tests.cluster.support.machines import RUN, Running, machines
 from tests.cluster.telemetry.test_prometheus import INFRA, Server, faster
 from tests.tiny import ROOT, job, make_shards, settings
 
@@ -136,6 +137,29 @@ def test_ranks_for_which_there_is_no_room(watched: Watched, shards: Path) -> Non
 
 
 @slow
+def test_tasks_of_which_none_is_done(tmp_path: Path, shards: Path) -> None:
+    with closing(Watched(tmp_path, factor=120)) as watched:  # two hours of the rules are a minute here
+        assert watched.start(shards, "optim.epochs=1").end() == 0
+        run = watched.start(shards, "optim.epochs=1", "--stage", "latents")
+        run.until(lambda: task_of(run))
+        stopped = task_of(run)
+        assert stopped
+        stopped.suspend()
+        watched.fires("TasksStuck")
+        run.kill()
+        stopped.kill()
+
+
+def task_of(run: Running) -> psutil.Process | None:
+    """The process of the run's that makes latents, once there is one."""
+    for one in psutil.process_iter():
+        with suppress(psutil.Error):
+            if "ray::encode_shard" in one.cmdline() and one.environ().get(RUN) == str(run.folder):
+                return one
+    return None
+
+
+@slow
 def test_a_store_that_fails(shards: Path, tmp_path: Path, s3_url: str, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     copy(shards, s3_url)
     # Five minutes of the rules are half a minute here, in which some steps end: with a step what was waited for in it is booked.
@@ -173,4 +197,4 @@ def test_a_run_that_is_well_sets_off_none_in_any_of_its_steps_and_every_panel_sh
         empty = {curve.title for curve in curves() if not watched.shown(curve.query, begin)}
     assert seen == set()
     of_gpus = {"Model FLOPs utilisation", "Power watts", "Temperature celsius", "Xid"}
-    assert empty <= {"Alerts", "Failed", "Restarts a second", *of_gpus}, "there is no GPU, and nothing went wrong"
+    assert empty <= {"Alerts", "Failed", "Restarts in an hour", *of_gpus}, "there is no GPU, and nothing went wrong"

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.telemetry.books import NOWHERE, SPANS, Berth, Books, HeldPlace, even
+from cluster.telemetry.books_log import ENDED, EVERY, inherit
 from cluster.telemetry.meter import Meter
 from cluster.telemetry.places import GroupBooks, PlaceBooks, TaskBooks
+from cluster.telemetry.receipt import receipt
 from tests.cluster.telemetry.test_meter import Clock
 
 STAGE, HERE = "diffusion", Berth("host", 3.6, 0.5)
@@ -60,9 +62,14 @@ class Ranks:
     def seconds(self, record: dict[str, Any] | None = None) -> dict[str, float]:
         """By state; `state fault` where a fault is to blame."""
         sums: Counter[str] = Counter()
-        for _, state, fault, _, ms in (record or self.books.record())["lines"]:
+        for _, state, fault, _, ms in rows(record or self.books.record()):
             sums[f"{state} {fault}".strip()] += ms
         return {state: ms / 1000 for state, ms in sums.items()}
+
+
+def rows(record: dict[str, Any]) -> list[Any]:
+    """What is booked, and what is not yet."""
+    return [*record["lines"], *record["pending"]]
 
 
 def test_a_healthy_group_starts_trains_and_gives_back() -> None:
@@ -115,9 +122,10 @@ def test_ranks_that_fail_lose_what_no_step_followed_and_those_that_leave_do_not(
 
 def test_a_report_that_spans_the_end_of_the_replay_is_divided_by_items() -> None:
     ranks = Ranks(1)
-    ranks.books.furthest[STAGE] = 15.0
     ranks.group.close()
-    ranks.start(0.0, ranks.books.fault("driver", STAGE, "killed", life=1))
+    ranks.books.reach(STAGE, 15.0)
+    ranks.books.owe(STAGE, fault := ranks.books.fault("driver", STAGE, "killed", life=1))
+    ranks.start(0.0, fault)
     ranks.load(0)
     ranks.step(8, items=20)
     ranks.group.close()
@@ -162,6 +170,7 @@ def test_the_rank_that_the_others_wait_for_is_named_with_what_it_costs_them() ->
             ranks.clock.now += wait
         ranks.meters[rank].step_done(items=1)
     ranks.tell()
+    assert ranks.books.record()["slowest"], "told while they train"
     ranks.group.close()
     assert ranks.books.record()["slowest"] == [{"stage": STAGE, "rank": 1, "node": "host", "seconds": 8.0, "ranks": 3}]
 
@@ -210,8 +219,8 @@ def test_all_states_sum_exactly_to_the_milliseconds_that_workers_were_held_whate
                 ranks.start(ranks.progress, fault)
         record = ranks.books.record()
         held = count * (ranks.books.now() - 1_000_000)
-        assert sum(ms for *_, ms in record["lines"]) == held
-        assert all((state in ("recovery", "replay")) <= bool(fault) for _, state, fault, *_ in record["lines"])
+        assert sum(ms for *_, ms in rows(record)) == held
+        assert all((state in ("recovery", "replay")) <= bool(fault) for _, state, fault, *_ in rows(record))
     ranks.group.close()
     booked = round(1000 * sum(ranks.books.states().values()))
     assert booked == held if moves else booked == 0
@@ -252,17 +261,68 @@ def test_tasks_book_what_they_say_themselves_and_a_failed_one_is_lost_to_its_fau
     for call in range(3):
         tasks.begin(call)
     clock.now = 10.0
-    assert sum(ms for *_, ms in books.record()["lines"]) == 30_000, "what works is seen while it works"
+    assert sum(ms for *_, ms in rows(books.record())) == 30_000, "what works is seen while it works"
     tasks.end(0, "h1", starting=3.0, working=5.0)  # 2 s in the queue of others
-    tasks.lose(1, "storage", "no answer")
+    tasks.lose(1, "storage", "no answer", "h2")
+    tasks.begin(3)
     clock.now = 14.0
     tasks.end(2)
-    assert {(state, fault, books.record()["berths"][berth]["node"]): ms for _, state, fault, berth, ms in books.record()["lines"]} == {
+    found = books.record()
+    sums: Counter[tuple[str, str, str]] = Counter()
+    for _, state, fault, berth, ms in rows(found):
+        sums[state, fault, found["berths"][berth]["node"]] += ms
+    assert sums == {
         ("starting", "", "h1"): 3000,
-        ("encode", "", "h1"): 5000,
-        ("recovery", "1.1", ""): 10_000,
-        ("encode", "", ""): 14_000,
+        ("encode", "", "h1"): 5000 + 4000 + 14_000,  # where nobody says where, where the last one was
+        ("recovery", "1.1", "h2"): 10_000,
     }
+
+
+def test_work_that_is_done_again_is_on_the_account_of_the_fault_that_it_was_lost_to() -> None:
+    ranks = Ranks(1)
+    for _ in range(10):
+        ranks.step()  # to 100
+    first = ranks.books.fault("lost", STAGE, "gone")
+    ranks.group.lose(first, progress=60)
+    ranks.progress = 60
+    ranks.renew()
+    ranks.step()  # to 70, where it leaves for more room
+    more = ranks.books.fault("resized", STAGE, "there is room")
+    ranks.group.close(more)
+    ranks.start(70, more)
+    ranks.step()  # to 80
+    again = ranks.books.fault("lost", STAGE, "gone again")
+    ranks.group.close(again, failed=True)
+    ranks.start(70, again)
+    for _ in range(5):
+        ranks.step()  # to 120: 10 items again for the second, 20 more for the first
+    ranks.group.close()
+    replayed = {state: seconds for state, seconds in ranks.seconds().items() if state.startswith("replay")}
+    assert replayed == {f"replay {first}": 2 + 2, f"replay {again}": 1}
+    record = json.loads(json.dumps(ranks.books.record()))
+    later = Books(2, ranks.clock)
+    inherit(later, [{**record, ENDED: "STOPPED"}])
+    assert later.owing(STAGE, 75) == (80, again) and later.owing(STAGE, 90) == (100, first) and later.owing(STAGE, 100) == (0, "")
+
+
+def test_what_a_killed_driver_had_not_booked_is_lost_with_it() -> None:
+    ranks = Ranks(1)
+    ranks.load(100)
+    ranks.step(1)
+    ranks.step(30, done=False)
+    last = ranks.books.record(stage=STAGE)
+    later = Books(2, ranks.clock)
+    inherit(later, [last])
+    assert receipt([last])["states"]["compute"] == 31, "until somebody knows better"
+    made = receipt([last, later.record()])
+    assert made["states"]["compute"] == 1 and made["faults"][0]["recovery"] == 30 + EVERY
+
+
+def test_what_an_earlier_life_held_is_not_drawn_into_this_one() -> None:
+    clock = Clock(1000.0)
+    books = Books(2, clock)
+    books.book(STAGE, {"recovery": 30_000}, books.now(), HERE, books.fault("driver", STAGE, "killed", life=1))
+    assert books.record()["timeline"]["spans"] == [] and sum(books.states().values()) == 30
 
 
 def test_places_that_ray_held_from_then_to_then_are_booked_from_then_to_then() -> None:

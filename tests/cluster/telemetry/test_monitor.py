@@ -160,8 +160,10 @@ def test_what_a_stage_leaves_open_when_it_is_told_to_end_is_closed(driver: Drive
 
 
 def test_a_stage_that_an_earlier_life_lost_starts_on_the_account_of_that(driver: Driver) -> None:
-    driver.exporter.books.furthest[STAGE] = 10.0
-    again = Driver(driver.exporter, driver.clock, driver.exporter.books.fault("driver", STAGE, "killed"))
+    books = driver.exporter.books
+    books.reach(STAGE, 10.0)
+    books.owe(STAGE, fault := books.fault("driver", STAGE, "killed"))
+    again = Driver(driver.exporter, driver.clock, fault)
     again.place(0)
     again.start(10)
     again.step(5)

@@ -1,6 +1,7 @@
 """The receipt: time and money of all lives, faults with what they cost, and a verdict that names what binds."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from cluster.telemetry.books import NOWHERE, Berth, Books
 from cluster.telemetry.books_log import ENDED, JOB, inherit, keeping, read_books
 from cluster.telemetry.places import GroupBooks
 from cluster.telemetry.receipt import live_table, receipt, receipt_text, verdict, write_receipt
+from jobs.watch import Silence
 from tests.cluster.telemetry.test_meter import Clock
 
 GPU, CPU, UNKNOWN = Berth("gpu-1", 8.0, 0.25), Berth("cpu-1", 1.0, 0.5), Berth("mine")
@@ -50,7 +52,7 @@ def test_work_of_all_lives_counts_and_mfu_is_of_the_time_that_devices_were_held(
     made = receipt([life(n, ("diffusion", "compute", HOUR, GPU), work=work, peak={"diffusion": 1e13}) for n in (1, 2)])
     assert made["items"] == {"diffusion": 200} and made["bytes"] == 4e9
     assert made["mfu"] == {"diffusion": pytest.approx(2 * 9e15 / (1e13 * 7200))}
-    assert "200 items of diffusion; 4.00 GB read by ranks" in receipt_text(made)
+    assert "200 items of diffusion; 4.00 GB read by ranks" in receipt_text(made) and "MFU 25.0% of stage diffusion" in receipt_text(made)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,7 @@ def test_work_of_all_lives_counts_and_mfu_is_of_the_time_that_devices_were_held(
         ("data_wait", "80% of the time ranks wait for data: set data.cache"),
         ("checkpoint", "80% of the time goes to checkpoints: raise run.checkpoint_every"),
         ("starting", "100% of the time ranks and tasks start"),
+        ("encode", "80% of the time goes to latents"),
         ("evaluate", "80% of the time goes to scores: lower evaluation.watch"),
         ("idle", "80% of the time machines are held for nobody"),
         ("recovery:hang", r"80% of the time was lost to faults, most of it to fault 1.1 (hang): see to what fails"),
@@ -91,13 +94,23 @@ def test_a_run_that_has_held_nobody_has_a_receipt() -> None:
 
 
 def test_a_driver_that_is_silent_is_said_so_and_one_that_has_ended_is_not() -> None:
-    def text(record: dict[str, Any], now: float) -> str:
-        return "\n".join(str(one) for one in live_table([record], now).renderables)
+    def text(record: dict[str, Any], silent: float) -> str:
+        return "\n".join(str(one) for one in live_table([record], silent).renderables)
 
     there = {"gauges": {"diffusion": {"progress_items": 40.0, "loss": 0.5}}}
-    assert "diffusion: 40 items, loss 0.5" in text(life(1, **there), 3601) and "nothing for" not in text(life(1, **there), 3601)
-    assert "has written nothing for 100.0 s" in text(life(1), 3700)
-    assert "nothing for" not in text(life(1, **{ENDED: "DONE"}), 3700)
+    assert "diffusion: 40 items, loss 0.5" in text(life(1, **there), 1) and "nothing for" not in text(life(1, **there), 1)
+    assert "has written nothing for 100.0 s" in text(life(1), 100)
+    assert "nothing for" not in text(life(1, **{ENDED: "DONE"}), 100)
+
+
+def test_a_driver_whose_clock_is_another_is_silent_only_where_it_writes_nothing() -> None:
+    clock = Clock(0.0)
+    silence, behind = Silence(clock), 1000 * int(time.time()) - 40_000
+    assert silence.after(behind) >= 39, "the first look has nothing else to go by"
+    clock.now = 2.0
+    assert silence.after(behind + 2000) == 0
+    clock.now = 34.0
+    assert silence.after(behind + 2000) == 32
 
 
 def test_the_books_of_a_life_are_kept_while_it_lasts_and_as_they_are_at_its_end(tmp_path: Path) -> None:
@@ -136,11 +149,35 @@ def test_a_life_after_a_lost_driver_has_that_fault_with_the_seconds_that_nobody_
     known = {("session", "01"): record["until"] + 750}
     assert inherit(books, [record], lambda *job: known.get(job)) == {"diffusion": "2.1"} and books.furthest == {"diffusion": 40}
     made = receipt([record, books.record()])
-    assert made["states"]["recovery"] == 2 * seconds and made["faults"][0]["class"] == "driver" and made["away"] == 60
+    assert made["states"]["recovery"] == 2 * (100 + seconds) and made["faults"][0]["class"] == "driver" and made["away"] == 60
     assert made["faults"][0]["text"] == "the driver of life 1 was lost"
 
 
-@pytest.mark.parametrize("ended, faults", [("DONE", {}), ("STOPPED", {}), ("SUPERSEDED", {}), ("FAILED", {"diffusion": "1.1"})])
-def test_a_life_that_ended_by_a_fault_hands_it_on_and_one_that_was_told_to_end_does_not(ended: str, faults: dict[str, str]) -> None:
-    record = life(1, ("diffusion", "recovery:hang", 10, CPU), **{ENDED: ended})
+@pytest.mark.parametrize("fatal, faults", [("", {}), ("hang", {"diffusion": "1.1"}), ("storage", {"diffusion": "1.2"})])
+def test_a_life_that_ended_by_a_fault_hands_it_on_and_one_that_healed_it_does_not(fatal: str, faults: dict[str, str]) -> None:
+    books = Books(1, Clock(0.0))
+    books.fault("hang", "diffusion", "rank 1 hangs")
+    if fatal:
+        books.ends(fatal, "diffusion", "rank 1 hangs")
+    record = books.record(**{ENDED: "FAILED" if fatal else "STOPPED"})
     assert inherit(Books(2, Clock(0.0)), [record]) == faults
+
+
+def test_a_fault_of_a_life_whose_books_are_gone_stops_nothing() -> None:
+    books = Books(2, Clock(0.0))
+    books.book("diffusion", {"recovery": 7000}, 7000, CPU, "1.3")
+    (fault,) = receipt([books.record()])["faults"]
+    assert (fault["class"], fault["recovery"], fault["life"]) == ("unknown", 7, 1)
+
+
+def test_the_costliest_faults_are_told_one_by_one_behind_the_verdict_and_the_rest_in_a_line() -> None:
+    made = receipt([life(1, *(("diffusion", "recovery:lost", 1000 * (1 + number), CPU) for number in range(14)))])
+    said = receipt_text(made)
+    assert said.count("(lost) of diffusion") == 10 and "4 more faults: 10.0 s recovery" in said and "restarts: 14 lost" in said
+    assert said.index("was lost to faults") < said.index("(lost) of diffusion") < said.index("4 more faults")
+
+
+def test_ranks_that_others_waited_for_in_one_group_after_the_other_are_summed() -> None:
+    slow = {"stage": "diffusion", "rank": 1, "node": "h", "seconds": 4.0, "ranks": 3}
+    made = receipt([life(1) | {"slowest": [slow, {**slow, "rank": 0, "seconds": 5.0}]}, life(2) | {"slowest": [{**slow, "ranks": 4}]}])
+    assert made["slowest"][0] == {**slow, "seconds": 8.0, "ranks": 4}
