@@ -270,7 +270,6 @@ def test_a_driver_whose_lease_was_taken_stops_before_its_next_step(
 
 
 @pytest.mark.starts
-@pytest.mark.parametrize("ends", [SystemExit(143), StageFailed("latents", failure_of(MemoryError()) or LOST, MemoryError("no more"))])
 @pytest.mark.parametrize("told", [KeyboardInterrupt(), SystemExit(143), ValueError("a mistake")])
 def test_however_a_life_ends_its_last_numbers_say_that_it_is_at_no_step(
     clips: Path, tmp_path: Path, steps: dict[str, Callable[[Any], None]], told: BaseException
@@ -288,6 +287,8 @@ def test_however_a_life_ends_its_last_numbers_say_that_it_is_at_no_step(
     assert [(sample.labels["stage"], sample.value) for sample in at.samples] == [("autoencoder", 0.0)]
 
 
+@pytest.mark.starts
+@pytest.mark.parametrize("ends", [SystemExit(143), StageFailed("latents", failure_of(MemoryError()) or LOST, MemoryError("no more"))])
 def test_a_store_that_cannot_be_told_how_a_run_ended_does_not_hide_it(
     ends: BaseException,
     clips: Path,
