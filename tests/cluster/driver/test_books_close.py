@@ -96,6 +96,7 @@ def test_states_sum_to_the_seconds_that_ray_held_places_and_money_to_their_price
     assert all(fault["recovery"] > 0 for fault in made["faults"]) and sum(fault["replay"] for fault in made["faults"]) > 0
     assert made["held"] == pytest.approx(seen.seconds, rel=0.005)
     assert made["cost"] == pytest.approx(seen.seconds * PRICE / 3600, rel=0.005)
+    assert made["cost"] == pytest.approx(made["held"] * PRICE / 3600, abs=0.01), "to the cent"
     assert made["lives"] == 2
     assert "receipt: 2 lives" in again.said and json.loads((run.folder / "receipt.json").read_text())["cost"] == made["cost"]
     assert {path.name for path in run.folder.glob("logs/*/*-end.txt")} == {f"{STAGE}-end.txt"}

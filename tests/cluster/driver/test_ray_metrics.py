@@ -19,13 +19,16 @@ from tests.cluster.support.machines import RAY
 from tests.cluster.telemetry.test_prometheus import TIMEOUT, Server
 from tests.tiny import ROOT
 
+QUICK = {"RAY_AUTH_MODE": "disabled", "RAY_metrics_report_interval_ms": "1000"}
+"""A process tells its agent each second, not each tenth."""
+
 DRIVER = """
 import sys, time, ray
 from cluster.driver import ray_metrics
 from cluster.telemetry.exporter import Exporter
 ray_metrics.EVERY = 0.5
 ray.init(address=sys.argv[1], log_to_driver=False)
-exporter = Exporter("demo", life=3)
+exporter = Exporter("demo", life=int(sys.argv[2]))
 exporter.at("diffusion")
 exporter.money(7.0, 9.0)
 with ray_metrics.told_to_ray(exporter):
@@ -34,6 +37,9 @@ with ray_metrics.told_to_ray(exporter):
 exporter.close()
 time.sleep(60)
 """
+
+
+SILENT = "count(ALERTS{alertname='ReactdiffDriverSilent', alertstate='firing'})"
 
 
 class Kept:
@@ -91,7 +97,7 @@ def a_node() -> Iterator[tuple[str, Path]]:
     """A head with its agent, and the file in which its dashboard lists all agents."""
     with TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        environment = clean | {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
+        environment = clean | QUICK | {"RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
         command = [RAY, "start", "--head", "--port=0", "--num-cpus=1", "--include-dashboard=true", "--block", "--disable-usage-stats"]
         log = Path(folder) / "said"
         with log.open("w") as out:
@@ -123,18 +129,34 @@ def suppress_wait() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_prometheus_on_the_head_finds_a_driver_by_its_node_s_agent_and_hears_when_it_is_killed(tmp_path: Path) -> None:
+def test_a_prometheus_on_the_head_finds_drivers_by_their_node_s_agent_and_hears_which_of_them_is_killed(tmp_path: Path) -> None:
     with a_node() as (address, listed):
         (tmp_path / "targets").mkdir()
         (tmp_path / "targets" / "ray.json").symlink_to(listed)
-        with closing(Server(tmp_path, factor=30, config="ray.yml")) as server:
-            environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
-            driver = subprocess.Popen(
-                [sys.executable, "-c", DRIVER, address], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+
+        def driver(life: int) -> subprocess.Popen[str]:
+            command = [sys.executable, "-c", DRIVER, address, str(life)]
+            started = subprocess.Popen(
+                command, cwd=ROOT, env=os.environ | QUICK, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
-            assert driver.stdout and driver.stdout.readline() == "told\n"
-            server.sees("reactdiff_budget_dollars{run='demo', life='3'}", {"9"})
-            server.sees("max by (run, stage) (reactdiff_at)", {"1"})
-            driver.kill()
-            driver.communicate()
-            server.sees("count(ALERTS{alertname='ReactdiffDriverSilent', alertstate='firing'})", {"1"})
+            assert started.stdout and started.stdout.readline() == "told\n"
+            server.sees(f"reactdiff_budget_dollars{{run='demo', life='{life}'}}", {"9"})
+            server.sees(f"max by (run, stage) (reactdiff_at{{life='{life}'}})", {"1"})
+            return started
+
+        with closing(Server(tmp_path, factor=6, config="ray.yml")) as server:  # ten seconds without a word are a silent driver
+            first = driver(3)
+            server.sees("count(count_over_time(reactdiff_heartbeat_seconds[1h]) >= 20)", {"1"})
+            assert server.values(SILENT) == set(), "it lives"
+            assert first.stdin
+            first.stdin.write("\n")
+            first.stdin.flush()
+            server.sees("max by (run, stage) (last_over_time(reactdiff_at[1h]))", {"0"})
+            first.kill()
+            first.communicate()
+            server.sees("count(time() - last_over_time(reactdiff_heartbeat_seconds[1h]) > 30)", {"1"})
+            assert server.values(SILENT) == set(), "it ended in order"
+            second = driver(4)
+            second.kill()
+            second.communicate()
+            server.sees(SILENT, {"1"})
