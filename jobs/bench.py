@@ -45,6 +45,9 @@ from reactdiff.stage import LATENT, AutoencoderStage, DiffusionStage, Source, St
 
 CONFIGS = Path(__file__).parent / "configs"
 SERVER = Path(__file__).parent.parent / "infra" / "objectstore.py"
+RANKS = 1000
+"""Of the run whose scrape is measured."""
+
 MARK, PAIRS_MARK, ORACLES_MARK = "<!-- table -->", "<!-- pairs -->", "<!-- oracles -->"
 SCORES = Path(__file__).parent.parent / "docs" / "science"
 AUTHORS = Source(sample.AUTHORS, sample.AUTHORS_FRAMES)
@@ -135,6 +138,7 @@ def _verb(verbs: Any, name: str, function: Callable[[argparse.Namespace], int], 
 def train(arguments: argparse.Namespace) -> int:
     """Training speed on one rank."""
     from cluster.bench.rival import Rivalry
+    from cluster.bench.scrape import scrape_seconds
     from cluster.bench.tables import training_table
     from cluster.bench.training import alone, bench_training
 
@@ -150,6 +154,7 @@ def train(arguments: argparse.Namespace) -> int:
     speeds = {name: bench_training(experiment, name, source, arguments.steps) for name in stages}
     title = f"training on {device}, ZeRO-{experiment.workers.zero}, {experiment.optim.precision}"
     Console().print(training_table(title, speeds))
+    print(f"a scrape with {RANKS} ranks: {1000 * scrape_seconds(RANKS):.0f} ms of CPU (100 at most)")
     return 0
 
 

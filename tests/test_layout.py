@@ -53,7 +53,7 @@ MODULES = {
         "lags ledger marked_page proofs prove retrain script search searchers space sweep sweep_report sweep_table trial tuner verdict"
     ),
     "bench": (
-        "card challenge checkpoint empty_loop loading metrics noise_dataset oracles overhead recovery rival startup sweeping tables "
+        "card challenge checkpoint empty_loop loading metrics noise_dataset oracles overhead recovery rival scrape startup sweeping tables "
         "training"
     ),
 }
