@@ -46,6 +46,16 @@ def test_the_driver_lands_on_a_pod_of_its_own_that_is_neither_the_head_nor_spot(
     assert "spot" not in str(one)
 
 
+def test_the_operator_s_prometheus_keeps_what_that_on_a_head_keeps() -> None:
+    (endpoint,) = yaml.safe_load((FOLDER / "podmonitor.yaml").read_text())["spec"]["podMetricsEndpoints"]
+    (config,) = yaml.safe_load((ROOT / "infra/prometheus/ray.yml").read_text())["scrape_configs"]
+    *there, dropped = endpoint["metricRelabelings"]
+    *here, also = config["metric_relabel_configs"]
+    snake = [{{"sourceLabels": "source_labels", "targetLabel": "target_label"}.get(key, key): rule[key] for key in rule} for rule in there]
+    assert snake == here
+    assert set(also["regex"].split("|")) < set(dropped["regex"].split("|")) and dropped["action"] == also["action"]
+
+
 def test_no_rank_lands_on_the_head_or_beside_the_driver(cluster: Manifest) -> None:
     assert cluster["headGroupSpec"]["resources"]["CPU"] == group(cluster, "driver")["resources"]["CPU"] == "0"
     assert "resources" not in group(cluster, "gpu-spot"), "KubeRay takes what the pod has"
