@@ -35,6 +35,7 @@ from cluster import cli
 from cluster.config.loading import load
 from cluster.config.paths import anchored
 from cluster.config.schema import Experiment, Run
+from cluster.runtime.device import best_device
 from cluster.studies.marked_page import assert_marked, put_between
 from cluster.telemetry.display import Display
 from reactdiff.clip import FRAME_RATE, WINDOW
@@ -149,10 +150,11 @@ def train(arguments: argparse.Namespace) -> int:
         for name in stages:
             _against_the_published(Rivalry(experiment, source, name, arguments.steps), arguments.rounds)
         return 0
-    alone()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {experiment.workers.threads} threads"
+    device = best_device()
+    alone(device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {experiment.workers.threads} threads"
     speeds = {name: bench_training(experiment, name, source, arguments.steps) for name in stages}
-    title = f"training on {device}, ZeRO-{experiment.workers.zero}, {experiment.optim.precision}"
+    title = f"training on {where}, ZeRO-{experiment.workers.zero}, {experiment.optim.precision}"
     Console().print(training_table(title, speeds))
     print(f"a scrape with {RANKS} ranks: {1000 * scrape_seconds(RANKS):.0f} ms of CPU (100 at most)")
     return 0
@@ -196,8 +198,8 @@ def gpu(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--only names {', '.join(sorted(unknown))}, but the parts are {', '.join(PARTS)}")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first product on a GPU
     experiment = load(arguments.config, arguments.overrides)
-    alone()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
+    alone(device)
     with Display() as display:
         card = Card(experiment, _source(experiment), device, arguments.steps)
         found = measure_card(card, parts, arguments.out, display.counter("gpu", "parts"))

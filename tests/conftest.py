@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 for name in [name for name in os.environ if name.startswith(("RAY_", "AWS_"))]:
     del os.environ[name]
 os.environ |= {"OMP_NUM_THREADS": "1", "RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0", "AWS_EC2_METADATA_DISABLED": "true"}
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # tests compute on the CPU, also where there is a GPU
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a test without Ray that asks it something gets an error, not a Ray of default size
 os.environ["RAY_num_workers_soft_limit"] = "8"  # idle workers stay for the next test: each would import torch and compile the metrics
 os.environ |= {"AWS_SHARED_CREDENTIALS_FILE": os.devnull, "AWS_CONFIG_FILE": os.devnull, "NO_PROXY": "127.0.0.1,localhost"}

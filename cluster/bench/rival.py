@@ -85,11 +85,12 @@ class Rivalry:
     def _our_step(self) -> Callable[[int], None]:
         experiment, items = self.experiment, self.experiment.optim.batch[self.stage]
         make_deterministic(experiment.workers.threads)
-        alone()
+        device = torch.device("cpu")
+        alone(device)
         kind = stages_over(self.source, experiment.model, experiment.diffusion)[self.stage]
         module = build_without_memory(kind)
         settings = engine_settings(experiment, self.stage, ranks=1)
-        engine = Engine(module, initial_weights(module, experiment.seed), settings, torch.device("cpu"))
+        engine = Engine(module, initial_weights(module, experiment.seed), settings, device)
         step = engine_step(engine, random_batch(kind, items), items, settings.micro_batches)
         return lambda _: step()
 

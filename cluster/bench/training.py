@@ -160,9 +160,8 @@ def _random(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.long else torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)) * 0.3
 
 
-def alone() -> None:
-    """Make this process a group of one rank."""
+def alone(device: torch.device) -> None:
+    """Make this process a group of one rank, which computes on a device."""
     if not dist.is_initialized():
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -172,6 +172,8 @@ class Engine:
 
     def __init__(self, stage: nn.Module, weights: Weights, settings: EngineSettings, device: torch.device):
         if device.type == "cpu":
+            if get_accelerator().device_name() != "cpu":  # outside workers it takes a GPU wherever there is one
+                set_accelerator(CPU_Accelerator())
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would compile for a minute
         deepspeed.utils.logger.setLevel(logging.WARNING)
         _import_muon()

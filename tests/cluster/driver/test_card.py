@@ -23,10 +23,14 @@ from tests.tiny import ROOT, job, settings
 PATH = f"{ROOT / 'tests/cluster/support/card'}:{ROOT}"
 """With it torch and Ray find a card."""
 
+HIDING = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
+"""Variables with which tests hide one."""
+
 
 @pytest.mark.starts
 def test_ranks_and_tasks_on_cpus_leave_a_card_alone_and_say_that_there_is_one(shards: Path, tmp_path: Path) -> None:
-    done = job("train", *settings(shards, tmp_path), "evaluation.baselines=false", env=os.environ | {"PYTHONPATH": PATH})
+    seeing = {name: value for name, value in os.environ.items() if name not in HIDING} | {"PYTHONPATH": PATH}
+    done = job("train", *settings(shards, tmp_path), "evaluation.baselines=false", env=seeing)
     assert "no GPU of this machine is used (workers.gpu): workers.gpu=true workers.count=1, or make train GPU=1" in done.stdout
     assert "FRCorr" in done.stdout and "CUDA" not in done.stdout + done.stderr
 
@@ -65,7 +69,7 @@ def test_on_a_mixed_cluster_what_asks_for_a_gpu_gets_one_and_gives_it_back_and_n
     with machines(1) as there:
         there.add(gpus=1)
         there.wait(2)
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") and name not in HIDING}
         clean["REFUSED"] = str(tmp_path / "refused")
         environment = clean | {"PYTHONPATH": PATH, "RAY_ADDRESS": there.address, "RAY_AUTH_MODE": "disabled"}
         command = [sys.executable, "-c", "from tests.cluster.driver.test_card import placed; placed()"]

@@ -59,7 +59,8 @@ class Machines:
     """
 
     def __init__(self, folder: Path, count: int, most: int, environment: Mapping[str, str]):
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | environment
+        usual = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") and name != "CUDA_VISIBLE_DEVICES"}
+        clean = usual | environment  # each node is told how many GPUs it has
         self._environment = clean | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(folder)}
         self._environment |= {f"RAY_health_check_{name}": value for name, value in QUICK.items()}
         with socket.socket() as free:
