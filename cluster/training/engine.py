@@ -32,6 +32,7 @@ import deepspeed
 import deepspeed.ops
 from deepspeed.accelerator import get_accelerator, set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from deepspeed.runtime import compiler
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION
 from deepspeed.utils import groups
@@ -434,6 +435,17 @@ def _zero_or_nothing(engine: deepspeed.DeepSpeedEngine, _: torch.optim.Optimizer
 
 
 deepspeed.DeepSpeedEngine._do_optimizer_sanity_check = _zero_or_nothing
+
+
+def _free(_: CUDA_Accelerator, device_index: int | None = None) -> int:
+    """Bytes that are free on a GPU.
+
+    DeepSpeed asks NVML, for the number that CUDA_VISIBLE_DEVICES gives; a part of a GPU (MIG) has a UUID there.
+    """
+    return torch.cuda.mem_get_info(device_index)[0]
+
+
+CUDA_Accelerator.available_memory = _free
 
 
 def _trim() -> None:

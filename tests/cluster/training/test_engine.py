@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import cuda_accelerator, set_accelerator
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
 from cluster.training import engine as engine_module
 from cluster.training.engine import LARGEST_NORM, Engine, EngineSettings, engine_settings, squared_norm
@@ -168,6 +170,29 @@ def plain_norm() -> float:
     module, batch = Toy(), nine_items()
     (module(batch).sum() / 9).backward()
     return math.sqrt(squared_norm([p.grad for p in module.parameters() if p.grad is not None], torch.device("cpu")))
+
+
+def where_a_card_is_seen(rank: int, ranks: int) -> tuple[float, str]:
+    """The loss of a step of an engine on the CPU, and where its weights are, if DeepSpeed has chosen the GPU when it was imported."""
+    torch.cuda.is_available = lambda: True
+    set_accelerator(CUDA_Accelerator())
+    engine = toy_engine(2, "fp32", 1, 0.5)
+    return advance(engine, nine_items(), slice(0, 9))[0], str(engine.fill(Toy()).layers[0].weight.device)
+
+
+@pytest.mark.starts
+def test_an_engine_on_the_cpu_leaves_a_card_alone_that_deepspeed_has_chosen() -> None:
+    ((loss, device),) = on_ranks(1, where_a_card_is_seen)
+    assert math.isfinite(loss) and device == "cpu"
+
+
+@pytest.mark.parametrize("mig", ["MIG-11111111-2222-3333-4444-555555555555", "0"])
+def test_memory_of_a_part_of_a_card_is_asked_by_its_uuid(mig: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mig)
+    monkeypatch.setattr(cuda_accelerator, "pynvml", object())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (7, 9))
+    assert CUDA_Accelerator().available_memory() == 7
 
 
 def uneven(rank: int, ranks: int) -> slice:
