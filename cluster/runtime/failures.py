@@ -57,6 +57,15 @@ TABLE = (
             *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Cuda failure 2 'out of memory'"),
         ),
     ),
+    Failure(
+        "device",
+        False,
+        "install a driver and a torch that fit the GPU; CUDA_LAUNCH_BLOCKING=1 shows where a device-side assert is; then the same command",
+        says=(
+            *("no kernel image is available", "driver version is insufficient", "driver on your system is too old"),
+            "device-side assert",
+        ),
+    ),
     Failure("refused", False, "correct the URL, or the credentials and their rights; then the same command", (Permanent,)),
     Failure("storage", True, "see to the store; the same command goes on", (StorageError,), AGAIN),
     Failure(
@@ -75,18 +84,28 @@ TABLE = (
     Failure("hang", True, "look at the stacks in the run's folder; the same command goes on", (), AGAIN),
     Failure("preempted", True, "the same command goes on", ("PreemptionError",), AGAIN, free=True),
     Failure("no_place", True, "the same command goes on when there is room", ("WorkerGroupStartupTimeoutError",), AGAIN, free=True),
-    Failure("lost", True, "see to the machine; the same command goes on", ("RayError", "WorkerHealthCheckFailedError"), AGAIN),
+    Failure(
+        "lost",
+        True,
+        "see to the machine; the same command goes on",
+        ("RayError", "WorkerHealthCheckFailedError", "AcceleratorError", "DistBackendError"),
+        AGAIN,
+        says=("CUDA error:", "CUDNN_STATUS_", "CUBLAS_STATUS_", "NCCL error"),
+    ),
 )
 """In order of precedence: when one rank fails, its peers fail too, of a broken connection. A name stands for a class of Ray or torch."""
 
-GUESSES = (" Some common causes include", " This is typically caused by")
-"""Where what Ray and gloo know of an error ends, and what may have caused it begins."""
+GUESSES = (
+    *(" Some common causes include", " This is typically caused by"),
+    *("\nSearch for `cuda", "\nCUDA kernel errors might be asynchronously reported"),
+)
+"""Where what Ray, gloo and CUDA know of an error ends, and what may have caused it, or tells more, begins."""
 
 PREEMPTED = next(failure for failure in TABLE if failure.name == "preempted")
 """A machine was taken away that had said so."""
 
 LOST = TABLE[-1]
-"""A worker, its machine or the cluster is gone: what remains when no rank names another reason."""
+"""A worker, its machine, its GPU or the cluster is gone: what remains when no rank names another reason."""
 
 
 class StageFailed(RuntimeError):
@@ -180,7 +199,7 @@ def _shows(error: BaseException, failure: Failure) -> bool:
 
 
 def _sentence(error: BaseException) -> str:
-    text = (str(error).strip() or "no message").splitlines()[-1]
+    text = str(error)
     for guess in GUESSES:
         text = text.partition(guess)[0]
-    return f"{type(error).__name__}: {text.strip().rstrip('.')}"
+    return f"{type(error).__name__}: {(text.strip() or 'no message').splitlines()[-1].strip().rstrip('.')}"

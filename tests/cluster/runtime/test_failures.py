@@ -115,6 +115,9 @@ PARAGRAPHS = {
         "lower workers.micro_batch, set workers.recompute=true, raise workers.zero or workers.count, or set workers.offload; "
         "all of them may change in a run"
     ),
+    "device": (
+        "install a driver and a torch that fit the GPU; CUDA_LAUNCH_BLOCKING=1 shows where a device-side assert is; then the same command"
+    ),
     "refused": "correct the URL, or the credentials and their rights; then the same command",
     "storage": "see to the store; the same command goes on",
     "disk": "make room on that machine, or mend its disk (TMPDIR, data.cache); the same command goes on",
@@ -154,6 +157,43 @@ def test_a_mistake_of_the_program_is_not_taken_for_a_lost_machine() -> None:
     for mistake in (IndexError("list index out of range"), ZeroDivisionError(), NameError("x"), NotImplementedError()):
         failure, cause = classify([RuntimeError("Connection closed by peer"), mistake])
         assert (failure.name, failure.retried, failure.exit_code, cause) == ("user", False, 1, mistake)
+
+
+MORE = """
+Search for `cudaErrorECCUncorrectable' in https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html for more information.
+CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+"""
+"""What torch adds to an error of CUDA."""
+
+ON_A_CARD = {
+    "out_of_memory": [
+        torch.AcceleratorError(f"CUDA error: out of memory{MORE}"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    "device": [
+        torch.AcceleratorError(f"CUDA error: no kernel image is available for execution on the device{MORE}"),
+        torch.AcceleratorError("CUDA error: CUDA driver version is insufficient for CUDA runtime version"),
+        RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver"),
+        torch.AcceleratorError(f"CUDA error: device-side assert triggered{MORE}"),
+    ],
+    "lost": [
+        torch.AcceleratorError(f"CUDA error: uncorrectable ECC error encountered{MORE}"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        torch.distributed.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:77, unhandled system error"),
+    ],
+}
+
+
+def test_what_a_gpu_says_has_a_class_also_where_its_peers_lost_their_connection() -> None:
+    peer = torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1.")
+    for name, errors in ON_A_CARD.items():
+        assert [failure_of(error).name for error in errors] == [name] * len(errors)
+        assert [classify([peer, error])[0].name for error in errors] == [name] * len(errors)
+    said = StageFailed("diffusion", *classify([ON_A_CARD["lost"][0]])).what
+    assert said == "stage diffusion failed (lost): AcceleratorError: CUDA error: uncorrectable ECC error encountered"
 
 
 def test_a_full_or_broken_disk_of_one_machine_is_tried_again() -> None:
