@@ -47,6 +47,9 @@ SETTINGS = {
 ATTEMPT = "REACTDIFF_ATTEMPT"
 """Variable of a rank's environment: the number of its attempt."""
 
+GROUP_TIMEOUT = 2 * 3600
+"""Seconds that a rank waits for its peers in a collective: longer than the watchdog lets any phase of theirs last, which says more."""
+
 ASKED_EVERY = 0.05
 """Seconds between two looks whether the driver has decided."""
 
@@ -162,7 +165,7 @@ def _trainer(job: Job, gang: Gang, place: list[str], board: Any, notes: str) -> 
     return _Trainer(
         job,
         board,
-        torch_config=TorchConfig(backend="nccl" if workers.gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if workers.gpu else "gloo", timeout_s=GROUP_TIMEOUT),
         scaling_config=ScalingConfig(
             num_workers=len(place),
             use_gpu=workers.gpu,

@@ -3,6 +3,7 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from ray.train import WorkerGroupError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
 from cluster.config.schema import Experiment
+from cluster.driver import ray_train
 from cluster.driver.board import Board
 from cluster.driver.ray_train import _AskDriver
+from cluster.driver.watchdog import PHASE_LIMITS, START
 from cluster.runs.state import open_life
 from cluster.storage import open_store
 from cluster.training.loop import Job
@@ -48,3 +51,10 @@ def test_a_driver_that_stands_still_is_not_waited_for_once_another_has_begun_a_n
     policy, _, job = asked
     open_life(job.run, {})
     assert policy.make_decision(FAILED) == FailureDecision.RAISE
+
+
+def test_peers_are_waited_for_longer_than_the_watchdog_waits_for_any_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_train, "_Trainer", lambda job, board, **given: given)
+    job: Any = SimpleNamespace(experiment=Experiment(), stage="autoencoder", life=1, attempt=0)
+    given: Any = ray_train._trainer(job, ray_train.gang_of(job.experiment.workers), ["a node"], None, "notes")
+    assert given["torch_config"].timeout_s > max(START, *PHASE_LIMITS.values())
