@@ -23,3 +23,4 @@ def make_deterministic(threads: int, tf32: bool = False) -> None:
     backends: Any = torch.backends
     for kernels in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
         kernels.fp32_precision = "tf32" if tf32 else "ieee"
+    backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # or cuBLAS may add parts of a product in bf16
