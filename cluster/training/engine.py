@@ -413,6 +413,7 @@ def _give_memory(stage: nn.Module, config: dict[str, Any], device: torch.device)
 def _compile(stage: nn.Module) -> None:
     """Have the first step compile forward and backward; a full share has the dropout of an uncompiled step."""
     torch._inductor.config.fallback_random = True
+    torch._inductor.config.deterministic = True  # or it times kernels on a GPU, and takes the one that was faster this time
     stage.compile(dynamic=False)
 
 

@@ -101,6 +101,14 @@ def test_a_compiled_step_has_the_same_bits_twice_is_compiled_once_and_learns_wha
         assert len(first) == len(second) == 1 and 0 < min(first) < min(second), "an empty share, or one of fewer items, is no other graph"
 
 
+def test_the_compiler_times_no_kernels_to_choose_among_them() -> None:
+    import torch._inductor.config as config
+
+    with config.patch(deterministic=False, fallback_random=False):
+        engine_module._compile(Toy())
+        assert config.deterministic
+
+
 EVERY = [(zero, "fp32") for zero in range(4)] + [(zero, "bf16") for zero in (1, 2, 3)]
 """ZeRO stages and precisions."""
 
