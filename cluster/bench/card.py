@@ -9,10 +9,11 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch._inductor.config
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from cluster.bench.training import engine_step, random_batch
@@ -28,6 +30,7 @@ from cluster.config.schema import Experiment
 from cluster.runs.checkpoint_writer import CheckpointWriter
 from cluster.runs.retention import Retention
 from cluster.runtime.device import peak_flops, peak_memory
+from cluster.runtime.failures import failure_of
 from cluster.storage import open_store
 from cluster.training.ahead import Ahead
 from cluster.training.engine import Engine, EngineSettings, engine_settings
@@ -46,10 +49,18 @@ PACKAGES = ("torch", "deepspeed", "numpy", "pydantic", "pyyaml", "rich", "safete
 LARGEST = 256
 """Items of the largest batch that is tried."""
 
+PROFILED = 3
+"""Steps of a profile."""
+
 TOP = 10
 """Kernels of a profile that are told."""
 
+LIMIT = 600.0
+"""Seconds after which no other figure is begun: who has a card has it for ten minutes."""
+
 Found = dict[str, Any]
+Figures = Iterator[tuple[str, Any]]
+"""What a part finds, each as soon as it is known: what it is of, and a number or several by name. The same name again replaces it."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +97,25 @@ class Card:
 
     def step(self, engine: Engine, stage: str, items: int) -> Callable[[], None]:
         """A step on a batch that is on the device already."""
-        batch = {name: tensor.to(self.device) for name, tensor in random_batch(self.kinds[stage], items).items()}
-        return engine_step(engine, batch, items, 1)
+        return engine_step(engine, random_batch(self.kinds[stage], items, self.device), items, 1)
+
+    def fed_step(self, engine: Engine, stage: str, items: int) -> Callable[[], None]:
+        """A step as in a run: on a batch that was copied from host memory beside the step before."""
+        ahead, host = Ahead(self.device), random_batch(self.kinds[stage], items, torch.device("cpu"))
+        if self.device.type == "cuda":
+            host = {name: tensor.pin_memory() for name, tensor in host.items()}
+        coming = SimpleNamespace(step=0, tensors=host)
+        ahead.copy(coming)
+
+        def step() -> None:
+            nonlocal coming
+            now, coming = coming, SimpleNamespace(step=coming.step + 1, tensors=host)
+            tensors = ahead.take(now)
+            ahead.copy(coming)
+            engine_step(engine, tensors, items, 1)()
+            ahead.drop(now)
+
+        return step
 
     def seconds(self, work: Callable[[], Any], repeats: int = 0) -> float:
         """The median of some repeats, after two that warm up."""
@@ -112,11 +140,10 @@ class Card:
             torch.cuda.reset_peak_memory_stats(self.device)
 
 
-def parity(card: Card) -> Found:
+def parity(card: Card) -> Figures:
     """Losses of both stages in fp32 on the device, against float64 on the CPU."""
-    found = {}
     for stage, kind in card.kinds.items():
-        batch = random_batch(kind, 1)
+        batch = random_batch(kind, 1, torch.device("cpu"))
         losses = {}
         for device, dtype in ((torch.device("cpu"), torch.float64), (card.device, torch.float32)):
             make_deterministic(card.experiment.workers.threads)
@@ -125,13 +152,11 @@ def parity(card: Card) -> Found:
             with torch.no_grad():
                 losses[dtype] = float(module(there).sum())
         exact = losses[torch.float64]
-        found[f"{stage}, relative error of the loss"] = abs(losses[torch.float32] - exact) / abs(exact)
-    return found
+        yield f"{stage}, relative error of the loss", abs(losses[torch.float32] - exact) / abs(exact)
 
 
-def engines(card: Card) -> Found:
+def engines(card: Card) -> Figures:
     """Speed and memory of a step at each ZeRO stage and precision, beside the plan's memory."""
-    found: Found = {}
     for stage, kind in card.kinds.items():
         flops, items = flops_per_item(kind), card.items(stage)
         with torch.device("meta"):
@@ -142,21 +167,22 @@ def engines(card: Card) -> Found:
                 engine = card.engine(stage, zero=zero, precision=precision)
                 seconds = card.seconds(card.step(engine, stage, items))
                 peak = peak_flops(card.device, precision)
-                found[f"{stage}, batch {items}, {precision}, ZeRO-{zero}"] = {
-                    "items/s": items / seconds,
-                    "ms a step": 1e3 * seconds,
-                    "MFU": flops * items / seconds / peak if peak else None,
-                    "peak memory, GB": peak_memory(card.device) / 1e9,
-                    "planned without activations, GB": sum(memory_per_rank(parameters, engine.settings, 1).values()) / 1e9,
-                }
+                yield (
+                    f"{stage}, batch {items}, {precision}, ZeRO-{zero}",
+                    {
+                        "items/s": items / seconds,
+                        "ms a step": 1e3 * seconds,
+                        "MFU": flops * items / seconds / peak if peak else None,
+                        "peak memory, GB": peak_memory(card.device) / 1e9,
+                        "planned without activations, GB": sum(memory_per_rank(parameters, engine.settings, 1).values()) / 1e9,
+                    },
+                )
                 engine.end()
                 del engine
-    return found
 
 
-def batches(card: Card) -> Found:
+def batches(card: Card) -> Figures:
     """Speed with the largest batch that fits, with and without activations that are computed again; bf16, ZeRO-1."""
-    found: Found = {}
     for stage, kind in card.kinds.items():
         flops = flops_per_item(kind)
         for again in (False, True):
@@ -165,26 +191,29 @@ def batches(card: Card) -> Found:
             while items <= LARGEST:
                 try:
                     seconds = card.seconds(card.step(engine, stage, items), repeats=2)
-                except torch.OutOfMemoryError:
+                except Exception as error:
+                    if (failure := failure_of(error)) is None or failure.name != "out_of_memory":
+                        raise
                     break
                 peak = peak_flops(card.device, "bf16")
-                found[f"{stage}{', recompute' * again}"] = {
-                    "items": items,
-                    "items/s": items / seconds,
-                    "MFU": flops * items / seconds / peak if peak else None,
-                    "peak memory, GB": peak_memory(card.device) / 1e9,
-                }
+                yield (
+                    f"{stage}{', recompute' * again}",
+                    {
+                        "items": items,
+                        "items/s": items / seconds,
+                        "MFU": flops * items / seconds / peak if peak else None,
+                        "peak memory, GB": peak_memory(card.device) / 1e9,
+                    },
+                )
                 if card.device.type != "cuda":  # a CPU would swap before it refuses
                     break
                 items *= 2
             engine.end()
             del engine
-    return found
 
 
-def twice(card: Card) -> Found:
+def twice(card: Card) -> Figures:
     """Whether the same steps end in the same bits, in each precision."""
-    found: Found = {}
     for stage in card.kinds:
         for precision in ("fp32", "bf16"):
             ends = []
@@ -198,13 +227,11 @@ def twice(card: Card) -> Found:
                 ends.append([view.detach().cpu() for one in engine.fragments() for view in one.tensors.values()])
                 engine.end()
                 del engine, step
-            found[f"{stage}, {precision}"] = all(map(torch.equal, *ends))
-    return found
+            yield f"{stage}, {precision}", all(map(torch.equal, *ends))
 
 
-def compiled(card: Card) -> Found:
+def compiled(card: Card) -> Figures:
     """A step as it is, compiled (`workers.compile`), and compiled and replayed as CUDA graphs; bf16, ZeRO-1."""
-    found: Found = {}
     for stage in card.kinds:
         items = card.items(stage)
         ways = [("eager", 0, False), ("compiled", items, False), ("compiled, CUDA graphs", items, True)]
@@ -217,62 +244,36 @@ def compiled(card: Card) -> Found:
                 step()
                 card.wait()
                 first, seconds = time.perf_counter() - begin, card.seconds(step)
-                found[f"{stage}, {name}"] = {
-                    "ms a step": 1e3 * seconds,
-                    "first step, s": first,
-                    "peak memory, GB": peak_memory(card.device) / 1e9,
-                }
+                memory = peak_memory(card.device) / 1e9
+                yield f"{stage}, {name}", {"ms a step": 1e3 * seconds, "first step, s": first, "peak memory, GB": memory}
                 engine.end()
                 del engine, step
-    return found
 
 
-def offloaded(card: Card) -> Found:
+def offloaded(card: Card) -> Figures:
     """A step with nothing, the optimiser and all in host memory (`workers.offload`); bf16, ZeRO-3."""
-    found: Found = {}
     for stage in card.kinds:
         for offload in OFFLOADED:
             card.forget()
             engine = card.engine(stage, zero=3, precision="bf16", offload=offload)
             seconds = card.seconds(card.step(engine, stage, card.items(stage)))
-            found[f"{stage}, {offload}"] = {"ms a step": 1e3 * seconds, "peak memory, GB": peak_memory(card.device) / 1e9}
+            yield f"{stage}, {offload}", {"ms a step": 1e3 * seconds, "peak memory, GB": peak_memory(card.device) / 1e9}
             engine.end()
             del engine
-    return found
 
 
-def copies(card: Card) -> Found:
+def copies(card: Card) -> Figures:
     """What a step pays for batches that come from host memory, copied a step ahead."""
-    found: Found = {}
-    for stage, kind in card.kinds.items():
+    for stage in card.kinds:
         card.forget()
-        items, engine, ahead = card.items(stage), card.engine(stage), Ahead(card.device)
-        host = random_batch(kind, items)
-        if card.device.type == "cuda":
-            host = {name: tensor.pin_memory() for name, tensor in host.items()}
-        number = iter(range(10**9))
-
-        def batch(host: dict[str, torch.Tensor] = host, number: Any = number) -> SimpleNamespace:
-            return SimpleNamespace(step=next(number), tensors=host)
-
-        coming = batch()
-        ahead.copy(coming)
-
-        def from_host(ahead: Ahead = ahead, engine: Engine = engine, items: int = items, batch: Callable[[], Any] = batch) -> None:
-            nonlocal coming
-            now, coming = coming, batch()
-            tensors = ahead.take(now)
-            ahead.copy(coming)
-            engine_step(engine, tensors, items, 1)()
-            ahead.drop(now)
-
-        resident, fed = card.seconds(card.step(engine, stage, items)), card.seconds(from_host)
-        found[stage] = {"ms a step, resident": 1e3 * resident, "ms a step, from the host": 1e3 * fed, "waiting": 1 - resident / fed}
+        items, engine = card.items(stage), card.engine(stage)
+        resident, fed = (card.seconds(step(engine, stage, items)) for step in (card.step, card.fed_step))
+        yield stage, {"ms a step, resident": 1e3 * resident, "ms a step, from the host": 1e3 * fed, "waiting": 1 - resident / fed}
         engine.end()
-    return found
+        del engine
 
 
-def checkpoint(card: Card) -> Found:
+def checkpoint(card: Card) -> Figures:
     """How long a checkpoint holds up a step, against a plain copy, and how slow steps are while it is written."""
     stage = list(card.kinds)[-1]
     card.forget()
@@ -301,16 +302,14 @@ def checkpoint(card: Card) -> Found:
     targets = [torch.empty(view.shape).fill_(0) for view in state]
     plain = card.seconds(lambda: [target.copy_(view) for target, view in zip(targets, state, strict=True)], repeats=3)
     engine.end()
-    return {
-        "GB": sum(view.nbytes for view in state) / 1e9,
-        "held up, ms": 1e3 * median(held),
-        "plain copy, ms": 1e3 * plain,
-        "step, ms": 1e3 * usual,
-        "step while it is written, ms": 1e3 * median(written) if written else None,
-    }
+    yield "GB", sum(view.nbytes for view in state) / 1e9
+    yield "held up, ms", 1e3 * median(held)
+    yield "plain copy, ms", 1e3 * plain
+    yield "step, ms", 1e3 * usual
+    yield "step while it is written, ms", 1e3 * median(written) if written else None
 
 
-def reactions(card: Card) -> Found:
+def reactions(card: Card) -> Figures:
     """Encoding both persons of a clip, and reactions to it, against real time."""
     make_deterministic(card.experiment.workers.threads)
     codec, diffusion = (build(kind, card.experiment.seed).eval().to(card.device) for kind in card.kinds.values())
@@ -325,44 +324,49 @@ def reactions(card: Card) -> Found:
 
     latents = encode()
     encoding = card.seconds(encode)
+    yield "encoding a clip, s", encoding
+    yield "times faster than real time", clip / encoding
     drawing = card.seconds(lambda: reactor.react(latents[:1], [("clip", 0)], count, 0), repeats=2)
-    return {
-        "encoding a clip, s": encoding,
-        "times faster than real time": clip / encoding,
-        f"{count} reactions to a clip, s": drawing,
-        "reactions a second of real time": count * clip / drawing / clip,
-    }
+    yield f"{count} reactions to a clip, s", drawing
+    yield "reactions a second of real time", count * clip / drawing / clip
 
 
-def profiled(card: Card) -> Found:
+def profiled(card: Card) -> Figures:
     """What a step of each stage spends its time on, and how often the host waits for the device in it."""
-    found: Found = {}
     cuda = card.device.type == "cuda"
     for stage in card.kinds:
         card.forget()
         engine = card.engine(stage)
-        step = card.step(engine, stage, card.items(stage))
+        step = card.fed_step(engine, stage, card.items(stage))
         card.seconds(step, repeats=1)
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as seen:
-            for _ in range(3):
+            for _ in range(PROFILED):
                 step()
-            card.wait()
         events = seen.key_averages()
-
-        def spent(event: Any) -> float:
-            return event.self_device_time_total if cuda else event.self_cpu_time_total
-
-        whole = sum(map(spent, events)) or 1.0
-        most = sorted(events, key=spent, reverse=True)[:TOP]
-        waits = sum(event.count for event in events if "Synchronize" in event.key) - 1  # ours, at the end
-        found[f"{stage}, times that the host waits in a step"] = waits / 3 if cuda else None
-        found |= {f"{stage}, {event.key}": {"share": spent(event) / whole, "calls a step": event.count / 3} for event in most}
+        waits = sum(event.count for event in events if "Synchronize" in event.key) - 1  # the profiler's own, at its end
+        yield f"{stage}, times that the host waits in a step", waits / PROFILED if cuda else None
+        for name, share, calls in longest(events, cuda):
+            yield f"{stage}, {name}", {"share": share, "calls a step": calls / PROFILED}
         engine.end()
         del engine, step
-    return found
 
 
-PARTS: Mapping[str, Callable[[Card], Found]] = {
+def longest(events: Iterable[Any], cuda: bool) -> list[tuple[str, float, int]]:
+    """What most of a profile's time went to: name, share of the whole, calls.
+
+    On a GPU only kernels are counted: operators that start them, and regions with a name, have their time a second time.
+    """
+    if cuda:
+        kernels = (event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation)
+        spent = [(event.self_device_time_total, event) for event in kernels]
+    else:
+        spent = [(event.self_cpu_time_total, event) for event in events]
+    whole = sum(time for time, _ in spent) or 1.0
+    most = sorted(spent, key=itemgetter(0), reverse=True)[:TOP]
+    return [(event.key, time / whole, event.count) for time, event in most]
+
+
+PARTS: Mapping[str, Callable[[Card], Figures]] = {
     "parity": parity,
     "engines": engines,
     "batches": batches,
@@ -378,23 +382,34 @@ PARTS: Mapping[str, Callable[[Card], Found]] = {
 
 
 def measure_card(card: Card, parts: Sequence[str], folder: Path, progress: Callable[[int, int], None]) -> Found:
-    """Measure parts one after the other; after each, all figures so far are in `card.json` and `card.md` of a folder.
+    """Measure parts one after the other; after each figure, all so far are in `card.json` and `card.md` of a folder.
 
-    A part that fails is told as such, and the next one begins.
+    A part that fails is told as such beside what it had found, and the next one begins. After LIMIT the rest is told not to be measured.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found: Found = {"machine": _machine(card)}
-    for number, name in enumerate(parts, start=1):
-        begin = time.perf_counter()
+    end = time.perf_counter() + LIMIT
+    for number, part in enumerate(parts, start=1):
+        begin, figures = time.perf_counter(), found.setdefault(part, {})
         try:
-            found[name] = PARTS[name](card)
+            for name, figure in _until(end, part, PARTS[part](card)):
+                figures[name] = figure
+                _keep(found, folder)
         except Exception as error:
-            found[name] = {"failed": f"{type(error).__name__}: {error}"}
-        found[name]["seconds of this part"] = round(time.perf_counter() - begin, 1)
-        _write(folder / "card.json", json.dumps(found, indent=1))
-        _write(folder / "card.md", page(found))
+            figures["failed"] = f"{type(error).__name__}: {error}"
+        figures["seconds of this part"] = round(time.perf_counter() - begin, 1)
+        _keep(found, folder)
         progress(number, len(parts))
     return found
+
+
+def _until(end: float, part: str, figures: Figures) -> Figures:
+    """A part's figures, none of which is begun after a time of `time.perf_counter`."""
+    while time.perf_counter() < end:
+        if (figure := next(figures, None)) is None:
+            return
+        yield figure
+    yield "not measured", f"{LIMIT / 60:g} minutes are over: `--only {part}` measures the rest"
 
 
 def page(found: Found) -> str:
@@ -435,6 +450,11 @@ def _machine(card: Card) -> Found:
         properties = torch.cuda.get_device_properties(card.device)
         device = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
     return {"device": device, "python": platform.python_version(), **versions}
+
+
+def _keep(found: Found, folder: Path) -> None:
+    _write(folder / "card.json", json.dumps(found, indent=1))
+    _write(folder / "card.md", page(found))
 
 
 def _write(path: Path, text: str) -> None:

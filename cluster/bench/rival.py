@@ -91,7 +91,7 @@ class Rivalry:
         module = build_without_memory(kind)
         settings = engine_settings(experiment, self.stage, ranks=1)
         engine = Engine(module, initial_weights(module, experiment.seed), settings, device)
-        step = engine_step(engine, random_batch(kind, items), items, settings.micro_batches)
+        step = engine_step(engine, random_batch(kind, items, device), items, settings.micro_batches)
         return lambda _: step()
 
     def _published_step(self) -> Callable[[int], None]:
@@ -100,7 +100,7 @@ class Rivalry:
         module = build(kinds[self.stage], experiment.seed)
         average = build(kinds[self.stage], experiment.seed)
         adam = torch.optim.AdamW(module.parameters(), lr=1e-4, betas=optim.betas, weight_decay=optim.weight_decay)
-        batch, encode = random_batch(kinds[self.stage], items), list[Callable[[], None]]()
+        batch, encode = random_batch(kinds[self.stage], items, torch.device("cpu")), list[Callable[[], None]]()
         if self.stage == "diffusion":
             frozen = build(kinds["autoencoder"], experiment.seed).eval()
             assert isinstance(frozen, Codec)

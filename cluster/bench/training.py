@@ -12,6 +12,7 @@ from cluster.bench.overhead import telemetry_overhead
 from cluster.config.schema import Experiment
 from cluster.runtime.device import best_device, peak_flops, peak_memory
 from cluster.training.engine import Engine, engine_settings
+from cluster.training.verdict import Verdict, Word
 from reactdiff.data.keyed import normal
 from reactdiff.determinism import make_deterministic
 from reactdiff.generate import Reactor
@@ -26,12 +27,15 @@ from reactdiff.stage import (
     Stage,
     build,
     build_without_memory,
-    empty_batch,
     flops_per_item,
     stages_over,
+    stored_batch,
 )
 
 WARM_UP = 3
+
+NOTHING_ELSE = Word(*[0.0] * len(Word._fields))
+"""What the one rank of a bench tells beside loss and gradient."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def bench_training(experiment: Experiment, name: str, source: Source, steps: int
     device = best_device()
     batch_items, settings = experiment.optim.batch[name], engine_settings(experiment, name, ranks=1)
     kind = stages_over(source, experiment.model, experiment.diffusion)[name]
-    batch = {key: tensor.to(device) for key, tensor in random_batch(kind, batch_items).items()}
+    batch = random_batch(kind, batch_items, device)
     flops = flops_per_item(kind)
     parts = settings.micro_batches
     module = build_without_memory(kind)
@@ -106,7 +110,7 @@ def bench_online(experiment: Experiment, source: Source, chunks: int, count: int
 
 
 def engine_step(engine: Engine, batch: dict[str, torch.Tensor], items: int, parts: int) -> Callable[[], None]:
-    """A step of an engine on a batch of so many items, in so many micro-batches."""
+    """A step of an engine on a batch of so many items, in so many micro-batches, as the training loop takes it."""
     weighted = batch | {"weight": torch.ones(items, device=engine.device)}
 
     def step() -> None:
@@ -116,7 +120,9 @@ def engine_step(engine: Engine, batch: dict[str, torch.Tensor], items: int, part
             part_loss = engine.forward({key: tensor[size] for key, tensor in weighted.items()}, items)
             engine.backward(part_loss)
             loss += part_loss.detach()
-        engine.step(1e-4, loss, engine.gradient_square())
+        sums = NOTHING_ELSE.summed(loss, engine.gradient_square())
+        engine.step(1e-4, sums[0], sums[1])
+        Verdict.read(sums)
         engine.average(1)
 
     return step
@@ -151,13 +157,16 @@ def _timed(step: Callable[[], None], steps: int, device: torch.device) -> float:
     return sorted(seconds[WARM_UP:])[steps // 2]
 
 
-def random_batch(kind: Stage, items: int) -> dict[str, torch.Tensor]:
-    """A batch of noise, of the right shapes and types, on the CPU."""
-    return {name: _random(tensor) for name, tensor in empty_batch(kind, items, "cpu").items()}
+def random_batch(kind: Stage, items: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """A batch in the shapes and types that datasets have, on a device: one item of noise, repeated, for noise is drawn on the host."""
+    one = {name: _random(tensor).to(device) for name, tensor in stored_batch(kind, 1, "cpu").items()}
+    return {name: tensor.repeat(items, *[1] * (tensor.dim() - 1)) for name, tensor in one.items()}
 
 
 def _random(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.long else torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)) * 0.3
+    if tensor.dtype == torch.long:
+        return tensor
+    return (torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)) * 0.3).to(tensor.dtype)
 
 
 def alone(device: torch.device) -> None:

@@ -2,11 +2,17 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch.autograd import DeviceType
 
-from cluster.bench.card import PARTS
+from cluster.bench import card
+from cluster.bench.card import PARTS, Card, batches, longest, measure_card
 from tests.tiny import OVERRIDES, ROOT, job
 
 PATH = f"{ROOT / 'tests/cluster/support/bare'}:{ROOT}"
@@ -29,3 +35,78 @@ def test_all_parts_are_measured_where_hardly_anything_is_installed_and_each_is_k
     assert (tmp_path / "card.md").read_text().strip() in done.stdout
     refused = job("bench", "gpu", *config, "--only", "parity,speed", check=False)
     assert refused.returncode == 1 and "--only names speed, but the parts are parity, engines," in refused.stderr
+
+
+PRETENDED: Any = SimpleNamespace(device=torch.device("cpu"))
+"""What `measure_card` asks of a card itself."""
+
+
+def test_each_figure_is_written_when_it_is_known_also_of_a_part_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+
+    def failing(_: Card) -> Iterator[tuple[str, Any]]:
+        yield "first", 1.0
+        written.append(json.loads((tmp_path / "card.json").read_text())["failing"])
+        yield "first", 2.0
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(card, "_machine", lambda _: {})
+    monkeypatch.setattr(card, "PARTS", {"failing": failing, "next": lambda _: iter([("third", {"ms": 3.0})])})
+    found = measure_card(PRETENDED, ["failing", "next"], tmp_path, lambda *_: None)
+    assert written == [{"first": 1.0}] and found == json.loads((tmp_path / "card.json").read_text())
+    assert (found["failing"]["first"], found["failing"]["failed"], found["next"]["third"]) == (2.0, "RuntimeError: no more", {"ms": 3.0})
+
+
+def test_after_ten_minutes_no_other_figure_is_begun_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def slow(_: Card) -> Iterator[tuple[str, Any]]:
+        for number in range(9):
+            now[0] += 250.0
+            yield f"{number}", number
+
+    monkeypatch.setattr(card.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(card, "_machine", lambda _: {})
+    monkeypatch.setattr(card, "PARTS", {"slow": slow, "next": slow})
+    found = measure_card(PRETENDED, ["slow", "next"], tmp_path, lambda *_: None)
+    assert list(found["slow"])[:3] == ["0", "1", "2"] and "`--only slow` measures the rest" in found["slow"]["not measured"]
+    assert list(found["next"]) == ["not measured", "seconds of this part"]
+
+
+def test_the_largest_batch_is_found_whatever_says_that_memory_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small:
+        device = SimpleNamespace(type="cuda")
+        kinds = {"autoencoder": None}  # noqa: RUF012
+
+        def forget(self) -> None: ...
+
+        def engine(self, *_: object, **__: object) -> Any:
+            return SimpleNamespace(end=lambda: None)
+
+        def step(self, _: object, stage: str, items: int) -> int:
+            if items > 4:
+                raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+            return items
+
+        def seconds(self, work: int, repeats: int) -> float:
+            return 1.0
+
+    for name in ("flops_per_item", "peak_flops", "peak_memory"):
+        monkeypatch.setattr(card, name, lambda *_: 1.0)
+    some: Any = Small()
+    assert {name: figure["items"] for name, figure in batches(some)} == {"autoencoder": 4, "autoencoder, recompute": 4}
+
+
+def event(key: str, where: DeviceType, device: float, host: float = 1.0, named: bool = False) -> SimpleNamespace:
+    """A row of a profile, three calls."""
+    return SimpleNamespace(
+        key=key, device_type=where, self_device_time_total=device, self_cpu_time_total=host, is_user_annotation=named, count=3
+    )
+
+
+def test_a_profile_counts_kernels_once_and_not_again_with_what_started_them() -> None:
+    on_host = [event("aten::mm", DeviceType.CPU, 30.0, host=3.0), event("Optimizer.step", DeviceType.CPU, 10.0)]
+    on_card = [event("gemm", DeviceType.CUDA, 30.0, 0.0), event("adam", DeviceType.CUDA, 10.0, 0.0)]
+    region = event("Optimizer.step", DeviceType.CUDA, 12.0, 0.0, named=True)
+    assert longest([*on_host, *on_card, region], cuda=True) == [("gemm", 0.75, 3), ("adam", 0.25, 3)]
+    assert longest(on_host, cuda=False) == [("aten::mm", 0.75, 3), ("Optimizer.step", 0.25, 3)]
