@@ -9,14 +9,18 @@ import torch
 from cluster.config.schema import Workers
 
 PEAK = {
+    "GH200": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
+    "H200 NVL": {"bf16": 835e12, "tf32": 417e12, "fp32": 60e12},
     "H200": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
+    "H100 NVL": {"bf16": 835e12, "tf32": 417e12, "fp32": 60e12},
+    "H100 PCIe": {"bf16": 756e12, "tf32": 378e12, "fp32": 51e12},
     "H100": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
     "A100": {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12},
     "L40S": {"bf16": 362e12, "tf32": 183e12, "fp32": 91.6e12},
     "A10G": {"bf16": 70e12, "tf32": 35e12, "fp32": 35e12},
     "L4": {"bf16": 121e12, "tf32": 60e12, "fp32": 30e12},
 }
-"""Device -> precision -> peak operations per second, dense, from the makers' data sheets."""
+"""Words of a device's name -> precision -> peak operations per second, dense, from the makers' data sheets; the first that fits counts."""
 
 
 def worker_environment(workers: Workers) -> dict[str, str]:
@@ -34,11 +38,11 @@ def best_device() -> torch.device:
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """Peak operations per second of a device, 0 where it is not known (a CPU)."""
+    """Peak operations per second of a device, 0 where it is not known: of a CPU, of a part of a GPU (MIG), of one that is not in PEAK."""
     if device.type != "cuda":
         return 0.0
-    words = re.split(r"[ -]", torch.cuda.get_device_name(device))
-    return next((peaks[precision] for name, peaks in PEAK.items() if name in words), 0.0)
+    words = set(re.split(r"[ -]", torch.cuda.get_device_name(device)))
+    return 0.0 if "MIG" in words else next((peaks[precision] for name, peaks in PEAK.items() if words.issuperset(name.split())), 0.0)
 
 
 def peak_memory(device: torch.device) -> int:
