@@ -181,7 +181,7 @@ class Engine:
         self.settings, self.device = settings, device
         self._cached = False
         self._ranks, self._rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-        config = _deepspeed_config(settings, sum(p.numel() for p in stage.parameters()), device)
+        config = _deepspeed_config(settings, [p.numel() for p in stage.parameters()], device)
         if settings.recompute:
             recompute(stage)
         if settings.compile_for:
@@ -345,9 +345,19 @@ def last_of(ranks: int) -> Iterator[None]:
             groups._release_process_group_references()
 
 
-def _deepspeed_config(settings: EngineSettings, parameters: int, device: torch.device) -> dict[str, Any]:
-    # A bucket is allocated anew for each backward: one larger than the model would cost more than the backward itself.
-    bucket = min(BUCKET, -(-parameters // ALIGNED) * ALIGNED)
+def bucket_elements(sizes: Sequence[int], overlapped: bool) -> int:
+    """Elements of a bucket, of a model whose parameters have so many each.
+
+    It is allocated anew for each backward: one larger than the model would cost more than the backward itself. Beside the backward
+    (overlapped) it has room for the largest parameter: DeepSpeed lets go of a gradient that has none before it is reduced.
+    """
+    wanted = max(BUCKET, max(sizes)) if overlapped else BUCKET
+    return -(-min(wanted, sum(sizes)) // ALIGNED) * ALIGNED
+
+
+def _deepspeed_config(settings: EngineSettings, sizes: Sequence[int], device: torch.device) -> dict[str, Any]:
+    overlapped = device.type == "cuda" and torch.distributed.get_world_size() > 1
+    bucket = bucket_elements(sizes, overlapped)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: batches may differ from rank to rank
         "gradient_accumulation_steps": settings.micro_batches,
@@ -358,7 +368,7 @@ def _deepspeed_config(settings: EngineSettings, parameters: int, device: torch.d
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "stage3_param_persistence_threshold": PERSISTENT,
-            "overlap_comm": device.type == "cuda" and torch.distributed.get_world_size() > 1,
+            "overlap_comm": overlapped,
         },
         "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice in each micro-batch
         "optimizer": {

@@ -13,7 +13,7 @@ from deepspeed.accelerator import cuda_accelerator, set_accelerator
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
 from cluster.training import engine as engine_module
-from cluster.training.engine import LARGEST_NORM, Engine, EngineSettings, engine_settings, squared_norm
+from cluster.training.engine import ALIGNED, BUCKET, LARGEST_NORM, Engine, EngineSettings, engine_settings, squared_norm
 from reactdiff.averages import LENGTHS
 from reactdiff.config import Diffusion, Model
 from reactdiff.data.sample import StreamSpec
@@ -99,6 +99,15 @@ def test_a_compiled_step_has_the_same_bits_twice_is_compiled_once_and_learns_wha
         assert found[::2] == pytest.approx(expected, rel=1e-4)
         first, second = set(found[1:6:2]), set(found[7::2])
         assert len(first) == len(second) == 1 and 0 < min(first) < min(second), "an empty share, or one of fewer items, is no other graph"
+
+
+@pytest.mark.parametrize(("device", "ranks", "bucket"), [("cuda", 2, 80 * 10**6), ("cuda", 1, BUCKET), ("cpu", 2, BUCKET)])
+def test_what_is_reduced_beside_the_backward_has_room_for_the_largest_parameter(device: str, ranks: int, bucket: int) -> None:
+    settings = EngineSettings(2, "bf16", 1, (0.9, 0.999), 5e-4, 0.0, 0.99, False, 0, "none", ())
+    with engine_module.last_of(ranks):
+        told = engine_module._deepspeed_config(settings, [1000, 80 * 10**6], torch.device(device))["zero_optimization"]
+    assert told["overlap_comm"] == (bucket > BUCKET)
+    assert bucket <= told["reduce_bucket_size"] < bucket + ALIGNED and told["reduce_bucket_size"] % ALIGNED == 0
 
 
 def test_the_compiler_times_no_kernels_to_choose_among_them() -> None:
