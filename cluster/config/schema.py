@@ -94,8 +94,8 @@ class Workers(Branch):
     )
     compile: bool = field(
         False,
-        "Compile forward and backward into fewer kernels (torch.compile; on CPUs it needs g++): faster steps, after minutes at each start "
-        "of the ranks. Not with workers.zero=3.",
+        "Compile forward and backward into fewer kernels (torch.compile; on CPUs it needs g++, on GPUs gcc and Python.h): faster steps, "
+        "after minutes at each start of the ranks. Not with workers.zero=3.",
         kind="placement",
     )
 

@@ -8,11 +8,15 @@ are not used: they load at no other number of ranks.
 import ctypes
 import logging
 import os
+import platform
+import shutil
 import sys
+import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -185,6 +189,8 @@ class Engine:
         if settings.recompute:
             recompute(stage)
         if settings.compile_for:
+            if device.type == "cuda":
+                _assert_triton_builds()
             _compile(stage)
         _give_memory(stage, config, device)
         self._engine, *_ = deepspeed.initialize(
@@ -425,6 +431,22 @@ def _compile(stage: nn.Module) -> None:
     torch._inductor.config.fallback_random = True
     torch._inductor.config.deterministic = True  # or it times kernels on a GPU, and takes the one that was faster this time
     stage.compile(dynamic=False)
+
+
+def _assert_triton_builds() -> None:
+    """Triton, which makes a GPU's kernels, compiles what starts them when it is first used; without this that fails in the first step.
+
+    Raises:
+        ValueError: if there is no C compiler, or no header of this Python.
+    """
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        lacking = "no C compiler"
+    elif not header.exists():
+        lacking = f"no {header}"
+    else:
+        return
+    raise ValueError(f"workers.compile=true on GPUs, but host {platform.node()} has {lacking}: install gcc and python3-dev, or unset it")
 
 
 def _filled(batch: Tensors, items: int) -> Tensors:

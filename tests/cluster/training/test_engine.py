@@ -118,6 +118,17 @@ def test_the_compiler_times_no_kernels_to_choose_among_them() -> None:
         assert config.deterministic
 
 
+@pytest.mark.parametrize(("program", "lacking"), [(None, "no C compiler"), ("/usr/bin/gcc", "Python.h")])
+def test_what_triton_needs_on_a_gpu_is_missed_before_the_first_step(
+    program: str | None, lacking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(engine_module.shutil, "which", lambda _: program)
+    monkeypatch.setattr(engine_module.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(ValueError, match=f"workers.compile=true on GPUs, but host .* has .*{lacking}: install gcc and python3-dev"):
+        engine_module._assert_triton_builds()
+
+
 EVERY = [(zero, "fp32") for zero in range(4)] + [(zero, "bf16") for zero in (1, 2, 3)]
 """ZeRO stages and precisions."""
 
