@@ -1,6 +1,6 @@
 """What a run would do, worked out without starting anything: data, steps, parameters, memory, shapes, cluster."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import prod
 
@@ -15,7 +15,7 @@ from cluster.driver.ray_train import gang_of
 from cluster.runtime.placement import Gang
 from cluster.training.engine import engine_settings, micro_batches
 from cluster.training.memory import memory_per_rank, offloaded_per_rank
-from cluster.training.rehearsal import beside_steps, rehearse
+from cluster.training.rehearsal import beside_steps, beside_steps_on_gpu, rehearse
 from reactdiff.clip import windows_of
 from reactdiff.model.shapes import parameters_by_module
 from reactdiff.stage import Source, Stage, flops_per_item, shapes, stages_over, stored_batch
@@ -76,10 +76,11 @@ def _data(experiment: Experiment, pinned: Pinned) -> Table:
 def _stages(experiment: Experiment, clips: Source, manifest: Manifest | None) -> list[Table]:
     kinds = stages_over(clips, experiment.model, experiment.diffusion)
     trained = list(kinds)[bool(experiment.run.autoencoder) :]
-    return [_stage(experiment, manifest, name, kinds[name]) for name in trained]
+    return [_stage(experiment, manifest, name, kinds) for name in trained]
 
 
-def _stage(experiment: Experiment, manifest: Manifest | None, name: str, kind: Stage) -> Table:
+def _stage(experiment: Experiment, manifest: Manifest | None, name: str, kinds: Mapping[str, Stage]) -> Table:
+    kind = kinds[name]
     with torch.device("meta"):
         module = kind.module()
     parameters = sum(p.numel() for p in module.parameters())
@@ -103,7 +104,7 @@ def _stage(experiment: Experiment, manifest: Manifest | None, name: str, kind: S
         fewer = f" ({least[what] / 1e6:,.1f} MB with {workers.least} ranks)" if least[what] != most[what] else ""
         table.add_row(f"{what} / rank (ZeRO-{workers.zero}, {optim.precision})", f"{most[what] / 1e6:,.1f} MB{fewer}")
     for ranks in sorted({workers.least, workers.most}, reverse=True):
-        for what, said in _most_memory(experiment, name, kind, ranks):
+        for what, said in _most_memory(experiment, name, kinds, ranks):
             table.add_row(f"{what}{f', {ranks} ranks' if workers.least < workers.most else ''}", said)
     for tensor, shape in shapes(kind).items():
         whole = (-(-share // parts), *shape)
@@ -111,24 +112,32 @@ def _stage(experiment: Experiment, manifest: Manifest | None, name: str, kind: S
     return table
 
 
-def _most_memory(experiment: Experiment, name: str, kind: Stage, ranks: int) -> Iterator[tuple[str, str]]:
+def _most_memory(experiment: Experiment, name: str, kinds: Mapping[str, Stage], ranks: int) -> Iterator[tuple[str, str]]:
     """The most that one of so many ranks holds while it trains, activations included."""
     gpu, settings, share = experiment.workers.gpu, engine_settings(experiment, name, ranks), -(-experiment.optim.batch[name] // ranks)
-    held = rehearse(kind, settings, ranks, -(-share // settings.micro_batches))
+    held = rehearse(kinds[name], settings, ranks, -(-share // settings.micro_batches), gpu)
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in kind.module().parameters())
-    batch_bytes = share * sum(tensor.nbytes for tensor in stored_batch(kind, 1, "meta").values())
-    beside = beside_steps(parameters, len(settings.kinds), ranks, batch_bytes, int(1e6 * experiment.data.read_ahead))
+        sizes = {stage: [p.numel() for p in kind.module().parameters()] for stage, kind in kinds.items()}
+    parameters = sum(sizes[name])
+    arrays = [share * tensor.nbytes for tensor in stored_batch(kinds[name], 1, "meta").values()]
+    beside = beside_steps(parameters, len(settings.kinds), ranks, arrays, int(1e6 * experiment.data.read_ahead), pinned=gpu)
     offloaded = offloaded_per_rank(parameters, settings, ranks)
     if gpu and offloaded:
         beside["offloaded"] = offloaded
-    said, zero = " + ".join(f"{size / 1e9:.2f} {what}" for what, size in beside.items()), f"ZeRO-{settings.zero}"
+    zero = f"ZeRO-{settings.zero}"
     if gpu:
-        yield f"most GPU memory / rank ({zero})", f"{(held.living - offloaded) / 1e9:.2f} GB of tensors"
-        yield "most host memory / rank", f"{sum(beside.values()) / 1e9:.2f} GB = {said}"
+        watched = name == list(kinds)[-1] and (experiment.evaluation.watch or experiment.evaluation.rungs)
+        scored = sum(map(sum, sizes.values())) if watched else 0
+        on_gpu = beside_steps_on_gpu(settings, sizes[name], ranks, sum(arrays), scored)
+        yield f"most GPU memory / rank ({zero})", _sum({"tensors": held.living - offloaded, **on_gpu})
+        yield "most host memory / rank", _sum(beside)
     else:
-        whole = held.resident + sum(beside.values())
-        yield f"most memory / rank ({zero})", f"{whole / 1e9:.2f} GB = {held.resident / 1e9:.2f} tensors + {said}"
+        yield f"most memory / rank ({zero})", _sum({"tensors": held.resident, **beside})
+
+
+def _sum(sizes: Mapping[str, int]) -> str:
+    """So many bytes in all, and of what."""
+    return f"{sum(sizes.values()) / 1e9:.2f} GB = {' + '.join(f'{size / 1e9:.2f} {what}' for what, size in sizes.items() if size)}"
 
 
 def _cluster(experiment: Experiment) -> Table:

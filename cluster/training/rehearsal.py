@@ -4,17 +4,18 @@ And what its process holds beside.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from cluster.data.stream import WINDOWS, steps_ahead
-from cluster.training.engine import Engine, EngineSettings, last_of
+from cluster.training.engine import Engine, EngineSettings, bucket_elements, last_of
 from reactdiff.stage import Stage, build_without_memory, stored_batch
 
 MAPPED = 32 << 20
@@ -43,7 +44,7 @@ class StepMemory:
     resident: int
 
 
-def rehearse(kind: Stage, settings: EngineSettings, ranks: int, items: int) -> StepMemory:
+def rehearse(kind: Stage, settings: EngineSettings, ranks: int, items: int, gpu: bool = False) -> StepMemory:
     """Build a rank's engine and have it take a step, without memory and without the other ranks.
 
     Args:
@@ -51,6 +52,7 @@ def rehearse(kind: Stage, settings: EngineSettings, ranks: int, items: int) -> S
         settings: of the engine.
         ranks: how many there would be; this process must be in no group of torch.distributed.
         items: of the largest micro-batch.
+        gpu: whether it would compute on one.
     """
     # A third micro-batch holds no more than the second; what is compiled is taken to hold what its parts do.
     settings = replace(settings, micro_batches=min(settings.micro_batches, 2), compile_for=0)
@@ -58,6 +60,8 @@ def rehearse(kind: Stage, settings: EngineSettings, ranks: int, items: int) -> S
         batch = stored_batch(kind, items, "cpu") | {"weight": torch.ones(items)}
         with _Counting(batch.values()) as counting:
             module = build_without_memory(kind)
+            if gpu:
+                _without_dropout_of_attention(module)
             shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
             engine = Engine(module, lambda name: torch.empty(shapes[name]), settings, torch.device("cpu"))
             counting.begin_steps()
@@ -67,21 +71,46 @@ def rehearse(kind: Stage, settings: EngineSettings, ranks: int, items: int) -> S
     return StepMemory(counting.living, counting.resident)
 
 
-def beside_steps(parameters: int, kinds: int, ranks: int, batch_bytes: int, read_ahead: int) -> dict[str, int]:
+def _without_dropout_of_attention(module: nn.Module) -> None:
+    """Attention on a CPU keeps all of its weights where it has dropout; on a GPU it does not."""
+    for layer in module.modules():
+        if isinstance(layer, nn.MultiheadAttention):
+            layer.dropout = 0.0
+
+
+def beside_steps(parameters: int, kinds: int, ranks: int, arrays: Sequence[int], read_ahead: int, pinned: bool = False) -> dict[str, int]:
     """Bytes of a rank's host memory that hold no tensor of a step.
 
     Args:
         parameters: of the stage.
         kinds: values that a checkpoint keeps of each.
         ranks: number of ranks.
-        batch_bytes: of a rank's share of a step, as it is read.
+        arrays: bytes of each array of a rank's share of a step, as it is read.
         read_ahead: bytes that may be read before they are asked for.
+        pinned: whether they are read into pinned memory, of which torch takes powers of two.
     """
+    windows = [steps_ahead(sum(arrays), read_ahead) * array for array in arrays]
     return {
         "libraries": BASE,
-        "read ahead": WINDOWS * steps_ahead(batch_bytes, read_ahead) * batch_bytes,
+        "read ahead": WINDOWS * sum(1 << (window - 1).bit_length() if pinned else window for window in windows),
         "copy for checkpoints": 4 * kinds * -(-parameters // ranks),
     }
+
+
+def beside_steps_on_gpu(settings: EngineSettings, sizes: Sequence[int], ranks: int, batch_bytes: int, scored: int) -> dict[str, int]:
+    """Bytes of a rank's GPU that a step without memory, on a CPU, knows nothing of.
+
+    Args:
+        settings: of the engine.
+        sizes: elements of each parameter of the stage.
+        ranks: number of ranks.
+        batch_bytes: of a rank's share of a step.
+        scored: parameters of a copy of the model that is scored while it is trained.
+    """
+    more, width = 0, 2 if settings.precision == "bf16" and settings.zero == 2 else 4
+    if settings.zero and ranks > 1:  # ZeRO-1 and 2 fill one bucket while another is reduced
+        more = width * ((1 if settings.zero == 3 else 2) * bucket_elements(sizes, True) - bucket_elements(sizes, False))
+    return {"buckets": more, "two batches": 2 * batch_bytes, "copy that is scored": 4 * scored}
 
 
 def _step(engine: Engine, batch: dict[str, torch.Tensor], items: int) -> None:

@@ -13,7 +13,8 @@ from cluster.bench.training import engine_step
 from cluster.config.schema import Experiment
 from cluster.training import loop
 from cluster.training.engine import Engine, EngineSettings, engine_settings
-from cluster.training.rehearsal import BASE, beside_steps, rehearse
+from cluster.training.rehearsal import BASE, beside_steps, beside_steps_on_gpu, rehearse
+from reactdiff.clip import WINDOW
 from reactdiff.config import Diffusion, Model
 from reactdiff.data.sample import AUTHORS, AUTHORS_FRAMES, StreamSpec
 from reactdiff.determinism import make_deterministic
@@ -39,6 +40,23 @@ def test_items_cost_their_activations_far_less_where_they_are_computed_again_and
     assert again[1] - again[0] < 0.6 * (kept[1] - kept[0])
     assert rehearse(kind, replace(SETTINGS, zero=1), 4, 8).living < kept[0] - 4 * parameters, "three quarters of the moments are elsewhere"
     assert not torch.distributed.is_initialized() and sys.excepthook is hook
+
+
+@pytest.mark.starts  # DeepSpeed asks a compiler what it could compile
+def test_on_a_gpu_weights_of_attention_are_not_kept_for_their_dropout() -> None:
+    kind = stages_over(CLIPS, SMALL.model_copy(update={"dropout": 0.1}), Diffusion())["autoencoder"]
+    with_dropout, without = (rehearse(kind, SETTINGS, 1, 8, gpu).living for gpu in (False, True))
+    assert with_dropout - without > 4 * 8 * SMALL.heads * CLIPS.frames * WINDOW, "of each frame for each of its window, in fp32"
+
+
+def test_a_gpu_holds_two_batches_a_second_bucket_and_a_copy_that_is_scored_and_the_host_pinned_powers_of_two() -> None:
+    settings, sizes = replace(SETTINGS, zero=2, precision="bf16"), [3 * 1024, 5 * 1024]
+    assert beside_steps_on_gpu(settings, sizes, 4, 700, 9) == {"buckets": 2 * 8 * 1024, "two batches": 1400, "copy that is scored": 36}
+    assert beside_steps_on_gpu(replace(settings, zero=1), sizes, 4, 0, 0)["buckets"] == 4 * 8 * 1024
+    assert beside_steps_on_gpu(settings, [10, 80 << 20], 4, 0, 0)["buckets"] == 2 * (2 * 80 - 50) * 1024**2
+    assert beside_steps_on_gpu(settings, sizes, 1, 0, 0)["buckets"] == 0
+    read = [beside_steps(1, 1, 1, [300, 1025], 1, pinned)["read ahead"] for pinned in (False, True)]
+    assert read == [3 * (300 + 1025), 3 * (512 + 2048)]
 
 
 FACES = {"facial": ("au", "fer", "va"), "acoustic": ("w2v", "mfcc")}
@@ -132,7 +150,7 @@ def test_the_faithful_stage_2_is_trained_and_kept_on_one_rank_within_20_gb(tmp_p
     parameters = sum(p.numel() for p in build_without_memory(kind).parameters())
     settings = engine_settings(experiment, "diffusion", 1)
     held = rehearse(kind, settings, 1, 1).resident
-    beside = beside_steps(parameters, len(settings.kinds), 1, sum(tensor.nbytes for tensor in stored_batch(kind, 1, "meta").values()), 1)
+    beside = beside_steps(parameters, len(settings.kinds), 1, [tensor.nbytes for tensor in stored_batch(kind, 1, "meta").values()], 1)
     ((before, most),) = on_ranks(1, trained, experiment, str(tmp_path / "run"))
     planned = held + sum(beside.values()) - BASE
     print(f"\n{parameters:,} parameters: {planned / 1e9:.2f} GB planned, kB before and at most: {before, most}")
