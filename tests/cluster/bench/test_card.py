@@ -37,7 +37,7 @@ def test_all_parts_are_measured_where_hardly_anything_is_installed_and_each_is_k
     assert refused.returncode == 1 and "--only names speed, but the parts are parity, engines," in refused.stderr
 
 
-PRETENDED: Any = SimpleNamespace(device=torch.device("cpu"))
+PRETENDED: Any = SimpleNamespace(device=torch.device("cuda"))
 """What `measure_card` asks of a card itself."""
 
 
