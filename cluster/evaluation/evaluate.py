@@ -16,7 +16,7 @@ import numpy as np
 from cluster.config.schema import Experiment
 from cluster.data.shards import encode_npy
 from cluster.evaluation.plan import EvaluationPlan, plan_evaluation
-from cluster.evaluation.rows import MODEL, RowInputs, rows_of, training_attributes
+from cluster.evaluation.rows import MODEL, RowInputs, predictions_file, rows_of, training_attributes
 from cluster.runs.export import Export
 from cluster.runs.latents import LatentDataset
 from cluster.runtime.tasks import Account, map_tasks
@@ -53,7 +53,7 @@ def evaluate(
         ValueError: if the split is not there or has no appropriateness matrix.
     """
     plan = replace(plan_evaluation(experiment, run, latents, diffusion), mean=_mean_attributes(latents))
-    rows = rows_of(plan)
+    rows = rows_of(experiment, latents.clips.provenance)
     calls = [(row, start) for row in rows for start in plan.starts]
     there = {entry.key.removesuffix(".npz") for entry in run.list(f"{plan.folder}/")}
     missing = [call for call in calls if plan.file(*call) not in there]
@@ -86,9 +86,9 @@ def _score(task: _Task, row: str, start: int) -> None:
     if run.exists(f"{name}.npz"):  # this task's machine was lost behind it
         return
     make_deterministic(plan.experiment.workers.threads)
-    predictions = rows_of(plan)[row](task.inputs, items)
+    predictions = rows_of(plan.experiment, plan.latents.clips.provenance)[row](task.inputs, items)
     if row == MODEL:
-        run.put(f"{name}.predictions.npy", encode_npy(predictions))
+        run.put(predictions_file(plan, start), encode_npy(predictions))
     part = task.inputs.score(items, predictions)
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **part.to_arrays())

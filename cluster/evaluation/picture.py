@@ -8,7 +8,7 @@ import numpy as np
 
 from cluster.data.reader import ArrayKey, Reader
 from cluster.evaluation.plan import plan_evaluation
-from cluster.evaluation.rows import MODEL
+from cluster.evaluation.rows import predictions_file
 from cluster.runs.saved import SavedRun
 from reactdiff.clip import PERSONS, speaker_listener
 from reactdiff.plot import reactions_png
@@ -65,7 +65,7 @@ def keep_picture(run: SavedRun) -> KeptPicture:
     reader = Reader(run.dataset, run.clips, plan.split)
     name = f"evaluation/{plan.split}-{plan.id}.png"
     if not run.store.exists(name):
-        part = run.store.read(f"{plan.file(MODEL, 0)}.predictions.npy")
+        part = run.store.read(predictions_file(plan, 0))
         reactions = np.load(io.BytesIO(part), allow_pickle=False)[0, :MAX_REACTIONS]
         run.store.put(name, clip_picture(reader.key(0), read_faces(reader, 0), 0, reactions, f"run {run.experiment.run.name}"))
     return KeptPicture(f"{run.store.url}/{name}", plan.split, reader.key(0))

@@ -1,17 +1,20 @@
 """The rows of an evaluation: the model, and beside it what shows how its scores are to be read."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
+from cluster.config.schema import Experiment
 from cluster.data.reader import Reader
-from cluster.data.shards import CorruptData
+from cluster.data.shards import CorruptData, decode_npy
 from cluster.evaluation.ground_truth import GroundTruth
 from cluster.evaluation.plan import EvaluationPlan
 from cluster.runs.export import load_reactor, untrained_reactor
 from cluster.runs.latents import LatentDataset, corrupt_clips, encode_clip
 from cluster.runtime.stuck import alive
+from cluster.storage import NotFound
 from cluster.storage.parallel import parallel_map
 from reactdiff.clip import AU, PERSONS, speaker_listener
 from reactdiff.config import Model
@@ -99,7 +102,10 @@ def _model(inputs: RowInputs, items: range) -> np.ndarray:
 
 
 def _cut(inputs: RowInputs, items: range) -> np.ndarray:
-    drawn = _model(inputs, items)
+    try:  # most were drawn before, for the model's own row
+        drawn = decode_npy(inputs.plan.run.read(predictions_file(inputs.plan, items.start)))
+    except NotFound:
+        drawn = _model(inputs, items)
     return np.concatenate([(drawn[..., AU] > 0.5).astype(drawn.dtype), drawn[..., AU.stop :]], axis=-1)
 
 
@@ -154,16 +160,24 @@ BASELINES: dict[str, Draw] = {
 """What stands beside a model on any data, in the order of the table."""
 
 
-def rows_of(plan: EvaluationPlan) -> dict[str, Draw]:
-    """The rows that an evaluation has, by name in the order of the table, and how their predictions are drawn."""
-    rows: dict[str, Draw] = {MODEL: _model}
-    if plan.experiment.model.space == "attributes":  # real units are 0 or 1; a denoiser's are not quite
-        rows[CUT] = _cut
-    if plan.experiment.evaluation.baselines:
-        rows |= BASELINES | {retrieval_name(chunk_of(plan.experiment.model)): _retrieval}
-        if "simulator" in plan.latents.clips.provenance:
-            rows |= {name: _oracle(knows) for name, knows in ladder(chunk_of(plan.experiment.model)).items()}
+def rows_of(experiment: Experiment, provenance: Mapping[str, Any]) -> dict[str, Draw]:
+    """The rows that an evaluation has, by name in the order of the table, and how their predictions are drawn.
+
+    Args:
+        experiment: whose model is evaluated.
+        provenance: of the dataset's manifest; only simulated data has oracles.
+    """
+    rows: dict[str, Draw] = {MODEL: _model, CUT: _cut}  # real units are 0 or 1; a decoder's or denoiser's are not quite
+    if experiment.evaluation.baselines:
+        rows |= BASELINES | {retrieval_name(chunk_of(experiment.model)): _retrieval}
+        if "simulator" in provenance:
+            rows |= {name: _oracle(knows) for name, knows in ladder(chunk_of(experiment.model)).items()}
     return rows
+
+
+def predictions_file(plan: EvaluationPlan, start: int) -> str:
+    """Where the model's reactions to the items of a part are kept."""
+    return f"{plan.file(MODEL, start)}.predictions.npy"
 
 
 def retrieval_name(chunk: int) -> str:

@@ -29,7 +29,7 @@ from cluster.evaluation.rows import CUT, MODEL, UNTRAINED, WRONG, chunk_of, rows
 from cluster.runs.saved import SAMPLING, SavedRun, open_run
 from cluster.storage import open_store
 from cluster.studies.comparison_pairs import independent_groups
-from cluster.studies.comparison_table import TableRow
+from cluster.studies.comparison_table import TableRow, beside
 from cluster.studies.kept_scores import ClipScores, RunScores, read_all_scores, read_scores, scores_key, write_scores
 from cluster.telemetry.display import Display
 from reactdiff.config import ENCODING, STAGES
@@ -148,7 +148,7 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display, 
     keys = []
     for run in every:
         pinned = pin(run.experiment, comparison.name)
-        keys.append(scores_key(run.experiment, pinned.manifest.hash))
+        keys.append(scores_key(run.experiment, pinned.manifest))
         if run.experiment.seed == comparison.seeds[0]:  # before hours of the others; the autoencoder that it will take is not there yet
             check_run(_with(run.experiment, autoencoder=""), pinned, STEPS)
     lent = {run.experiment.run.autoencoder for run, key in zip(every, keys, strict=True) if key not in there}
@@ -172,9 +172,9 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display, 
         if keep and key not in here:  # at once, so that who is interrupted after an hour has an hour's scores
             write_scores(kept, here | mine)
         for name, scores in found.rows.items():
-            label = run.row if name == MODEL else f"{name} ({run.row})" if name in (CUT, WRONG, UNTRAINED) else name
+            label = run.row if name == MODEL else beside(name, run.row) if name in (CUT, WRONG, UNTRAINED) else name
             sizes = (found.parameters, found.gflop, found.tflop) if name == MODEL else None
-            row = rows.setdefault(label, TableRow({}, chunk_of(experiment.model) if sizes else None, sizes))
+            row = rows.setdefault(label, TableRow({}, chunk_of(experiment.model) if name in (MODEL, CUT) else None, sizes))
             row.seeds[seed] = scores  # baselines are the same whichever row they stand beside
     if keep:
         write_scores(kept, mine)
@@ -198,7 +198,8 @@ def scored_groups(experiment: Experiment, rows: Mapping[str, TableRow]) -> np.nd
 def run_scores(saved: SavedRun) -> RunScores:
     """What is kept of a finished run."""
     plan = plan_evaluation(saved.experiment, saved.store, saved.latents(), saved.diffusion())
-    return RunScores("", *size(saved), {row: ClipScores.of(plan.read_row(row)) for row in rows_of(plan)})
+    rows = rows_of(saved.experiment, saved.clips.provenance)
+    return RunScores("", *size(saved), {row: ClipScores.of(plan.read_row(row)) for row in rows})
 
 
 def size(saved: SavedRun) -> tuple[int, float, float]:

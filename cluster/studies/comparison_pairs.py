@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cluster.studies.comparison_table import TableRow
+from cluster.evaluation.rows import CUT
+from cluster.studies.comparison_table import TableRow, beside
 from reactdiff.data.keyed import generator
 from reactdiff.metrics.intervals import percentiles
 
@@ -67,15 +68,17 @@ def row_difference(row: TableRow, other: TableRow, metric: str, groups: np.ndarr
 
 
 def pairs_markdown(rows: Mapping[str, TableRow], against: Sequence[str], groups: np.ndarray) -> str:
-    """A table of the differences of every trained model from each of these rows, in Markdown.
+    """A table of the differences of every trained model from each of these rows, in Markdown; with units cut, from theirs with units cut.
 
     Bold is what excludes 0 and has one sign under every seed.
     """
+    cut = {beside(CUT, model): {base: beside(CUT, base) for base in against} for model in rows}
     lines = [["", *(f"{head} against {base}" for base in against for head in METRICS)]]
     lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
     for name, row in rows.items():
         if row.chunk is not None:
-            cells = [(rows[base] if base != name else None, *METRICS[head]) for base in against for head in METRICS]
+            bases = [cut[name][base] if name in cut else base for base in against]
+            cells = [(rows.get(base) if base != name else None, *METRICS[head]) for base in bases for head in METRICS]
             lines.append([name, *(_said(row, base, metric, digits, groups) if base else "" for base, metric, digits in cells)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

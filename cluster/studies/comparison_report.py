@@ -7,8 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cluster.evaluation.html import render, svg
+from cluster.evaluation.rows import CUT
 from cluster.storage import Store
-from cluster.studies.comparison_table import FRONTIER, TableRow, cells
+from cluster.studies.comparison_table import FRONTIER, TableRow, beside, cells
 from reactdiff.data.synthetic.oracles import frontier_names
 
 REPORT = "report.html"
@@ -37,14 +38,14 @@ def frontier_figure(rows: Mapping[str, TableRow]) -> Figure:
     """FRCorr against FRDiv, a point for each row with the spread of its seeds; means of 1, 2, 4 ... draws of an oracle are joined."""
     chunks = {0, *(row.chunk for row in rows.values() if row.chunk is not None)}
     curves = [names for names in map(frontier_names, sorted(chunks)) if all(name in rows for name in names)]
-    ends = {name for names in curves for name in names[1:]}
+    unnamed = {name for names in curves for name in names[1:]} | {beside(CUT, name) for name in rows}  # or names hide each other
     figure = Figure((9.0, 5.0), layout="constrained")
     axes = figure.subplots()
     for names in curves:
         heights, places = zip(*(_middle(rows[name]) for name in names), strict=True)
         axes.plot(places, heights, color="#8d99a8", linewidth=1, marker=".", zorder=0)
     for name, row in rows.items():
-        if name in ends:
+        if name in unnamed:
             continue
         (up, across), (high, wide) = _middle(row), _deviation(row)
         colour = "#c0392b" if row.chunk is not None else "#5a6675"

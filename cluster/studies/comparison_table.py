@@ -24,7 +24,8 @@ class TableRow:
 
     Attributes:
         seeds: what it scored, by seed.
-        chunk: frames in which a model reacts, 0 if it hears the whole clip; None if it is no model that was trained.
+        chunk: frames in which a model reacts, 0 if it hears the whole clip; None if it is no model that was trained. A line of a model's
+            draws with units cut has its chunk, and no size.
         size: parameters, GFLOP of training on one item of the last stage, and TFLOP of all its training, of such a model.
     """
 
@@ -36,6 +37,11 @@ class TableRow:
         """The seeds' mean for every clip, whose clips are drawn anew to say what another test set would have given."""
         every = list(self.seeds.values())
         return ClipScores(np.mean([one.values for one in every], axis=0), every[0].predictions)
+
+
+def beside(row: str, model: str) -> str:
+    """The name of a line that stands beside one model alone, such as its draws with units cut."""
+    return f"{row} ({model})"
 
 
 def markdown(rows: Mapping[str, TableRow]) -> str:

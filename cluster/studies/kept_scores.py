@@ -4,18 +4,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cluster.config.identity import digest, ends, name_fields
 from cluster.config.schema import Experiment
+from cluster.data.manifest import Manifest
 from cluster.evaluation.plan import VERSION
+from cluster.evaluation.rows import rows_of
 from reactdiff.metrics.intervals import percentiles, resampled_means
 from reactdiff.metrics.partial import PER_CLIP, PartialScores, means_to_metrics
 
 DIGITS = 4
-"""Significant digits that are kept of a clip's value."""
-
+"""Digits that are kept of a metric's values, counted from the first one of the largest."""
 
 ABOUT = ("name", "parameters", "gflop", "tflop")
 """What is kept of a run beside its scores."""
@@ -36,7 +38,7 @@ class ClipScores:
     @classmethod
     def of(cls, part: PartialScores) -> "ClipScores":
         """What is kept of an evaluation's row."""
-        return cls(np.array([[float(f"{value:.{DIGITS}g}") for value in row] for row in part.values.tolist()]), len(part.mean))
+        return cls(np.stack([np.round(column, _decimals(column)) for column in part.values.T], axis=1), len(part.mean))
 
     def metrics(self) -> dict[str, float]:
         """Metric -> value."""
@@ -71,15 +73,24 @@ class RunScores:
     rows: Mapping[str, ClipScores]
 
 
-def scores_key(experiment: Experiment, manifest: str) -> str:
-    """Stands for all that a run's scores depend on.
+def scores_key(experiment: Experiment, manifest: Manifest) -> str:
+    """Stands for all that a run's scores depend on, and for the rows that they are of.
 
     Args:
         experiment: of the run.
-        manifest: hash of the state of the dataset that it is pinned to.
+        manifest: state of the dataset that it is pinned to.
     """
-    asked = experiment.evaluation.model_dump(mode="json", include={"split", "predictions", "clips", "baselines"})
-    return digest([VERSION, PER_CLIP, name_fields(experiment), ends(experiment), asked, manifest])
+    asked = experiment.evaluation.model_dump(mode="json", include={"split", "predictions", "clips"})
+    rows = list(rows_of(experiment, manifest.provenance))
+    return digest([VERSION, PER_CLIP, rows, name_fields(experiment), ends(experiment), asked, _data(manifest)])
+
+
+def _data(manifest: Manifest) -> Any:
+    """Stands for a dataset. Simulated clips are a function of their settings, but for rounding: their bytes depend on CPU and NumPy."""
+    if "simulator" not in manifest.provenance:
+        return manifest.hash
+    clips = {split: int(manifest.counts(split).sum()) for split in manifest.splits}
+    return [manifest.provenance, manifest.frames, [stream.model_dump() for stream in manifest.streams], clips]
 
 
 def read_scores(file: Path) -> dict[str, RunScores]:
@@ -92,11 +103,14 @@ def read_scores(file: Path) -> dict[str, RunScores]:
         return {}
     try:
         kept = json.loads(file.read_text())
-        values = {name: np.array(rows, dtype=np.float64) for name, rows in kept["values"].items()}
+        columns = {name: np.array(whole, dtype=np.float64) / 10**places for name, (places, whole) in kept["columns"].items()}
         return {
             key: RunScores(
                 **{about: one[about] for about in ABOUT},
-                rows={row: ClipScores(values[name], one["predictions"]) for row, name in one["rows"].items()},
+                rows={
+                    row: ClipScores(np.stack([columns[name] for name in names.split()], axis=1), one["predictions"])
+                    for row, names in one["rows"].items()
+                },
             )
             for key, one in kept["runs"].items()
         }
@@ -114,19 +128,31 @@ def read_all_scores(folder: Path) -> dict[str, RunScores]:
 
 
 def write_scores(file: Path, runs: Mapping[str, RunScores]) -> None:
-    """Write a file of runs by key. Rows that are equal, as an oracle's under every seed, are kept once."""
-    values: dict[str, list[list[float | None]]] = {}
+    """Write a file of runs by key. A metric's values are whole numbers and how many decimals they have; equal ones are kept once."""
+    columns: dict[str, tuple[int, list[int | None]]] = {}
     entries = {}
     for key, run in runs.items():
         rows = {}
         for row, scores in run.rows.items():
-            plain = [[None if np.isnan(value) else value for value in clip] for clip in scores.values.tolist()]
-            rows[row] = digest(plain)[:16]
-            values[rows[row]] = plain
+            kept = [_whole(column) for column in scores.values.T]
+            names = [digest(column)[:12] for column in kept]
+            columns |= zip(names, kept, strict=True)
+            rows[row] = " ".join(names)
         (predictions,) = {scores.predictions for scores in run.rows.values()}
         entries[key] = {**{about: getattr(run, about) for about in ABOUT}, "predictions": predictions, "rows": rows}
-    lines = ",\n".join(f'"{name}": {json.dumps(rows, separators=(",", ":"))}' for name, rows in values.items())
+    lines = ",\n".join(f'"{name}": {json.dumps(column, separators=(",", ":"))}' for name, column in columns.items())
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.part")
-    part.write_text(f'{{"metrics": {json.dumps(PER_CLIP)},\n"runs": {json.dumps(entries, indent=1)},\n"values": {{\n{lines}\n}}}}\n')
+    part.write_text(f'{{"metrics": {json.dumps(PER_CLIP)},\n"runs": {json.dumps(entries, indent=1)},\n"columns": {{\n{lines}\n}}}}\n')
     part.replace(file)
+
+
+def _decimals(column: np.ndarray) -> int:
+    """How many are kept of a metric's values: the same of these as of those that are already rounded."""
+    largest = np.abs(column[~np.isnan(column)]).max(initial=0.0)
+    return max(0, DIGITS - 1 - int(f"{largest:.{DIGITS - 1}e}".partition("e")[2]))
+
+
+def _whole(column: np.ndarray) -> tuple[int, list[int | None]]:
+    places = _decimals(column)
+    return places, [None if np.isnan(value) else round(value * 10**places) for value in column.tolist()]

@@ -121,8 +121,9 @@ def test_the_fields_that_names_always_stand_for_are_there() -> None:
 @pytest.mark.parametrize(("parts", "row"), [("offline", "recipe"), ("online", "recipe, online")])
 def test_the_first_row_of_the_parts_is_the_recipe_whose_scores_are_there(parts: str, row: str) -> None:
     files = {f"science/{parts}.yaml": "as it is", "science.yaml": row}
+    manifest = Manifest(kind="clips", frames=100, streams=[], targets={}, members=[], splits={})
     every = [
-        [scores_key(run.experiment, DATASET) for run in comparison_runs(Comparison.read(CONFIGS / file), []) if run.row == name]
+        [scores_key(run.experiment, manifest) for run in comparison_runs(Comparison.read(CONFIGS / file), []) if run.row == name]
         for file, name in files.items()
     ]
     assert every[0] == every[1] and len(every[0]) == 3

@@ -25,7 +25,7 @@ def parts_alive() -> int:
 
 @pytest.mark.usefixtures("local_ray")
 def test_the_driver_holds_no_part_while_parts_are_scored(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 40 parts two are scored; the others are there, and only counted."""
+    """Of 42 parts two are scored; the others are there, and only counted."""
     shutil.copytree(finished.parent.parent, tmp_path / "store")
     for row in ("mimic", "oracle"):
         next((tmp_path / "store/runs/tiny/evaluation").glob(f"*/{row}-0*.npz")).unlink()
@@ -38,7 +38,7 @@ def test_the_driver_holds_no_part_while_parts_are_scored(finished: Path, tmp_pat
 
     monkeypatch.setattr("cluster.evaluation.evaluate.map_tasks", recorded)
     scores = evaluate(run.experiment, run.store, run.latents(), run.diffusion(), lambda done, of: alive.append((done, of, parts_alive())))
-    assert [(done, of) for done, of, _ in alive] == [(done, 40) for done in range(1, 41)] and len(scores) == 20
+    assert [(done, of) for done, of, _ in alive] == [(done, 42) for done in range(1, 43)] and len(scores) == 21
     assert [row for row, _ in asked] == ["mimic", "oracle"], "no task is started for a part that is there"
     assert max(count for _, _, count in alive) == before
 
@@ -72,7 +72,7 @@ def test_a_process_is_started_opened_and_compiled_for_once_whatever_the_number_o
     evaluate(run.experiment, run.store, run.latents(), run.diffusion(), lambda done, of: None)
     processes = {process for process, _, _, _ in found}
     slots = int(ray.cluster_resources()["CPU"] / run.experiment.workers.cpus)
-    assert len(found) == 40 and len(processes) <= slots < len(found)
+    assert len(found) == 42 and len(processes) <= slots < len(found)
     assert sum(not opened for _, opened, _, _ in found) == len(processes), "models and ground truth are opened once in each"
     counts = {process: (compiled, loaded) for process, _, compiled, loaded in found}
     assert len({(process, compiled, loaded) for process, _, compiled, loaded in found}) == len(processes), "nothing later"

@@ -5,8 +5,9 @@ import re
 import numpy as np
 import pytest
 
+from cluster.evaluation.rows import CUT
 from cluster.studies.comparison_pairs import independent_groups, pairs_markdown, row_difference
-from cluster.studies.comparison_table import TableRow
+from cluster.studies.comparison_table import TableRow, beside
 from cluster.studies.kept_scores import ClipScores
 from reactdiff.data.keyed import generator
 from reactdiff.metrics.partial import PER_CLIP
@@ -66,6 +67,15 @@ def test_only_seeds_that_both_have_are_compared() -> None:
     assert row_difference(row(0.2, "better", (0, 1)), row(0.0, "worse", (1, 2)), "FRCorr", ALONE) == (
         row_difference(row(0.2, "better", (1,)), row(0.0, "worse", (1,)), "FRCorr", ALONE)
     )
+
+
+def test_draws_with_units_cut_are_compared_with_draws_with_units_cut() -> None:
+    rows = {"better": row(0.2, "better"), "base": row(0.0, "worse")}
+    cut = {beside(CUT, "better"): row(0.3, "cut"), beside(CUT, "base"): row(0.4, "cut base")}
+    lines = dict(line.removeprefix("| ").split(" | ", 1) for line in pairs_markdown(rows | cut, ["base"], ALONE).splitlines()[2:])
+    assert list(lines) == ["better", "base", *cut]
+    assert lines["better"].startswith("**+0.") and lines[beside(CUT, "better")].startswith("**-0."), "each from its own kind"
+    assert lines[beside(CUT, "base")].strip(" |") == lines["base"].strip(" |") == "", "with itself nothing is compared"
 
 
 def test_the_table_has_models_alone_and_marks_what_excludes_0() -> None:

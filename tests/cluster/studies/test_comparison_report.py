@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from cluster.evaluation.rows import CUT
 from cluster.storage import open_store
 from cluster.studies.comparison_report import comparison_report, write_comparison_report
-from cluster.studies.comparison_table import TableRow
+from cluster.studies.comparison_table import TableRow, beside
 from reactdiff.data.synthetic.oracles import frontier_names
 from tests.cluster.studies.test_comparison_table import scored
 from tests.cluster.support.html import assert_asks_for_nothing
@@ -18,6 +19,8 @@ def test_the_page_has_the_table_the_models_and_the_oracles_between_which_they_li
     assert page.count("<svg") == 1 and "<td>a&lt;b&gt;</td>" in page and "share of frontier" in page
     figure = page[page.index("<svg") : page.index("</svg>")]
     assert "a&lt;b&gt;" in figure and ">oracle<" in figure and "oracle mean of 2" not in figure, "of a curve the single draws are named"
+    cut = comparison_report("mine", models | oracles | {beside(CUT, "online"): TableRow({1: scored(1, 0.6)}, 50)})
+    assert CUT in cut and CUT not in cut[cut.index("<svg") : cut.index("</svg>")], "the picture has the draws as they are"
     alone = comparison_report("mine", models)
     assert alone.count('id="line2d') == page.count('id="line2d') - 2, "without its oracles there is neither a curve nor a point"
     url = write_comparison_report(open_store(str(tmp_path)), "mine", models)
