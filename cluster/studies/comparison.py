@@ -35,9 +35,6 @@ from cluster.telemetry.display import Display
 from reactdiff.config import ENCODING, STAGES
 from reactdiff.stage import flops_per_item, stages_of
 
-DRAWING = tuple(name for name in SAMPLING if name not in ("autoguidance", "weak_progress", "ema_length"))
-"""What rows may differ in and share a run: how its one export draws. Others draw with exports that the run makes for itself."""
-
 
 class Comparison(Spec):
     """The keys of a comparison's file."""
@@ -105,7 +102,7 @@ def comparison_runs(comparison: Comparison, overrides: Sequence[str]) -> list[Co
 
 def _training(experiment: Experiment) -> str:
     """Stands for everything that trained weights depend on."""
-    drawing = {f"diffusion.{name}" for name in DRAWING}
+    drawing = {f"diffusion.{name}" for name in SAMPLING}
     fields = {name: value for name, value in name_fields(experiment).items() if name not in drawing}
     return digest([fields, ends(experiment), experiment.data.url])
 
@@ -113,7 +110,7 @@ def _training(experiment: Experiment) -> str:
 def _drawn(experiment: Experiment, trained: Experiment) -> tuple[str, ...]:
     """The `key=value` texts by which a run of one experiment is asked to draw as another one would."""
     asked, was = (one.diffusion.model_dump(mode="json") for one in (experiment, trained))
-    return tuple(assignments({f"diffusion.{name}": asked[name] for name in DRAWING if asked[name] != was[name]}))
+    return tuple(assignments({f"diffusion.{name}": asked[name] for name in SAMPLING if asked[name] != was[name]}))
 
 
 def _with(experiment: Experiment, **run: str) -> Experiment:
@@ -154,12 +151,12 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display, 
     lent = {run.experiment.run.autoencoder for run, key in zip(every, keys, strict=True) if key not in there}
     mine: dict[str, RunScores] = {}
     finished = set[str]()
-    rows: dict[str, TableRow] = {}
-    for number, (run, key) in enumerate(zip(every, keys, strict=True)):
+    for number, place in enumerate(in_turn(every), start=1):
+        run, key = every[place], keys[place]
         experiment, seed = run.experiment, run.experiment.seed
         where = f"; its scores are in {kept.parent}" if key in there else ""
         drawn = f", drawn with {' '.join(run.drawn)}" if run.drawn else ""
-        display.say(f"{number + 1} of {len(every)}: {run.row}, seed {seed}, run {run.trained.run.name}{drawn}{where}")
+        display.say(f"{number} of {len(every)}: {run.row}, seed {seed}, run {run.trained.run.name}{drawn}{where}")
         if key in there:
             if experiment.run.name in lent:
                 execute(run.trained, pin(run.trained, comparison.name), STEPS[:1], display)
@@ -168,16 +165,31 @@ def compare(comparison: Comparison, overrides: Sequence[str], display: Display, 
                 execute(run.trained, pin(run.trained, comparison.name), STEPS, display)
                 finished.add(run.trained.run.name)
             there[key] = run.scores(display)
-        found = mine[key] = replace(there[key], name=f"{run.row}, seed {seed}")
+        mine[key] = replace(there[key], name=f"{run.row}, seed {seed}")
         if keep and key not in here:  # at once, so that who is interrupted after an hour has an hour's scores
             write_scores(kept, here | mine)
-        for name, scores in found.rows.items():
-            label = run.row if name == MODEL else beside(name, run.row) if name in (CUT, WRONG, UNTRAINED) else name
-            sizes = (found.parameters, found.gflop, found.tflop) if name == MODEL else None
-            row = rows.setdefault(label, TableRow({}, chunk_of(experiment.model) if name in (MODEL, CUT) else None, sizes))
-            row.seeds[seed] = scores  # baselines are the same whichever row they stand beside
+    mine = {key: mine[key] for key in keys}
     if keep:
         write_scores(kept, mine)
+    return _table(every, [mine[key] for key in keys])
+
+
+def in_turn(every: Sequence[ComparisonRun]) -> list[int]:
+    """Places of the runs in the order in which they are made: those of a longer first stage wait for all seeds of the others.
+
+    Rows that share an autoencoder have first stages of one length, so that it is still trained before it is taken.
+    """
+    return sorted(range(len(every)), key=lambda place: every[place].experiment.optim.epochs["autoencoder"])
+
+
+def _table(every: Sequence[ComparisonRun], found: Sequence[RunScores]) -> dict[str, TableRow]:
+    rows: dict[str, TableRow] = {}
+    for run, scored in zip(every, found, strict=True):
+        for name, scores in scored.rows.items():
+            label = run.row if name == MODEL else beside(name, run.row) if name in (CUT, WRONG, UNTRAINED) else name
+            sizes = (scored.parameters, scored.gflop, scored.tflop) if name == MODEL else None
+            row = rows.setdefault(label, TableRow({}, chunk_of(run.experiment.model) if name in (MODEL, CUT) else None, sizes))
+            row.seeds[run.experiment.seed] = scores  # baselines are the same whichever row they stand beside
     return rows
 
 

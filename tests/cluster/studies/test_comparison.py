@@ -3,7 +3,7 @@
 import pytest
 
 from cluster.config.loading import ConfigError
-from cluster.studies.comparison import Comparison, comparison_runs
+from cluster.studies.comparison import Comparison, comparison_runs, in_turn
 
 ROWS = {
     "first": {},
@@ -41,15 +41,28 @@ def test_rows_that_draw_in_another_way_are_drawn_from_the_run_of_the_first_that_
         "longer": {"diffusion.sampler": "dpm++", "optim.epochs.diffusion": 300},
         "weighted": {"diffusion.weighting": "min-snr"},
         "on test": {"evaluation.split": "test"},
+        "long": {"diffusion.ema_length": 0.1},
+        "guided": {"diffusion.autoguidance": 2.0, "diffusion.weak_progress": 100},
     }
+    rows |= {row: {"diffusion.ema_every": 100, **keys} for row, keys in rows.items()}
     found = {run.row: run for run in comparison_runs(comparison(rows=rows, seeds=[3]), [])}
     assert {row: run.trained.run.name == run.experiment.run.name for row, run in found.items()} == {
         **{"first": True, "dpm": False},
-        **{"longer": True, "weighted": True, "on test": False},
+        **{"longer": True, "weighted": True, "on test": False, "long": False, "guided": False},
     }
     assert found["dpm"].trained == found["first"].experiment and found["first"].drawn == found["longer"].drawn == ()
     assert found["on test"].trained == found["first"].experiment != found["on test"].experiment and found["on test"].drawn == ()
+    assert found["guided"].trained == found["long"].trained == found["first"].experiment, "averages and weaker exports are made afterwards"
+    assert found["guided"].drawn == ("diffusion.autoguidance=2.0", "diffusion.weak_progress=100")
     assert found["dpm"].drawn == ('diffusion.sampler="dpm++"', "diffusion.sampling_steps=5")
+
+
+def test_long_runs_come_after_all_seeds_of_the_others_and_an_autoencoder_before_who_takes_it() -> None:
+    rows = {"long": {"optim.epochs": 300, "optim.batch.autoencoder": 7}, "first": {}, "taker": {"diffusion.prediction": "v"}}
+    every = comparison_runs(comparison(rows=rows), [])
+    made = [(every[place].row, every[place].experiment.seed) for place in in_turn(every)]
+    assert made == [("first", 3), ("taker", 3), ("first", 4), ("taker", 4), ("long", 3), ("long", 4)]
+    assert every[in_turn(every)[1]].experiment.run.autoencoder == every[in_turn(every)[0]].experiment.run.name
 
 
 def test_a_wrong_key_and_rows_that_are_one_run_are_refused_before_anything_starts() -> None:
