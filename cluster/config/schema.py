@@ -211,6 +211,11 @@ class Experiment(Branch):
             raise ValueError("diffusion.history=clean needs an online transformer: set model.online=true model.denoiser=transformer")
         if self.diffusion.smoothing and self.model.denoiser != "transformer":
             raise ValueError("diffusion.smoothing is about tokens and chunks of a transformer: set model.denoiser=transformer")
+        if self.diffusion.smoothing and self.model.patch == 1 and not self.model.online:
+            raise ValueError(
+                f"diffusion.smoothing is {self.diffusion.smoothing}, but tokens of one frame (model.patch=1) that are drawn all at once "
+                "(model.online=false) meet nowhere: set diffusion.smoothing=0"
+            )
         unused = [f"diffusion.{name}={value}" for name, value in Diffusion() if value != getattr(self.diffusion, name)]
         if self.model.family == "trans-vae" and unused:
             raise ValueError(

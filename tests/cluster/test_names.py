@@ -12,7 +12,6 @@ from cluster.config.spec import Spec
 from cluster.data.manifest import Manifest
 from cluster.driver.pin import run_name
 from cluster.studies.comparison import Comparison, comparison_runs
-from cluster.studies.kept_scores import scores_key
 from cluster.studies.sweep import OpenSweep, Sweep
 from reactdiff.config import Model, Optim, field
 from tests.tiny import ROOT
@@ -118,15 +117,32 @@ def test_the_fields_that_names_always_stand_for_are_there() -> None:
     assert there >= ORIGINAL_FIELDS, "a field that goes renames every run"
 
 
-@pytest.mark.parametrize(("parts", "row"), [("offline", "recipe"), ("online", "recipe, online")])
-def test_the_first_row_of_the_parts_is_the_recipe_whose_scores_are_there(parts: str, row: str) -> None:
-    files = {f"science/{parts}.yaml": "as it is", "science.yaml": row}
-    manifest = Manifest(kind="clips", frames=100, streams=[], targets={}, members=[], splits={})
-    every = [
-        [scores_key(run.experiment, manifest) for run in comparison_runs(Comparison.read(CONFIGS / file), []) if run.row == name]
-        for file, name in files.items()
-    ]
-    assert every[0] == every[1] and len(every[0]) == 3
+@pytest.mark.parametrize(
+    ("parts", "row", "same"),
+    [
+        ("offline", "as it is", "recipe"),
+        ("online", "as it is", "recipe, online"),
+        ("online", "transformer, x0, online", "transformer, x0, online"),
+    ],
+)
+def test_what_the_parts_begin_with_is_trained_as_its_row_of_the_comparison_and_scored_on_val(parts: str, row: str, same: str) -> None:
+    found = []
+    for file, name in ((f"science/{parts}.yaml", row), ("science.yaml", same)):
+        runs = [run.experiment for run in comparison_runs(Comparison.read(CONFIGS / file), []) if run.row == name]
+        found.append([(name_fields(run) | {"diffusion.ema_every": 0}, ends(run)) for run in runs])
+        assert len(runs) == 3 and {run.evaluation.split for run in runs} == {"test" if file == "science.yaml" else "val"}
+    assert found[0] == found[1]
+
+
+def test_parts_that_only_draw_in_another_way_or_share_an_autoencoder_are_not_trained_for_it() -> None:
+    offline, online = (comparison_runs(Comparison.read(CONFIGS / f"science/{parts}.yaml"), []) for parts in ("offline", "online"))
+    first = offline[0].trained
+    drawn = [run.row for run in offline if run.trained == first]
+    assert len(drawn) == 12 and {"DDIM", "averages of length 0.20", "guided by an earlier state, 2"} < set(drawn)
+    owners = {run.row: run.experiment.run.name for run in online if run.experiment.seed == 0}
+    taken = {run.row: run.experiment.run.autoencoder for run in online if run.experiment.seed == 0}
+    assert taken["and squared errors"] == taken["and variance 1"] == owners["transformer, x0, online"]
+    assert taken["and chunks of 10"] == owners["latents"] and taken["and attributes instead of latents"] == ""
 
 
 @pytest.mark.parametrize(("best", "row"), [("best-offline", "recipe"), ("best-online", "recipe, online")])

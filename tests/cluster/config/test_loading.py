@@ -69,6 +69,7 @@ def test_identity_changes_with_science_and_not_with_placement() -> None:
         ("model.denoiser=transformer model.online=true model.chunk=10 model.patch=4", "must divide the 10 frames"),
         ("model.denoiser=transformer model.patch=5 model.lags=[7]", r"must be multiples of model\.patch=5"),
         ("diffusion.smoothing=0.6", r"of a transformer: set model\.denoiser=transformer"),
+        ("model.denoiser=transformer diffusion.smoothing=0.6", r"tokens of one frame .* meet nowhere: set diffusion\.smoothing=0"),
         ("model.denoiser=transformer diffusion.history=clean", r"set model\.online=true"),
         ("diffusion.history_swap=0.1", r"only a clean history has: set diffusion\.history=clean"),
         ("diffusion.hidden_streams=[mfcc]", r"always heard all streams cannot do without one: set diffusion\.stream_dropout"),
