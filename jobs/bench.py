@@ -424,7 +424,7 @@ def oracles(arguments: argparse.Namespace) -> int:
     if arguments.write:
         assert_marked(arguments.write, ORACLES_MARK)
     with Display() as display:
-        rows = score_oracles(DYADS, "test", Evaluation().predictions, (0, WINDOW), display.counter("oracles", "items"))
+        rows = score_oracles(DYADS, "test", Evaluation().predictions, (0, WINDOW, 10), display.counter("oracles", "items"))
     _say_table(markdown(rows), arguments.write, ORACLES_MARK)
     return 0
 

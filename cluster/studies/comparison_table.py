@@ -2,19 +2,16 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
 from cluster.evaluation.rows import RANDOM, retrieval_name
 from cluster.studies.kept_scores import ClipScores
-from reactdiff.clip import WINDOW
 from reactdiff.data.synthetic.oracles import frontier_names, oracle_name
 from reactdiff.metrics.frontier import frontier_share, share_interval
 from reactdiff.metrics.partial import ROUGHNESS
 from reactdiff.metrics.report import gap_closed, largest
 
-ORACLES = (oracle_name(), oracle_name(WINDOW))
 FRONTIER = ("FRCorr", "FRDiv")
 
 
@@ -84,8 +81,9 @@ def cells(rows: Mapping[str, TableRow]) -> tuple[list[str], dict[str, list[str]]
         size = rows[name].size
         return f"{size[place]:,}" if size and place == 0 else f"{size[place]:.3g}" if size else ""
 
-    def way(oracle: str, name: str) -> str:
-        return f"{gap_closed(means[name], means[RANDOM], means[oracle]):.0%}"
+    def way(name: str) -> str:
+        oracle = oracle_name(rows[name].chunk or 0)
+        return f"{gap_closed(means[name], means[RANDOM], means[oracle]):.0%}" if {RANDOM, oracle} <= rows.keys() else ""
 
     columns: dict[str, Callable[[str], str]] = {
         "FRCorr ↑": lambda name: spread(name, lambda one: one["FRCorr"]),
@@ -94,7 +92,7 @@ def cells(rows: Mapping[str, TableRow]) -> tuple[list[str], dict[str, list[str]]
         "95 %": lambda name: interval(name, "EnergyScore", 3),
         "per frame ↓": lambda name: spread(name, lambda one: one["EnergyScore_frame"], 4),
         "share of frontier (95 %)": share,
-        **{f"way to {oracle}": partial(way, oracle) for oracle in ORACLES if RANDOM in rows and oracle in rows},
+        "way to oracle": way,
         "FRCorr of mean": lambda name: spread(name, lambda one: one["FRCorr_of_mean"]),
         "without mouth": lambda name: spread(name, lambda one: one["FRCorr_no_mouth"]),
         "FRDist ↓": lambda name: spread(name, lambda one: one["FRDist"]),

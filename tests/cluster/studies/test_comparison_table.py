@@ -48,7 +48,10 @@ def test_the_table_says_how_far_each_row_has_come_between_random_listener_and_or
 
 def test_a_model_is_compared_with_the_frontier_of_oracles_of_its_own_chunk() -> None:
     rows = {name: TableRow({1: scored(1, noise)}) for name, noise in zip(frontier_names(50), (0.5, 0.4, 0.3, 0.2, 0.1), strict=True)}
-    _, cells = table(online=TableRow({1: scored(1, 0.5)}, 50), offline=TableRow({1: scored(1, 0.5)}, 0), **rows)
+    best = {"oracle": TableRow({1: scored(1, 0.1)}), "random_listener": TableRow({1: scored(1, 3.0)})}
+    _, cells = table(online=TableRow({1: scored(1, 0.5)}, 50), offline=TableRow({1: scored(1, 0.5)}, 0), **rows | best)
+    assert cells["online"]["way to oracle"] == "100%" != cells["offline"]["way to oracle"], "nor with an oracle that hears earlier"
+    assert cells["online oracle 50"]["way to oracle"] == cells["offline"]["way to oracle"]
     assert cells["online"]["share of frontier (95 %)"] == "100% (100% .. 100%)", "it is the frontier's own first point"
     assert cells["offline"]["share of frontier (95 %)"] == ""
 
