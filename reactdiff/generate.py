@@ -32,7 +32,9 @@ class Reactor:
         direct = self.diffusion is not None and self.diffusion.direct
         return tuple(name for name in self.codec.inputs if not (direct and name in TARGETS))
 
-    def react(self, speakers: np.ndarray, items: list[Item], count: int, seed: int) -> dict[str, np.ndarray]:
+    def react(
+        self, speakers: np.ndarray, items: list[Item], count: int, seed: int, listeners: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         """Several reactions to each speaker; which ones depends on (seed, clip, direction, k) alone.
 
         Args:
@@ -40,16 +42,18 @@ class Reactor:
             items: of each.
             count: K, reactions to each.
             seed: keys the noise.
+            listeners: raw latents of the real listeners, of the same shape, as `LatentDiffusion.sample` has it.
 
         Returns:
             `attributes` (items, K, frames, 25) and, but from PerFRDiff and BeLFusion, `coefficients` (items, K, frames, 58), float32.
         """
         latents = torch.from_numpy(speakers).float().to(self.codec.device)
+        real = None if listeners is None else torch.from_numpy(listeners).float().to(self.codec.device)
         if self.diffusion is None:
             assert isinstance(self.codec, TransVAE)
             reactions = self.codec.react(latents, self._posterior(items, count, seed))
             return {name: reaction.float().cpu().numpy() for name, reaction in reactions.items()}
-        return self.decode(self.diffusion.sample(latents, self._noise(items, count, seed, windows_of(speakers.shape[1]))))
+        return self.decode(self.diffusion.sample(latents, self._noise(items, count, seed, windows_of(speakers.shape[1])), real))
 
     @torch.no_grad()
     def decode(self, drawn: Tensor) -> dict[str, np.ndarray]:

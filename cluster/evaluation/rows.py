@@ -29,6 +29,7 @@ MODEL = "model"
 CUT = "units cut at 0.5"
 WRONG = "wrong speaker"
 UNTRAINED = "untrained"
+REAL_PAST = "under the real past"
 RANDOM = "random listener"
 
 RECORDINGS = 400
@@ -70,20 +71,20 @@ class RowInputs(GroundTruth):
         others = np.flatnonzero(~self.matrix[item] & ~self.matrix[:, item])
         return int(generator("stranger", self.plan.experiment.seed, *self.key(item)).choice(others)) if others.size else item
 
-    def speaker_latent(self, item: int) -> np.ndarray:
-        """The encoded speaker, (frames, latent)."""
+    def latent(self, item: int, role: int) -> np.ndarray:
+        """The encoded speaker (role 0) or real listener (1), (frames, latent)."""
         clip, direction = self.clip_and_direction(item)
-        speaker = speaker_listener(direction)[0]
+        person = speaker_listener(direction)[role]
         if clip in self._corrupt:  # nothing is scored on zeros: the source is whole by now, or this raises
-            return encode_clip(self.trained.codec, self.reader, clip)[speaker]
-        parts = [(speaker, part) for part in self.plan.latents.parts]
+            return encode_clip(self.trained.codec, self.reader, clip)[person]
+        parts = [(person, part) for part in self.plan.latents.parts]
         read = self._latents.read(clip, parts).arrays
         return np.concatenate([read[part] for part in parts], axis=-1)
 
-    def react(self, reactor: Reactor, speakers: list[int], items: range) -> np.ndarray:
+    def react(self, reactor: Reactor, speakers: list[int], items: range, listeners: np.ndarray | None = None) -> np.ndarray:
         """Reactions to the speakers of other or the same items, drawn with the noise of these, (items, K, frames, 25)."""
-        latents = np.stack([self.speaker_latent(speaker) for speaker in speakers])
-        return reactor.react(latents, self.keys(items), self.plan.predictions, self.plan.experiment.seed)["attributes"]
+        latents = np.stack([self.latent(speaker, 0) for speaker in speakers])
+        return reactor.react(latents, self.keys(items), self.plan.predictions, self.plan.experiment.seed, listeners)["attributes"]
 
 
 def _heard(reactor: Reactor) -> Reactor:
@@ -111,6 +112,10 @@ def _cut(inputs: RowInputs, items: range) -> np.ndarray:
 
 def _wrong_speaker(inputs: RowInputs, items: range) -> np.ndarray:
     return inputs.react(inputs.trained, [inputs.stranger(item) for item in items], items)
+
+
+def _under_real_past(inputs: RowInputs, items: range) -> np.ndarray:
+    return inputs.react(inputs.trained, list(items), items, np.stack([inputs.latent(item, 1) for item in items]))
 
 
 def _untrained(inputs: RowInputs, items: range) -> np.ndarray:
@@ -169,6 +174,8 @@ def rows_of(experiment: Experiment, provenance: Mapping[str, Any]) -> dict[str, 
     """
     rows: dict[str, Draw] = {MODEL: _model, CUT: _cut}  # real units are 0 or 1; a decoder's or denoiser's are not quite
     if experiment.evaluation.baselines:
+        if experiment.model.online and experiment.model.denoiser == "transformer":
+            rows[REAL_PAST] = _under_real_past
         rows |= BASELINES | {retrieval_name(chunk_of(experiment.model)): _retrieval}
         if "simulator" in provenance:
             rows |= {name: _oracle(knows) for name, knows in ladder(chunk_of(experiment.model)).items()}

@@ -25,7 +25,7 @@ from cluster.driver.run import STEPS, check_run, execute
 from cluster.evaluation.evaluate import evaluate
 from cluster.evaluation.ground_truth import of_first_clips
 from cluster.evaluation.plan import plan_evaluation
-from cluster.evaluation.rows import CUT, MODEL, UNTRAINED, WRONG, chunk_of, rows_of
+from cluster.evaluation.rows import CUT, MODEL, REAL_PAST, UNTRAINED, WRONG, chunk_of, rows_of
 from cluster.runs.saved import SAMPLING, SavedRun, open_run
 from cluster.storage import open_store
 from cluster.studies.comparison_pairs import independent_groups
@@ -34,6 +34,9 @@ from cluster.studies.kept_scores import ClipScores, RunScores, read_all_scores, 
 from cluster.telemetry.display import Display
 from reactdiff.config import ENCODING, STAGES
 from reactdiff.stage import flops_per_item, stages_of
+
+OF_A_MODEL = (CUT, REAL_PAST, WRONG, UNTRAINED)
+"""Rows beside a model that are of it alone; others are the same whichever model they stand beside."""
 
 
 class Comparison(Spec):
@@ -186,7 +189,7 @@ def _table(every: Sequence[ComparisonRun], found: Sequence[RunScores]) -> dict[s
     rows: dict[str, TableRow] = {}
     for run, scored in zip(every, found, strict=True):
         for name, scores in scored.rows.items():
-            label = run.row if name == MODEL else beside(name, run.row) if name in (CUT, WRONG, UNTRAINED) else name
+            label = run.row if name == MODEL else beside(name, run.row) if name in OF_A_MODEL else name
             sizes = (scored.parameters, scored.gflop, scored.tflop) if name == MODEL else None
             row = rows.setdefault(label, TableRow({}, chunk_of(run.experiment.model) if name in (MODEL, CUT) else None, sizes))
             row.seeds[run.experiment.seed] = scores  # baselines are the same whichever row they stand beside

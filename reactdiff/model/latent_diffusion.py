@@ -102,7 +102,7 @@ class LatentDiffusion(Scaled):
         Returns:
             (items,); an empty batch has an empty loss, through which zeros flow back.
         """
-        clean = self._chunks(self.normalise(self._whole(batch, "listener")[..., : self.target]))
+        clean = self._finished(self._whole(batch, "listener"))
         heard, times = self._heard(self._whole(batch, "speaker")), batch["times"]
         if "hears" in batch:
             hears = batch["hears"][:, :1] if self.joint else batch["hears"]  # all chunks of a clip see each other
@@ -138,7 +138,7 @@ class LatentDiffusion(Scaled):
         Returns:
             Raw encodings of the listener, (items, frames, target).
         """
-        clean = self._chunks(self.normalise(listener[..., : self.target]))
+        clean = self._finished(listener)
         times = torch.full(clean.shape[:2], time, device=clean.device)
         noisy = self.process.q_sample(clean, self._chunks(noise.flatten(1, 2)), times)
         history = clean if self.clean_history else None
@@ -146,12 +146,14 @@ class LatentDiffusion(Scaled):
         return self.denormalise(self.process.clean(noisy, prediction, times).clamp(*self.limits(self.target)).flatten(1, 2))
 
     @torch.no_grad()
-    def sample(self, speaker: Tensor, noise: Noise) -> Tensor:
+    def sample(self, speaker: Tensor, noise: Noise, listener: Tensor | None = None) -> Tensor:
         """K reactions to each speaker, all denoised in one batch under one encoding of the condition.
 
         Args:
             speaker: raw encodings (batch, frames, encoding).
             noise: number of the draw -> (batch, K, windows, 50, target), standard normal; only DDPM asks for more than number 0.
+            listener: raw encodings of real listeners, (batch, frames, encoding), under whose past an online transformer draws each chunk,
+                as in training, and not under what it has drawn before (teacher forcing).
 
         Returns:
             Raw encodings of the listener, (batch, K, frames, target).
@@ -164,12 +166,14 @@ class LatentDiffusion(Scaled):
 
         if self.online and self.joint:
             past, made = tuple[Past, ...](), []
+            real = None if listener is None else self._finished(listener).repeat_interleave(samples, dim=0)
             for chunk in range(heard.shape[1]):
                 one = slice(chunk, chunk + 1)
-                clean, past = self._draw(heard[:, one], partial(start, chunks=one), past)
+                clean, past = self._draw(heard[:, one], partial(start, chunks=one), past, None if real is None else real[:, one])
                 made.append(clean)
             clean = torch.cat(made, dim=1)
         else:
+            assert listener is None, "only online transformers have a past"
             clean, _ = self._draw(heard, start, ())
         return self.denormalise(clean.reshape(batch, samples, windows * WINDOW, -1))
 
@@ -196,8 +200,13 @@ class LatentDiffusion(Scaled):
         heard = self.normalise(speaker[..., self._told :], self._told, (now.chunk - 1) * self.chunk)
         return Conversation(now.chunk, self._without_hidden(heard), now.past)
 
-    def _draw(self, heard: Tensor, noise: Noise, past: tuple[Past, ...]) -> tuple[Tensor, tuple[Past, ...]]:
-        """Clean chunks (batch, chunks, frames, target) under heard ones (batch, chunks, frames, features), and the past after them."""
+    def _draw(
+        self, heard: Tensor, noise: Noise, past: tuple[Past, ...], real: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Past, ...]]:
+        """Clean chunks (batch, chunks, frames, target) under heard ones (batch, chunks, frames, features), and the past after them.
+
+        The past is of what was drawn, or of what is `real`, of the same shape.
+        """
         guided, networks = self.guidance != 1, (self, *self.weaker)
         asked = torch.cat((heard, torch.zeros_like(heard))) if guided else heard
         known = [(one, one._condition(asked), then) for one, then in zip(networks, past or (Past(),) * len(networks), strict=True)]
@@ -223,13 +232,18 @@ class LatentDiffusion(Scaled):
             frames = smooth(clean.flatten(1, 2), before, every, self.smoothing)
             clean = frames.clamp(*self.limits(self.target)).view_as(clean)
         if self.joint and self.online:
-            past = tuple(one._remember(twice(clean), condition, then) for one, condition, then in known)
+            finished = clean if real is None else real
+            past = tuple(one._remember(twice(finished), condition, then) for one, condition, then in known)
         return clean, past
 
     def _remember(self, clean: Tensor, condition: Tensor, past: Past) -> Past:
         """The past after chunks that are finished."""
         assert isinstance(self.denoiser, FrameTransformer)
         return self.denoiser.remember(clean.to(self._dtype), condition, past)
+
+    def _finished(self, listener: Tensor) -> Tensor:
+        """Raw encodings of listeners (items, frames, encoding) to normalised chunks (items, chunks, frames, target)."""
+        return self._chunks(self.normalise(listener[..., : self.target]))
 
     def _heard(self, speaker: Tensor) -> Tensor:
         """What each chunk may know of the speaker: raw encodings (items, frames, encoding) to (items, chunks, frames, features)."""

@@ -216,6 +216,20 @@ def test_a_swapped_history_is_of_other_moments_and_never_of_later_ones() -> None
         assert (places <= torch.arange(10.0)).all()
 
 
+def test_under_the_past_that_it_drew_itself_a_model_draws_the_same_and_under_another_one_only_what_follows_differs() -> None:
+    model = WIDE.model_copy(update=FULL)
+    module = randomise(LatentDiffusion(model, config.Diffusion(prediction="x0", sampling_steps=3, history="clean", smoothing=0.6), 100))
+    torch.manual_seed(0)
+    speaker, draws = torch.randn(1, 100, model.latent), torch.randn(1, 1, 2, WINDOW, model.latent)
+    drawn = module.sample(speaker, lambda _: draws)
+    torch.testing.assert_close(module.sample(speaker, lambda _: draws, drawn[:, 0]), drawn)
+    real = drawn[:, 0].clone()
+    real[:, 30:40] += 1
+    other = module.sample(speaker, lambda _: draws, real)
+    assert torch.equal(other[:, :, :40], module.sample(speaker, lambda _: draws, drawn[:, 0])[:, :, :40])
+    assert (other[:, :, 40:50] - drawn[:, :, 40:50]).abs().max() > 1e-3
+
+
 def test_samples_stay_in_the_range_of_the_training_set_where_the_scale_is_its_variance() -> None:
     _, module = direct()
     low, high = torch.zeros(100, 126), torch.ones(100, 126)
