@@ -68,8 +68,8 @@ def test_a_live_listener_reacts_as_the_same_model_does_to_the_whole_clip(which: 
     model, streams = reactor(which), speaker()
     reactions, at_once = live(model, streams), whole(model, streams)
     assert reactions["attributes"].shape == (COUNT, FRAMES, 25)
-    for name, reaction in reactions.items():
-        np.testing.assert_allclose(reaction, at_once[name], rtol=1e-3, atol=1e-2)
+    for name, reaction in reactions.items():  # a decoder made loud magnifies what rounding leaves
+        np.testing.assert_allclose(reaction, at_once[name], rtol=0, atol=1e-5 * np.abs(at_once[name]).max())
 
 
 @pytest.mark.parametrize("which", ["unet", "attributes in chunks", "latents in chunks"])
@@ -78,7 +78,8 @@ def test_any_number_of_frames_can_be_heard_at_a_time(which: str) -> None:
     regular, irregular = live(model, streams), live(model, streams, (1, 48, 2, 0, 99, 7, 43))
     frames = irregular["attributes"].shape[1]
     assert frames == (157 // model.diffusion.chunk + 1) * model.diffusion.chunk, "reactions to 157 frames, and those before anything"
-    np.testing.assert_allclose(irregular["attributes"], regular["attributes"][:, :frames], rtol=1e-5, atol=1e-4)
+    expected = regular["attributes"][:, :frames]
+    np.testing.assert_allclose(irregular["attributes"], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("which", MODELS)
