@@ -201,6 +201,11 @@ def test_a_test_that_runs_commands_exists(test: str) -> None:
     assert name in functions
 
 
+def test_scores_that_are_kept_are_small_enough_for_a_repository() -> None:
+    sizes = {file.name: file.stat().st_size for file in (ROOT / "docs" / "science").glob("*.json")}
+    assert [name for name, size in sizes.items() if size >= 1_000_000] == []
+
+
 def test_no_command_is_mapped_that_no_page_has() -> None:
     assert sorted(set(ELSEWHERE) - {command.text for command in COMMANDS}) == []
 
