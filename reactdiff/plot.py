@@ -151,12 +151,13 @@ def lags_png(profiles: Mapping[str, np.ndarray], piece: int, delays: tuple[float
     Args:
         profiles: name -> (2 pieces - 1,).
         piece: frames of a lag.
-        delays: in seconds, the shortest, the commonest and the longest after which a real listener's reaction begins.
+        delays: in seconds, the shortest, the commonest and the longest after which a real listener's reaction begins. It then lasts, and so
+            does a model's change: its curve has its height after the band's.
     """
     figure = Figure(figsize=(7.4, 3.2), layout="constrained")
     panel = figure.subplots()
     shortest, usual, longest = delays
-    panel.axvspan(shortest, longest, color="#eeeeee", label="where real reactions begin")
+    panel.axvspan(shortest, longest, color="#eeeeee", label="when real reactions begin")
     panel.axvline(usual, color=PALE, linewidth=1, linestyle=":", label="most of them")
     for (name, profile), colour in zip(profiles.items(), cycle(("#000000", *COLOURS[1:3], *COLOURS[5:])), strict=False):
         lags = (np.arange(len(profile)) - len(profile) // 2) * piece / FRAME_RATE
@@ -165,6 +166,7 @@ def lags_png(profiles: Mapping[str, np.ndarray], piece: int, delays: tuple[float
     panel.set_ylim(0, 1.05)
     panel.set_xlabel("seconds after a moment of the speaker that was replaced")
     panel.set_ylabel("change of the reaction")
+    panel.set_title("Curves: a reaction from its beginning to its end. Band: only when real ones begin.", loc="left", fontsize=9)
     panel.legend(frameon=False, fontsize=9)
     _quiet(panel)
     return _png(figure)
