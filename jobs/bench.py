@@ -33,7 +33,7 @@ from rich.table import Column, Table
 
 from cluster import cli
 from cluster.config.loading import load
-from cluster.config.paths import anchored
+from cluster.config.paths import absolute, anchored
 from cluster.config.schema import Experiment, Run
 from cluster.runtime.device import best_device
 from cluster.studies.marked_page import assert_marked, put_between
@@ -333,7 +333,7 @@ def metrics(arguments: argparse.Namespace) -> int:
 
 def science(arguments: argparse.Namespace) -> int:
     """What models reach."""
-    from cluster.data.demo import make_demo
+    from cluster.data.demo import DYADS, make_demo
     from cluster.storage import open_store
     from cluster.studies.comparison import Comparison, compare, comparison_runs, scored_groups
     from cluster.studies.comparison_pairs import pairs_markdown
@@ -352,8 +352,9 @@ def science(arguments: argparse.Namespace) -> int:
     with Display() as display:
         every = [run.experiment for run in comparison_runs(comparison, arguments.overrides)]
         others = {one.data.url for one in every if one.diffusion.other_target}
+        few = {absolute(url): train for url, train in comparison.dyads.items()}
         for url in dict.fromkeys(one.data.url for one in every):
-            make_demo(url, display, one_to_many=url in others)
+            make_demo(url, display, one_to_many=url in others, train=few.get(url, DYADS.clips["train"]))
         rows = compare(comparison, arguments.overrides, display, kept, keep=arguments.write is not None)
     _say_table(markdown(rows), arguments.write, MARK)
     if arguments.against:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from cluster.config.identity import digest, ends, identity, name_fields
 from cluster.config.loading import ConfigError
@@ -43,6 +43,7 @@ class Comparison(Spec):
     """The keys of a comparison's file."""
 
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="Every row is trained once with each.")
+    dyads: dict[str, PositiveInt] = Field({}, description="URL of a smaller demo that rows name -> its training clips.")
     rows: dict[str, dict[str, Any]] = Field(min_length=1, description="Name -> dotted keys of the experiment and their values.")
 
 
@@ -88,7 +89,8 @@ def comparison_runs(comparison: Comparison, overrides: Sequence[str]) -> list[Co
             key, training = _stage_1(experiment), _training(experiment)
             owner = owners.get(key, "") if stages_of(experiment.model) == STAGES else ""
             experiment = _with(experiment, autoencoder=owner)
-            experiment = _with(experiment, name=f"{comparison.name}-{digest(name_fields(experiment))[:8]}")
+            named_by = name_fields(experiment) | {key: value for key, value in keys.items() if key == "data.url"}
+            experiment = _with(experiment, name=f"{comparison.name}-{digest(named_by)[:8]}")
             if stages_of(experiment.model) == STAGES:
                 owners.setdefault(key, experiment.run.name)
             run = ComparisonRun(row, experiment, trained.setdefault(training, experiment))
@@ -127,7 +129,7 @@ def _stage_1(experiment: Experiment) -> str:
     optim = {name: value["autoencoder"] if isinstance(value, dict) else value for name, value in optim.items()}
     data = {name: value for name, value in fields.items() if name == "seed" or name.startswith("data.")}
     model = [fields[f"model.{name}"] for name in (*ENCODING, "init_from")]
-    return digest([optim, data, experiment.optim.epochs["autoencoder"], model])
+    return digest([optim, data, experiment.data.url, experiment.optim.epochs["autoencoder"], model])
 
 
 def compare(comparison: Comparison, overrides: Sequence[str], display: Display, kept: Path, keep: bool) -> dict[str, TableRow]:

@@ -65,6 +65,16 @@ def test_long_runs_come_after_all_seeds_of_the_others_and_an_autoencoder_before_
     assert every[in_turn(every)[1]].experiment.run.autoencoder == every[in_turn(every)[0]].experiment.run.name
 
 
+def test_rows_on_other_data_are_runs_of_their_own_and_take_no_autoencoder_of_other_clips() -> None:
+    few, fewer = {"data.url": "few"}, {"data.url": "fewer"}
+    rows = {"first": {}, "few": few, "fewer": fewer, "fewer, v": fewer | ROWS["other process"]}
+    found = {run.row: run.experiment for run in comparison_runs(comparison(rows=rows, seeds=[3]), [])}
+    assert len({one.run.name for one in found.values()}) == 4
+    assert found["first"].run.name == comparison_runs(comparison(rows={"first": {}}, seeds=[3]), [])[0].experiment.run.name
+    taken = {row: one.run.autoencoder for row, one in found.items()}
+    assert taken == {"first": "", "few": "", "fewer": "", "fewer, v": found["fewer"].run.name}
+
+
 def test_a_wrong_key_and_rows_that_are_one_run_are_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match="row 'longer' would be the same run as one before it"):
         comparison_runs(comparison(rows={"first": {}, "longer": {"optim.epochs.autoencoder": 300}}), [])
