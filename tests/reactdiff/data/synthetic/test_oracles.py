@@ -98,7 +98,11 @@ KNOWN = {
     **{"online oracle 50 told the turns": 2.08, "online oracle 25 told the turns": 2.57, "online oracle 10 told the turns": 2.90},
 }
 """FRCorr on the demo's test set, as another program found it."""
-IMAGINED = {"online oracle 50": (1.58, 1.64), "online oracle 25": (2.19, 2.31), "online oracle 10": (2.73, 2.77)}
+IMAGINED = {
+    **{"online oracle 50": (1.58, 1.64), "online oracle 25": (2.19, 2.31), "online oracle 10": (2.73, 2.77)},
+    **{"online oracle 50 mean of 2": (1.76, 1.86), "online oracle 50 mean of 4": (1.92, 1.99)},
+    **{"online oracle 10 mean of 2": (2.99, 2.99), "online oracle 10 mean of 4": (3.25, 3.25)},
+}
 """The same where turns to come are unknown, as two found it that imagine them differently."""
 
 
@@ -106,7 +110,8 @@ IMAGINED = {"online oracle 50": (1.58, 1.64), "online oracle 25": (2.19, 2.31), 
 def test_the_ladder_is_where_others_found_it():
     simulation = Simulation(seed=0, frames=200, clips={"test": 30})
     faces = np.stack([[face.attributes[:200] for face in dyad(simulation, "test", clip)] for clip in range(30)])
-    rungs = ladder() | {f"online oracle {chunk} told the turns": Oracle(chunk=chunk, told_turns=True) for chunk in CHUNKS}
+    rungs = ladder() | ladder(50) | ladder(10)
+    rungs |= {f"online oracle {chunk} told the turns": Oracle(chunk=chunk, told_turns=True) for chunk in CHUNKS}
     found, energy = dict.fromkeys((*KNOWN, *IMAGINED), 0.0), dict.fromkeys((*KNOWN, *IMAGINED), 0.0)
     for clip, direction in np.ndindex(30, 2):
         suits = [Reaction.of(real) for real in faces[clip // 4 * 4 : clip // 4 * 4 + 4, 1 - direction]]
@@ -119,3 +124,6 @@ def test_the_ladder_is_where_others_found_it():
         assert 0.94 * low < found[name] < 1.06 * high, name
     assert energy["oracle told the script"] < energy["oracle"] < energy["oracle mean of 2"] < energy["oracle mean of 4"]
     assert energy["oracle"] < energy["online oracle 10"] < energy["online oracle 25"] < energy["online oracle 50"]
+    for draws in ("online oracle 50", "online oracle 10"):
+        assert energy[draws] < energy[f"{draws} mean of 2"] < energy[f"{draws} mean of 4"]
+        assert found[draws] < found[f"{draws} mean of 2"] < found[f"{draws} mean of 4"], "FRCorr pays for averaging"
