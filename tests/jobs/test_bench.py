@@ -11,6 +11,8 @@ from jobs import bench
 from tests.tiny import call, job, settings
 
 ONLINE = {"model.online": True, "model.denoiser": "transformer", "model.width": 16, "model.layers": 1}
+DIRECT = {"model.space": "attributes", "model.denoiser": "transformer", "model.width": 16, "model.layers": 1}
+DIRECT |= {"diffusion.ema_every": 12, "optim.lr.diffusion": 1e-2}
 PLAIN = {"diffusion.prediction": "epsilon", "diffusion.sampling_steps": 20}
 """A family without a diffusion leaves its fields as they are."""
 
@@ -73,16 +75,24 @@ def test_science_trains_every_row_shares_autoencoders_writes_the_table_and_takes
         "perfrdiff": {"model.family": "perfrdiff", "model.online": True, "model.width": 16, "model.layers": 1},
         "belfusion": {"model.family": "belfusion", "model.latent": 1, "model.width": 16, "model.layers": 2},
         "trans-vae": {"model.family": "trans-vae", "model.width": 16, "model.layers": 1, **PLAIN},
+        "direct": DIRECT,
+        "direct, longer averages": {**DIRECT, "diffusion.ema_length": 0.1},
+        "direct, guided": {**DIRECT, "diffusion.autoguidance": 2.0, "diffusion.weak_progress": 24},
     }
     file, page = tmp_path / "compared.yaml", tmp_path / "page.md"
     overrides = {"evaluation.baselines": False, "evaluation.clips": 3}
     file.write_text(yaml.safe_dump({"name": "compared", "experiment": {}, "seeds": [0], "overrides": overrides, "rows": rows}))
-    page.write_text("before\n<!-- table -->\nyesterday\n<!-- table -->\nafter\n")
-    command = ["science", "--config", file, "--write", page, "--scores", tmp_path / "scores"]
+    page.write_text("before\n<!-- table -->\nyesterday\n<!-- table -->\nafter\n<!-- pairs -->\n<!-- pairs -->\n")
+    told = ["--against", "direct", "--picture", tmp_path / "made" / "frontier.png"]
+    command = ["science", "--config", file, "--write", page, *told, "--scores", tmp_path / "scores"]
     done = job("bench", *command, *settings(shards, tmp_path / "store"))
     assert done.stdout.count("stage autoencoder is that of run compared-") == 1
     text = page.read_text()
-    assert "yesterday" not in text and text.startswith("before\n<!-- table -->\n|") and text.endswith("|\n<!-- table -->\nafter\n")
+    assert "yesterday" not in text and text.startswith("before\n<!-- table -->\n|")
+    assert "|\n<!-- table -->\nafter\n<!-- pairs -->\n|" in text
+    pairs = text.partition("<!-- pairs -->")[2]
+    assert "| units cut at 0.5 (direct, guided) |" in pairs and "mimic" not in pairs, "models alone, and their draws with units cut"
+    assert (tmp_path / "made" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     for row in (
         *rows,
         "wrong speaker (first)",
@@ -94,9 +104,11 @@ def test_science_trains_every_row_shares_autoencoders_writes_the_table_and_takes
         "online oracle 50 mean of 4",
     ):
         assert f"| {row} |" in text
-    assert done.stdout.count("items, weights") == 8, "stages that were trained"
+    assert done.stdout.count("items, weights") == 9, "stages that were trained"
     kept = {run.name: run.rows["model"].values.tolist() for run in read_scores(tmp_path / "scores" / "compared.json").values()}
     assert kept["transformer, seed 0"] != kept["transformer, drawn otherwise, seed 0"], "of one run, and each has scores of its own"
+    drawn = [kept[f"{row}, seed 0"] for row in rows if row.startswith("direct")]
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0], "by weights that were averaged and exported afterwards"
     for store, scores in (("store", "none"), ("other store", "scores")):  # a run that is there, and scores of one that is nowhere
         again = job("bench", *command[:-1], tmp_path / scores, *settings(shards, tmp_path / store))
         assert page.read_text() == text and "items, weights" not in again.stdout, "nothing is trained twice"
