@@ -107,7 +107,7 @@ def bench_halving(
     full, full_cost = _swept(grid, [*overrides, *rungs, f"run.store={folder}/full"], say, show)
     halved, halved_cost = _swept(sweep, [*overrides, f"run.store={folder}/halved"], say, show)
     numbers = sorted(full.ledger.trials)
-    errors = {number: _errors(full, number, sweep.halving.rungs) for number in numbers}
+    errors = {number: _errors(full, number, sweep.halving) for number in numbers}
     scores = {number: _scores(full, number) for number in numbers}
     metric, mode = sweep.first_metric, sweep.metrics[sweep.first_metric]
     first = best_of(scores, numbers, metric, mode)
@@ -187,10 +187,10 @@ def _swept(sweep: Sweep, overrides: Sequence[str], say: Callable[[str], None], s
     return search, SweepCost(items, kept["seconds"], len(search.candidates()))
 
 
-def _errors(search: Search, number: int, rungs: Sequence[int]) -> Mapping[int, np.ndarray]:
+def _errors(search: Search, number: int, halving: Halving) -> Mapping[int, np.ndarray]:
     """Rung -> error of each item, as halving would see it of a trial that the ledger has no rungs of."""
     record = search.ledger.trials[number]
-    measured = [read_rung(search.opened.home.at(f"runs/{record.run}"), items) for items in rungs]
+    measured = [read_rung(search.opened.home.at(f"runs/{record.run}"), items, halving.clips) for items in halving.rungs]
     return replace(record, rungs={rung: one for rung, one in enumerate(measured) if one}).standing.errors
 
 

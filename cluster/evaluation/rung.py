@@ -85,21 +85,29 @@ class RungMeter:
         return [float(np.mean(np.square(one - self._truth.listener(item), dtype=np.float64))) for one in shown]
 
 
-def write_rung(run: Store, rung: int, progress: int, measured: dict[str, Any]) -> None:
-    """Keep what was measured at a rung, in items; the first measurement stands."""
+def write_rung(run: Store, rung: int, clips: int, progress: int, measured: dict[str, Any]) -> None:
+    """Keep what was measured at a rung, in items, on so many clips; the first measurement stands."""
     try:
-        run.create(_key(rung), json.dumps({"progress": progress, **measured}, indent=1).encode())
+        run.create(_key(rung, clips), json.dumps({"progress": progress, **measured}, indent=1).encode())
     except AlreadyExists:
         pass
 
 
-def read_rung(run: Store, rung: int) -> dict[str, Any] | None:
-    """What was measured at a rung: `progress`, `levels` and `errors`; None if it was not."""
+def read_rung(run: Store, rung: int, clips: int) -> dict[str, Any] | None:
+    """What was measured at a rung on so many clips: `progress`, `levels` and `errors`; None if it was not.
+
+    What an earlier release kept without the number of clips in its name counts where it has that many.
+    """
     try:
-        return json.loads(run.read(_key(rung)))
+        return json.loads(run.read(_key(rung, clips)))
+    except NotFound:
+        pass
+    try:
+        measured = json.loads(run.read(f"rungs/{rung:015d}.json"))
     except NotFound:
         return None
+    return measured if len(measured["errors"]) == 2 * clips else None
 
 
-def _key(rung: int) -> str:
-    return f"rungs/{rung:015d}.json"
+def _key(rung: int, clips: int) -> str:
+    return f"rungs/{rung:015d}-{clips}.json"

@@ -124,8 +124,10 @@ def choose(halving: Halving, trials: Mapping[int, Standing]) -> list[Choice]:
         for rung in range(len(halving.rungs)):
             if rung in one.goes_on:
                 continue
+            if (reached := one.reached(rung)) is False:  # it was stopped before, or never measured there
+                continue
             known = [trials[lower].reached(rung) for lower in peers]
-            if not one.reached(rung) or None in known:
+            if reached is None or None in known:
                 break
             others = {lower: trials[lower].errors[rung] for lower, reached in zip(peers, known, strict=True) if reached}
             choice = _choice(halving, number, rung, one.errors[rung], others)

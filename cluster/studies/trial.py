@@ -91,7 +91,7 @@ class _Steering:
     ):
         self.ending, self._ask_ending = False, ending
         halving = opened.sweep.halving
-        self._rungs = halving.rungs if halving else ()
+        self._rungs, self._clips = (halving.rungs, halving.clips) if halving else ((), 0)
         self._ledger, self._number, self._run, self._report = opened.ledger, number, opened.home.at(f"runs/{run}"), report
         self._entered, self._reported = set[int](), 0
         self._lookout = Lookout(self._ask, LOOK)
@@ -111,7 +111,7 @@ class _Steering:
     def look(self) -> str:
         """Enter what was measured since; why the trial is stopped, if it is."""
         for rung, items in enumerate(self._rungs):
-            if rung not in self._entered and (measured := read_rung(self._run, items)) is not None:
+            if rung not in self._entered and (measured := read_rung(self._run, items, self._clips)) is not None:
                 self._ledger.enter_rung(self._number, rung, measured)
                 self._entered.add(rung)
         if (choice := self._ledger.stopped(self._number, len(self._rungs))) is None:

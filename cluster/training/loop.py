@@ -442,7 +442,8 @@ class _Training:
     def rungs_at(self, found: Checkpoint) -> list[int]:
         """The rungs at which this checkpoint is to be measured, and was not."""
         reached = self.rungs_within(found.progress - self.share.batch, found.progress)
-        return [rung for rung in reached if _gather(self.place.rank == 0 and read_rung(self.job.run, rung) is None)[0]]
+        clips = self.job.experiment.evaluation.rung_clips
+        return [rung for rung in reached if _gather(self.place.rank == 0 and read_rung(self.job.run, rung, clips) is None)[0]]
 
     def measure(self, found: Checkpoint) -> None:
         """Measure a checkpoint, if it is one of a rung."""
@@ -451,7 +452,7 @@ class _Training:
                 assert self.rung_meter
                 measured = self.rung_meter.measure()
                 if self.place.rank == 0:
-                    write_rung(self.job.run, rung, found.progress, measured)
+                    write_rung(self.job.run, rung, self.job.experiment.evaluation.rung_clips, found.progress, measured)
 
     def checkpoint_due(self, before: int, after: int) -> bool:
         """At every multiple of the cadence and of `diffusion.ema_every`, at the end, and before a last step that is not a whole batch."""

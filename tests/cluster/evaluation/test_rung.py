@@ -52,15 +52,15 @@ def meter(run: SavedRun, gather: Any, rank: int = 0, ranks: int = 1, clips: int 
 
 def test_it_is_measured_at_the_first_step_at_or_after_each_rung_and_training_does_not_notice(store: Path) -> None:
     run = opened(store, "measured")
-    measured = [read_rung(run.store, rung) for rung in (4, 11)]
+    measured = [read_rung(run.store, rung, 2) for rung in (4, 11)]
     assert [found and found["progress"] for found in measured] == [4, 12]
     assert all(found is not None and np.shape(found["errors"]) == (4, len(LEVELS)) for found in measured)
     assert run.export("diffusion").hash == opened(store, "plain").export("diffusion").hash
-    assert read_rung(opened(store, "plain").store, 4) is None
+    assert read_rung(opened(store, "plain").store, 4, 2) is None
 
 
 def test_what_is_measured_are_the_averaged_weights_of_that_moment(store: Path) -> None:
-    found = read_rung(opened(store, "measured").store, 11)
+    found = read_rung(opened(store, "measured").store, 11, 2)
     assert found is not None
     again = meter(opened(store, "short"), lambda mine: [mine]).measure()
     assert again == {"levels": found["levels"], "errors": found["errors"]}
@@ -79,11 +79,18 @@ def test_the_error_is_that_of_the_attributes_and_grows_with_the_noise(store: Pat
     assert (np.diff(errors.mean(0)) < 0).all() and 0 < errors.max() < 1
 
 
-def test_the_first_measurement_stands(tmp_path: Path) -> None:
+def test_the_first_measurement_on_so_many_clips_stands(tmp_path: Path) -> None:
     run = open_store(str(tmp_path))
-    for progress in (4, 5):
-        write_rung(run, 4, progress, {"levels": [], "errors": []})
-    assert read_rung(run, 4) == {"progress": 4, "levels": [], "errors": []}
+    for clips, progress in ((1, 4), (1, 5), (2, 6)):
+        write_rung(run, 4, clips, progress, {"levels": [], "errors": []})
+    assert [found and found["progress"] for found in (read_rung(run, 4, clips) for clips in (1, 2, 3))] == [4, 6, None]
+
+
+def test_what_an_earlier_release_kept_counts_for_as_many_clips_as_it_has(tmp_path: Path) -> None:
+    run = open_store(str(tmp_path))
+    run.put("rungs/000000000000004.json", b'{"progress": 4, "levels": [], "errors": [[1.0], [2.0], [3.0], [4.0]]}')
+    assert (found := read_rung(run, 4, 2)) is not None and found["progress"] == 4
+    assert read_rung(run, 4, 1) is None and read_rung(run, 4, 4) is None
 
 
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))

@@ -90,6 +90,19 @@ def test_a_trial_that_failed_for_good_is_not_waited_for_and_one_that_did_not_is(
     assert choose(halving(), trials) == [Choice(1, 0, True)]
 
 
+def test_a_rung_that_a_trial_passed_unmeasured_is_skipped_once_it_ends() -> None:
+    """As where the number of clips is changed while it trains: what it measured before is of other clips."""
+    base = np.linspace(1, 2, ITEMS)
+    trials = {0: Standing(errors={1: base, 2: base}), 1: Standing(errors={0: base + 1, 1: base + 1})}
+    assert choose(halving(), trials) == [], "nobody can know yet that it will not be measured"
+    trials[0].end = "DONE"
+    assert [(made.trial, made.rung, made.goes_on) for made in choose(halving(), trials)] == [
+        *((0, 1, True), (0, 2, True)),
+        *((1, 0, True), (1, 1, False)),
+    ]
+    assert trials[0].settled(len(RUNGS)) and trials[1].settled(len(RUNGS))
+
+
 def test_trials_of_another_bracket_are_neither_waited_for_nor_compared_with() -> None:
     base = np.linspace(1, 2, ITEMS)
     trials = {0: Standing("a"), 1: Standing("b", {0: base + 1}), 2: Standing("b", {0: base})}
