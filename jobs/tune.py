@@ -6,10 +6,11 @@
 The same command goes on after an interruption: finished trials are skipped, others resume where they were, and every decision is the
 one that would have been taken. Ctrl-C once lets the trials that run write a checkpoint first. While another process is at the same sweep
 it says so and ends, with exit code 0. It ends with 75 where trials are left with which the same command may go on by itself, as after
-the loss of a machine, and with 1 where a person must act first.
+the loss of a machine, and with 1 where a person must act first. A trial that cannot come to its end holds back decisions, suggestions
+and the best one: --give-up N enters it as failed.
 
 The best trial's experiment is <run.store>/sweeps/<name>/best.yaml: `python jobs/train.py --config` on it scores it on the experiment's
-own split, and trains it further if optim.epochs is raised.
+own split, and trains it further if optim.epochs is raised. It begins with a comment: while trials are not done it is provisional.
 """
 
 import sys
@@ -31,13 +32,15 @@ def main() -> int:
     """Parse the command line and bring the sweep to its end."""
     parser = cli.study_parser(__doc__, "sweep", CONFIG)
     parser.add_argument("--dry-run", action="store_true", help="check everything, list the trials, start nothing")
+    what = "enter trial N as failed, where it cannot come to its end and others wait for it; may be given several times"
+    parser.add_argument("--give-up", type=int, action="append", default=[], metavar="N", help=what)
     arguments = parser.parse_args()
     sweep, overrides = Sweep.read(arguments.config), arguments.overrides
     if arguments.dry_run:
         return dry_run(OpenSweep(sweep, overrides))
     with LiveSweep() as live:
         try:
-            search, undone = run_sweep(sweep, overrides, live.say, live.show)
+            search, undone = run_sweep(sweep, overrides, live.say, live.show, arguments.give_up)
         except Held as held:
             live.say(str(held))
             return 0
@@ -63,15 +66,20 @@ def report(search: Search, undone: dict[int, Undone]) -> int:
     console.print(sweep_table(search, {number: one.why for number, one in undone.items()}))
     if (matters := importance_table(search)) is not None:
         console.print(matters)
-    if search.best() is not None:
+    if search.leader() is not None:
+        so_far = "" if search.over() else " so far"
         store = search.opened.store
         fetch = f"aws s3 cp {store.url}/best.yaml . && " if "://" in store.url else ""
         command_line = f"{fetch}python jobs/train.py --config {'' if fetch else store.url + '/'}best.yaml"
-        console.print(f"the best one, on the experiment's own split: {command_line}")
+        console.print(f"the best one{so_far}, on the experiment's own split: {command_line}")
     console.print(f"as a page: {write_sweep_report(search, {number: one.why for number, one in undone.items()})}", soft_wrap=True)
     if left := search.unfinished():
-        runs = ", ".join(search.ledger.trials[number].run for number in left)
-        print(f"error: {len(left)} of {len(search.ledger.trials)} trials are not done ({runs}); the same command goes on", file=sys.stderr)
+        runs = ", ".join(f"{number}: {search.ledger.trials[number].run}" for number in left)
+        print(
+            f"error: {len(left)} of {len(search.ledger.trials)} trials are not done ({runs}); the same command goes on, and with "
+            "--give-up N without trial N, which holds back what waits for it",
+            file=sys.stderr,
+        )
         return PERSON if any(one.code == PERSON for one in undone.values()) else AGAIN
     return 0
 

@@ -78,6 +78,11 @@ class Ledger:
         """Where they are."""
         return self._store.url
 
+    @property
+    def name(self) -> str:
+        """The digest of the question that it answers."""
+        return self._store.url.rpartition("/")[2]
+
     def refresh(self) -> None:
         """Read what was entered since, by whomever."""
         new = [entry.key for entry in self._store.list() if entry.key not in self._facts]

@@ -7,8 +7,10 @@ others have ended by then. What is told of a trial is the same in every order of
 from collections.abc import Collection
 from functools import cache
 
+from cluster.config.loading import ConfigError
 from cluster.config.schema import Experiment
 from cluster.driver.pin import pin
+from cluster.runs.state import read_state
 from cluster.studies.first_stage import finished
 from cluster.studies.halving import choose
 from cluster.studies.ledger import TrialRecord
@@ -70,6 +72,27 @@ class Search:
         """Whether nothing that counts of a trial can change any more."""
         return self.ledger.trials[number].standing.settled(self.rungs)
 
+    def unsettled(self) -> list[int]:
+        """Numbers of the trials of which something that counts may still change."""
+        return [number for number in sorted(self.ledger.trials) if not self.settled(number)]
+
+    def give_up(self, number: int) -> str:
+        """End a trial that would never come to its end by itself, so that what waits for it goes on; returns what is to be said of it.
+
+        Raises:
+            ConfigError: if there is no such trial.
+        """
+        if (record := self.ledger.trials.get(number)) is None:
+            raise ConfigError(
+                f"--give-up {number}: sweep {self.opened.sweep.name} has no trial {number}, but {len(self.ledger.trials)} of them, "
+                "from 0 on; jobs/tune.py --dry-run lists them"
+            )
+        if not record.end:
+            state = read_state(self.opened.home.at(f"runs/{record.run}"))
+            self.ledger.enter_end(number, "FAILED", f"given up by hand: {(state.why or state.status) if state else 'it never began'}")
+            self.ledger.refresh()
+        return f"trial {number} ({record.run}): {record.end} {record.why}".rstrip()
+
     def over(self) -> bool:
         """Whether all trials that there will ever be are settled."""
         all_there = len(self.ledger.trials) == self.opened.sweep.most or self._exhausted
@@ -80,12 +103,17 @@ class Search:
         records = [self.ledger.trials[number] for number in sorted(self.ledger.trials)]
         return [record for record in records if record.end == "DONE" and record.standing.stopped_at is None]
 
-    def best(self) -> TrialRecord | None:
-        """The trial with the best first metric, the first of equals; None while one may still win, or if none has a score."""
+    def leader(self) -> TrialRecord | None:
+        """Of the trials that are settled the one with the best first metric, the first of equals; None if none has a score."""
         sweep = self.opened.sweep
         sign = 1 if sweep.metrics[sweep.first_metric] == "max" else -1
-        scored = [(sign * values[0], record) for record in self.candidates() if (values := defined(record.scores, [sweep.first_metric]))]
-        return max(scored, key=lambda pair: pair[0])[1] if scored and self.over() else None
+        there = [record for record in self.candidates() if self.settled(record.number)]
+        scored = [(sign * values[0], record) for record in there if (values := defined(record.scores, [sweep.first_metric]))]
+        return max(scored, key=lambda pair: pair[0])[1] if scored else None
+
+    def best(self) -> TrialRecord | None:
+        """The leader, once no other trial may win any more."""
+        return self.leader() if self.over() else None
 
     def _trial(self, number: int) -> Trial:
         return self.opened.trial(number, self.ledger.trials[number].point)

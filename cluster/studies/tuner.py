@@ -25,6 +25,7 @@ from cluster.runtime.lookout import Lookout
 from cluster.runtime.nodes import nodes
 from cluster.runtime.placement import assert_possible, gangs_at_once
 from cluster.runtime.ray_cluster import connect
+from cluster.studies.best import delete_other_best, write_best
 from cluster.studies.search import Search
 from cluster.studies.sweep import OpenSweep, Sweep, Trial
 from cluster.studies.trial import LOOK, run_trial
@@ -46,7 +47,9 @@ class Undone(NamedTuple):
     code: int
 
 
-def run_sweep(sweep: Sweep, overrides: Sequence[str], say: Callable[[str], None], show: Show) -> tuple[Search, dict[int, Undone]]:
+def run_sweep(
+    sweep: Sweep, overrides: Sequence[str], say: Callable[[str], None], show: Show, give_up: Sequence[int] = ()
+) -> tuple[Search, dict[int, Undone]]:
     """Bring every trial to its end, then write the experiment of the best one, `best.yaml`.
 
     A trial that fails does not stop the others; the same call again goes on with it, unless it would fail again.
@@ -56,6 +59,7 @@ def run_sweep(sweep: Sweep, overrides: Sequence[str], say: Callable[[str], None]
         overrides: of the experiment, `key=value`.
         say: shows a line.
         show: shows how it stands, whenever that has changed.
+        give_up: numbers of trials that are not to go on: they have failed for good.
 
     Returns:
         The sweep, and why trials failed that are to go on.
@@ -76,7 +80,11 @@ def run_sweep(sweep: Sweep, overrides: Sequence[str], say: Callable[[str], None]
         known = opened.known_trials(opened.ledger)
         concurrent = _concurrent(sweep, [*known, *opened.corner_trials()], opened, say)
         opened.pin()
+        delete_other_best(opened)
         search = Search(opened)
+        for number in give_up:
+            say(search.give_up(number))
+        search.refresh()  # what waited for them goes on
         there = search.ledger.trials.values()
         done = sum(search.settled(one.number) for one in there)
         say(f"sweep {sweep.name}: {sweep.most} trials, {done} of them done, {concurrent} at a time, in {opened.store.url}")
@@ -89,8 +97,7 @@ def run_sweep(sweep: Sweep, overrides: Sequence[str], say: Callable[[str], None]
                     interruption.end()
         lease.assert_held()
         search.refresh()
-        if (winner := search.best()) is not None:
-            opened.store.put("best.yaml", opened.winner(winner.point).encode())
+        write_best(search)
         return search, undone
 
 

@@ -1,14 +1,18 @@
 """A sweep is replayed from its ledger: whoever dies whenever, and in whatever order trials get on, the same is suggested and decided."""
 
+import json
 import random
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from cluster.config.loading import ConfigError
 from cluster.data.manifest import File, Manifest, Split, publish
+from cluster.runs.state import State
 from cluster.storage import open_store
 from cluster.studies import search as search_module
 from cluster.studies.search import Search
@@ -211,11 +215,29 @@ def test_the_best_trial_has_the_most_or_the_least_is_the_first_of_equals_and_was
         given = sweep("grid", space=space, metrics={"FRCorr": mode}, halving=None)
         search = Search(OpenSweep(given, [*places, f"run.store={tmp_path}/{mode}"]))
         for number, score in enumerate(scores):
-            assert search.best() is None
+            assert search.best() is None and (search.leader() is None) == (number == 0)
             search.ledger.enter_end(number, "DONE", scores={"FRCorr": score})
             search.refresh()
         best = search.best()
         assert best is not None and best.number == expected
+
+
+def test_a_trial_that_is_given_up_has_failed_for_good_and_what_waited_for_it_goes_on(places: list[str], tmp_path: Path) -> None:
+    given = sweep("optuna", concurrent=1, trials=3, halving=None)
+    search = Search(OpenSweep(given, [*places, f"run.store={tmp_path}"]))
+    run = search.opened.home.at(f"runs/{search.ledger.trials[0].run}")
+    run.put("state.json", json.dumps(asdict(State("FAILED", 1, "d", "m", why="stage diffusion failed (out_of_memory)"))).encode())
+    search.refresh()
+    assert (search.unfinished(), search.unsettled()) == ([0], [0]), "the second is not suggested before the first is told"
+    assert search.give_up(0) == f"trial 0 ({search.ledger.trials[0].run}): FAILED given up by hand: stage diffusion failed (out_of_memory)"
+    search.refresh()
+    assert search.unfinished() == [1] and search.ledger.trials[0].end == "FAILED"
+    search.ledger.enter_end(1, "DONE", scores={"FRDist": 1.0})
+    search.refresh()
+    assert search.give_up(1).endswith("DONE") and search.give_up(2).endswith("FAILED given up by hand: it never began")
+    assert search.over() and (best := search.best()) is not None and best.number == 1
+    with pytest.raises(ConfigError, match=r"--give-up 7: sweep tried has no trial 7, but 3 of them"):
+        search.give_up(7)
 
 
 def test_a_space_that_is_smaller_than_the_trials_that_are_asked_for_ends_with_it(places: list[str], tmp_path: Path) -> None:

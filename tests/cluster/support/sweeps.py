@@ -15,13 +15,13 @@ def rung(progress: int, worse: float) -> dict[str, Any]:
     return {"progress": progress, "levels": [[0.0, -0.1234], [3.0, 2.71]], "errors": errors}
 
 
-def search_in(tmp_path: Path) -> Search:
-    """With two rungs."""
+def search_in(tmp_path: Path, **keys: Any) -> Search:
+    """With two rungs, unless keys of its file say otherwise."""
     splits = {"train": Split(), "val": Split(appropriateness=File(file="val/matrix.npy", hash="0" * 32))}
     publish(open_store(f"{tmp_path}/shards"), Manifest(kind="clips", frames=100, streams=[], targets={}, members=[], splits=splits))
     space = {
         "model.denoiser": ["unet", "transformer"],
         "model.layers": {"choice": [2, 4], "when": {"model.denoiser": "transformer"}},
     }
-    given = {"name": "shown", "space": space, "metrics": {"FRDist": "min"}, "halving": {"rungs": [10, 20], "clips": 8}}
+    given = {"name": "shown", "space": space, "metrics": {"FRDist": "min"}, "halving": {"rungs": [10, 20], "clips": 8}} | keys
     return Search(OpenSweep(Sweep.model_validate(given), [f"data.url={tmp_path}/shards", f"run.store={tmp_path}/store"]))
