@@ -50,7 +50,8 @@ MODULES = {
     "driver": "berths board group interruption launch pin plan pretrained ray_metrics ray_train run watchdog",
     "studies": (
         "best case comparison comparison_pairs comparison_report comparison_table course first_stage grounds halving importance "
-        "kept_scores lags ledger marked_page proofs prove retrain script search searchers space sweep sweep_report sweep_table trial tuner verdict"
+        "kept_scores lags ledger marked_page proofs prove retrain script search searchers space sweep sweep_report sweep_table trial "
+        "tuner verdict"
     ),
     "bench": (
         "card challenge checkpoint empty_loop loading metrics noise_dataset oracles overhead recovery rival scrape startup sweeping tables "
