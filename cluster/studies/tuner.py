@@ -5,6 +5,7 @@ never read: the same command replays the ledger, skips what is settled and goes 
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,6 +41,10 @@ DRIVER = "driver"
 """Resource of the machines that drivers are on, where a cluster has some: not on spot machines, and not the head."""
 
 
+RESTARTS = 3
+"""How often a trial is started again whose driver ended by what may pass, until it has measured at a further rung."""
+
+
 class Undone(NamedTuple):
     """Why a trial is not done, and what a command ends with that was for it alone."""
 
@@ -52,7 +57,8 @@ def run_sweep(
 ) -> tuple[Search, dict[int, Undone]]:
     """Bring every trial to its end, then write the experiment of the best one, `best.yaml`.
 
-    A trial that fails does not stop the others; the same call again goes on with it, unless it would fail again.
+    A trial that fails does not stop the others. Where the fault may pass it is started again, a few times; the same call again goes on
+    with it, unless it would fail again.
 
     Args:
         sweep: what its file says.
@@ -143,10 +149,12 @@ def tune_trials(search: Search, concurrent: int, show: Show, interruption: Inter
     with repeating(hand_on, LOOK, "interruption"):
         tune.Tuner(
             tune.with_resources(trainable, place),
-            tune_config=tune.TuneConfig(num_samples=search.opened.sweep.most, search_alg=searcher, scheduler=_LedgerScheduler(searcher)),
+            # The searcher says when there are no more: a trial may be started several times.
+            tune_config=tune.TuneConfig(num_samples=-1, search_alg=searcher, scheduler=_LedgerScheduler(searcher)),
             run_config=tune.RunConfig(name="tune", storage_path=search.opened.store.url, verbose=0),
         ).fit()
-    return {number: why for number, why in searcher.undone.items() if number in search.given_up}
+    left = search.unfinished()
+    return {number: why for number, why in searcher.undone.items() if number in left}
 
 
 @ray.remote(num_cpus=0)
@@ -185,6 +193,7 @@ class _LedgerSearcher(Searcher):
         super().__init__()
         self._search, self._concurrent, self._show, self._interruption = search, concurrent, show, interruption
         self._running: dict[str, int] = {}
+        self._restarts = Counter[tuple[int, int]]()
         self.undone: dict[int, Undone] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -203,6 +212,7 @@ class _LedgerSearcher(Searcher):
         if (number := self._search.next(self._running.values())) is None:
             return None if self._running else Searcher.FINISHED
         self._running[trial_id] = number
+        self.undone.pop(number, None)
         self.look()
         return {"number": number}
 
@@ -211,9 +221,15 @@ class _LedgerSearcher(Searcher):
         number = self._running.pop(trial_id)
         self._search.refresh()
         if number in self._search.unfinished():
-            self._search.given_up.add(number)
-            self.undone.setdefault(number, Undone("its driver is gone, and said nothing: its machine may be lost", AGAIN))
+            why = self.undone.setdefault(number, Undone("its driver is gone, and said nothing: its machine may be lost", AGAIN))
+            if why.code != AGAIN or not self._goes_again(number):
+                self._search.given_up.add(number)
         self.look()
+
+    def _goes_again(self, number: int) -> bool:
+        spent = number, len(self._search.ledger.trials[number].rungs)
+        self._restarts[spent] += 1
+        return self._restarts[spent] <= RESTARTS
 
     def hear(self, result: Mapping[str, Any]) -> None:
         """A trial's driver has something to tell."""

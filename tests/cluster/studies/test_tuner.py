@@ -19,7 +19,7 @@ from cluster.studies import tuner
 from cluster.studies.search import Search
 from cluster.studies.sweep import OpenSweep, Sweep
 from cluster.studies.trial import ToldToEnd
-from cluster.studies.tuner import run_sweep, tune_trials
+from cluster.studies.tuner import RESTARTS, run_sweep, tune_trials
 
 RUNGS = [10, 20]
 
@@ -62,24 +62,48 @@ def opened(tmp_path: Path) -> OpenSweep:
     return OpenSweep(Sweep.model_validate(given), places)
 
 
-def test_tune_runs_what_the_ledger_says_and_the_same_again_runs_what_is_left(
+def test_tune_runs_what_the_ledger_says_and_starts_again_what_may_go_on(
     opened: OpenSweep, local_ray: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuner, "run_trial", pretend)
     shown: list[dict[int, str]] = []
-    first = Search(opened)
-    undone = tune_trials(first, 2, lambda search, states: shown.append(dict(states)), Interruption())
-    assert list(undone) == [2] and "the machine is gone" in undone[2].why and undone[2].code == 75
-    assert first.unfinished() == [2], "a trial that failed is not tried again by the same command, and what depends on it waits"
+    search = Search(opened)
+    assert tune_trials(search, 2, lambda _, states: shown.append(dict(states)), Interruption()) == {}
     assert {0: "RUNNING"} in shown
-    again = Search(OpenSweep(opened.sweep, opened.overrides))
-    assert tune_trials(again, 2, lambda *_: None, Interruption()) == {}
-    assert again.over() and (best := again.best()) is not None and best.number == 0
-    assert [again.ledger.trials[number].end for number in range(4)] == ["DONE", "STOPPED", "STOPPED", "STOPPED"]
+    assert search.over() and (best := search.best()) is not None and best.number == 0
+    assert [search.ledger.trials[number].end for number in range(4)] == ["DONE", "STOPPED", "STOPPED", "STOPPED"]
     seen = [entry.key.split("/")[1].split("-")[0] for entry in opened.home.list("seen/")]
-    assert sorted(seen) == ["0", "1", "2", "2", "3"]
-    choice = json.loads(open_store(again.ledger.url).read("000003/choice-0.json"))
+    assert sorted(seen) == ["0", "1", "2", "2", "3"], "the one whose machine was gone is started once more"
+    choice = json.loads(open_store(search.ledger.url).read("000003/choice-0.json"))
     assert (choice["goes_on"], choice["against"]) == (False, 0)
+
+
+def searcher_of(opened: OpenSweep, **given: Any) -> tuple[Search, tuner._LedgerSearcher]:
+    """A searcher that Tune does not know of, for random trials without rungs, three at a time."""
+    plain = opened.sweep.model_copy(update={"halving": None, "search": "random"})
+    search = Search(OpenSweep(plain, opened.overrides))
+    return search, tuner._LedgerSearcher(search, 3, given.get("show", lambda *_: None), Interruption())
+
+
+def test_a_trial_whose_fault_may_pass_is_started_again_a_few_times_until_it_gets_further(opened: OpenSweep) -> None:
+    search, searcher = searcher_of(opened)
+    for again in range(RESTARTS + 1):
+        assert searcher.suggest(f"{again}") == {"number": 0}
+        searcher.on_trial_complete(f"{again}")
+    assert searcher.suggest("next") == {"number": 1} and searcher.undone[0].code == 75
+    search.ledger.enter_rung(1, 0, {"progress": 10, "levels": [[0.0, 0.0]], "errors": [[1.0], [1.0]]})
+    for again in range(RESTARTS + 1):
+        searcher.on_trial_complete("next" if not again else f"more {again}")
+        assert search.given_up == ({0} if again < RESTARTS else {0, 1})
+        searcher.suggest(f"more {again + 1}")
+
+
+def test_a_trial_for_which_a_person_must_act_is_not_started_again(opened: OpenSweep) -> None:
+    search, searcher = searcher_of(opened)
+    assert searcher.suggest("a") == {"number": 0}
+    searcher.hear({"trial": 0, "undone": "out of memory", "code": 1})
+    searcher.on_trial_complete("a")
+    assert search.given_up == {0} and searcher.suggest("b") == {"number": 1}
 
 
 def test_a_mistake_of_the_program_in_a_trial_is_not_given_to_a_supervisor_again(
@@ -110,6 +134,7 @@ def test_told_to_end_a_sweep_waits_for_the_checkpoints_of_its_trials_and_starts_
     opened: OpenSweep, local_ray: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuner, "run_trial", patient)
+    monkeypatch.setattr(tuner, "RESTARTS", 0)
     given = opened.sweep.model_copy(update={"halving": None, "search": "random"})
     search, interruption = Search(OpenSweep(given, opened.overrides)), Interruption()
 
