@@ -4,9 +4,11 @@ Tune asks for trials and tells of results through its searcher and its scheduler
 never read: the same command replays the ledger, skips what is settled and goes on with the rest.
 """
 
+import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import ray
@@ -26,6 +28,7 @@ from cluster.runtime.lookout import Lookout
 from cluster.runtime.nodes import nodes
 from cluster.runtime.placement import assert_possible, gangs_at_once
 from cluster.runtime.ray_cluster import connect
+from cluster.storage import Permanent, StorageError
 from cluster.studies.best import delete_other_best, write_best
 from cluster.studies.search import Search
 from cluster.studies.sweep import OpenSweep, Sweep, Trial
@@ -36,6 +39,7 @@ from reactdiff.stage import Source, stages_over
 Show = Callable[[Search, Mapping[int, str]], None]
 """Shows how a sweep stands, with the numbers of running trials and of those that failed, and why."""
 
+log = logging.getLogger(__name__)
 
 DRIVER = "driver"
 """Resource of the machines that drivers are on, where a cluster has some: not on spot machines, and not the head."""
@@ -97,7 +101,7 @@ def run_sweep(
         undone = dict[int, Undone]()
         if search.unfinished():
             with Interruption() as interruption:
-                undone = tune_trials(search, concurrent, show, interruption)
+                undone = tune_trials(search, concurrent, show, interruption, lease.assert_not_taken)
                 if interruption.signal:
                     say("told to end: the trials have written checkpoints; the same command goes on from there")
                     interruption.end()
@@ -127,20 +131,27 @@ def _concurrent(sweep: Sweep, trials: Sequence[Trial], opened: OpenSweep, say: C
     return sweep.concurrent
 
 
-def tune_trials(search: Search, concurrent: int, show: Show, interruption: Interruption) -> dict[int, Undone]:
+def tune_trials(
+    search: Search, concurrent: int, show: Show, interruption: Interruption, assert_ours: Callable[[], None]
+) -> dict[int, Undone]:
     """Run trials until there are none to start; each driver is a process beside the ranks it starts, and reserves next to nothing.
 
-    Once the process was told to end no trial is started, and those that run are asked to leave at their next step with a checkpoint.
+    Once the process was told to end, or cannot go on, no trial is started, and those that run are asked to leave at their next step with
+    a checkpoint.
 
     Returns:
         Number of each trial that was begun, is not done and is to go on -> why.
+
+    Raises:
+        Superseded: from `assert_ours`, when the trials have left.
+        StorageError: if the store or the ledger refuses, or does not answer while no trial runs; likewise.
     """
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it is heard here
-    searcher = _LedgerSearcher(search, concurrent, show, interruption)
+    searcher = _LedgerSearcher(search, concurrent, show, interruption, assert_ours)
     notice = _Notice.remote()  # type: ignore[attr-defined]
 
     def hand_on() -> None:
-        if interruption.signal:
+        if searcher.ending:
             notice.give.remote()
 
     # A CPU each could leave none for ranks.
@@ -153,6 +164,8 @@ def tune_trials(search: Search, concurrent: int, show: Show, interruption: Inter
             tune_config=tune.TuneConfig(num_samples=-1, search_alg=searcher, scheduler=_LedgerScheduler(searcher)),
             run_config=tune.RunConfig(name="tune", storage_path=search.opened.store.url, verbose=0),
         ).fit()
+    if searcher.error:
+        raise searcher.error
     left = search.unfinished()
     return {number: why for number, why in searcher.undone.items() if number in left}
 
@@ -187,14 +200,32 @@ def _trial(config: dict[str, int], opened: OpenSweep, notice: Any, drive: Callab
 
 
 class _LedgerSearcher(Searcher):
-    """Answers Tune from the ledger; it has no state to be saved."""
+    """Answers Tune from the ledger; it has no state to be saved.
 
-    def __init__(self, search: Search, concurrent: int, show: Show, interruption: Interruption):
+    Tune ends all trials where a searcher raises, so nothing that goes wrong here is raised: `error` keeps it, and the sweep ends as if it
+    had been told to. While trials run, a store that does not answer is only asked again.
+
+    Args:
+        search: the sweep.
+        concurrent: most trials at a time.
+        show: shows how it stands.
+        interruption: whether the process was told to end.
+        assert_ours: raises once another process has the sweep.
+
+    Attributes:
+        undone: number -> why a trial's driver has ended before the trial.
+        error: what went wrong here.
+    """
+
+    def __init__(self, search: Search, concurrent: int, show: Show, interruption: Interruption, assert_ours: Callable[[], None]):
         super().__init__()
-        self._search, self._concurrent, self._show, self._interruption = search, concurrent, show, interruption
+        self._search, self._concurrent, self._show = search, concurrent, show
+        self._interruption, self._assert_ours = interruption, assert_ours
         self._running: dict[str, int] = {}
+        self._left, self._unread = list[int](), False
         self._restarts = Counter[tuple[int, int]]()
         self.undone: dict[int, Undone] = {}
+        self.error: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune keeps pickles of its own, which nobody reads."""
@@ -203,13 +234,21 @@ class _LedgerSearcher(Searcher):
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Leave nothing there."""
 
+    @property
+    def ending(self) -> bool:
+        """Whether no trial is to be started any more, and those that run are to leave."""
+        return bool(self._interruption.signal or self.error)
+
     def suggest(self, trial_id: str) -> Any:
         """The trial to start now."""
-        if self._interruption.signal:
-            return None if self._running else Searcher.FINISHED
-        if len(self._running) >= self._concurrent:
-            return None
-        if (number := self._search.next(self._running.values())) is None:
+        if self._unread:
+            self.look()
+        number = None
+        with self._kept():
+            self._assert_ours()
+            if not self.ending and not self._unread and len(self._running) < self._concurrent:
+                number = self._search.next(self._running.values())
+        if number is None:
             return None if self._running else Searcher.FINISHED
         self._running[trial_id] = number
         self.undone.pop(number, None)
@@ -218,18 +257,9 @@ class _LedgerSearcher(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """A trial's driver has ended."""
-        number = self._running.pop(trial_id)
-        self._search.refresh()
-        if number in self._search.unfinished():
-            why = self.undone.setdefault(number, Undone("its driver is gone, and said nothing: its machine may be lost", AGAIN))
-            if why.code != AGAIN or not self._goes_again(number):
-                self._search.given_up.add(number)
+        if (number := self._running.pop(trial_id, None)) is not None:
+            self._left.append(number)
         self.look()
-
-    def _goes_again(self, number: int) -> bool:
-        spent = number, len(self._search.ledger.trials[number].rungs)
-        self._restarts[spent] += 1
-        return self._restarts[spent] <= RESTARTS
 
     def hear(self, result: Mapping[str, Any]) -> None:
         """A trial's driver has something to tell."""
@@ -239,8 +269,37 @@ class _LedgerSearcher(Searcher):
 
     def look(self) -> None:
         """Take what is ripe, and show how the sweep stands."""
-        self._search.refresh()
-        self._show(self._search, dict.fromkeys(self._running.values(), "RUNNING"))
+        self._unread = True
+        with self._kept():
+            self._assert_ours()
+            self._search.refresh()
+            self._unread = False
+            for number in self._left:
+                self._left_undone(number)
+            self._left.clear()
+            self._show(self._search, dict.fromkeys(self._running.values(), "RUNNING"))
+
+    def _left_undone(self, number: int) -> None:
+        """What follows from the end of a trial's driver, where the trial has not ended."""
+        if number not in self._search.unfinished():
+            return
+        why = self.undone.setdefault(number, Undone("its driver is gone, and said nothing: its machine may be lost", AGAIN))
+        spent = number, len(self._search.ledger.trials[number].rungs)
+        self._restarts[spent] += 1
+        if why.code != AGAIN or self._restarts[spent] > RESTARTS:
+            self._search.given_up.add(number)
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Keep what is raised inside, unless it may pass while trials run."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, StorageError) and not isinstance(error, Permanent) and self._running:
+                self._unread = True
+                log.warning("the sweep's ledger is asked again: %s", error)
+            else:
+                self.error = self.error or error
 
 
 class _LedgerScheduler(FIFOScheduler):

@@ -12,14 +12,15 @@ import pytest
 
 from cluster.data.manifest import File, Manifest, Split, StreamEntry, publish
 from cluster.driver.interruption import Interruption
+from cluster.runs.state import Superseded
 from cluster.runtime.failures import TABLE, StageFailed
 from cluster.runtime.ray_cluster import Resources
-from cluster.storage import open_store
+from cluster.storage import Permanent, StorageError, open_store
 from cluster.studies import tuner
 from cluster.studies.search import Search
 from cluster.studies.sweep import OpenSweep, Sweep
 from cluster.studies.trial import ToldToEnd
-from cluster.studies.tuner import RESTARTS, run_sweep, tune_trials
+from cluster.studies.tuner import RESTARTS, Show, run_sweep, tune_trials
 
 RUNGS = [10, 20]
 
@@ -68,7 +69,7 @@ def test_tune_runs_what_the_ledger_says_and_starts_again_what_may_go_on(
     monkeypatch.setattr(tuner, "run_trial", pretend)
     shown: list[dict[int, str]] = []
     search = Search(opened)
-    assert tune_trials(search, 2, lambda _, states: shown.append(dict(states)), Interruption()) == {}
+    assert tune_trials(search, 2, lambda _, states: shown.append(dict(states)), Interruption(), lambda: None) == {}
     assert {0: "RUNNING"} in shown
     assert search.over() and (best := search.best()) is not None and best.number == 0
     assert [search.ledger.trials[number].end for number in range(4)] == ["DONE", "STOPPED", "STOPPED", "STOPPED"]
@@ -78,11 +79,13 @@ def test_tune_runs_what_the_ledger_says_and_starts_again_what_may_go_on(
     assert (choice["goes_on"], choice["against"]) == (False, 0)
 
 
-def searcher_of(opened: OpenSweep, **given: Any) -> tuple[Search, tuner._LedgerSearcher]:
+def searcher_of(
+    opened: OpenSweep, show: Show = lambda *_: None, assert_ours: Callable[[], None] = lambda: None
+) -> tuple[Search, tuner._LedgerSearcher]:
     """A searcher that Tune does not know of, for random trials without rungs, three at a time."""
     plain = opened.sweep.model_copy(update={"halving": None, "search": "random"})
     search = Search(OpenSweep(plain, opened.overrides))
-    return search, tuner._LedgerSearcher(search, 3, given.get("show", lambda *_: None), Interruption())
+    return search, tuner._LedgerSearcher(search, 3, show, Interruption(), assert_ours)
 
 
 def test_a_trial_whose_fault_may_pass_is_started_again_a_few_times_until_it_gets_further(opened: OpenSweep) -> None:
@@ -104,6 +107,40 @@ def test_a_trial_for_which_a_person_must_act_is_not_started_again(opened: OpenSw
     searcher.hear({"trial": 0, "undone": "out of memory", "code": 1})
     searcher.on_trial_complete("a")
     assert search.given_up == {0} and searcher.suggest("b") == {"number": 1}
+
+
+def test_a_store_that_is_away_for_a_while_is_asked_again_and_ends_no_trial(opened: OpenSweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    search, searcher = searcher_of(opened)
+    assert [searcher.suggest(name) for name in "abc"] == [{"number": 0}, {"number": 1}, {"number": 2}]
+    search.ledger.enter_end(0, "DONE", scores={"FRDist": 1.0})
+    store, away = type(opened.home), StorageError("the store is away")
+    with monkeypatch.context() as broken:
+        broken.setattr(store, "list", lambda *_: (_ for _ in ()).throw(away))
+        searcher.on_trial_complete("a")
+        searcher.on_trial_complete("a")
+        assert searcher.suggest("d") is None and searcher.error is None, "nobody can know now whether trial 0 is done"
+    assert searcher.suggest("d") == {"number": 3}
+    with monkeypatch.context() as broken:
+        broken.setattr(store, "list", lambda *_: (_ for _ in ()).throw(away))
+        for name in "bcd":
+            searcher.on_trial_complete(name)
+        assert searcher.suggest("e") == "FINISHED" and searcher.error is away and searcher.ending, "the same command goes on"
+
+
+@pytest.mark.parametrize("error", [Permanent("the ledger says another thing"), Superseded("another process goes on")])
+def test_what_ends_the_sweep_is_kept_and_its_trials_are_told_to_leave(opened: OpenSweep, error: Exception) -> None:
+    wrong: list[Exception] = []
+
+    def assert_ours() -> None:
+        if wrong:
+            raise wrong[0]
+
+    _, searcher = searcher_of(opened, assert_ours=assert_ours)
+    assert searcher.suggest("a") == {"number": 0} and not searcher.ending
+    wrong.append(error)
+    assert searcher.suggest("b") is None and searcher.ending and searcher.error is error
+    searcher.on_trial_complete("a")
+    assert searcher.suggest("b") == "FINISHED" and searcher.error is error
 
 
 def test_a_mistake_of_the_program_in_a_trial_is_not_given_to_a_supervisor_again(
@@ -142,10 +179,25 @@ def test_told_to_end_a_sweep_waits_for_the_checkpoints_of_its_trials_and_starts_
         if 2 in states:  # in the place of the one that was killed
             interruption.signal = signal.SIGINT
 
-    undone = tune_trials(search, 2, show, interruption)
+    undone = tune_trials(search, 2, show, interruption, lambda: None)
     assert undone[0] == ("(preempted) ToldToEnd: trial 0 has a checkpoint. What to do: the same command goes on", 75)
     assert undone[1].code == 75 and undone[1].why.startswith("its driver is gone")
     assert sorted(undone) == [0, 1, 2] and [entry.key for entry in opened.home.list("seen/")] == ["seen/0", "seen/1", "seen/2"]
+
+
+def test_a_driver_whose_sweep_was_taken_over_lets_its_trials_leave_and_says_so(
+    opened: OpenSweep, local_ray: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuner, "run_trial", patient)
+    given = opened.sweep.model_copy(update={"halving": None, "search": "random"})
+
+    def assert_ours() -> None:
+        if opened.home.exists("seen/0"):
+            raise Superseded("another process goes on")
+
+    with pytest.raises(Superseded, match="another process goes on"):
+        tune_trials(Search(OpenSweep(given, opened.overrides)), 1, lambda *_: None, Interruption(), assert_ours)
+    assert [entry.key for entry in opened.home.list("seen/")] == ["seen/0"]
 
 
 def test_trials_that_can_never_be_placed_are_an_error_before_any_of_them_is_suggested(opened: OpenSweep, local_ray: Resources) -> None:
