@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from cluster.config.identity import digest, name_fields
 from cluster.config.schema import Experiment
+from cluster.driver.interruption import Enough, never
 from cluster.driver.pin import Pinned, pin, stage_end
 from cluster.driver.run import STEPS, execute
 from cluster.runs.export import read_export
@@ -60,24 +61,33 @@ def finished(pinned: Pinned, experiment: Experiment) -> bool:
     return True
 
 
-def train_first_stage(experiment: Experiment, display: Display, trial: str, pause: Callable[[float], None] = time.sleep) -> None:
+def train_first_stage(
+    experiment: Experiment,
+    display: Display,
+    trial: str,
+    enough: Callable[[], str] = never,
+    pause: Callable[[float], None] = time.sleep,
+) -> None:
     """Bring such a run to its end, unless it is there; while another driver is at it, it is waited for.
 
     Args:
         experiment: of `first_stage`.
         display: shows progress.
         trial: that needs it, for Prometheus.
+        enough: asked all the time; says why the trial has come far enough, once it has.
         pause: waits so many seconds.
 
     Raises:
-        ConfigError, StageFailed, Superseded, KeyboardInterrupt: as `cluster.driver.run.execute`.
+        ConfigError, StageFailed, Superseded, Enough, KeyboardInterrupt: as `cluster.driver.run.execute`.
     """
     said = False
     while not finished(pinned := pin(experiment, experiment.run.name), experiment):
         try:
-            execute(experiment, pinned, FIRST_STEPS, display, trial, wait=False)
+            execute(experiment, pinned, FIRST_STEPS, display, trial, wait=False, enough=enough)
         except Held:
             if not said:
                 display.say(f"waiting for the autoencoder of run {pinned.name}, which another trial trains")
             said = True
+            if why := enough():
+                raise Enough(why) from None
             pause(LOOK_AGAIN)
