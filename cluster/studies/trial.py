@@ -19,9 +19,6 @@ from cluster.telemetry.display import Display
 LOOK = 1.0
 """Seconds between two looks for rungs that were measured, and for decisions."""
 
-FOR_GOOD = ("non_finite",)
-"""Failures of a trial that would come again: its end."""
-
 log = logging.getLogger(__name__)
 
 
@@ -60,12 +57,17 @@ def run_trial(
             ledger.enter_end(number, "STOPPED", str(told))
             display.say(f"trial {number} ends: {told}")
         except StageFailed as failed:
-            if failed.failure.name not in FOR_GOOD:
+            if not would_fail_again(failed):
                 raise
             steering.look()
             ledger.enter_end(number, "FAILED", failed.what)
             display.say(f"trial {number} failed: {failed}")
     report({"trial": number})
+
+
+def would_fail_again(failed: StageFailed) -> bool:
+    """Whether a failure is a trial's end: its weights are not finite. Where items are to blame, the data can be mended, or go without."""
+    return failed.failure.name == "non_finite" and not getattr(failed.cause, "items", ())
 
 
 class ToldToEnd(RuntimeError):

@@ -68,9 +68,17 @@ Tensors = dict[str, torch.Tensor]
 
 
 class NonFinite(RuntimeError):
-    """A loss or gradient is not a number any more; says of which step, and which of its items are to blame."""
+    """A loss or gradient is not a number any more; says of which step, and which of its items are to blame.
+
+    Attributes:
+        items: the numbers of those; none where it is the weights.
+    """
 
     failure = "non_finite"
+
+    def __init__(self, text: str, items: Sequence[int] = ()):
+        super().__init__(text)
+        self.items = tuple(items)
 
 
 def finite(loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -332,7 +332,7 @@ class _Training:
         finite = all(batch.tensors[name][row].isfinite().all() for name in self.kind.targets())
         return batch.items[row] if finite else batch.targets[row]
 
-    def non_finite(self, batch: Batch, verdict: Verdict, why: str, bad: Iterable[BadItem] = ()) -> NonFinite:
+    def non_finite(self, batch: Batch, verdict: Verdict, why: str, bad: Sequence[BadItem] = ()) -> NonFinite:
         """What is said of a step that cannot be applied."""
         data = f"split {self.job.experiment.data.split} of {self.job.dataset.url}"
         items = self.order.at(np.arange(*self.bounds(batch))).tolist()
@@ -345,7 +345,8 @@ class _Training:
                 if blame
                 else f"Of its items {items} (clip = item // 2, side = item % 2) of {data}, {why}. "
                 "Lower optim.lr or set optim.clip, in a run of another name (run.name)"
-            )
+            ),
+            [one.item for one in bad],
         )
 
     def dropout_seed(self, batch: Batch) -> int:

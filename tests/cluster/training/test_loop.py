@@ -255,6 +255,7 @@ def one_bad_item(rank: int, ranks: int, cases: list[Experiment], folder: str) ->
             loop._Training.step, loop.Engine.average = watched, counted
             with pytest.raises(NonFinite) as error:
                 train_here(rank, ranks, stops, f"{run}/stopped", 1, "autoencoder")
+            assert error.value.items == (item,)
             loop._Training.step, loop.Engine.average = step, average
             found.append((str(error.value), states[0] == states[1], len(applied)))
             train_here(rank, ranks, experiment, f"{run}/without", 1, "autoencoder")
@@ -263,7 +264,7 @@ def one_bad_item(rank: int, ranks: int, cases: list[Experiment], folder: str) ->
         loop.Quarantine = quarantine
     with poisoned_items(cases[0], dict.fromkeys(items_at(cases[0], range(6, 12)), DOSES[0])), pytest.raises(NonFinite) as error:
         train_here(rank, ranks, cases[0], f"{folder}/none", 1, "autoencoder")
-    assert "no single item is to blame: with the weights of now, none is finite alone" in str(error.value)
+    assert "no single item is to blame: with the weights of now, none is finite alone" in str(error.value) and error.value.items == ()
     return found
 
 
