@@ -23,10 +23,18 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         ConfigError: for an unreadable file, an unknown key (with the nearest name) or a value that breaks a rule.
     """
+    return laid_over({}, "overrides", overrides) if path is None else laid_over(read_yaml(path), str(path), overrides)
+
+
+def laid_over(given: dict[str, Any], source: str, overrides: Sequence[str]) -> Experiment:
+    """An experiment: defaults, then the tree of a configuration file, then overrides; `source` names the file in errors.
+
+    Raises:
+        ConfigError: as `load`.
+    """
     tree: dict[str, Any] = {}
-    if path is not None:
-        _merge(tree, read_yaml(path), str(path))
-    return _overridden(tree, overrides, str(path) if path else "overrides")
+    _merge(tree, given, source)
+    return _overridden(tree, overrides, source)
 
 
 def changed(experiment: Experiment, overrides: Sequence[str]) -> Experiment:

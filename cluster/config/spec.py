@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from pydantic import Field, PrivateAttr, ValidationError
 
-from cluster.config.loading import ConfigError, load, read_yaml
+from cluster.config.loading import ConfigError, laid_over, load, read_yaml
 from cluster.config.schema import Experiment
 from reactdiff.config import Branch
 from reactdiff.metrics.official import OFFICIAL, REPAIRED
@@ -22,11 +22,12 @@ class Spec(Branch):
     name: str = Field(pattern=NAME, description="Name of the sweep or model; names of runs begin with it.")
     experiment: str | dict[str, Any] = Field({}, description="YAML file of the experiment, relative to this file, or the tree itself.")
     overrides: dict[str, Any] = Field({}, description="Dotted keys of the experiment and their values, laid over it.")
-    _source: Path = PrivateAttr(Path())
+    _file: tuple[dict[str, Any], str] = PrivateAttr(({}, ""))
+    """Tree and name of the experiment's file. It is read once: what is under way does not change with the file, on no machine."""
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The spec in a file.
+        """The spec in a file, with the file of its experiment.
 
         Raises:
             ConfigError: for an unreadable file, an unknown key (with the nearest name) or a value that breaks a rule.
@@ -42,7 +43,9 @@ class Spec(Branch):
             key = ".".join(str(part) for part in first["loc"])
             value = "" if first["type"] == "missing" else f" = {first['input']!r}"
             raise ConfigError(f"{path}: {key}{value}: {first['msg'].removeprefix('Value error, ')}") from None
-        spec._source = path
+        if isinstance(spec.experiment, str):
+            file = path.parent / spec.experiment
+            spec._file = read_yaml(file), str(file)
         return spec
 
     def load(self, *layers: Sequence[str]) -> Experiment:
@@ -51,9 +54,10 @@ class Spec(Branch):
         Raises:
             ConfigError: as `cluster.config.loading.load`.
         """
-        tree = self.experiment if isinstance(self.experiment, dict) else {}
-        path = None if isinstance(self.experiment, dict) else self._source.parent / self.experiment
-        return load(path, [*assignments(tree), *assignments(self.overrides), *(text for layer in layers for text in layer)])
+        more = [*assignments(self.overrides), *(text for layer in layers for text in layer)]
+        if isinstance(self.experiment, dict):
+            return load(None, [*assignments(self.experiment), *more])
+        return laid_over(*self._file, more)
 
 
 def assignments(values: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from cluster.config.loading import ConfigError
 from cluster.driver.interruption import Enough
 from cluster.driver.pin import pin
 from cluster.driver.run import STEPS, execute
@@ -34,12 +35,18 @@ def run_trial(
         ending: asked all the time; whether the sweep was told to end.
 
     Raises:
-        ConfigError, StageFailed, Superseded: as `cluster.driver.run.execute`; the same trial goes on later.
+        ConfigError: if the ledger has another run under this number, and as `cluster.driver.run.execute`.
+        StageFailed, Superseded: as that; the same trial goes on later.
         ToldToEnd: if it was, when there is a checkpoint.
     """
     ledger = opened.ledger
     ledger.refresh()
     trial = opened.trial(number, ledger.trials[number].point)
+    if trial.run != (recorded := ledger.trials[number].run):
+        raise ConfigError(
+            f"trial {number} of sweep {opened.sweep.name} is run {recorded} in {ledger.url}, but here it would be {trial.run}: another "
+            "version of this program suggested it. Go on with that one, or name the sweep anew"
+        )
     steering = _Steering(opened, number, trial.run, report, ending)
     stopped = steering.look()
     with Display() as display:

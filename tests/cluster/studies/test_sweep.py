@@ -1,5 +1,6 @@
 """Sweeps up to where trials start: what a file says, and which runs that makes; tests/jobs/test_tune.py runs one."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,18 @@ def test_the_experiment_is_a_file_beside_the_sweep_s_or_a_tree_and_overrides_lie
         (tmp_path / f"{name}.yaml").write_text(f"name: x\nexperiment: {text}\n{rest}")
         model = Sweep.read(tmp_path / f"{name}.yaml").load().model
         assert (model.hidden, model.latent) == (64, 32)
+
+
+def test_a_sweep_that_is_open_keeps_its_experiment_whatever_becomes_of_the_file(places: list[str], tmp_path: Path) -> None:
+    (base := tmp_path / "base.yaml").write_text("model: {hidden: 64}")
+    (tmp_path / "sweep.yaml").write_text("name: x\nexperiment: base.yaml\nspace: {optim.lr: [1.0e-4]}")
+    opened = OpenSweep(Sweep.read(tmp_path / "sweep.yaml"), places)
+    (before,) = opened.known_trials(opened.ledger)
+    base.unlink()
+    there = pickle.loads(pickle.dumps(opened))  # as a trial has it on its machine
+    assert there.trial(0, before.point).experiment == before.experiment and before.experiment.model.hidden == 64
+    with pytest.raises(ConfigError, match=r"no configuration file .*base\.yaml"):
+        Sweep.read(tmp_path / "sweep.yaml")
 
 
 def test_halving_that_could_stop_nothing_or_has_no_place_is_refused(tmp_path: Path) -> None:

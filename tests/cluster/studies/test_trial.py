@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from cluster.config.loading import ConfigError
 from cluster.runtime.failures import PERSON, TABLE, StageFailed, exit_code
 from cluster.studies import trial as module
 from cluster.studies.search import Search
@@ -46,3 +47,9 @@ def test_an_item_that_is_not_finite_ends_no_trial_for_the_data_can_be_mended(sea
         run_trial(search.opened, 0, lambda _: None)
     search.refresh()
     assert search.unfinished()[0] == 0 and exit_code(failed) == PERSON
+
+
+def test_a_number_under_which_the_ledger_has_another_run_is_refused(search: Search) -> None:
+    search.ledger.enter_trial(9, search.ledger.trials[0].point, "shown-00000000", "0")
+    with pytest.raises(ConfigError, match=r"trial 9 of sweep shown is run shown-00000000 in .*, but here it would be shown-"):
+        run_trial(search.opened, 9, lambda _: None)
