@@ -129,7 +129,7 @@ def names(
 
     Args:
         halving: the rule.
-        errors: trial -> rung -> error of each item; items are clips in both directions, plain ones first.
+        errors: trial -> rung -> error of each clip, (clips,).
         scores: trial -> what it scored at its end.
         metric: by which the best is chosen.
         mode: "max" or "min".
@@ -139,15 +139,16 @@ def names(
     for number in range(resamples):
         chance = generator("bench sweep", number)
         some = next(iter(next(iter(errors.values())).values()))
-        clips = chance.integers(len(some) // 2, size=len(some) // 2)
-        items = np.concatenate([clips, clips + len(some) // 2])
-        standings = {trial: Standing("", {rung: one[items] for rung, one in each.items()}, {}, "DONE") for trial, each in errors.items()}
+        # A clip that is drawn several times is one sample that weighs more: its sign is flipped once.
+        clips, times = np.unique(chance.integers(len(some), size=len(some)), return_counts=True)
+        again = {trial: {rung: times * one[clips] for rung, one in each.items()} for trial, each in errors.items()}
+        standings = {trial: Standing("", each, {}, "DONE") for trial, each in again.items()}
         choose(halving, standings)
         left = [trial for trial, standing in standings.items() if standing.stopped_at is None]
         rows = len(next(iter(scores.values())).values)
         drawn = chance.integers(rows, size=rows)
-        again = {trial: ClipScores(one.values[drawn], one.predictions) for trial, one in scores.items()}
-        found.append(best_of(again, left, metric, mode))
+        scored = {trial: ClipScores(one.values[drawn], one.predictions) for trial, one in scores.items()}
+        found.append(best_of(scored, left, metric, mode))
     return found
 
 
@@ -188,7 +189,7 @@ def _swept(sweep: Sweep, overrides: Sequence[str], say: Callable[[str], None], s
 
 
 def _errors(search: Search, number: int, halving: Halving) -> Mapping[int, np.ndarray]:
-    """Rung -> error of each item, as halving would see it of a trial that the ledger has no rungs of."""
+    """Rung -> error of each clip, as halving would see it of a trial that the ledger has no rungs of."""
     record = search.ledger.trials[number]
     measured = [read_rung(search.opened.home.at(f"runs/{record.run}"), items, halving.clips) for items in halving.rungs]
     return replace(record, rungs={rung: one for rung, one in enumerate(measured) if one}).standing.errors

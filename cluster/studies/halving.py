@@ -17,7 +17,7 @@ from reactdiff.config import Branch
 from reactdiff.data.keyed import generator
 
 EXACT = 12
-"""Up to so many items every choice of signs is counted; above, some of them are drawn."""
+"""Up to so many clips every choice of signs is counted; above, some of them are drawn."""
 
 FLIPS = 10_000
 """How many, at least."""
@@ -31,7 +31,7 @@ class Halving(Branch):
 
     rungs: tuple[int, ...] = Field(min_length=1, description="Items of the last stage after which trials are compared, rising.")
     error: float = Field(0.05, gt=0, lt=0.5, description="Largest probability that a trial is stopped that is as good as those before it.")
-    clips: int = Field(16, ge=1, description="Clips of val on which they are compared, the first ones; two items each.")
+    clips: int = Field(16, ge=1, description="Clips of val on which they are compared, the first ones, each in both directions.")
 
     @field_validator("rungs")
     @classmethod
@@ -44,8 +44,8 @@ class Halving(Branch):
         """The p-value up to which a trial is stopped at one rung: the error is shared by all rungs and all it is compared with."""
         return self.error / (len(self.rungs) * others)
 
-    def items_needed(self, trials: int) -> int:
-        """The fewest items on which the last of so many trials could be stopped at all."""
+    def clips_needed(self, trials: int) -> int:
+        """The fewest clips on which the last of so many trials could be stopped at all."""
         return math.ceil(-math.log2(self.level(max(1, trials - 1))))
 
 
@@ -58,7 +58,7 @@ class Standing:
 
     Attributes:
         bracket: trials of one bracket are compared.
-        errors: rung -> the error of each item, (items,).
+        errors: rung -> the error of each clip, (clips,).
         goes_on: rung -> what was decided there.
         end: how it ended; FAILED for good, STOPPED by a decision.
     """
@@ -149,22 +149,22 @@ def sign_flip(differences: np.ndarray, level: float) -> float:
     """One-sided p-value of a mean difference above 0, by flipping the signs of the differences (Fisher, 1935).
 
     Args:
-        differences: of each item, (items,).
+        differences: of each clip, (clips,).
         level: at which it will be judged; so many flips are drawn that p can tell, with a key of its own.
     """
-    items, least = len(differences), differences.sum() - ROUNDING * np.abs(differences).sum()
-    if items <= EXACT:
-        signs = 1.0 - 2 * ((np.arange(2**items)[:, None] >> np.arange(items)) & 1)
+    clips, least = len(differences), differences.sum() - ROUNDING * np.abs(differences).sum()
+    if clips <= EXACT:
+        signs = 1.0 - 2 * ((np.arange(2**clips)[:, None] >> np.arange(clips)) & 1)
         return float(np.mean(signs @ differences >= least))
     flips = max(FLIPS, math.ceil(20 / level))
-    chance, extreme = generator("sign flips", items), 1  # the signs as they are, too
+    chance, extreme = generator("sign flips", clips), 1  # the signs as they are, too
     for start in range(0, flips, FLIPS):
-        signs = 1.0 - 2 * chance.integers(0, 2, (min(FLIPS, flips - start), items), dtype=np.int8)
+        signs = 1.0 - 2 * chance.integers(0, 2, (min(FLIPS, flips - start), clips), dtype=np.int8)
         extreme += int(np.sum(signs @ differences >= least))
     return extreme / (flips + 1)
 
 
 def variance_ratio(one: np.ndarray, other: np.ndarray) -> float | None:
-    """How many times larger the variance of the difference of two means were if the items were not the same; None without any."""
+    """How many times larger the variance of the difference of two means were if the clips were not the same; None without any."""
     paired = float(np.var(one - other))
     return float((np.var(one) + np.var(other)) / paired) if paired else None

@@ -50,9 +50,14 @@ class TrialRecord:
 
     @property
     def standing(self) -> Standing:
-        """What halving sees of it: of each item the mean error over the levels."""
-        errors = {rung: np.nan_to_num(np.array(facts["errors"]).mean(1), nan=WORST) for rung, facts in self.rungs.items()}
+        """What halving sees of it."""
+        errors = {rung: self.of_clips(rung) for rung in self.rungs}
         return Standing(self.bracket, errors, {rung: choice.goes_on for rung, choice in self.choices.items()}, self.end)
+
+    def of_clips(self, rung: int) -> np.ndarray:
+        """Of each clip at a rung the mean error over levels and directions, (clips,); the directions of one dyad are no two samples."""
+        errors = np.array(self.rungs[rung]["errors"])  # (items, levels), as in `cluster.evaluation.ground_truth`
+        return np.nan_to_num(errors.reshape(2, -1, errors.shape[1]).mean((0, 2)), nan=WORST)
 
     def error(self, rung: int) -> float:
         """Mean error over items and levels at a rung."""

@@ -218,10 +218,10 @@ class OpenSweep:
         if (halving := self.sweep.halving) is None:
             return
         clips = min(halving.clips, int(self.manifest.counts(SPLIT).sum()))
-        if 2 * clips < (needed := halving.items_needed(self.sweep.most)):
+        if clips < (needed := halving.clips_needed(self.sweep.most)):
             raise ConfigError(
-                f"halving on {clips} clips of {SPLIT} ({2 * clips} items) could stop nothing: at an error of {halving.error:g} over "
-                f"{len(halving.rungs)} rungs and {self.sweep.most} trials it takes {needed} items. Raise halving.clips or halving.error, "
+                f"halving on {clips} clips of {SPLIT} could stop nothing: at an error of {halving.error:g} over "
+                f"{len(halving.rungs)} rungs and {self.sweep.most} trials it takes {needed} clips. Raise halving.clips or halving.error, "
                 "lower the number of rungs, or leave halving out"
             )
         for trial in [*trials, *self.corner_trials()]:

@@ -20,10 +20,10 @@ def scores(level: float, trial: int) -> ClipScores:
 
 
 def errors(*levels: float) -> dict[int, dict[int, np.ndarray]]:
-    """Trial -> rung -> error of each item; what clips share is much more than what trials differ by."""
-    hard = generator("hard").uniform(1, 9, 2 * CLIPS)
+    """Trial -> rung -> error of each clip; what clips share is much more than what trials differ by."""
+    hard = generator("hard").uniform(1, 9, CLIPS)
     return {
-        trial: {rung: hard + level + 0.01 * generator("noise", trial, rung).standard_normal(2 * CLIPS) for rung in (0, 1)}
+        trial: {rung: hard + level + 0.01 * generator("noise", trial, rung).standard_normal(CLIPS) for rung in (0, 1)}
         for trial, level in enumerate(levels)
     }
 
@@ -40,6 +40,14 @@ def test_the_best_of_those_that_are_left_is_named_on_every_resample(metric: str)
     stopped = names(HALVING, errors(0.1, 0.5, 0.9, 0.4), ends, metric, mode, 10)
     assert stopped == [0] * 10, "the others were behind at the first rung, by less than clips differ"
     assert names(HALVING, errors(0.1, 0.5, 0.9, 0.4), ends, metric, mode, 10) == stopped
+
+
+def test_a_clip_that_is_drawn_several_times_is_one_sample(metric: str) -> None:
+    """Of eight clips a trial that is worse on each is stopped at this level by six and more: only some draws have so many."""
+    ends, rule = {0: scores(2.0, 0), 1: scores(9.0, 1)}, Halving(rungs=(10,), error=0.02, clips=8)
+    mode = "max" if best_of(ends, range(2), metric, "max") == 1 else "min"
+    clips = generator("eight").uniform(1, 9, 8)
+    assert set(names(rule, {0: {0: clips}, 1: {0: clips + 1}}, ends, metric, mode, 40)) == {0, 1}
 
 
 def test_a_difference_is_paired_by_clip_and_holds_0_where_nobody_can_tell(metric: str) -> None:

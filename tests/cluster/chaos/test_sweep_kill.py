@@ -25,7 +25,7 @@ SWEEP = """
 name: killed
 space: {optim.lr.diffusion: [1.0e-2, 1.0e-9], diffusion.schedule: [cosine, linear]}
 metrics: {FRDist: min}
-halving: {rungs: [12, 120], error: 0.3, clips: 4}
+halving: {rungs: [12, 120], error: 0.4, clips: 4}
 concurrent: 2
 """
 MORE = ("optim.epochs={autoencoder: 6, diffusion: 24}", "run.checkpoint_every=24", "evaluation.baselines=false")

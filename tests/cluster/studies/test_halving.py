@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.studies.halving import Choice, Halving, Standing, choose, sign_flip, variance_ratio
+from cluster.studies.ledger import TrialRecord
 
 RUNGS = (10, 20, 40)
 ITEMS = 10
@@ -121,6 +123,18 @@ def test_trials_that_are_equally_good_are_stopped_as_rarely_as_is_said(items: in
     assert abs(stopped - 0.05) <= 3 * (0.05 * 0.95 / times) ** 0.5
 
 
+def test_the_two_directions_of_a_dyad_are_one_sample() -> None:
+    """They share their clip: taken for two, they would stop trials that are equally good far more often than is said."""
+    chance, clips, times = np.random.default_rng(4), 12, 400
+
+    def stopped(of_one: Callable[[np.ndarray], np.ndarray]) -> float:
+        records = (TrialRecord(1, {}, "run", "0", {0: {"errors": np.tile(chance.normal(size=clips), 2)[:, None]}}) for _ in range(times))
+        return float(np.mean([sign_flip(of_one(record.of_clips(0)), 0.05) <= 0.05 for record in records]))
+
+    assert abs(stopped(lambda one: one) - 0.05) <= 3 * (0.05 * 0.95 / times) ** 0.5
+    assert stopped(lambda one: np.tile(one, 2)) > 0.09
+
+
 def test_the_exact_p_value_counts_every_choice_of_signs() -> None:
     differences = np.array([0.3, 0.1, -0.2, 0.4])
     signs = itertools.product([1, -1], repeat=4)
@@ -136,10 +150,10 @@ def test_a_worse_trial_is_stopped_although_clips_differ_by_far_more_than_trials_
     assert second.smaller == variance_ratio(worse, better)
 
 
-def test_the_error_rate_is_shared_by_rungs_and_rivals_and_says_how_many_items_it_takes() -> None:
+def test_the_error_rate_is_shared_by_rungs_and_rivals_and_says_how_many_clips_it_takes() -> None:
     rule = halving(error=0.06)
     assert rule.level(4) == pytest.approx(0.06 / 12)
-    needed = rule.items_needed(5)
+    needed = rule.clips_needed(5)
     assert 2.0**-needed <= rule.level(4) < 2.0 ** -(needed - 1)
     wins = np.ones(needed)
     assert sign_flip(wins, rule.level(4)) <= rule.level(4) < sign_flip(wins[1:], rule.level(4))

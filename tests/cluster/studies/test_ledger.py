@@ -34,7 +34,7 @@ def test_what_is_entered_is_read_by_another_process(store: Store) -> None:
     assert (record.number, record.point, record.run, record.end) == (0, {"model.layers": 4}, "sweep-abc", "DONE")
     assert record.choices == {0: Choice(0, 0, False, 2, 0.001, 0.01, 31.5)}
     assert record.scores == {"FRCorr": 0.25, "FRDist": None}
-    assert record.error(0) == 1.25 and np.array_equal(record.standing.errors[0], [0.75, 1.75])
+    assert record.error(0) == 1.25 and np.array_equal(record.standing.errors[0], [1.25])
     assert record.standing.stopped_at == 0
 
 

@@ -206,8 +206,8 @@ def test_halving_that_could_stop_nothing_or_has_no_place_is_refused(tmp_path: Pa
         opened.check(opened.known_trials(opened.ledger))
 
     check()
-    with pytest.raises(ConfigError, match=r"halving on 3 clips of val \(6 items\) could stop nothing.*it takes 7 items"):
-        check(clips=3)
+    with pytest.raises(ConfigError, match=r"halving on 6 clips of val could stop nothing.*it takes 7 clips"):
+        check(clips=6)
     with pytest.raises(ConfigError, match=r"at 241 items, but trial diffusion.schedule=cosine,model.inter_depth=1 ends at 256"):
         check(rungs=[32, 241])
     with pytest.raises(ConfigError, match="has no stage diffusion"):

@@ -45,13 +45,13 @@ def test_the_table_has_each_trial_its_rungs_and_why_it_was_stopped(search: Searc
     text = shown(sweep_table(search, {2: "the machine is gone"}))
     assert line(text, 0)[2:7] == ["unet", "", "0.43500", "0.43500", "1.2500"] and line(text, 0)[-1] == "DONE"
     assert line(text, 1)[2:7] == ["transformer", "2", "0.46000 x", "", ""]
-    assert line(text, 1)[-1] == "stopped at rung 1: trial 0 is better, p = 0.0001 (at most 0.025)"
+    assert line(text, 1)[-1] == "stopped at rung 1: trial 0 is better, p = 0.0039 (at most 0.025)"
     assert line(text, 2)[-1] == "FAILED the machine is gone"
     assert "at log-SNR 0, 3 (nearest steps: -0.12, 2.71)" in text and "times below unpaired (median of 1 comparisons)" in text
     said = capsys.readouterr().out.splitlines()
     assert [one for one in said if one.startswith("trial 1")] == [
         "trial 1 at 12 items: error 0.46000",
-        "trial 1 is stopped: stopped at rung 1: trial 0 is better, p = 0.0001 (at most 0.025)",
+        "trial 1 is stopped: stopped at rung 1: trial 0 is better, p = 0.0039 (at most 0.025)",
     ]
     assert sum(one.startswith("trial 0 starts") for one in said) == 1 and said[-1] == "trial 0 is at its end: DONE"
 
