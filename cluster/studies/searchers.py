@@ -4,7 +4,7 @@ A suggestion is a pure function of the seed, the trial's number and what it is t
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ Method = Literal["grid", "random", "optuna"]
 Mode = Literal["max", "min"]
 
 TRIES = 100
-"""Draws that were all tried before, after which a space is taken to be exhausted."""
+"""Draws none of which could be tried, after which the points of a space are gone through, or it is taken to be exhausted."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,13 @@ class Told:
 
 
 def suggest(
-    method: Method, space: Space, modes: Sequence[Mode], seed: int, number: int, told: Sequence[Told], taken: Collection[Point]
+    method: Method,
+    space: Space,
+    modes: Sequence[Mode],
+    seed: int,
+    number: int,
+    told: Sequence[Told],
+    fits: Callable[[Point], bool],
 ) -> Point | None:
     """The point of a trial.
 
@@ -51,10 +57,10 @@ def suggest(
         seed: of the search.
         number: of the trial.
         told: of the trials that it may know, from number 0 on.
-        taken: points of all lower-numbered trials, which are not tried again.
+        fits: whether a point can be tried: none before it is the same, and there is such an experiment. A grid is not asked.
 
     Returns:
-        The point, None if there is none left.
+        The point, None if there is none left: of a space of choices, none at all; of one with ranges, none of many draws.
     """
     if method == "grid":
         points = space.grid()
@@ -64,9 +70,9 @@ def suggest(
             point = space.draw(lambda key, attempt=attempt: float(generator("sweep", seed, number, attempt, key).random()))  # type: ignore[misc]
         else:
             point = _ask(space, modes, seed_of("sweep", seed, number, attempt) % 2**32, told)
-        if point not in taken:
+        if fits(point):
             return point
-    return None
+    return next(filter(fits, space.points()), None) if space.finite else None
 
 
 def _ask(space: Space, modes: Sequence[Mode], seed: int, told: Sequence[Told]) -> Point:

@@ -96,16 +96,27 @@ class Space:
         Raises:
             ValueError: if a key has a range.
         """
-        points: list[Point] = [{}]
-        for key, dimension in self.dimensions.items():
-            if not dimension.choice:
-                raise ValueError(f"{key} has a range, of which a grid cannot try every value: give choices, or search: random or optuna")
-            points = [
-                {**point, **chosen}
-                for point in points
-                for chosen in ([{key: value} for value in dimension.choice] if _counts(dimension, point) else [{}])
-            ]
-        return points
+        if ranges := [key for key, dimension in self.dimensions.items() if not dimension.choice]:
+            raise ValueError(f"{ranges[0]} has a range, of which a grid cannot try every value: give choices, or search: random or optuna")
+        return list(self.points())
+
+    @property
+    def finite(self) -> bool:
+        """Whether it has choices only."""
+        return all(dimension.choice for dimension in self.dimensions.values())
+
+    def points(self) -> Iterator[Point]:
+        """The points of a space of choices, the last key changing fastest."""
+        return self._points_from({}, list(self.dimensions))
+
+    def _points_from(self, point: Point, keys: list[str]) -> Iterator[Point]:
+        """Those that begin like this one; these keys are left."""
+        if not keys:
+            yield point
+            return
+        dimension = self.dimensions[keys[0]]
+        for chosen in [{keys[0]: value} for value in dimension.extremes] if _counts(dimension, point) else [{}]:
+            yield from self._points_from({**point, **chosen}, keys[1:])
 
     def corners(self) -> Iterator[Point]:
         """Points in which each key has each value of its choice, or each end of its range, at least once."""

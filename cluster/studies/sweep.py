@@ -23,7 +23,7 @@ from cluster.storage import AlreadyExists, NotFound, Store, open_store
 from cluster.studies.first_stage import first_stage
 from cluster.studies.halving import Halving
 from cluster.studies.ledger import VERSION, Ledger
-from cluster.studies.searchers import Method, Mode, suggest
+from cluster.studies.searchers import Method, Mode, Told, suggest
 from cluster.studies.space import Dimension, Point, Space, text_of
 from reactdiff.stage import stages_of
 
@@ -140,6 +140,7 @@ class OpenSweep:
         if twice := {text.partition("=")[0] for text in overrides} & sweep.space.keys():
             raise ConfigError(f"{min(twice)} is in the space of sweep {sweep.name}; change it there, not as an override")
         self.sweep, self.overrides, self.space = sweep, tuple(overrides), Space(sweep.space)
+        self._runs = dict[str, str]()
         for point in [*self.space.corners(), *self._early_points()]:
             sweep.load(self.overrides, assignments(point))  # a wrong key or value, before anything is looked up
         self.home = open_store(anchored(sweep.load(self.overrides)).run.store)
@@ -190,10 +191,23 @@ class OpenSweep:
                 )
         return list(found.values())
 
-    def suggest(self, number: int, told: Sequence[Any], taken: Sequence[Point]) -> Point | None:
-        """The point of a trial, as `cluster.studies.searchers.suggest`."""
-        sweep = self.sweep
-        return suggest(sweep.search, self.space, list(sweep.metrics.values()), sweep.seed, number, told, taken)
+    def suggest(self, number: int, told: Sequence[Told], taken: Sequence[Point]) -> Point | None:
+        """The point of a trial, as `cluster.studies.searchers.suggest`: of no experiment is none, and of none that is a run already.
+
+        Args:
+            number: of the trial.
+            told: of the trials that the searcher may know, from number 0 on.
+            taken: points of all lower-numbered trials.
+        """
+        sweep, runs = self.sweep, set(map(self._run_of, taken))
+
+        def fits(point: Point) -> bool:
+            try:
+                return self._run_of(point) not in runs
+            except ConfigError:
+                return False
+
+        return suggest(sweep.search, self.space, list(sweep.metrics.values()), sweep.seed, number, told, fits)
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -242,8 +256,19 @@ class OpenSweep:
         """Points that are looked at before anything starts: what will be tried, or what might be."""
         if self.sweep.search == "grid":
             return self.space.grid()[: self.sweep.most]
-        points = (suggest("random", self.space, (), self.sweep.seed, number, (), ()) for number in range(self.sweep.most))
+        points = (suggest("random", self.space, (), self.sweep.seed, number, (), lambda _: True) for number in range(self.sweep.most))
         return [point for point in points if point is not None]
+
+    def _run_of(self, point: Point) -> str:
+        """Name of the run at a point.
+
+        Raises:
+            ConfigError: if no experiment is like that.
+        """
+        key = json.dumps(point)
+        if key not in self._runs:
+            self._runs[key] = self._experiment(point).run.name
+        return self._runs[key]
 
     def _experiment(self, point: Point, *more: str) -> Experiment:
         """The experiment at a point: its run's name, any free telemetry port, and what else is given."""

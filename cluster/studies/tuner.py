@@ -108,6 +108,8 @@ def run_sweep(
         lease.assert_held()
         search.refresh()
         write_best(search)
+        if search.over() and len(search.ledger.trials) < sweep.most:
+            say(f"no more than {len(search.ledger.trials)} of {sweep.most} trials: no other point was found that can be tried")
         return search, undone
 
 

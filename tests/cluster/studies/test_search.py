@@ -160,10 +160,10 @@ def test_asked_for_trial_n_optuna_has_been_told_exactly_trials_0_to_n_minus_c(
 ) -> None:
     asked: dict[int, list[Told]] = {}
 
-    def watched(method: Any, space: Any, modes: Any, seed: int, number: int, told: Any, taken: Any) -> Any:
+    def watched(method: Any, space: Any, modes: Any, seed: int, number: int, told: Any, fits: Any) -> Any:
         if method == "optuna":
             asked[number] = told
-        return suggest(method, space, modes, seed, number, told, taken)
+        return suggest(method, space, modes, seed, number, told, fits)
 
     monkeypatch.setattr("cluster.studies.sweep.suggest", watched)
     deaths = Deaths(sweep("optuna", concurrent=3), places, tmp_path, World(5), random.Random(1), deadly=0.0)
@@ -198,6 +198,18 @@ def test_no_settled_trial_is_started_again_and_unfinished_ones_go_on(places: lis
     second.given_up.add(2)
     assert second.next([]) == 3, "a trial that failed is left to the next command"
     assert second.best() is None, "one may still win"
+
+
+def test_a_proposal_that_is_no_experiment_or_a_run_already_is_made_anew(places: list[str], tmp_path: Path) -> None:
+    """Guidance needs dropout of the condition, and whatever workers.zero is, the same is computed: of eight points three are runs."""
+    space = {"diffusion.guidance": [1.0, 2.0], "diffusion.condition_dropout": [0.1, 0.0], "workers.zero": [1, 2]}
+    given = sweep("optuna", space=space, concurrent=1, trials=4, halving=None)
+    search = Search(OpenSweep(given, [*places, f"run.store={tmp_path}"]))
+    for number in range(3):
+        search.ledger.enter_end(number, "DONE", scores={"FRDist": 1.0})
+        search.refresh()
+    points = [(one.point["diffusion.guidance"], one.point["diffusion.condition_dropout"]) for one in search.ledger.trials.values()]
+    assert sorted(points) == [(1.0, 0.0), (1.0, 0.1), (2.0, 0.1)] and search.over()
 
 
 def test_a_trial_whose_autoencoder_nobody_trains_comes_first(places: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

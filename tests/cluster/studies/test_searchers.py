@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from cluster.studies.searchers import Told, defined, suggest
+from cluster.studies.searchers import TRIES, Told, defined, suggest
 from cluster.studies.space import Dimension, Point, Space
 from reactdiff.data.keyed import generator
 from tests.tiny import ROOT
@@ -25,11 +26,21 @@ SPACE = Space(
 KINDS = {"diffusion.schedule": str, "model.facial": list, "model.layers": int, "optim.lr": float}
 
 
+def anything(_: Point) -> bool:
+    """Whether a point can be tried."""
+    return True
+
+
+def not_among(taken: list[Point]) -> Callable[[Point], bool]:
+    """Whether a point is none of these, as they are when it is asked."""
+    return lambda point: point not in taken
+
+
 def told_of(count: int, modes: int = 1) -> list[Told]:
     """Trials in which cosine, and a rate near 1e-3, are best; some were stopped and some failed."""
     told: list[Told] = []
     for number in range(count):
-        point = suggest("random", SPACE, ["min"], 9, number, [], [])
+        point = suggest("random", SPACE, ["min"], 9, number, [], anything)
         assert point is not None
         value = (point["diffusion.schedule"] != "cosine") + abs(point["optim.lr"] - 1e-3) * 1e3
         if number % 5 == 3:
@@ -42,7 +53,7 @@ def told_of(count: int, modes: int = 1) -> list[Told]:
 @pytest.mark.parametrize("method", ["random", "optuna"])
 def test_a_suggestion_is_a_point_of_the_space_with_the_types_of_its_keys(method: Any) -> None:
     for number in range(20):
-        point = suggest(method, SPACE, ["min"], 0, number, told_of(number), [])
+        point = suggest(method, SPACE, ["min"], 0, number, told_of(number), anything)
         assert point is not None and ("model.layers" in point) == (point["diffusion.schedule"] != "karras")
         assert {key: type(value) for key, value in point.items()} == {key: KINDS[key] for key in point}
 
@@ -50,17 +61,16 @@ def test_a_suggestion_is_a_point_of_the_space_with_the_types_of_its_keys(method:
 @pytest.mark.starts
 @pytest.mark.parametrize("modes", [["min"], ["min", "max"]])
 def test_the_same_question_has_the_same_answer_in_another_process(modes: list[Any]) -> None:
-    call = f"suggest('optuna', SPACE, {modes}, 3, 14, told_of(14, {len(modes)}), [])"
+    call = f"suggest('optuna', SPACE, {modes}, 3, 14, told_of(14, {len(modes)}), anything)"
     script = f"from tests.cluster.studies.test_searchers import *; print({call})"
     other = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    here = [str(suggest("optuna", SPACE, modes, 3, 14, told_of(14, len(modes)), [])) for _ in range(2)]
+    here = [str(suggest("optuna", SPACE, modes, 3, 14, told_of(14, len(modes)), anything)) for _ in range(2)]
     assert here == [other.stdout.strip()] * 2
 
 
 def test_another_number_another_seed_or_more_that_is_told_give_another_point() -> None:
-    points = [
-        suggest("optuna", SPACE, ["min"], seed, number, told_of(told), []) for seed, number, told in ((0, 20, 20), (0, 21, 20), (1, 20, 20))
-    ]
+    asked = ((0, 20, 20), (0, 21, 20), (1, 20, 20))
+    points = [suggest("optuna", SPACE, ["min"], seed, number, told_of(told), anything) for seed, number, told in asked]
     assert len({str(point) for point in points}) == 3
 
 
@@ -70,7 +80,7 @@ def test_optuna_learns_from_values_and_from_the_errors_of_stopped_trials(mode: A
         [Told(one.point, one.values and [sign * one.values[0]], one.errors) for one in told_of(60)],
         [Told(one.point, None, one.errors or {10: one.values[0]}) for one in told_of(60) if one.values or one.errors],
     ):
-        points = [suggest("optuna", SPACE, [mode], 0, number, told, []) for number in range(60, 90)]
+        points = [suggest("optuna", SPACE, [mode], 0, number, told, anything) for number in range(60, 90)]
         assert sum(point is not None and point["diffusion.schedule"] == "cosine" for point in points) > 18, "a third, at random"
 
 
@@ -78,13 +88,32 @@ def test_no_point_is_tried_twice_and_a_space_that_is_exhausted_says_so() -> None
     small = Space({"a": Dimension(choice=(1, 2)), "b": Dimension(choice=("x", "y", "z"))})
     for method in ("grid", "random", "optuna"):
         taken: list[Point] = []
-        while (point := suggest(method, small, ["max"], 0, len(taken), [], taken)) is not None:
+        while (point := suggest(method, small, ["max"], 0, len(taken), [], not_among(taken))) is not None:
             taken.append(point)
         assert sorted(map(str, taken)) == sorted(map(str, small.grid())), method
 
 
+def test_where_optuna_proposes_the_same_again_and_again_the_points_that_are_left_are_tried() -> None:
+    """Ten good points of twelve values: what it proposes is hardly ever one of the two that were not tried."""
+    small = Space({"a": Dimension(choice=tuple(range(12)))})
+    taken: list[Point] = [{"a": value} for value in range(10)]
+    told = [Told({"a": value % 10}, [float(value % 10)]) for value in range(200)]
+    found = []
+    for number in (200, 201, 202):
+        found.append(suggest("optuna", small, ["min"], 0, number, told, not_among(taken)))
+        taken += [point for point in found if point]
+    assert sorted(map(str, found)) == ["None", "{'a': 10}", "{'a': 11}"]
+
+
+def test_the_points_of_a_large_space_are_not_listed_to_find_one() -> None:
+    large = Space({f"k{number}": Dimension(choice=tuple(range(10))) for number in range(30)})
+    drawn = iter([False] * TRIES + [False, False, True])
+    point = suggest("random", large, ["min"], 0, 0, [], lambda _: next(drawn))
+    assert point is not None and list(point.values()) == [0] * 29 + [2]
+
+
 def test_random_points_are_spread_over_the_space() -> None:
-    points = [suggest("random", SPACE, ["min"], 0, number, [], []) for number in range(300)]
+    points = [suggest("random", SPACE, ["min"], 0, number, [], anything) for number in range(300)]
     counts = [sum(point is not None and point["diffusion.schedule"] == name for point in points) for name in ("cosine", "linear", "karras")]
     assert all(70 < count < 130 for count in counts)
     assert generator("sweep", 0, 0, 0, "optim.lr").random() != generator("sweep", 0, 0, 0, "model.layers").random()
