@@ -151,6 +151,7 @@ class Search:
     def _outcome(self, number: int) -> Told:
         record, metrics = self.ledger.trials[number], self.opened.sweep.metrics
         stopped = record.standing.stopped_at
-        if stopped is None:
-            return Told(record.point, defined(record.scores, metrics))
-        return Told(record.point, None, {record.rungs[rung]["progress"]: record.error(rung) for rung in range(stopped + 1)})
+        if stopped is None and (values := defined(record.scores, metrics)):
+            return Told(record.point, values)
+        counted = [rung for rung in sorted(record.rungs) if stopped is None or rung <= stopped]
+        return Told(record.point, None, {record.rungs[rung]["progress"]: record.error(rung) for rung in counted})

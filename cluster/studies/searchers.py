@@ -31,7 +31,7 @@ class Told:
     Attributes:
         point: that was tried.
         values: of the metrics, in their order; None where it was stopped, failed, or one is undefined.
-        errors: items -> mean error at that rung, up to the rung at which it was stopped.
+        errors: items -> mean error at that rung, where it has no values: up to the rung at which it was stopped, or failed.
     """
 
     point: Point
@@ -91,16 +91,21 @@ def _ask(space: Space, modes: Sequence[Mode], seed: int, told: Sequence[Told]) -
 
 
 def _frozen(space: Space, modes: Sequence[Mode], told: Told) -> FrozenTrial:
-    """A finished trial as Optuna has it: one that was stopped is pruned, and one without values has failed."""
+    """A finished trial as Optuna has it: one without values is pruned, or the worst of all where it has no errors either.
+
+    Of several metrics Optuna ranks no pruned trials: there it has failed, from which Optuna learns nothing.
+    """
     distributions = {key: _distribution(space.dimensions[key]) for key in told.point}
     params = {key: _internal(space.dimensions[key], value) for key, value in told.point.items()}
     if told.values is not None:
         return create_trial(values=list(told.values), params=params, distributions=distributions)
-    if told.errors and len(modes) == 1:  # of several metrics, Optuna ranks no pruned trials
-        sign = -1 if modes[0] == "max" else 1
-        errors = {items: sign * error for items, error in told.errors.items()}
-        return create_trial(state=TrialState.PRUNED, params=params, distributions=distributions, intermediate_values=errors)
-    return create_trial(state=TrialState.FAIL, params=params, distributions=distributions)
+    if len(modes) > 1:
+        return create_trial(state=TrialState.FAIL, params=params, distributions=distributions)
+    sign = -1 if modes[0] == "max" else 1
+    if not told.errors:
+        return create_trial(values=[sign * math.inf], params=params, distributions=distributions)
+    errors = {items: sign * error for items, error in told.errors.items()}
+    return create_trial(state=TrialState.PRUNED, params=params, distributions=distributions, intermediate_values=errors)
 
 
 def _distribution(dimension: Dimension) -> BaseDistribution:

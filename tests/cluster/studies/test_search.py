@@ -172,7 +172,8 @@ def test_asked_for_trial_n_optuna_has_been_told_exactly_trials_0_to_n_minus_c(
     for told in asked.values():
         assert [one.point for one in told] == [search.ledger.trials[number].point for number in range(len(told))]
     kinds = [(one.values is not None, bool(one.errors)) for one in asked[7]]
-    assert set(kinds) == {(True, False), (False, True), (False, False)}, "scores, errors of a stopped one, and a failure"
+    assert set(kinds) == {(True, False), (False, True)}, "scores, or errors: of one that was stopped, and of the one that failed"
+    assert list(asked[7][2].errors) == RUNGS and search.ledger.trials[2].end == "FAILED"
 
 
 def test_a_trial_that_was_stopped_is_told_by_the_rungs_that_counted(places: list[str], tmp_path: Path) -> None:

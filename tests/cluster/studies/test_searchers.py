@@ -84,6 +84,16 @@ def test_optuna_learns_from_values_and_from_the_errors_of_stopped_trials(mode: A
         assert sum(point is not None and point["diffusion.schedule"] == "cosine" for point in points) > 18, "a third, at random"
 
 
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_optuna_keeps_away_from_what_failed(mode: Any) -> None:
+    """Karras always fails, with errors at a rung or without any; the others are all alike."""
+    random = [suggest("random", SPACE, [mode], 9, number, [], anything) for number in range(40)]
+    for errors in ({}, {10: 1.0}):
+        told = [Told(point, None, errors) if point["diffusion.schedule"] == "karras" else Told(point, [0.5]) for point in random if point]
+        points = [suggest("optuna", SPACE, [mode], 0, number, told, anything) for number in range(40, 70)]
+        assert sum(point is not None and point["diffusion.schedule"] == "karras" for point in points) < 4, "a third, at random"
+
+
 def test_no_point_is_tried_twice_and_a_space_that_is_exhausted_says_so() -> None:
     small = Space({"a": Dimension(choice=(1, 2)), "b": Dimension(choice=("x", "y", "z"))})
     for method in ("grid", "random", "optuna"):
