@@ -22,6 +22,9 @@ EXACT = 12
 FLIPS = 10_000
 """How many, at least."""
 
+WORST = 1e9
+"""What the error of a clip counts for that is no finite number."""
+
 ROUNDING = 1e-12
 """Sums of the same numbers in another order may differ by so much of their size."""
 
@@ -141,6 +144,8 @@ def _choice(halving: Halving, trial: int, rung: int, errors: np.ndarray, others:
         return Choice(trial, rung, True)
     best = min(others, key=lambda lower: (math.fsum(others[lower]), lower))
     level = halving.level(len(others))
+    if errors.max() >= WORST > others[best].max():  # one such clip outweighs all others, so no test would find the trial worse
+        return Choice(trial, rung, False, best, 0.0, level)
     p = sign_flip(errors - others[best], level)
     return Choice(trial, rung, p > level, best, p, level, variance_ratio(errors, others[best]))
 

@@ -12,15 +12,11 @@ from typing import Any
 import numpy as np
 
 from cluster.storage import AlreadyExists, Permanent, Store
-from cluster.studies.halving import Choice, End, Standing
+from cluster.studies.halving import WORST, Choice, End, Standing
 from cluster.studies.space import Point
 
 VERSION = 1
 """Of the records; ledgers of another one are other ledgers."""
-
-WORST = 1e9
-"""What an error counts for that is not a number."""
-
 
 @dataclass
 class TrialRecord:
@@ -57,11 +53,11 @@ class TrialRecord:
     def of_clips(self, rung: int) -> np.ndarray:
         """Of each clip at a rung the mean error over levels and directions, (clips,); the directions of one dyad are no two samples."""
         errors = np.array(self.rungs[rung]["errors"])  # (items, levels), as in `cluster.evaluation.ground_truth`
-        return np.nan_to_num(errors.reshape(2, -1, errors.shape[1]).mean((0, 2)), nan=WORST)
+        return np.nan_to_num(errors.reshape(2, -1, errors.shape[1]).mean((0, 2)), nan=WORST).clip(max=WORST)
 
     def error(self, rung: int) -> float:
-        """Mean error over items and levels at a rung."""
-        return float(np.mean(self.rungs[rung]["errors"]))
+        """Mean error over clips at a rung."""
+        return float(self.of_clips(rung).mean())
 
 
 class Ledger:

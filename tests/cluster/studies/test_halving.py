@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from cluster.studies.halving import Choice, Halving, Standing, choose, sign_flip, variance_ratio
+from cluster.studies.halving import WORST, Choice, Halving, Standing, choose, sign_flip, variance_ratio
 from cluster.studies.ledger import TrialRecord
 
 RUNGS = (10, 20, 40)
@@ -148,6 +148,14 @@ def test_a_worse_trial_is_stopped_although_clips_differ_by_far_more_than_trials_
     assert first.goes_on and not second.goes_on
     assert second.smaller is not None and second.smaller > 1e4
     assert second.smaller == variance_ratio(worse, better)
+
+
+def test_a_trial_with_an_error_that_is_not_finite_is_stopped_by_one_without() -> None:
+    base = np.linspace(1, 2, ITEMS)
+    broken = np.where(np.arange(ITEMS) == 3, WORST, base - 0.5)
+    trials = {number: Standing(errors={0: each}) for number, each in enumerate((broken, broken, base, broken))}
+    made = choose(halving(), trials)
+    assert [(one.trial, one.goes_on, one.against) for one in made] == [(0, True, None), (1, True, 0), (2, True, 0), (3, False, 2)]
 
 
 def test_the_error_rate_is_shared_by_rungs_and_rivals_and_says_how_many_clips_it_takes() -> None:

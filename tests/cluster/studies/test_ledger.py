@@ -1,13 +1,14 @@
 """The ledger keeps facts in the store, and whoever reads it finds the same."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cluster.storage import Permanent, Store, open_store
-from cluster.studies.halving import Choice
+from cluster.studies.halving import WORST, Choice
 from cluster.studies.ledger import Ledger
 
 MEASURED = {"progress": 96, "levels": [[0.0, 0.1], [2.0, 1.9]], "errors": [[1.0, 0.5], [3.0, 0.5]]}
@@ -36,6 +37,14 @@ def test_what_is_entered_is_read_by_another_process(store: Store) -> None:
     assert record.scores == {"FRCorr": 0.25, "FRDist": None}
     assert record.error(0) == 1.25 and np.array_equal(record.standing.errors[0], [1.25])
     assert record.standing.stopped_at == 0
+
+
+def test_an_error_that_is_not_finite_is_the_worst_of_its_clip_and_leaves_a_mean(store: Store) -> None:
+    ledger, errors = Ledger(store), [[1.0, 1.0], [1.0, math.nan], [2.0, math.inf], [1.0, 1.0], [3.0, 3.0], [1.0, 1.0]]
+    ledger.enter_trial(0, {}, "run", "0")
+    ledger.enter_rung(0, 0, {**MEASURED, "errors": errors})
+    (record,) = read(store).trials.values()
+    assert record.standing.errors[0].tolist() == [1.0, WORST, WORST] and record.error(0) == pytest.approx(2 * WORST / 3)
 
 
 def test_a_reader_takes_what_came_since_and_asks_for_nothing_twice(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
