@@ -15,7 +15,7 @@ from cluster.storage import AlreadyExists, Permanent, Store
 from cluster.studies.halving import WORST, Choice, End, Standing
 from cluster.studies.space import Point
 
-VERSION = 1
+VERSION = 2
 """Of the records; ledgers of another one are other ledgers."""
 
 @dataclass

@@ -214,6 +214,8 @@ class OpenSweep:
         """Its records: of what is searched, how, for what and on which data. Another question has another ledger, of the same runs."""
         sweep, base = self.sweep, self._experiment({}, *self._asked)
         asked = sweep.model_dump(mode="json", include={"space", "search", "seed", "metrics", "halving"})
+        # The order of keys counts the points of a grid, and of metrics the first one chooses: a digest sorts mappings.
+        asked |= {key: list(asked[key].items()) for key in ("space", "metrics")}
         concurrent = sweep.concurrent if sweep.search == "optuna" else 0
         question = [value_of(base, key) for key in QUESTION]
         facts = [VERSION, asked, concurrent, self.manifest.hash, name_fields(base), name_fields(base, "end"), question]
