@@ -6,8 +6,8 @@
 The same command goes on after an interruption: finished trials are skipped, others resume where they were, and every decision is the
 one that would have been taken. Ctrl-C once lets the trials that run write a checkpoint first. While another process is at the same sweep
 it says so and ends, with exit code 0. It ends with 75 where trials are left with which the same command may go on by itself, as after
-the loss of a machine, and with 1 where a person must act first. A trial that cannot come to its end holds back decisions, suggestions
-and the best one: --give-up N enters it as failed.
+the loss of a machine, and with 1 where a person must act first, also where no trial has a score. A trial that cannot come to its end
+holds back decisions, suggestions and the best one: --give-up N enters it as failed.
 
 The best trial's experiment is <run.store>/sweeps/<name>/best.yaml: `python jobs/train.py --config` on it scores it on the experiment's
 own split, and trains it further if optim.epochs is raised. It begins with a comment: while trials are not done it is provisional.
@@ -73,14 +73,23 @@ def report(search: Search, undone: dict[int, Undone]) -> int:
         command_line = f"{fetch}python jobs/train.py --config {'' if fetch else store.url + '/'}best.yaml"
         console.print(f"the best one{so_far}, on the experiment's own split: {command_line}")
     console.print(f"as a page: {write_sweep_report(search, {number: one.why for number, one in undone.items()})}", soft_wrap=True)
-    if left := search.unfinished():
+    stopped = [number for number, record in search.ledger.trials.items() if record.standing.stopped_at is not None]
+    if left := [number for number in search.unfinished() if number not in stopped]:  # one that is stopped has nothing left to say
         runs = ", ".join(f"{number}: {search.ledger.trials[number].run}" for number in left)
         print(
             f"error: {len(left)} of {len(search.ledger.trials)} trials are not done ({runs}); the same command goes on, and with "
             "--give-up N without trial N, which holds back what waits for it",
             file=sys.stderr,
         )
-        return PERSON if any(one.code == PERSON for one in undone.values()) else AGAIN
+        return PERSON if any(undone[number].code == PERSON for number in left if number in undone) else AGAIN
+    if search.over() and search.best() is None:
+        metric = search.opened.sweep.first_metric
+        print(
+            f"error: no trial of sweep {search.opened.sweep.name} has a defined {metric}, so none is the best: the table says how they "
+            "ended. Name another metric first, change the space, or mend what failed under another name of the sweep",
+            file=sys.stderr,
+        )
+        return PERSON
     return 0
 
 

@@ -16,6 +16,9 @@ from cluster.config.loading import load
 from cluster.driver.pin import pin
 from cluster.runs.state import newest_life
 from cluster.storage import open_store
+from cluster.studies.tuner import Undone
+from jobs import tune
+from tests.cluster.support.sweeps import rung, search_in
 from tests.tiny import ROOT, call, job, settings
 
 SHIPPED = ROOT / "jobs/configs/sweep.yaml"
@@ -109,6 +112,28 @@ def test_a_dry_run_lists_the_trials_and_starts_nothing(every_split: Path, tmp_pa
     done = call("tune", "--dry-run", *settings(every_split / "shards", tmp_path / "store"))
     assert done.stdout.count("PENDING") == 4 and done.stdout.count("demo-sweep-") == 4
     assert not (tmp_path / "store").exists()
+
+
+def test_a_trial_that_is_stopped_and_has_not_heard_of_it_is_no_trial_that_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = search_in(tmp_path)
+    for number, worse in enumerate((0.0, 0.05, 0.05)):
+        search.ledger.enter_rung(number, 0, rung(12, worse))
+    search.refresh()
+    assert tune.report(search, {2: Undone("its machine is gone", 75), 1: Undone("a mistake", 1)}) == 75
+    assert f"error: 1 of 3 trials are not done (0: {search.ledger.trials[0].run})" in capsys.readouterr().err
+    search.ledger.enter_end(0, "DONE", scores={"FRDist": 1.0})
+    search.refresh()
+    assert search.unfinished() == [1, 2] and tune.report(search, {2: Undone("its machine is gone", 75)}) == 0
+
+
+def test_a_sweep_without_any_score_needs_a_person(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    search = search_in(tmp_path, halving=None)
+    for number in range(3):
+        search.ledger.enter_end(number, "DONE", scores={"FRDist": None})
+    search.refresh()
+    assert tune.report(search, {}) == 1 and "no trial of sweep shown has a defined FRDist" in capsys.readouterr().err
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
