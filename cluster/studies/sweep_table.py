@@ -135,6 +135,7 @@ class LiveSweep:
 def _news(record: TrialRecord, state: str) -> list[str]:
     name = f"trial {record.number}"
     lines = [f"{name} starts: {record.run}"] if state == "RUNNING" else []
+    lines += [f"{name} ({record.run}) is not done: {state}"] if state not in ("", "RUNNING") and not record.end else []
     lines += [f"{name} at {facts['progress']} items: error {record.error(rung):.5f}" for rung, facts in sorted(record.rungs.items())]
     lines += [f"{name} is stopped: {_why_stopped(record)}"] if record.standing.stopped_at is not None else []
     return lines + ([f"{name} is at its end: {record.end} {record.why}".rstrip()] if record.end in ("DONE", "FAILED") else [])

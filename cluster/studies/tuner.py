@@ -279,7 +279,8 @@ class _LedgerSearcher(Searcher):
             for number in self._left:
                 self._left_undone(number)
             self._left.clear()
-            self._show(self._search, dict.fromkeys(self._running.values(), "RUNNING"))
+            failed = {number: one.why for number, one in self.undone.items()}
+            self._show(self._search, failed | dict.fromkeys(self._running.values(), "RUNNING"))
 
     def _left_undone(self, number: int) -> None:
         """What follows from the end of a trial's driver, where the trial has not ended."""

@@ -56,6 +56,13 @@ def test_the_table_has_each_trial_its_rungs_and_why_it_was_stopped(search: Searc
     assert sum(one.startswith("trial 0 starts") for one in said) == 1 and said[-1] == "trial 0 is at its end: DONE"
 
 
+def test_a_trial_that_fails_is_told_when_it_does_and_not_at_the_end(search: Search, capsys: pytest.CaptureFixture[str]) -> None:
+    live, run = LiveSweep(), search.ledger.trials[1].run
+    for state in ("RUNNING", "out of memory", "out of memory"):
+        live.show(search, {1: state})
+    assert capsys.readouterr().out.splitlines() == [f"trial 1 starts: {run}", f"trial 1 ({run}) is not done: out of memory"]
+
+
 def test_importance_is_that_of_the_first_rung_which_every_trial_reaches(search: Search) -> None:
     assert importance_table(search) is None
     for number, worse in enumerate((0.0, 0.05, 0.05)):

@@ -102,10 +102,12 @@ def test_a_trial_whose_fault_may_pass_is_started_again_a_few_times_until_it_gets
 
 
 def test_a_trial_for_which_a_person_must_act_is_not_started_again(opened: OpenSweep) -> None:
-    search, searcher = searcher_of(opened)
+    shown: list[dict[int, str]] = []
+    search, searcher = searcher_of(opened, lambda _, states: shown.append(dict(states)))
     assert searcher.suggest("a") == {"number": 0}
     searcher.hear({"trial": 0, "undone": "out of memory", "code": 1})
     searcher.on_trial_complete("a")
+    assert shown == [{0: "RUNNING"}, {0: "RUNNING"}, {0: "out of memory"}]
     assert search.given_up == {0} and searcher.suggest("b") == {"number": 1}
 
 
