@@ -91,6 +91,14 @@ class Ledger:
             self._facts[key] = json.loads(self._store.read(key))
             self._take(key)
 
+    def suggested(self, number: int) -> TrialRecord:
+        """A trial as it was suggested, read from the store: nothing of what came of it.
+
+        Raises:
+            NotFound: if it was not.
+        """
+        return TrialRecord(number, **json.loads(self._store.read(f"{number:06d}/trial.json")))
+
     def enter_trial(self, number: int, point: Point, run: str, bracket: str) -> None:
         """A trial was suggested.
 

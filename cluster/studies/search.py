@@ -4,14 +4,16 @@ The searcher is asked for trial n when exactly the trials 0 to n - c are settled
 others have ended by then. What is told of a trial is the same in every order of arrival, since halving's decisions are.
 """
 
-from collections.abc import Collection
+import math
+import time
+from collections.abc import Callable, Collection
 from functools import cache
 
 from cluster.config.loading import ConfigError
 from cluster.config.schema import Experiment
 from cluster.driver.pin import pin
 from cluster.runs.state import read_state
-from cluster.studies.first_stage import finished
+from cluster.studies.first_stage import LOOK_AGAIN, finished
 from cluster.studies.halving import choose
 from cluster.studies.ledger import TrialRecord
 from cluster.studies.searchers import Told, defined
@@ -24,6 +26,7 @@ class Search:
     Args:
         opened: the sweep.
         reading: whether nothing is to be entered.
+        clock: seconds that only grow; when it is looked whether an autoencoder is trained changes who waits, and nothing else.
 
     Attributes:
         opened: the same.
@@ -31,10 +34,11 @@ class Search:
         given_up: numbers of trials that failed in a way in which they need not fail again: not to be started any more by this process.
     """
 
-    def __init__(self, opened: OpenSweep, reading: bool = False):
+    def __init__(self, opened: OpenSweep, reading: bool = False, clock: Callable[[], float] = time.monotonic):
         self.opened, self.ledger, self.given_up = opened, opened.ledger, set[int]()
         self.trial = cache(self._trial)
-        self._exhausted, self._trained = False, set[str]()
+        self._exhausted, self._clock = False, clock
+        self._trained, self._looked = set[str](), dict[str, float]()
         self.ledger.refresh()
         if not reading:
             self.refresh()
@@ -60,9 +64,11 @@ class Search:
         One whose autoencoder nobody is training just now comes first: others would only wait for it.
         """
         waiting = [number for number in self.unfinished() if number not in running and number not in self.given_up]
+        if not waiting:
+            return None
         training = {first.run.name for number in running if (first := self.trial(number).first) and not self._is_trained(first)}
         order = sorted(waiting, key=lambda number: (self._waits(number, training), number))
-        return order[0] if order else None
+        return order[0]
 
     def unfinished(self) -> list[int]:
         """Numbers of the trials that are not at an end; one that is to stop, and has not heard of it, is among them."""
@@ -119,9 +125,12 @@ class Search:
         return self.opened.trial(number, self.ledger.trials[number].point)
 
     def _is_trained(self, first: Experiment) -> bool:
-        name = first.run.name
-        if name not in self._trained and finished(pin(first, name), first):
-            self._trained.add(name)
+        """Whether nobody has to train it any more, as of a look into the store a few seconds ago."""
+        name, now = first.run.name, self._clock()
+        if name not in self._trained and now - self._looked.get(name, -math.inf) >= LOOK_AGAIN:
+            self._looked[name] = now
+            if finished(pin(first, name), first):
+                self._trained.add(name)
         return name in self._trained
 
     def _waits(self, number: int, training: Collection[str]) -> bool:

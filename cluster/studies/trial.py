@@ -40,11 +40,11 @@ def run_trial(
         ToldToEnd: if it was, when there is a checkpoint.
     """
     ledger = opened.ledger
-    ledger.refresh()
-    trial = opened.trial(number, ledger.trials[number].point)
-    if trial.run != (recorded := ledger.trials[number].run):
+    recorded = ledger.suggested(number)
+    trial = opened.trial(number, recorded.point)
+    if trial.run != recorded.run:
         raise ConfigError(
-            f"trial {number} of sweep {opened.sweep.name} is run {recorded} in {ledger.url}, but here it would be {trial.run}: another "
+            f"trial {number} of sweep {opened.sweep.name} is run {recorded.run} in {ledger.url}, but here it would be {trial.run}: another "
             "version of this program suggested it. Go on with that one, or name the sweep anew"
         )
     steering = _Steering(opened, number, trial.run, report, ending)

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.storage import Permanent, Store, open_store
 from cluster.studies.halving import WORST, Choice
-from cluster.studies.ledger import Ledger
+from cluster.studies.ledger import Ledger, TrialRecord
 
 MEASURED = {"progress": 96, "levels": [[0.0, 0.1], [2.0, 1.9]], "errors": [[1.0, 0.5], [3.0, 0.5]]}
 
@@ -58,6 +58,13 @@ def test_a_reader_takes_what_came_since_and_asks_for_nothing_twice(store: Store,
     reader.refresh()
     reader.refresh()
     assert asked == ["000001/rung-0.json"] and reader.trials[1].rungs == {0: MEASURED}
+
+
+def test_a_trial_is_read_as_it_was_suggested_without_anything_else(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    Ledger(store).enter_trial(3, {"a": 1}, "run", "0")
+    Ledger(store).enter_rung(3, 0, MEASURED)
+    monkeypatch.setattr(type(store), "list", None)
+    assert Ledger(store).suggested(3) == TrialRecord(3, {"a": 1}, "run", "0")
 
 
 def test_the_same_again_changes_nothing_and_of_two_measurements_the_first_stands(store: Store) -> None:

@@ -215,9 +215,15 @@ def test_a_proposal_that_is_no_experiment_or_a_run_already_is_made_anew(places: 
 
 def test_a_trial_whose_autoencoder_nobody_trains_comes_first(places: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = sweep("grid", space={"model.inter_depth": [1, 2], "diffusion.schedule": ["cosine", "linear"]}, halving=None)
-    search = Search(OpenSweep(given, [*places, f"run.store={tmp_path}"]))
-    assert [search.next([]), search.next([0]), search.next([0, 2])] == [0, 2, 1]
+    now, looks = [0.0], list[str]()
+    search = Search(OpenSweep(given, [*places, f"run.store={tmp_path}"]), clock=lambda: now[0])
+    monkeypatch.setattr(search_module, "finished", lambda _, first: bool(looks.append(first.run.name)))
+    assert [search.next([]), search.next([0]), search.next([0]), search.next([0, 2])] == [0, 2, 2, 1]
+    assert len(looks) == len(set(looks)) == 2, "the store is not asked at each turn"
+    assert search.next(range(4)) is None and len(looks) == 2, "where nothing waits, nothing is asked"
     monkeypatch.setattr(search_module, "finished", lambda *_: True)
+    assert search.next([0]) == 2
+    now[0] += search_module.LOOK_AGAIN
     assert search.next([0]) == 1
 
 
