@@ -16,6 +16,7 @@ from ray import tune
 from ray.exceptions import RayError
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config.schema import Experiment
 from cluster.driver.interruption import Interruption
@@ -150,7 +151,9 @@ def tune_trials(
     """
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it is heard here
     searcher = _LedgerSearcher(search, concurrent, show, interruption, assert_ours)
-    notice = _Notice.remote()  # type: ignore[attr-defined]
+    # Here, for a machine elsewhere may be taken away, and nobody would hear any more.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    notice = _Notice.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
     def hand_on() -> None:
         if searcher.ending:
