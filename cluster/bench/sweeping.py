@@ -174,11 +174,14 @@ def _swept(sweep: Sweep, overrides: Sequence[str], say: Callable[[str], None], s
         kept = json.loads(store.read(SECONDS))
     except NotFound:
         kept = {"seconds": 0.0, "over": False}
-    began = time.monotonic()
-    search, undone = run_sweep(sweep, overrides, say, show)
-    if not kept["over"]:
-        kept = {"seconds": kept["seconds"] + time.monotonic() - began, "over": search.over()}
-        store.put(SECONDS, json.dumps(kept).encode())
+    began, over = time.monotonic(), False
+    try:
+        search, undone = run_sweep(sweep, overrides, say, show)
+        over = search.over()
+    finally:  # a command that was interrupted has taken its time, too
+        if not kept["over"]:
+            kept = {"seconds": kept["seconds"] + time.monotonic() - began, "over": over}
+            store.put(SECONDS, json.dumps(kept).encode())
     if undone or not search.over():
         reasons = "; ".join(f"trial {number}: {one.why}" for number, one in undone.items())
         raise RuntimeError(f"sweep {sweep.name} is not at its end ({reasons}): the same command goes on")

@@ -1,13 +1,20 @@
 """What halving would name on other clips, from errors and scores that are made here."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
-from cluster.bench.sweeping import Named, best_of, difference, names
+from cluster.bench import sweeping
+from cluster.bench.sweeping import SECONDS, Named, best_of, difference, names
 from cluster.studies.halving import Halving
 from cluster.studies.kept_scores import ClipScores
 from reactdiff.data.keyed import generator
 from reactdiff.metrics.partial import PER_CLIP
+from tests.cluster.support.sweeps import search_in
 
 CLIPS, TRIALS = 16, 4
 HALVING = Halving(rungs=(10, 20), error=0.3, clips=CLIPS)
@@ -48,6 +55,21 @@ def test_a_clip_that_is_drawn_several_times_is_one_sample(metric: str) -> None:
     mode = "max" if best_of(ends, range(2), metric, "max") == 1 else "min"
     clips = generator("eight").uniform(1, 9, 8)
     assert set(names(rule, {0: {0: clips}, 1: {0: clips + 1}}, ends, metric, mode, 40)) == {0, 1}
+
+
+def test_a_command_that_is_interrupted_has_taken_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = search_in(tmp_path).opened
+    opened.store.put(SECONDS, b'{"seconds": 5.0, "over": false}')
+    clock = iter([100.0, 107.0])
+    monkeypatch.setattr(sweeping, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeping, "run_sweep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweeping._swept(opened.sweep, opened.overrides, print, lambda *_: None)
+    assert json.loads(opened.store.read(SECONDS)) == {"seconds": 12.0, "over": False}
 
 
 def test_a_difference_is_paired_by_clip_and_holds_0_where_nobody_can_tell(metric: str) -> None:
