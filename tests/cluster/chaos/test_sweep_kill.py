@@ -41,6 +41,14 @@ def measured(store: Path) -> dict[str, bytes]:
     return {key: data for key, data in ledger(store, "killed").items() if "/rung-" in key}
 
 
+def finished(store: Path) -> set[str]:
+    """Runs of the trials that came to their end and were not stopped: the same ones in every order."""
+    records = {key: json.loads(data) for key, data in ledger(store, "killed").items()}
+    stopped = {key.partition("/")[0] for key, choice in records.items() if "/choice-" in key and not choice["goes_on"]}
+    done = {key.partition("/")[0] for key, end in records.items() if key.endswith("/end.json") and end["end"] == "DONE"}
+    return {records[f"{number}/trial.json"]["run"] for number in done - stopped}
+
+
 def ledger_ends(store: Path) -> list[str]:
     return [key for key in ledger(store, "killed") if key.endswith("/end.json")] if list(store.glob("sweeps/killed/ledger/*")) else []
 
@@ -88,9 +96,12 @@ def test_a_sweep_whose_driver_is_killed_at_ten_moments_decides_and_trains_as_if_
     job("tune", *command(store))
     whole = tmp_path / "whole"
     assert decided(store) == decided(whole) and sum("/choice-" in key for key in decided(whole)) >= TRIALS
-    for of in (weights, measured):
+    assert finished(whole) == finished(store) != set()
+    denoisers = {f"runs/{run}/exports/diffusion" for run in finished(whole)}
+    first_rungs = {f"{number:06d}/rung-0.json" for number in range(TRIALS)}
+    for of, least in ((weights, denoisers), (measured, first_rungs)):
         one, other = of(whole), of(store)
-        assert len(one.keys() & other.keys()) >= TRIALS
+        assert one.keys() & other.keys() >= least, "what both have is compared"
         assert {key: one[key] for key in one.keys() & other.keys()} == {key: other[key] for key in one.keys() & other.keys()}
     best = [(each / "sweeps/killed/best.yaml").read_text().replace(str(each), "") for each in (whole, store)]
     assert best[0] == best[1]
