@@ -6,7 +6,6 @@ are left, by the sweep's first metric on clips that are drawn as well.
 """
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from cluster.studies.comparison import run_scores
 from cluster.studies.halving import Halving, Standing, choose
 from cluster.studies.kept_scores import ClipScores
 from cluster.studies.search import Search
+from cluster.studies.searchers import Mode, best_of
 from cluster.studies.sweep import OpenSweep, Sweep
 from cluster.studies.tuner import Show, run_sweep
 from cluster.telemetry.books_log import read_books
@@ -110,7 +110,7 @@ def bench_halving(
     errors = {number: _errors(full, number, sweep.halving) for number in numbers}
     scores = {number: _scores(full, number) for number in numbers}
     metric, mode = sweep.first_metric, sweep.metrics[sweep.first_metric]
-    first = best_of(scores, numbers, metric, mode)
+    first = best_scored(scores, numbers, metric, mode)
     each = names(sweep.halving, errors, scores, metric, mode, resamples)
     named = [Named(one, difference(scores[one], scores[first], metric)) for one in each]
     choices = [choice for record in halved.ledger.trials.values() for choice in record.choices.values()]
@@ -122,7 +122,7 @@ def names(
     errors: Mapping[int, Mapping[int, np.ndarray]],
     scores: Mapping[int, ClipScores],
     metric: str,
-    mode: str,
+    mode: Mode,
     resamples: int,
 ) -> list[int]:
     """The trial that halving names on each resample of the clips.
@@ -148,15 +148,19 @@ def names(
         rows = len(next(iter(scores.values())).values)
         drawn = chance.integers(rows, size=rows)
         scored = {trial: ClipScores(one.values[drawn], one.predictions) for trial, one in scores.items()}
-        found.append(best_of(scored, left, metric, mode))
+        found.append(best_scored(scored, left, metric, mode))
     return found
 
 
-def best_of(scores: Mapping[int, ClipScores], among: Sequence[int], metric: str, mode: str) -> int:
-    """The trial with the best value of a metric, the first of equals; one without a value is never the best."""
-    sign = 1 if mode == "max" else -1
-    values = {trial: sign * scores[trial].metrics()[metric] for trial in among}
-    return max(values, key=lambda trial: -math.inf if math.isnan(values[trial]) else values[trial])
+def best_scored(scores: Mapping[int, ClipScores], among: Sequence[int], metric: str, mode: Mode) -> int:
+    """The trial of these with the best value of a metric.
+
+    Raises:
+        ValueError: if none has one.
+    """
+    if (found := best_of({trial: scores[trial].metrics()[metric] for trial in among}, mode)) is None:
+        raise ValueError(f"no trial of {', '.join(map(str, among))} has a defined {metric}: choose another metric of the sweep")
+    return found
 
 
 def difference(one: ClipScores, other: ClipScores, metric: str) -> tuple[float, float]:

@@ -110,6 +110,11 @@ class Choice:
     level: float | None = None
     smaller: float | None = None
 
+    @property
+    def why(self) -> str:
+        """Why it stops the trial, for people."""
+        return f"stopped at rung {self.rung + 1}: trial {self.against} is better, p = {self.p:.2g} (at most {self.level:.2g})"
+
 
 def choose(halving: Halving, trials: Mapping[int, Standing]) -> list[Choice]:
     """Every decision that is ripe and was not taken, in the order of trials and rungs; they are entered in the standings.

@@ -16,7 +16,7 @@ from cluster.runs.state import read_state
 from cluster.studies.first_stage import LOOK_AGAIN, finished
 from cluster.studies.halving import choose
 from cluster.studies.ledger import TrialRecord
-from cluster.studies.searchers import Told, defined
+from cluster.studies.searchers import Told, best_of, defined
 from cluster.studies.sweep import OpenSweep, Trial
 
 
@@ -111,11 +111,10 @@ class Search:
 
     def leader(self) -> TrialRecord | None:
         """Of the trials that are settled the one with the best first metric, the first of equals; None if none has a score."""
-        sweep = self.opened.sweep
-        sign = 1 if sweep.metrics[sweep.first_metric] == "max" else -1
-        there = [record for record in self.candidates() if self.settled(record.number)]
-        scored = [(sign * values[0], record) for record in there if (values := defined(record.scores, [sweep.first_metric]))]
-        return max(scored, key=lambda pair: pair[0])[1] if scored else None
+        metric = self.opened.sweep.first_metric
+        there = {one.number: (one.scores or {}).get(metric) for one in self.candidates() if self.settled(one.number)}
+        found = best_of(there, self.opened.sweep.metrics[metric])
+        return None if found is None else self.ledger.trials[found]
 
     def best(self) -> TrialRecord | None:
         """The leader, once no other trial may win any more."""

@@ -132,3 +132,10 @@ def defined(scores: Mapping[str, float | None] | None, metrics: Collection[str])
     """The scores of these metrics, None if one of them is missing or undefined."""
     found = [(scores or {}).get(metric) for metric in metrics]
     return [value for value in found if value is not None] if all(v is not None and math.isfinite(v) for v in found) else None
+
+
+def best_of(values: Mapping[int, float | None], mode: Mode) -> int | None:
+    """The trial with the best value, the first of equals; one without a finite value is never the best, so there may be none."""
+    sign = 1 if mode == "max" else -1
+    found = {number: sign * value for number, value in values.items() if value is not None and math.isfinite(value)}
+    return max(found, key=lambda number: found[number]) if found else None

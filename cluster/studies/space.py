@@ -62,7 +62,7 @@ class Space:
     """Dimensions by dotted key; a condition of one speaks of keys above it.
 
     Raises:
-        ValueError: for a condition on a key that is not above, or on a value that this key cannot have.
+        ValueError: for a condition on a key that is not above, or on a value that this key cannot have, and for a key that never counts.
     """
 
     def __init__(self, dimensions: Mapping[str, Dimension]):
@@ -77,6 +77,8 @@ class Space:
                     what = f"{lacking[0]!r} is none of its values" if there else "that is a range, and conditions are on choices"
                     raise ValueError(f"{key} counts when {other} is {values[0] if len(values) == 1 else values}, but {what}")
             above[key] = dimension
+            if never := [other for other, values in self._needed(key).items() if not values]:
+                raise ValueError(f"{key} never counts: the keys of its conditions count for other values of {never[0]} than it does")
 
     def point(self, value: Callable[[str, Dimension], Any]) -> Point:
         """The point whose keys have these values; asked from the first key to the last, and only for those that count."""
@@ -121,16 +123,17 @@ class Space:
     def corners(self) -> Iterator[Point]:
         """Points in which each key has each value of its choice, or each end of its range, at least once."""
         for key, dimension in self.dimensions.items():
-            needed = self._needed(key)
+            needed = {other: values[0] for other, values in self._needed(key).items()}
             for value in dimension.extremes:
                 forced = {**needed, key: value}
                 yield self.point(partial(_forced, forced))
 
-    def _needed(self, key: str) -> Point:
-        """What other keys must be for this one to count."""
-        needed: Point = {}
+    def _needed(self, key: str) -> dict[str, list[Any]]:
+        """The values that other keys may have for this one to count, by its own conditions and by theirs."""
+        needed: dict[str, list[Any]] = {}
         for other in self.dimensions[key].when:
-            needed |= {**self._needed(other), other: _wanted(self.dimensions[key], other)[0]}
+            for name, values in {**self._needed(other), other: _wanted(self.dimensions[key], other)}.items():
+                needed[name] = [value for value in needed.get(name, values) if value in values]
         return needed
 
 

@@ -137,7 +137,8 @@ def _news(record: TrialRecord, state: str) -> list[str]:
     lines = [f"{name} starts: {record.run}"] if state == "RUNNING" else []
     lines += [f"{name} ({record.run}) is not done: {state}"] if state not in ("", "RUNNING") and not record.end else []
     lines += [f"{name} at {facts['progress']} items: error {record.error(rung):.5f}" for rung, facts in sorted(record.rungs.items())]
-    lines += [f"{name} is stopped: {_why_stopped(record)}"] if record.standing.stopped_at is not None else []
+    stopped = record.standing.stopped_at
+    lines += [f"{name} is {record.choices[stopped].why}"] if stopped is not None else []
     return lines + ([f"{name} is at its end: {record.end} {record.why}".rstrip()] if record.end in ("DONE", "FAILED") else [])
 
 
@@ -153,19 +154,14 @@ def _score(record: TrialRecord, metric: str) -> str:
 
 
 def _state(search: Search, record: TrialRecord, known: str) -> str:
-    if record.standing.stopped_at is not None:
-        return _why_stopped(record)
+    if (stopped := record.standing.stopped_at) is not None:
+        return record.choices[stopped].why
     if record.end or known:
         return f"{record.end or known} {record.why}".strip() if record.end or known == "RUNNING" else f"FAILED {known}"
     state = read_state(search.opened.home.at(f"runs/{record.run}"))
     if state is None:
         return "PENDING"
     return f"{'STOPPED' if state.status == 'DONE' else state.status} {state.why}".strip()  # done, but not to this end or question
-
-
-def _why_stopped(record: TrialRecord) -> str:
-    choice = record.choices[record.standing.stopped_at or 0]
-    return f"stopped at rung {choice.rung + 1}: trial {choice.against} is better, p = {choice.p:.2g} (at most {choice.level:.2g})"
 
 
 def rung_lines(search: Search) -> list[str]:

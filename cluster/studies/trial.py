@@ -123,9 +123,8 @@ class _Steering:
             if rung not in self._entered and (measured := read_rung(self._run, items, self._clips)) is not None:
                 self._ledger.enter_rung(self._number, rung, measured)
                 self._entered.add(rung)
-        if (choice := self._ledger.stopped(self._number, len(self._rungs))) is None:
-            return ""
-        return f"stopped at rung {choice.rung + 1}, where trial {choice.against} is better (p = {choice.p:.2g}, at most {choice.level:.2g})"
+        choice = self._ledger.stopped(self._number, len(self._rungs))
+        return choice.why if choice else ""
 
     def _ask(self) -> str:
         try:

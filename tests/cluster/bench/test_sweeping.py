@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from cluster.bench import sweeping
-from cluster.bench.sweeping import SECONDS, Named, best_of, difference, names
+from cluster.bench.sweeping import SECONDS, Named, best_scored, difference, names
 from cluster.studies.halving import Halving
 from cluster.studies.kept_scores import ClipScores
+from cluster.studies.searchers import Mode
 from reactdiff.data.keyed import generator
 from reactdiff.metrics.partial import PER_CLIP
 from tests.cluster.support.sweeps import search_in
@@ -40,9 +41,9 @@ def metric() -> str:
     return next(name for name in scores(1.0, 0).metrics() if not np.isnan(scores(1.0, 0).metrics()[name]))
 
 
-def test_the_best_of_those_that_are_left_is_named_on_every_resample(metric: str) -> None:
+def test_the_best_scored_those_that_are_left_is_named_on_every_resample(metric: str) -> None:
     ends = {trial: scores(level, trial) for trial, level in enumerate((2.0, 5.0, 9.0, 3.0))}
-    mode = "max" if best_of(ends, range(TRIALS), metric, "max") == 2 else "min"
+    mode: Mode = "max" if best_scored(ends, range(TRIALS), metric, "max") == 2 else "min"
     assert names(HALVING, errors(1.0, 0.5, 0.1, 0.9), ends, metric, mode, 10) == [2] * 10
     stopped = names(HALVING, errors(0.1, 0.5, 0.9, 0.4), ends, metric, mode, 10)
     assert stopped == [0] * 10, "the others were behind at the first rung, by less than clips differ"
@@ -52,7 +53,7 @@ def test_the_best_of_those_that_are_left_is_named_on_every_resample(metric: str)
 def test_a_clip_that_is_drawn_several_times_is_one_sample(metric: str) -> None:
     """Of eight clips a trial that is worse on each is stopped at this level by six and more: only some draws have so many."""
     ends, rule = {0: scores(2.0, 0), 1: scores(9.0, 1)}, Halving(rungs=(10,), error=0.02, clips=8)
-    mode = "max" if best_of(ends, range(2), metric, "max") == 1 else "min"
+    mode: Mode = "max" if best_scored(ends, range(2), metric, "max") == 1 else "min"
     clips = generator("eight").uniform(1, 9, 8)
     assert set(names(rule, {0: {0: clips}, 1: {0: clips + 1}}, ends, metric, mode, 40)) == {0, 1}
 

@@ -1,5 +1,6 @@
 """Suggestions are pure functions of seed, number and what was told, and a searcher that is told something learns from it."""
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.studies.searchers import TRIES, Told, defined, suggest
+from cluster.studies.searchers import TRIES, Told, best_of, defined, suggest
 from cluster.studies.space import Dimension, Point, Space
 from reactdiff.data.keyed import generator
 from tests.tiny import ROOT
@@ -134,3 +135,9 @@ def test_scores_are_told_only_where_all_metrics_are_defined() -> None:
     assert defined(scores, ["FRCorr"]) == [0.5]
     assert [defined(scores, ["FRCorr", other]) for other in ("FRDist", "FRDiv", "FRVar")] == [None] * 3
     assert defined(None, ["FRCorr"]) is None
+
+
+def test_the_best_is_the_first_of_equals_and_has_a_finite_value() -> None:
+    values = {0: None, 1: 2.0, 2: math.nan, 3: 5.0, 4: 5.0, 5: math.inf}
+    assert (best_of(values, "max"), best_of(values, "min")) == (3, 1)
+    assert best_of({0: None, 1: math.nan}, "max") is None

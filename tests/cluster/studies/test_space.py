@@ -94,6 +94,14 @@ def test_values_that_make_no_dimension_are_refused(dimension: dict[str, Any], me
         Dimension.model_validate(dimension)
 
 
+def test_conditions_that_exclude_each_other_are_refused_and_others_hold_together() -> None:
+    above = {"a": {"choice": [1, 2, 3]}, "b": {"choice": ["x", "y"], "when": {"a": [2, 3]}}}
+    corners = list(space(**above, c={"choice": [5, 6], "when": {"a": [1, 2], "b": "y"}}).corners())
+    assert corners[-2:] == [{"a": 2, "b": "y", "c": value} for value in (5, 6)]
+    with pytest.raises(ValueError, match="c never counts: the keys of its conditions count for other values of a than it does"):
+        space(**above, c={"choice": [5, 6], "when": {"a": 1, "b": "y"}})
+
+
 @pytest.mark.parametrize(
     ("when", "message"),
     [

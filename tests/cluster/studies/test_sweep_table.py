@@ -51,7 +51,7 @@ def test_the_table_has_each_trial_its_rungs_and_why_it_was_stopped(search: Searc
     said = capsys.readouterr().out.splitlines()
     assert [one for one in said if one.startswith("trial 1")] == [
         "trial 1 at 12 items: error 0.46000",
-        "trial 1 is stopped: stopped at rung 1: trial 0 is better, p = 0.0039 (at most 0.025)",
+        "trial 1 is stopped at rung 1: trial 0 is better, p = 0.0039 (at most 0.025)",
     ]
     assert sum(one.startswith("trial 0 starts") for one in said) == 1 and said[-1] == "trial 0 is at its end: DONE"
 
