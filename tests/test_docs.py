@@ -35,6 +35,7 @@ WITHOUT = (
     "tests/cluster/data/test_quarantine.py::test_every_other_step_reads_the_bytes_it_would_have_read_and_the_item_is_missing_in_both_epochs"
 )
 SWEEP = "tests/jobs/test_tune.py::test_seeded_sweep_trains_every_trial_shares_latents_and_leaves_the_best_as_a_configuration"
+GIVE_UP = "tests/cluster/studies/test_tuner.py::test_a_command_that_gives_trials_up_enters_them_as_failed_and_goes_on_without"
 RETRAIN = "tests/jobs/test_retrain.py::test_a_grown_dataset_brings_a_candidate_that_the_gate_judges_on_the_champion_s_clips"
 ROLLBACK = "tests/cluster/runs/test_registry.py::test_rolling_back_is_a_decision_that_goes_to_the_champion_before"
 S3 = "tests/cluster/test_whole.py::test_shards_latents_checkpoints_and_runs_in_s3_give_the_weights_of_the_folder"
@@ -66,6 +67,7 @@ ELSEWHERE = {
     f"python infra/supervise.py -- {DEMO}": AGAIN,
     "python jobs/prove.py --config jobs/configs/demo.yaml data.url=work/shards --seed 0": PROVE,
     "python jobs/tune.py": SWEEP,
+    "python jobs/tune.py --give-up 3": GIVE_UP,
     "python jobs/retrain.py": RETRAIN,
     "python jobs/retrain.py --rollback": ROLLBACK,
     f"{DEMO} workers.count=4 workers.zero=3 workers.micro_batch=1": OTHER_RANKS,

@@ -21,6 +21,7 @@ from cluster.studies.search import Search
 from cluster.studies.sweep import OpenSweep, Sweep
 from cluster.studies.trial import ToldToEnd
 from cluster.studies.tuner import RESTARTS, Show, run_sweep, tune_trials
+from tests.tiny import call
 
 RUNGS = [10, 20]
 
@@ -157,6 +158,22 @@ def test_a_mistake_of_the_program_in_a_trial_is_not_given_to_a_supervisor_again(
     with pytest.raises(RuntimeError):
         tuner._trial({"number": 3}, opened, None, mistaken)
     assert told == [{"trial": 3, "undone": "nobody expected it", "code": 1}]
+
+
+def test_a_command_that_gives_trials_up_enters_them_as_failed_and_goes_on_without(
+    opened: OpenSweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuner, "connect", lambda **_: None)
+    monkeypatch.setattr(tuner, "assert_possible", lambda _: None)
+    monkeypatch.setattr(tuner, "gangs_at_once", lambda _: 1)
+    given = opened.sweep.model_copy(update={"search": "random"})
+    (file := tmp_path / "sweep.yaml").write_text(given.model_dump_json(exclude={"halving"}))
+    given_up = [word for number in range(4) for word in ("--give-up", str(number))]
+    told = call("tune", "--config", file, *opened.overrides, *given_up, check=False)
+    assert told.returncode == 1 and "has a defined FRDist" in told.stderr, "nothing is left to run, and nothing is the best"
+    assert told.stdout.count("FAILED given up by hand: it never began") >= 4
+    wrong = call("tune", "--config", file, *opened.overrides, "--give-up", "9", check=False)
+    assert wrong.returncode == 1 and "has no trial 9" in wrong.stderr
 
 
 def patient(opened: OpenSweep, number: int, report: Report, ending: Ending) -> None:
