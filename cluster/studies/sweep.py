@@ -199,11 +199,11 @@ class OpenSweep:
             told: of the trials that the searcher may know, from number 0 on.
             taken: points of all lower-numbered trials.
         """
-        sweep, runs = self.sweep, set(map(self._run_of, taken))
+        sweep = self.sweep
 
         def fits(point: Point) -> bool:
             try:
-                return self._run_of(point) not in runs
+                return self._run_of(point) not in map(self._run_of, taken)
             except ConfigError:
                 return False
 
