@@ -64,7 +64,6 @@ def finished(pinned: Pinned, experiment: Experiment) -> bool:
 def train_first_stage(
     experiment: Experiment,
     display: Display,
-    trial: str,
     enough: Callable[[], str] = never,
     pause: Callable[[float], None] = time.sleep,
 ) -> None:
@@ -73,7 +72,6 @@ def train_first_stage(
     Args:
         experiment: of `first_stage`.
         display: shows progress.
-        trial: that needs it, for Prometheus.
         enough: asked all the time; says why the trial has come far enough, once it has.
         pause: waits so many seconds.
 
@@ -83,7 +81,7 @@ def train_first_stage(
     said = False
     while not finished(pinned := pin(experiment, experiment.run.name), experiment):
         try:
-            execute(experiment, pinned, FIRST_STEPS, display, trial, wait=False, enough=enough)
+            execute(experiment, pinned, FIRST_STEPS, display, wait=False, enough=enough)  # of no trial: it may change hands
         except Held:
             if not said:
                 display.say(f"waiting for the autoencoder of run {pinned.name}, which another trial trains")

@@ -52,7 +52,7 @@ def run_trial(
     with Display() as display:
         try:
             if trial.first and not stopped:
-                train_first_stage(trial.first, display, trial.text, steering)
+                train_first_stage(trial.first, display, steering)
             pinned = pin(trial.experiment, trial.run)
             enough = (lambda: stopped) if stopped else steering
             scores = execute(trial.experiment, pinned, STEPS, display, trial.text, enough=enough)[MODEL].to_dict()

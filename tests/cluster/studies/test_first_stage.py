@@ -40,7 +40,7 @@ def test_who_is_at_the_autoencoder_is_waited_for_and_it_is_trained_once(experime
     monkeypatch.setattr(module, "finished", lambda *_: next(looks))
     monkeypatch.setattr(module, "execute", execute)
     with Display() as display:
-        train_first_stage(experiment, display, "a trial", enough, waited.append)
+        train_first_stage(experiment, display, enough, waited.append)
     assert len(begun) == 3 and len(waited) == 2, "held, held, and then it was its own turn"
     assert begun[0][2] == ("autoencoder", "latents") and begun[0][-1] is enough, "who trains it is asked, too"
 
@@ -52,5 +52,5 @@ def test_told_to_end_a_trial_waits_for_no_autoencoder(experiment: Experiment, mo
     waited, reasons = list[float](), iter(["", "the sweep was told to end"])
     monkeypatch.setattr(module, "execute", execute)
     with Display() as display, pytest.raises(Enough, match="told to end"):
-        train_first_stage(experiment, display, "a trial", lambda: next(reasons), waited.append)
+        train_first_stage(experiment, display, lambda: next(reasons), waited.append)
     assert len(waited) == 1
