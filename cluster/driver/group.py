@@ -22,7 +22,7 @@ from cluster.driver.watchdog import Hang, Watchdog
 from cluster.runs.checkpoint import newest_progress
 from cluster.runs.lineage import open_attempt
 from cluster.runs.logs import log_folder, make_room, write_end
-from cluster.runtime.failures import LOST, StageFailed, inner
+from cluster.runtime.failures import LOST, StageFailed, classify, inner
 from cluster.runtime.lookout import Lookout
 from cluster.runtime.nodes import draining_nodes, listens, nodes
 from cluster.runtime.placement import Demand, Gang, fit
@@ -132,7 +132,7 @@ class Group:
         """What is known of the ranks belongs to one attempt."""
         self.reason, self.why = "", ""
         self.hang: Hang | None = None
-        self._killed: tuple[float, Exception] | None = None
+        self._killed: tuple[float, StageFailed] | None = None
         self._progress, self._heard = 0.0, dict[int, Snapshot]()
         self._watchdog = Watchdog(len(self._place), self._rank_name)
         make_room(self._job.run)
@@ -234,7 +234,7 @@ class Group:
         if (stuck := self._watchdog.look()) is None:
             return
         if not self._heard:  # nobody knows their processes: they end with the driver
-            raise Hang(f"{stuck.text}; no rank was heard of")
+            raise self._hung(Hang(f"{stuck.text}; no rank was heard of"))
         folder = log_folder(self._job.life, self._job.attempt)
         self.hang = Hang(f"{stuck.text}; stacks of all ranks are in {self._job.run.url}/{folder}/")
         self._monitor.say(f"{stuck.text}: writing the stacks of all ranks, then killing what hangs")
@@ -242,7 +242,11 @@ class Group:
             ray.get(self._board.ask.remote(Request.STACKS))
         time.sleep(2 * REPORT)  # each rank reports once a second, and hears it then
         self._examine(folder, sorted(self._heard), kill=False)
-        self._kill(folder, [rank for rank in stuck.ranks if rank in self._heard] or sorted(self._heard), self.hang)
+        self._kill(folder, [rank for rank in stuck.ranks if rank in self._heard] or sorted(self._heard), self._hung(self.hang))
+
+    def _hung(self, hang: Hang) -> StageFailed:
+        failure, _ = classify([hang])
+        return StageFailed(self._job.stage, failure, hang)
 
     def _give_up_unheard(self, error: RayError) -> None:
         """The board's process is gone: ranks train on, but nobody hears them, nor they the driver. They start again, with another board."""
@@ -253,10 +257,10 @@ class Group:
         self._monitor.say("the process through which driver and ranks speak is gone: killing the ranks, which start again")
         self._kill(log_folder(self._job.life, self._job.attempt), sorted(self._heard), lost)
 
-    def _keep_end(self, why: Exception) -> None:
+    def _keep_end(self, why: StageFailed) -> None:
         write_end(self._job.run, self._job.life, self._job.attempt, self._job.stage, str(why))
 
-    def _kill(self, folder: str, ranks: Sequence[int], why: Exception) -> None:
+    def _kill(self, folder: str, ranks: Sequence[int], why: StageFailed) -> None:
         self._examine(folder, ranks, kill=True)
         self._killed = time.monotonic(), why
 

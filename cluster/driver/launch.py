@@ -11,7 +11,6 @@ from ray.train import TrainingFailedError
 from cluster.driver.group import Group
 from cluster.driver.interruption import Enough, Interruption, never
 from cluster.driver.ray_train import set_defaults
-from cluster.driver.watchdog import Hang
 from cluster.runs.checkpoint import newest_progress
 from cluster.runs.logs import write_end
 from cluster.runtime.failures import LOST, PREEMPTED, Budget, StageFailed, classify
@@ -48,9 +47,8 @@ def launch(
     with Interruption() as interruption:
         try:
             return _Stage(job, gang, monitor, interruption, assert_ours, enough).train(notes)
-        except (StageFailed, Hang) as failed:
-            name, text = (failed.failure, str(failed)) if isinstance(failed, Hang) else (failed.failure.name, failed.what)
-            monitor.blame(name, text)
+        except StageFailed as failed:
+            monitor.blame(failed.failure.name, failed.what)
             monitor.give_back(failed=True)
             raise
         finally:

@@ -75,16 +75,16 @@ def test_ranks_that_were_killed_and_are_not_missed_by_ray_train_end_the_run_with
     group: Group, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group._job = SimpleNamespace(stage="diffusion", life=1, attempt=0, run=open_store(str(tmp_path)))  # type: ignore[assignment]
-    clock, hang = Clock(0.0), Hang("rank 1 does not get on")
+    clock, hang = Clock(0.0), group._hung(Hang("rank 1 does not get on"))
     monkeypatch.setattr(module.time, "monotonic", clock)
     monkeypatch.setattr(group, "_examine", lambda *_, **__: None)
     group._kill("logs", [1], hang)
     clock.now = module.NOTICED
     assert look(group, [], 2)[0] == "", "it may still notice"
     clock.now += 1
-    with pytest.raises(Hang, match="rank 1"):
+    with pytest.raises(StageFailed, match=r"\(hang\): Hang: rank 1 does not get on"):
         group._look()
-    assert (tmp_path / "logs/000001.0/diffusion-end.txt").read_text() == "rank 1 does not get on\n"
+    assert (tmp_path / "logs/000001.0/diffusion-end.txt").read_text() == f"{hang}\n"
     with suppress(RayError):
         group._decide(RuntimeError("it did notice"), lambda *_: None)
     group._look()
