@@ -22,6 +22,9 @@ from cluster.runtime.prices import MARKET
 from cluster.storage import Permanent, StorageError, Store
 from cluster.storage.base import probe_key
 
+TIMED_OUT = "timed out during startup"
+"""What Ray says, in an error without a class of its own, of a node that does not come up."""
+
 OBJECT_STORE_BYTES = 200_000_000  # only small results pass through it; Ray's own default takes 30 % of the memory
 PROBE_SECONDS = 2.0
 
@@ -66,6 +69,7 @@ def connect(cpus: int = 0) -> Resources:
 
     Raises:
         ConnectionError: if RAY_ADDRESS names a cluster that does not answer.
+        RayNotStarted: if a local Ray does not start.
     """
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS") or _started_here()
@@ -175,6 +179,13 @@ def _join(address: str) -> None:
     ray.init(address)
 
 
+class RayNotStarted(RuntimeError):
+    """A Ray of this process's own did not start in time."""
+
+    failure = "lost"
+    advice = "the machine is busy, or short of memory: the same command when it is less so"
+
+
 def _start_local(cpus: int) -> None:
     """Start a Ray that is nobody else's: on loopback only, with a token of its own, and on no port that a cluster needs.
 
@@ -183,13 +194,18 @@ def _start_local(cpus: int) -> None:
     """
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     with _private_parameters():
-        ray.init(
-            address="local",
-            num_cpus=max(cpus, int(utils.get_num_cpus())),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            logging_level=logging.ERROR,  # or each start warns about the token
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(cpus, int(utils.get_num_cpus())),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                logging_level=logging.ERROR,  # or each start warns about the token
+            )
+        except Exception as error:
+            if TIMED_OUT not in str(error):
+                raise
+            raise RayNotStarted("Ray, which has 30 s for it, did not start on this machine") from error
     logging.getLogger("ray").setLevel(logging.WARNING)
 
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import ray
 
+from cluster import cli
 from cluster.runtime import ray_cluster as placement
 from cluster.storage import StorageError, open_store
 
@@ -99,6 +100,26 @@ def _job_address(output: str) -> str:
 def shell() -> Iterator[Shell]:
     with TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as home:  # a short path: Unix sockets allow 107 bytes
         yield Shell(Path(home))
+
+
+def test_a_ray_that_does_not_start_on_a_busy_machine_is_said_so_and_the_same_command_may_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def init(*_: object, **__: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because some of the raylet failed to startup")
+
+    monkeypatch.setattr(placement.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(placement.ray, "init", init)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a token")
+
+    def main() -> int:
+        placement.connect(cpus=1)
+        return 0
+
+    assert cli.run(main) == 75
+    said = capsys.readouterr().err
+    assert "(lost) RayNotStarted: Ray, which has 30 s for it, did not start on this machine" in said and "the machine is busy" in said
 
 
 def _free_ports() -> tuple[int, int]:
