@@ -59,7 +59,7 @@ LIMIT = 600.0
 """Seconds after which no other figure of a GPU is begun: who has one has it for ten minutes."""
 
 Found = dict[str, Any]
-Figures = Iterator[tuple[str, Any]]
+CardFigures = Iterator[tuple[str, Any]]
 """What a part finds, each as soon as it is known: what it is of, and a number or several by name. The same name again replaces it."""
 
 
@@ -140,7 +140,7 @@ class Card:
             torch.cuda.reset_peak_memory_stats(self.device)
 
 
-def parity(card: Card) -> Figures:
+def parity(card: Card) -> CardFigures:
     """Losses of both stages in fp32 on the device, against float64 on the CPU."""
     for stage, kind in card.kinds.items():
         batch = random_batch(kind, 1, torch.device("cpu"))
@@ -155,7 +155,7 @@ def parity(card: Card) -> Figures:
         yield f"{stage}, relative error of the loss", abs(losses[torch.float32] - exact) / abs(exact)
 
 
-def engines(card: Card) -> Figures:
+def engines(card: Card) -> CardFigures:
     """Speed and memory of a step at each ZeRO stage and precision, beside the plan's memory."""
     for stage, kind in card.kinds.items():
         flops, items = flops_per_item(kind), card.items(stage)
@@ -181,7 +181,7 @@ def engines(card: Card) -> Figures:
                 del engine
 
 
-def batches(card: Card) -> Figures:
+def batches(card: Card) -> CardFigures:
     """Speed with the largest batch that fits, with and without activations that are computed again; bf16, ZeRO-1."""
     for stage, kind in card.kinds.items():
         flops = flops_per_item(kind)
@@ -212,7 +212,7 @@ def batches(card: Card) -> Figures:
             del engine
 
 
-def twice(card: Card) -> Figures:
+def twice(card: Card) -> CardFigures:
     """Whether the same steps end in the same bits, in each precision."""
     for stage in card.kinds:
         for precision in ("fp32", "bf16"):
@@ -230,7 +230,7 @@ def twice(card: Card) -> Figures:
             yield f"{stage}, {precision}", all(map(torch.equal, *ends))
 
 
-def compiled(card: Card) -> Figures:
+def compiled(card: Card) -> CardFigures:
     """A step as it is, compiled (`workers.compile`), and compiled and replayed as CUDA graphs; bf16, ZeRO-1."""
     for stage in card.kinds:
         items = card.items(stage)
@@ -250,7 +250,7 @@ def compiled(card: Card) -> Figures:
                 del engine, step
 
 
-def offloaded(card: Card) -> Figures:
+def offloaded(card: Card) -> CardFigures:
     """A step with nothing, the optimiser and all in host memory (`workers.offload`); bf16, ZeRO-3."""
     for stage in card.kinds:
         for offload in OFFLOADED:
@@ -262,7 +262,7 @@ def offloaded(card: Card) -> Figures:
             del engine
 
 
-def copies(card: Card) -> Figures:
+def copies(card: Card) -> CardFigures:
     """What a step pays for batches that come from host memory, copied a step ahead."""
     for stage in card.kinds:
         card.forget()
@@ -273,7 +273,7 @@ def copies(card: Card) -> Figures:
         del engine
 
 
-def checkpoint(card: Card) -> Figures:
+def checkpoint(card: Card) -> CardFigures:
     """How long a checkpoint holds up a step, against a plain copy, and how slow steps are while it is written."""
     stage = list(card.kinds)[-1]
     card.forget()
@@ -309,7 +309,7 @@ def checkpoint(card: Card) -> Figures:
     yield "step while it is written, ms", 1e3 * median(written) if written else None
 
 
-def reactions(card: Card) -> Figures:
+def reactions(card: Card) -> CardFigures:
     """Encoding both persons of a clip, and reactions to it, against real time."""
     make_deterministic(card.experiment.workers.threads)
     codec, diffusion = (build(kind, card.experiment.seed).eval().to(card.device) for kind in card.kinds.values())
@@ -331,7 +331,7 @@ def reactions(card: Card) -> Figures:
     yield "reactions a second of real time", count * clip / drawing / clip
 
 
-def profiled(card: Card) -> Figures:
+def profiled(card: Card) -> CardFigures:
     """What a step of each stage spends its time on, and how often the host waits for the device in it."""
     cuda = card.device.type == "cuda"
     for stage in card.kinds:
@@ -366,7 +366,7 @@ def longest(events: Iterable[Any], cuda: bool) -> list[tuple[str, float, int]]:
     return [(event.key, time / whole, event.count) for time, event in most]
 
 
-PARTS: Mapping[str, Callable[[Card], Figures]] = {
+PARTS: Mapping[str, Callable[[Card], CardFigures]] = {
     "parity": parity,
     "engines": engines,
     "batches": batches,
@@ -403,7 +403,7 @@ def measure_card(card: Card, parts: Sequence[str], folder: Path, progress: Calla
     return found
 
 
-def _until(end: float, part: str, figures: Figures) -> Figures:
+def _until(end: float, part: str, figures: CardFigures) -> CardFigures:
     """A part's figures, none of which is begun after a time of `time.perf_counter`."""
     while time.perf_counter() < end:
         if (figure := next(figures, None)) is None:
