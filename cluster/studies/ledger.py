@@ -18,6 +18,7 @@ from cluster.studies.space import Point
 VERSION = 2
 """Of the records; ledgers of another one are other ledgers."""
 
+
 @dataclass
 class TrialRecord:
     """What the ledger holds of a trial.

@@ -99,11 +99,12 @@ class GroupBooks:
     def _slowest(self) -> dict[str, Any] | None:
         """The rank that the others waited for, and how many seconds that cost them."""
         waits = {rank: snapshot["totals"]["phases"]["agree"]["seconds"] for rank, snapshot in list(self._heard.items())}
-        if len(waits) < 2:
+        held = self._held  # the thread that writes the books may ask while the group ends
+        if len(waits) < 2 or not held:
             return None
         slowest = min(waits, key=lambda rank: waits[rank])
         cost = sum(seconds - waits[slowest] for seconds in waits.values())
-        node = self._held[slowest].berth.node
+        node = held[slowest].berth.node
         return {"stage": self._stage, "rank": slowest, "node": node, "seconds": round(cost, 3), "ranks": len(waits)}
 
 
