@@ -11,7 +11,7 @@ import time
 import uuid
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypedDict
 
@@ -171,7 +171,7 @@ class Meter:
                 "collective": False,
                 "steps": self._steps,
                 "slowest_step": max(self._durations, default=0.0),
-                "totals": _add(self._totals, _nothing()),
+                "totals": _sum([self._totals]),
                 "gauges": dict(self.gauges),
             }
 
@@ -218,10 +218,10 @@ class Tally:
     def stages(self) -> dict[str, Totals]:
         """The totals of every stage so far."""
         with self._lock:
-            sums = dict(self._past)
+            found: dict[str, list[Totals]] = {stage: [totals] for stage, totals in self._past.items()}
             for snapshot in self._live.values():
-                sums[snapshot["stage"]] = _add(sums.get(snapshot["stage"], _nothing()), snapshot["totals"])
-            return sums
+                found.setdefault(snapshot["stage"], []).append(snapshot["totals"])
+        return {stage: _sum(totals) for stage, totals in found.items()}
 
     def gauges(self) -> dict[str, dict[str, float]]:
         """The latest global numbers of every stage, as rank 0 told them."""
@@ -239,7 +239,7 @@ class Tally:
         for gone in [other for other in self._live if other == rank or other >= snapshot["ranks"]]:
             old = self._live.pop(gone)
             self._retired.add(old["process"])
-            self._past[old["stage"]] = _add(self._past[old["stage"]], old["totals"])
+            self._past[old["stage"]] = _sum([self._past[old["stage"]], old["totals"]])
 
 
 def _nothing() -> Totals:
@@ -247,10 +247,10 @@ def _nothing() -> Totals:
     return {"items": 0, "bytes": 0, "flops": 0.0, "store_faults": 0, "states": dict.fromkeys(STATES, 0.0), "phases": phases}
 
 
-def _add(one: Any, other: Any) -> Any:
-    """A new sum of two totals: of numbers, or of lists or dictionaries of totals."""
-    if isinstance(one, dict):
-        return {key: _add(value, other[key]) for key, value in one.items()}
-    if isinstance(one, list):
-        return [_add(value, more) for value, more in zip(one, other, strict=True)]
-    return one + other
+def _sum(many: Sequence[Any]) -> Any:
+    """A new sum of totals: of numbers, or of lists or dictionaries of totals. A thousand ranks are summed at each scrape."""
+    if isinstance(many[0], dict):
+        return {key: _sum([one[key] for one in many]) for key in many[0]}
+    if isinstance(many[0], list):
+        return list(map(sum, zip(*many, strict=True)))
+    return sum(many)
