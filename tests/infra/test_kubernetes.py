@@ -58,11 +58,19 @@ def test_the_operator_s_prometheus_keeps_what_that_on_a_head_keeps() -> None:
 
 def test_no_rank_lands_on_the_head_or_beside_the_driver(cluster: Manifest) -> None:
     assert cluster["headGroupSpec"]["resources"]["CPU"] == group(cluster, "driver")["resources"]["CPU"] == "0"
-    assert "resources" not in group(cluster, "gpu-spot"), "KubeRay takes what the pod has"
+    assert not any("resources" in group(cluster, name) for name in ("gpu-spot", "gpu-on-demand")), "KubeRay takes what the pod has"
 
 
-def test_a_spot_pod_that_is_evicted_tells_ray_and_has_time_for_a_checkpoint(cluster: Manifest) -> None:
-    pod = group(cluster, "gpu-spot")["template"]["spec"]
+def test_every_pod_can_be_given_keys_and_an_endpoint_and_ranks_tolerate_the_taint_of_gpus(cluster: Manifest) -> None:
+    for one in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = one["template"]["spec"]
+        assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": "reactdiff-s3", "optional": True}}]
+        assert ("tolerations" in pod) == (one.get("labels", {})["pool"] == "gpu")
+
+
+@pytest.mark.parametrize("name", ["gpu-spot", "gpu-on-demand"])
+def test_a_pod_that_is_evicted_tells_ray_and_has_time_for_a_checkpoint(cluster: Manifest, name: str) -> None:
+    pod = group(cluster, name)["template"]["spec"]
     (container,) = pod["containers"]
     python, script, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
     assert python == "python" and (ROOT / script.removeprefix("/reactdiff/")).is_file()
@@ -71,9 +79,10 @@ def test_a_spot_pod_that_is_evicted_tells_ray_and_has_time_for_a_checkpoint(clus
 
 def test_the_labels_are_those_of_the_cluster_on_aws(cluster: Manifest) -> None:
     kinds = yaml.safe_load((ROOT / "ray_config.yaml").read_text())["available_node_types"]
-    names = {"driver": "driver", "gpu-spot": "gpu_spot"}
+    names = {"driver": "driver", "gpu-spot": "gpu_spot", "gpu-on-demand": "gpu_on_demand"}
     labels = {ours: dict(kinds[theirs]["labels"]) for ours, theirs in names.items()}
-    assert labels["gpu-spot"].pop("instance-type"), "a pod does not know on which type of machine it is"
+    for machine in ("gpu-spot", "gpu-on-demand"):
+        assert labels[machine].pop("instance-type"), "a pod does not know on which type of machine it is"
     assert {ours: group(cluster, ours)["labels"] for ours in names} == labels
     assert cluster["headGroupSpec"]["labels"] == kinds["head"]["labels"]
 
