@@ -4,6 +4,7 @@
 # make test-hosts     the slow suites: several hosts.   make test-cluster: clusters, S3, Prometheus.   make test-chaos: things are killed
 # make test-crash     killed before each of their writes: runs, sweeps, retraining.   make test-long: waits, notices, changes of size;
 #                     memory; sweeps, retraining, benches
+# make setup          only .venv.   make lint: only style and types.   make clean: without work/ and the caches
 # make monitor        a Prometheus, and a Grafana where it is installed, beside the runs of this machine.   make dashboard: its panels
 # PYTHON=python3.13   makes .venv, where there is none yet, with that Python and not with the first one that is there
 # GPU=1               one rank on each of so many GPUs: make train GPU=1
@@ -12,6 +13,7 @@
 PYTHON := python3.11 python3.12 python3.13
 PY     := .venv/bin/python
 SETUP  := .venv/setup.stamp
+TOOLS  := .venv/tools.stamp
 BUCKET := reactdiff
 STORE  := file
 TWO    := -n 2
@@ -41,7 +43,7 @@ check: $(SETUP)
 quick:
 	$(PY) -m pytest $(TWO) -m 'not slow and not starts and not heavy' $(ARGS)
 
-test: lint
+test: lint $(TOOLS)
 	$(PY) -m pytest $(TWO) $(ARGS)
 
 lint: $(SETUP)
@@ -49,33 +51,29 @@ lint: $(SETUP)
 	$(PY) -m mypy
 
 # The hosts are as many processes as the machine bears: one test after the other.
-test-hosts: $(SETUP)
+test-hosts: $(TOOLS)
 	$(PY) -m pytest -n 1 -m slow $(HOSTS) $(ARGS)
 
-test-cluster: $(SETUP)
+test-cluster: $(TOOLS)
 	@command -v chromium > /dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -qy --no-install-recommends chromium; }
 	$(PY) -m pytest $(TWO) -m slow $(addprefix --ignore=,$(HOSTS) $(CHAOS) $(LONG)) $(ARGS)
 
-test-chaos: $(SETUP)
+test-chaos: $(TOOLS)
 	$(PY) -m pytest $(TWO) -m slow $(CHAOS) $(addprefix --ignore=,$(CRASH)) $(ARGS)
 
-test-crash: $(SETUP)
+test-crash: $(TOOLS)
 	$(PY) -m pytest $(TWO) -m slow $(CRASH) $(ARGS)
 
-test-long: $(SETUP)
+test-long: $(TOOLS)
 	$(PY) -m pytest $(TWO) -m slow $(LONG) $(ARGS)
 
-monitor: $(SETUP)
+monitor: $(TOOLS)
 	$(PY) infra/monitor.py $(ARGS)
 
 dashboard: $(SETUP)
 	$(PY) infra/dashboard.py
 
 setup: $(SETUP)
-
-# Debian packages: the tests of metrics and alert rules run the real Prometheus, those of several hosts make them with the others'
-# programs; both say so where one is missing. /usr/sbin is not on everybody's PATH.
-DEBIAN := prometheus iproute2 util-linux procps nftables
 
 $(SETUP): pyproject.toml constraints.txt
 	@$(PY) -c 'import pip' 2> /dev/null || { for python in $(PYTHON); do \
@@ -86,6 +84,13 @@ $(SETUP): pyproject.toml constraints.txt
 	    "(Ubuntu 22.04: python3.11-venv), or name another: make setup PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@$(PY) -c 'import matplotlib.font_manager'  # lists the fonts now, with processes that no test may start
+	touch $@
+
+# Debian packages: the tests of metrics and alert rules run the real Prometheus, those of several hosts make them with the others'
+# programs; both say so where one is missing. /usr/sbin is not on everybody's PATH.
+DEBIAN := prometheus iproute2 util-linux procps nftables
+
+$(TOOLS): $(SETUP)
 	@PATH="$$PATH:/usr/sbin:/sbin"; (for program in promtool ip unshare pgrep nft; do command -v $$program > /dev/null || exit 1; done) \
 	  || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -qy --no-install-recommends $(DEBIAN); } \
 	  || echo "not all packages are installed; their tests will fail until you run: apt-get install $(DEBIAN)" >&2

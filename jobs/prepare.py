@@ -98,6 +98,11 @@ def _simulate(options: argparse.Namespace, console: Console) -> int:
 
 
 def _react2024(options: argparse.Namespace, console: Console) -> int:
+    if "://" in options.root:
+        raise ValueError(
+            f"{options.root} is no folder, and a tree is read from one: copy it here first (aws s3 sync {options.root} FOLDER); tars in a "
+            "bucket need no tree: python jobs/prepare.py index --help"
+        )
     tree, store = Tree(absolute(options.root)), open_store(absolute(options.url))
     console.print(f"{options.root}: clips of {tree.frames} frames, streams {', '.join(f'{s.name} {s.width}' for s in tree.streams)}")
     connect()
