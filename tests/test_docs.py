@@ -34,12 +34,12 @@ NO_WAIT = "tests/jobs/test_train.py::test_a_run_that_another_driver_is_at_is_lef
 WITHOUT = (
     "tests/cluster/data/test_quarantine.py::test_every_other_step_reads_the_bytes_it_would_have_read_and_the_item_is_missing_in_both_epochs"
 )
-SWEEP = "tests/jobs/test_tune.py::test_seeded_sweep_trains_every_trial_shares_latents_and_leaves_the_best_as_a_configuration"
+SWEEP = "tests/jobs/test_tune.py::test_sweep_trains_every_trial_shares_latents_and_leaves_the_best_as_a_configuration"
 GIVE_UP = "tests/cluster/studies/test_tuner.py::test_a_command_that_gives_trials_up_enters_them_as_failed_and_goes_on_without"
 RETRAIN = "tests/jobs/test_retrain.py::test_a_grown_dataset_brings_a_candidate_that_the_gate_judges_on_the_champion_s_clips"
 ROLLBACK = "tests/cluster/runs/test_registry.py::test_rolling_back_is_a_decision_that_goes_to_the_champion_before"
 S3 = "tests/cluster/test_whole.py::test_shards_latents_checkpoints_and_runs_in_s3_give_the_weights_of_the_folder"
-JOB = "tests/cluster/test_whole.py::test_seeded_ray_start_and_job_submit_bring_the_run_to_done"
+JOB = "tests/cluster/test_whole.py::test_ray_start_and_job_submit_bring_the_run_to_done"
 AGAIN = "tests/infra/test_supervise.py::test_a_command_is_given_again_on_75_and_on_a_kill_and_its_last_code_comes_through"
 PROMETHEUS = "tests/cluster/telemetry/test_prometheus.py::test_items_are_exact_over_a_restart_of_the_workers_and_of_the_driver"
 MONITOR = "tests/cluster/telemetry/test_prometheus.py::test_monitor_says_where_it_is_and_when_a_sample_has_come"
@@ -62,7 +62,7 @@ ELSEWHERE = {
     DEMO: TRAINS,
     "ray start --head": JOB,
     "ray job submit --working-dir . -- python jobs/train.py --config jobs/configs/demo.yaml "
-    "data.url=s3://BUCKET/shards run.store=s3://BUCKET/store workers.count=4": JOB,
+    "data.url=s3://BUCKET/shards run.store=s3://BUCKET/store workers.count=2": JOB,
     "ray stop": JOB,
     f"python infra/supervise.py -- {DEMO}": AGAIN,
     "python jobs/prove.py --config jobs/configs/demo.yaml data.url=work/shards --seed 0": PROVE,

@@ -33,7 +33,8 @@ def test_shards_latents_checkpoints_and_runs_in_s3_give_the_weights_of_the_folde
     assert weights(run) == weights(str(finished)) and len(weights(run)) == 2
 
 
-def test_seeded_ray_start_and_job_submit_bring_the_run_to_done(finished: Path, shards: Path, tmp_path: Path, shell: Shell) -> None:  # noqa: F811
+@pytest.mark.ci
+def test_ray_start_and_job_submit_bring_the_run_to_done(finished: Path, shards: Path, tmp_path: Path, shell: Shell) -> None:  # noqa: F811
     """The two commands of the README, after a local run of the same user."""
     shell.job_address()
     command = ["python", "jobs/train.py", "--config", "jobs/configs/demo.yaml", "run.name=tiny", *settings(shards, tmp_path)]

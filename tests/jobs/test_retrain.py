@@ -36,7 +36,8 @@ def ticked(every_split: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(900)
 @pytest.mark.slow
-def test_seeded_first_tick_makes_a_champion_and_the_next_finds_nothing_new(ticked: Path) -> None:
+@pytest.mark.ci
+def test_first_tick_makes_a_champion_and_the_next_finds_nothing_new(ticked: Path) -> None:
     first = champion(ticked)
     assert first["run"] == f"faces-{first['manifest'][:8]}"
     assert json.loads((ticked / "store/runs" / first["run"] / "state.json").read_text())["status"] == "DONE"

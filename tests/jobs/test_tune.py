@@ -51,7 +51,8 @@ def ends(store: Path, name: str) -> list[dict[str, Any]]:
 
 @pytest.mark.timeout(900)
 @pytest.mark.slow
-def test_seeded_sweep_trains_every_trial_shares_latents_and_leaves_the_best_as_a_configuration(every_split: Path, tmp_path: Path) -> None:
+@pytest.mark.ci
+def test_sweep_trains_every_trial_shares_latents_and_leaves_the_best_as_a_configuration(every_split: Path, tmp_path: Path) -> None:
     store, config = tmp_path / "store", tmp_path / "sweep.yaml"
     config.write_text("name: two\nspace: {diffusion.schedule: [cosine, linear]}\nmetrics: {FRDist: min}")
     command = ["--config", config, *arguments(every_split, store)]

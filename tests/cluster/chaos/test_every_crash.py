@@ -225,7 +225,8 @@ def test_killed_before_any_of_its_writes_a_program_ends_in_the_same_bytes(
     assert not wrong, json.dumps(wrong, indent=1)
 
 
-def test_seeded_ten_crash_points_of_the_programs(programs: Callable[[str], Undisturbed], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.ci
+def test_ten_crash_points_of_the_programs(programs: Callable[[str], Undisturbed], capsys: pytest.CaptureFixture[str]) -> None:
     chance = random.Random(int(os.environ.get("REACTDIFF_SEED", "0")))
     there = [(name, point) for name in PROGRAMS for point in programs(name).points]
     wrong = {}

@@ -80,7 +80,8 @@ def test_killed_and_brought_back_the_weights_are_identical(
     story(victim, stage, shards, tmp_path, undisturbed)
 
 
-def test_seeded_kill(shards: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
+@pytest.mark.ci
+def test_kill(shards: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
     """One case chosen by REACTDIFF_SEED, for a continuous integration that has no time for all."""
     chance = random.Random(int(os.environ.get("REACTDIFF_SEED", "0")))
     story(chance.choice(VICTIMS), chance.choice(["autoencoder", "diffusion"]), shards, tmp_path, undisturbed)

@@ -26,7 +26,7 @@ from cluster.telemetry.books import Berth
 from cluster.telemetry.display import Display
 from cluster.telemetry.exporter import Exporter
 from cluster.telemetry.monitor import StageMonitor
-from cluster.training.loop import Job
+from cluster.training.job import Job
 from tests.cluster.support.machines import NODE_TYPE, STAGE, Machines, Running, machines
 from tests.tiny import Trained, tiny
 
@@ -195,7 +195,8 @@ def two() -> Iterator[Machines]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_seeded_a_machine_lost_without_a_spare_is_waited_for_and_the_weights_are_identical(
+@pytest.mark.ci
+def test_a_machine_lost_without_a_spare_is_waited_for_and_the_weights_are_identical(
     undisturbed: Running, two: Machines, shards: Path, tmp_path: Path
 ) -> None:
     run = Running(shards, tmp_path, "heal", "workers.count=2", address=two.address)

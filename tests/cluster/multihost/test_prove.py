@@ -27,7 +27,8 @@ def assert_proven(said: str, kinds: list[str]) -> None:
     assert "weights: identical" in said and "ledger: equal" in said and "\nPROVEN\n" in said
 
 
-def test_seeded_a_killed_rank_and_a_killed_driver_are_proven_to_change_nothing(tiny_shards: Path) -> None:
+@pytest.mark.ci
+def test_a_killed_rank_and_a_killed_driver_are_proven_to_change_nothing(tiny_shards: Path) -> None:
     said = prove(tiny_shards, "--kinds", "kill,kill_driver")
     assert_proven(said, ["kill", "kill_driver"])
     assert re.search(r"\| kill_driver .* same command \(killed\)", said) and re.search(r"\| kill  .* by itself", said)
