@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cluster import cli
+from cluster.proof.experiment import Case
+from cluster.proof.page import ProofsPage
+from cluster.proof.prove import Prover, own_prefix
+from cluster.proof.script import FAULT_KINDS, choose_kinds, kind_name, script, steps_of_scripts
 from cluster.runtime.failures import PERSON
 from cluster.runtime.machines import MachineError, NamespacesForbidden
-from cluster.studies.case import Case
-from cluster.studies.proofs import ProofsPage
-from cluster.studies.prove import Prover, own_prefix
-from cluster.studies.script import FAULT_KINDS, choose_kinds, kind_name, script, steps_of_scripts
 from cluster.telemetry.display import Display
 
 EPILOG = """what it does

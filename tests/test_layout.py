@@ -11,7 +11,7 @@ import pytest
 from cluster.runtime import failures
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("config", "storage", "runtime", "telemetry", "data", "runs", "evaluation", "training", "driver", "studies")
+ORDER = ("config", "storage", "runtime", "telemetry", "data", "runs", "evaluation", "training", "driver", "studies", "proof")
 """The packages of cluster/: each imports those before it, `reactdiff` and itself."""
 
 TOP = ("bench", "cli")
@@ -33,26 +33,29 @@ MODULES = {
     "config": "identity loading paths schema spec",
     "storage": "base deadline folder hashing multipart parallel retry s3",
     "runtime": (
-        "after_import autoscaler device failures faults hosts jobs lookout machines nodes nvml placement postmortem prices ray_cluster "
+        "after_import autoscaler device failures faults hosts jobs machines nodes nvml placement poller postmortem prices ray_cluster "
         "remote_machine run_watch scratch stuck tasks"
     ),
-    "telemetry": "books books_log display exporter meter metrics metrics_log monitor places receipt reminder repeating tensorboard",
+    "telemetry": "accounts books books_log display exporter meter metrics metrics_log monitor receipt reminder repeating tensorboard",
     "data": (
-        "build_shard cache cache_file cache_space checksums demo index_tars manifest others prepare quarantine ranges reader sequential "
-        "shards stream tar_scan verify"
+        "build_shard cache cache_file cache_space checksums demo index_tars manifest other_targets prepare quarantine ranges reader "
+        "sequential shards stream tar_scan verify"
     ),
     "runs": (
         "averages build_latents checkpoint checkpoint_writer environment export inventory latents lease lineage logs published registry "
         "retention saved snapshot state upkeep"
     ),
     "evaluation": "evaluate gate ground_truth html picture plan report rows rung validation",
-    "training": "ahead compiler engine examine loop memory rehearsal reporting requests resume spread stacks verdict warm_start",
+    "training": (
+        "agreement ahead compile engine examine gradient job late_compiler looks loop memory rehearsal reporting requests resume settings "
+        "spread stacks warm_start zero"
+    ),
     "driver": "berths board group interruption launch pin plan pretrained ray_metrics ray_train run watchdog",
     "studies": (
-        "best case comparison comparison_pairs comparison_report comparison_table course first_stage grounds halving importance "
-        "kept_scores lags ledger marked_page proofs prove retrain script search searchers space sweep sweep_report sweep_table trial "
-        "tuner verdict"
+        "best comparison comparison_pairs comparison_report comparison_table first_stage halving importance kept_scores lags ledger "
+        "marked_page retrain search searchers space sweep sweep_report sweep_table trial tuner"
     ),
+    "proof": "comparison disturbed_run experiment page prove script site",
     "bench": (
         "card challenge checkpoint empty_loop loading metrics noise_dataset oracles overhead recovery rival scrape startup sweeping tables "
         "training"
@@ -203,7 +206,7 @@ def test_an_error_that_names_its_failure_names_a_row_of_the_table() -> None:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and ast.unparse(node.targets[0]) == "failure"
     }
     assert named and named <= table
-    page = (ROOT / "docs/architecture.md").read_text().partition("## Who restarts what")[2].partition("\n## ")[0]
+    page = (ROOT / "docs/architecture.md").read_text().partition("## Failure classes")[2].partition("\n## ")[0]
     assert set(re.findall(r"^\|[^|]*\| `(\w+)` \|", page, re.MULTILINE)) == table | {failures.LOST.name}
 
 

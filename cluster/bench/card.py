@@ -33,8 +33,9 @@ from cluster.runtime.device import peak_flops, peak_memory
 from cluster.runtime.failures import failure_of
 from cluster.storage import open_store
 from cluster.training.ahead import Ahead
-from cluster.training.engine import Engine, EngineSettings, engine_settings
+from cluster.training.engine import Engine
 from cluster.training.memory import OFFLOADED, memory_per_rank
+from cluster.training.settings import EngineSettings, engine_settings
 from reactdiff.clip import FRAME_RATE
 from reactdiff.data.keyed import normal
 from reactdiff.determinism import make_deterministic

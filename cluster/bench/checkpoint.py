@@ -17,7 +17,8 @@ from cluster.runs.checkpoint_writer import CheckpointWriter
 from cluster.runs.retention import Retention
 from cluster.storage.base import Entry
 from cluster.storage.folder import FolderStore
-from cluster.training.engine import KINDS, Fragment
+from cluster.training.engine import Fragment
+from cluster.training.settings import KINDS
 
 PARAMETERS = 300
 """Of the rank's part of a model; every other one has SMALL elements, as biases and norms do."""

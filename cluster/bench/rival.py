@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from cluster.bench.training import alone, engine_step, random_batch
 from cluster.config.schema import Experiment
-from cluster.training.engine import Engine, engine_settings
+from cluster.training.engine import Engine
+from cluster.training.settings import engine_settings
 from reactdiff.data.keyed import normal
 from reactdiff.determinism import make_deterministic
 from reactdiff.generate import Reactor

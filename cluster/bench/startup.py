@@ -67,7 +67,7 @@ def _timed(command: Sequence[str], folder: Path, steps: Callable[[], list[float]
     with open(folder / "said", "w") as said:
         code = subprocess.call(
             [sys.executable, *command],
-            env=os.environ | {"RAY_ADDRESS": "local", "PYTHONWARNINGS": "ignore"},
+            env=os.environ | {"RAY_ADDRESS": "local", "RAY_ENABLE_AUTO_CONNECT": "1", "PYTHONWARNINGS": "ignore"},
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=said,

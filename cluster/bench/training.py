@@ -11,8 +11,9 @@ import torch.distributed as dist
 from cluster.bench.overhead import telemetry_overhead
 from cluster.config.schema import Experiment
 from cluster.runtime.device import best_device, peak_flops, peak_memory
-from cluster.training.engine import Engine, engine_settings
-from cluster.training.verdict import Verdict, Word
+from cluster.training.agreement import Verdict, Word
+from cluster.training.engine import Engine
+from cluster.training.settings import engine_settings
 from reactdiff.data.keyed import normal
 from reactdiff.determinism import make_deterministic
 from reactdiff.generate import Reactor

@@ -18,7 +18,7 @@ from threading import Condition, Event
 import numpy as np
 import torch
 
-from cluster.data.others import Others
+from cluster.data.other_targets import OtherTargets
 from cluster.data.quarantine import BadItem, Quarantine
 from cluster.data.ranges import Range, ReadPlan
 from cluster.data.reader import Reader
@@ -52,7 +52,7 @@ class Batch:
         checksums: of each item, the sum of the CRC32C of all member bytes it consists of; 0 of a quarantined one.
         bytes: read for it, and for later steps along with it.
         corrupt: items whose bytes are damaged: of it, or of those whose targets it has.
-        targets: the item whose target each has; its own, but for `Others`.
+        targets: the item whose target each has; its own, but for `OtherTargets`.
     """
 
     step: int
@@ -102,6 +102,10 @@ class Share:
     def steps(self) -> int:
         """Steps of the whole run."""
         return -(-self.total // self.batch)
+
+    def bounds(self, step: int) -> tuple[int, int]:
+        """Progress before and after a step, in items."""
+        return step * self.batch, min((step + 1) * self.batch, self.total)
 
     def positions(self, step: int) -> range:
         """This rank's positions of a step."""
@@ -170,7 +174,7 @@ class Stream:
         readers: int,
         pin: bool = False,
         quarantine: Quarantine | None = None,
-        others: Others | None = None,
+        others: OtherTargets | None = None,
     ):
         self._reader, self._stage, self._order, self._share = reader, stage, order, share
         self._seed, self._pin, self._quarantine, self._others = seed, pin, quarantine, others

@@ -23,13 +23,13 @@ from cluster.runs.checkpoint import newest_progress
 from cluster.runs.lineage import open_attempt
 from cluster.runs.logs import log_folder, make_room, write_end
 from cluster.runtime.failures import LOST, StageFailed, classify, inner
-from cluster.runtime.lookout import Lookout
 from cluster.runtime.nodes import draining_nodes, listens, nodes
 from cluster.runtime.placement import Demand, Gang, fit
+from cluster.runtime.poller import Poller
 from cluster.runtime.postmortem import postmortem
 from cluster.telemetry.meter import Snapshot
 from cluster.telemetry.monitor import StageMonitor
-from cluster.training.loop import Job
+from cluster.training.job import Job
 from cluster.training.requests import Request
 
 POLL = 0.2
@@ -90,7 +90,7 @@ class Group:
         self._berths = [self._price.of(node, gang.each(len(place))) for node in place]
         if job.experiment.telemetry.budget and (free := {berth.node for berth in self._berths if berth.price < 0}):
             monitor.say(f"nobody knows what {', '.join(sorted(free))} costs, so telemetry.budget does not count it: set telemetry.prices")
-        self._lookout = Lookout(self._ask_of_machines, CLUSTER_POLL, RayError)
+        self._poller = Poller(self._ask_of_machines, CLUSTER_POLL, RayError)
         self._begin()
         if len(hosts := dict.fromkeys(place)) > 1:
             ranks = {host: [rank for rank, node in enumerate(place) if node == host] for host in hosts}
@@ -166,7 +166,7 @@ class Group:
         if not self._growing.acquire(timeout=ENDING):
             return  # the cluster does not answer: nothing is placed
         try:
-            self._grows = False  # the lookout may be on its way
+            self._grows = False  # the poller may be on its way
             if self._growth:
                 with suppress(RayError):
                     self._growth.remove()
@@ -203,7 +203,7 @@ class Group:
         if self.reason in ("", "resized") and (why := self._enough()):
             self.reason, self.why = "enough", why
             self._monitor.say(f"{why}: a checkpoint at the next step, then the end")
-        if self.reason in ("", "resized") and (answer := self._lookout.answer()):
+        if self.reason in ("", "resized") and (answer := self._poller.answer()):
             self._heed(*answer)
         try:
             snapshots, error = ray.get(self._board.take.remote(self._request()))

@@ -17,7 +17,7 @@ from cluster.runtime.failures import LOST, PREEMPTED, Budget, StageFailed, class
 from cluster.runtime.placement import Gang, wait_for_place
 from cluster.storage import StorageError
 from cluster.telemetry.monitor import StageMonitor
-from cluster.training.loop import Job
+from cluster.training.job import Job
 
 
 def launch(

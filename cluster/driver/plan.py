@@ -13,10 +13,11 @@ from cluster.data.manifest import Manifest
 from cluster.driver.pin import Pinned, stage_end
 from cluster.driver.ray_train import gang_of
 from cluster.runtime.placement import Gang
-from cluster.training.engine import engine_settings, micro_batches
 from cluster.training.memory import memory_per_rank, offloaded_per_rank
 from cluster.training.rehearsal import beside_steps, beside_steps_on_gpu, rehearse
+from cluster.training.settings import engine_settings, micro_batches
 from reactdiff.clip import windows_of
+from reactdiff.learning_rate import FLOOR
 from reactdiff.model.shapes import parameters_by_module
 from reactdiff.stage import Source, Stage, flops_per_item, shapes, stages_over, stored_batch
 
@@ -61,6 +62,22 @@ def plan_without_data(experiment: Experiment, clips: Source) -> Group:
     return Group(*_stages(experiment, clips, None), _cluster(experiment))
 
 
+def remarks(experiment: Experiment, manifest: Manifest) -> Iterator[str]:
+    """What a run may do, and what few would want of it."""
+    optim, most = experiment.optim, experiment.workers.most
+    for name in _trained(experiment, Source(manifest.stream_specs, manifest.frames)):
+        if most > (batch := optim.batch[name]):
+            yield (
+                f"of {most} ranks (workers.count) {most - batch} have nothing to do in stage {name}, whose steps have {batch} items: give "
+                f"workers.count={batch}, or another run a larger optim.batch.{name}"
+            )
+        if 0 < (decay := optim.decay[name]) < 0.9 * (end := stage_end(experiment, name, manifest)):
+            yield (
+                f"stage {name} has {end:,} items, and from item {decay:,} on (optim.decay.{name}) the learning rate is {FLOOR:.0%} of "
+                f"its peak: optim.decay.{name}={end} falls to the end, 0 not at all"
+            )
+
+
 def _data(experiment: Experiment, pinned: Pinned) -> Table:
     manifest = pinned.manifest
     table = Table(title=f"run {pinned.name} ({'new' if pinned.fresh else 'exists'}) in {pinned.store.url}", title_justify="left")
@@ -75,8 +92,12 @@ def _data(experiment: Experiment, pinned: Pinned) -> Table:
 
 def _stages(experiment: Experiment, clips: Source, manifest: Manifest | None) -> list[Table]:
     kinds = stages_over(clips, experiment.model, experiment.diffusion)
-    trained = list(kinds)[bool(experiment.run.autoencoder) :]
-    return [_stage(experiment, manifest, name, kinds) for name in trained]
+    return [_stage(experiment, manifest, name, kinds) for name in _trained(experiment, clips)]
+
+
+def _trained(experiment: Experiment, clips: Source) -> list[str]:
+    """The stages that a run trains itself."""
+    return list(stages_over(clips, experiment.model, experiment.diffusion))[bool(experiment.run.autoencoder) :]
 
 
 def _stage(experiment: Experiment, manifest: Manifest | None, name: str, kinds: Mapping[str, Stage]) -> Table:
@@ -98,6 +119,9 @@ def _stage(experiment: Experiment, manifest: Manifest | None, name: str, kinds: 
         items, end = 2 * int(manifest.counts(experiment.data.split).sum()), stage_end(experiment, name, manifest)
         steps = f"{optim.epochs[name]:g} epochs x {items:,} items / {batch} = {-(-end // batch):,}"
     table.add_row("steps", steps)
+    falls = f", falls to {FLOOR:.0%} of it until item {optim.decay[name]:,}" if optim.decay[name] else ""
+    rises = f"rises until item {optim.warmup[name]:,} to " if optim.warmup[name] else ""
+    table.add_row("learning rate", f"{rises}{optim.lr[name]:g}{falls}")
     table.add_row("items / rank and step", f"{batch} / {workers.most} ranks = {share}, in {parts} micro-batch{'es' if parts > 1 else ''}")
     most, least = (memory_per_rank(parameters, engine_settings(experiment, name, ranks), ranks) for ranks in (workers.most, workers.least))
     for what in most:

@@ -27,12 +27,13 @@ from ray.util.placement_group import placement_group_table
 
 from cluster.config.schema import Workers
 from cluster.runs.lineage import assert_sees
-from cluster.runs.state import lookout_for_successor
+from cluster.runs.state import poll_for_successor
 from cluster.runtime.device import worker_environment
 from cluster.runtime.nodes import NODE_ID
 from cluster.runtime.placement import Gang
 from cluster.telemetry.meter import Snapshot
-from cluster.training.loop import Job, Place, train
+from cluster.training.job import Job, Place
+from cluster.training.loop import train
 from cluster.training.requests import Request
 
 SETTINGS = {
@@ -136,7 +137,7 @@ class _AskDriver(FailurePolicy):
         self._job, self._board = job, board
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        successor = lookout_for_successor(self._job.run, self._job.life)
+        successor = poll_for_successor(self._job.run, self._job.life)
         try:
             ray.get(self._board.failed.remote(cloudpickle.dumps(training_failed_error)))
             while (again := ray.get(self._board.decided.remote())) is None and not successor.answer():

@@ -16,7 +16,7 @@ from cluster.driver.berths import Berths
 from cluster.driver.interruption import Enough, never
 from cluster.driver.launch import launch
 from cluster.driver.pin import Pinned, pin, stage_end, write_config
-from cluster.driver.plan import gang_with_memory
+from cluster.driver.plan import gang_with_memory, remarks
 from cluster.driver.pretrained import check_pretrained, take_pretrained
 from cluster.driver.ray_metrics import told_to_ray
 from cluster.driver.ray_train import gang_of
@@ -38,15 +38,15 @@ from cluster.runtime.placement import assert_possible
 from cluster.runtime.ray_cluster import assert_visible, connect, driver_risk
 from cluster.runtime.tasks import raised_in
 from cluster.storage import NotFound, StorageError, Store
+from cluster.telemetry.accounts import TaskBooks
 from cluster.telemetry.books_log import ENDED, JOB, inherit, keeping, read_books
 from cluster.telemetry.display import Display
 from cluster.telemetry.exporter import Exporter
 from cluster.telemetry.metrics_log import validation_name
 from cluster.telemetry.monitor import StageMonitor
-from cluster.telemetry.places import TaskBooks
 from cluster.telemetry.receipt import receipt, receipt_text, write_receipt
 from cluster.telemetry.tensorboard import write_tensorboard
-from cluster.training.loop import Job
+from cluster.training.job import Job
 from cluster.training.warm_start import check_warm_start
 from reactdiff.metrics.official import Scores
 from reactdiff.stage import Source, flops_per_item, stages_of, stages_over
@@ -158,7 +158,7 @@ def _execute(
 
 
 def check_run(experiment: Experiment, pinned: Pinned, steps: Sequence[str]) -> list[str]:
-    """Refuse what these steps could not do, and say what each stage starts from; writes nothing.
+    """Refuse what these steps could not do; returns what is to be said before: what a stage starts from, and remarks. Writes nothing.
 
     Raises:
         ConfigError, ValueError, StorageError: naming the key, and what to give it.
@@ -183,7 +183,7 @@ def check_run(experiment: Experiment, pinned: Pinned, steps: Sequence[str]) -> l
         )
     if "evaluation" in steps:
         assert_scorable(pinned.manifest, experiment.evaluation.split)
-    return check_warm_start(experiment, kinds)
+    return [*check_warm_start(experiment, kinds), *remarks(experiment, pinned.manifest)]
 
 
 @contextmanager

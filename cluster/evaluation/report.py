@@ -15,7 +15,7 @@ from cluster.storage import NotFound, Store
 from cluster.telemetry.books import BOOK_STATES
 from cluster.telemetry.books_log import read_books
 from cluster.telemetry.metrics_log import read_rows, validation_name
-from cluster.telemetry.receipt import receipt, receipt_lines, verdict
+from cluster.telemetry.receipt import advice, receipt, receipt_lines
 from reactdiff.config import STAGES
 from reactdiff.metrics.official import OFFICIAL
 
@@ -56,7 +56,7 @@ def report(store: Store) -> str:
         name=store.url.rpartition("/")[2],
         status=f"{state.status}{f': {state.why}' if state.why else ''}",
         work="; ".join(lines.about),
-        verdict=verdict(made),
+        verdict=advice(made),
         curves=[(title, _curve(title, found)) for title, found in _rows(store)],
         timeline=_timeline(records),
         books={"head": lines.head, "rows": lines.rows},

@@ -39,9 +39,7 @@ class TensorSnapshot:
         self._memory = memory = torch.empty(len(head) + end, dtype=torch.uint8).fill_(0)
         memory[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
         body = memory[len(head) :]
-        self._views = {
-            name: body[start:stop].view(tensors[name].dtype).view(tensors[name].shape) for name, (start, stop) in places.items()
-        }
+        self._views = {name: body[start:stop].view(tensors[name].dtype).view(tensors[name].shape) for name, (start, stop) in places.items()}
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, torch.Tensor]) -> memoryview:

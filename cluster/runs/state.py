@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from cluster.runtime.lookout import Lookout
+from cluster.runtime.poller import Poller
 from cluster.storage import AlreadyExists, NotFound, Stale, StorageError, Store
 
 STATUSES = ("PENDING", "RUNNING", "STOPPED", "DONE", "FAILED")
@@ -110,9 +110,9 @@ def assert_newest_life(store: Store, life: int, attempt: int | None = None) -> N
         raise Superseded(f"attempt {newest} of {store.url} has begun; {Attempt(life, attempt)} stops without writing any more")
 
 
-def lookout_for_successor(store: Store, life: int) -> Lookout[bool]:
+def poll_for_successor(store: Store, life: int) -> Poller[bool]:
     """Asks whether a newer life of this run has begun, which waits for the machines of this one."""
-    return Lookout(lambda: newest_life(store) > life, SUCCESSOR, StorageError)
+    return Poller(lambda: newest_life(store) > life, SUCCESSOR, StorageError)
 
 
 def read_state(store: Store) -> State | None:

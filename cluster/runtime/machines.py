@@ -299,6 +299,7 @@ class Network:
             if process.stdout:
                 process.stdout.close()
 
+
 def address(last: int) -> str:
     """The address on the network with this last byte."""
     return f"10.99.0.{last}"

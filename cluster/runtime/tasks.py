@@ -250,9 +250,7 @@ _loaded: list[float] = [time.monotonic()]
 """When this process began to load what its first call needs; empty after that call."""
 
 
-def _call(
-    pickled: bytes, box: list[ray.ObjectRef], call: tuple[Any, ...], stuck: float
-) -> tuple[TaskProcess, tuple[float, float], Any]:
+def _call(pickled: bytes, box: list[ray.ObjectRef], call: tuple[Any, ...], stuck: float) -> tuple[TaskProcess, tuple[float, float], Any]:
     with ended_if_stuck(stuck):
         function = cloudpickle.loads(pickled)
         began = time.monotonic()

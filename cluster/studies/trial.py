@@ -11,7 +11,7 @@ from cluster.driver.run import STEPS, execute
 from cluster.evaluation.rows import MODEL
 from cluster.evaluation.rung import read_rung
 from cluster.runtime.failures import StageFailed
-from cluster.runtime.lookout import Lookout
+from cluster.runtime.poller import Poller
 from cluster.storage import StorageError
 from cluster.studies.first_stage import train_first_stage
 from cluster.studies.sweep import OpenSweep
@@ -103,18 +103,18 @@ class _Steering:
         self._rungs, self._clips = (halving.rungs, halving.clips) if halving else ((), 0)
         self._ledger, self._number, self._run, self._report = opened.ledger, number, opened.home.at(f"runs/{run}"), report
         self._entered, self._reported = set[int](), 0
-        self._lookout = Lookout(self._ask, LOOK)
+        self._poller = Poller(self._ask, LOOK)
 
     def __call__(self) -> str:
         self.ending = self.ending or bool(self._ask_ending())
         if self.ending:
             return "the sweep was told to end"
-        if not self._rungs or (why := self._lookout.answer()) is None:
+        if not self._rungs or (why := self._poller.answer()) is None:
             return ""
         if len(self._entered) > self._reported:
             self._reported = len(self._entered)
             self._report({"trial": self._number, "rungs": self._reported})
-            return self._lookout.answer() or why  # what was decided on that may be known already
+            return self._poller.answer() or why  # what was decided on that may be known already
         return why
 
     def look(self) -> str:

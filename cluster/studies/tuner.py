@@ -25,9 +25,9 @@ from cluster.driver.ray_train import gang_of
 from cluster.runs.environment import command
 from cluster.runs.lease import Lease
 from cluster.runtime.failures import AGAIN, PERSON, StageFailed, exit_code, failure_of, paragraph
-from cluster.runtime.lookout import Lookout
 from cluster.runtime.nodes import nodes
 from cluster.runtime.placement import assert_possible, gangs_at_once
+from cluster.runtime.poller import Poller
 from cluster.runtime.ray_cluster import connect
 from cluster.storage import Permanent, StorageError
 from cluster.studies.best import delete_other_best, write_best
@@ -194,7 +194,7 @@ class _Notice:
 def _trial(config: dict[str, int], opened: OpenSweep, notice: Any, drive: Callable[..., None]) -> None:
     """The driver of one trial, as Tune starts it; why one is not done is told in words, not by a pickled error."""
     number = config["number"]
-    ending = Lookout(lambda: ray.get(notice.given.remote()), LOOK, RayError)
+    ending = Poller(lambda: ray.get(notice.given.remote()), LOOK, RayError)
     try:
         drive(opened, number, tune.report, ending.answer)
     except Exception as error:

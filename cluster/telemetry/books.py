@@ -1,6 +1,6 @@
 """The books of one life of a run: which state every second was in of every worker that the run held.
 
-`telemetry/places.py` has the accounts of ranks and tasks that are booked here.
+`telemetry/accounts.py` has the accounts of ranks and tasks that are booked here.
 
 A worker is a rank of a group, or a task. Its place is held from when it was asked for until it was given back, and each of its
 milliseconds, counted by the driver's clock, falls in exactly one state. What was not followed by a finished step when a fault came was

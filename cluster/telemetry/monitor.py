@@ -4,11 +4,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from cluster.telemetry.accounts import GroupBooks, PlaceBooks
 from cluster.telemetry.books import NO_FAULT, NOWHERE, Berth
 from cluster.telemetry.display import Display
 from cluster.telemetry.exporter import Exporter
 from cluster.telemetry.meter import Snapshot, Totals
-from cluster.telemetry.places import GroupBooks, PlaceBooks
 from cluster.telemetry.reminder import Reminder
 
 
@@ -28,7 +28,6 @@ class Throughput:
             self._past.popleft()
         (then, items, waited, spent), (here, more, longer, all_spent) = self._past[0], self._past[-1]
         return (more - items) / max(here - then, 1e-9), (longer - waited) / max(all_spent - spent, 1e-9)
-
 
 
 class StageMonitor:

@@ -107,7 +107,7 @@ def _unknown(fault: str, stage: str) -> dict[str, Any]:
     return {**known, "time": 0, "progress": 0.0, **dict.fromkeys((*AGAIN, "waiting", "cost"), 0.0)}
 
 
-def verdict(made: Mapping[str, Any]) -> list[str]:
+def advice(made: Mapping[str, Any]) -> list[str]:
     """What binds a run and what to change, the heaviest first; at least one sentence."""
     states, held = made["states"], made["held"]
     if not held:
@@ -132,7 +132,8 @@ def verdict(made: Mapping[str, Any]) -> list[str]:
             f"{_time(slow['seconds'])} in all: see to its machine, or leave it out by workers.labels"
         )
     bound = f"{share['compute']:.0%} of the time is spent computing"
-    return said or [f"{bound}: computing binds this run; more ranks, or a larger workers.micro_batch where memory allows, make it faster"]
+    faster = "more ranks, up to the items of a step, or a larger workers.micro_batch where memory allows, make it faster"
+    return said or [f"{bound}: computing binds this run; {faster}"]
 
 
 def receipt_text(made: Mapping[str, Any], width: int = 100) -> str:
@@ -188,7 +189,7 @@ def receipt_table(made: Mapping[str, Any]) -> Group:
         table.add_row(*row)
     table.add_section()
     table.add_row(*lines.rows[-1])
-    return Group(f"receipt: {lines.about[0]}", *lines.about[1:], table, *verdict(made), *lines.faults)
+    return Group(f"receipt: {lines.about[0]}", *lines.about[1:], table, *advice(made), *lines.faults)
 
 
 def live_table(records: Sequence[Mapping[str, Any]], silent: float) -> Group:

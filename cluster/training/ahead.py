@@ -4,7 +4,7 @@ from typing import Protocol
 
 import torch
 
-from cluster.training.engine import Tensors
+from cluster.training.gradient import Tensors
 
 
 class HostBatch(Protocol):

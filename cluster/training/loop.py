@@ -5,97 +5,56 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from cluster.config.identity import identity
-from cluster.config.schema import Experiment
 from cluster.data.cache import Cache
 from cluster.data.manifest import load_manifest
-from cluster.data.others import read_others
+from cluster.data.other_targets import read_other_targets
 from cluster.data.quarantine import BadItem, Quarantine
 from cluster.data.reader import Reader
 from cluster.data.stream import Batch, Share, Stream
-from cluster.evaluation.rung import RungMeter, read_rung, write_rung
-from cluster.evaluation.validation import ValidationClips, Validator
 from cluster.runs.averages import marks
-from cluster.runs.checkpoint import Checkpoint
 from cluster.runs.checkpoint_writer import CheckpointWriter
 from cluster.runs.inventory import remove_orphans
 from cluster.runs.latents import corrupt_clips, read_moments, read_range
 from cluster.runs.logs import log_folder, rank_log
 from cluster.runs.retention import Retention
-from cluster.runs.state import Attempt, assert_newest_life, lookout_for_successor
+from cluster.runs.state import Attempt, assert_newest_life, poll_for_successor
 from cluster.runtime.device import peak_flops, peak_memory
 from cluster.runtime.nvml import card_gauges
-from cluster.storage import StorageError, Store
+from cluster.storage import StorageError
 from cluster.storage.retry import store_faults
 from cluster.telemetry.meter import Meter, Snapshot
-from cluster.telemetry.metrics_log import MetricsLog, read_rows, validation_name
+from cluster.telemetry.metrics_log import MetricsLog
+from cluster.training.agreement import Verdict, Word
 from cluster.training.ahead import Ahead
-from cluster.training.compiler import load_compiler_late
-from cluster.training.engine import LARGEST_NORM, Engine, NonFinite, engine_settings
-from cluster.training.examine import examine
+from cluster.training.engine import Engine
+from cluster.training.examine import Examiner
+from cluster.training.job import Job, Place
+from cluster.training.late_compiler import load_compiler_late
+from cluster.training.looks import Looks, Stretches
 from cluster.training.reporting import Inbox, reporting
 from cluster.training.requests import Request
 from cluster.training.resume import candidates, restore, tell_other_arithmetic
-from cluster.training.spread import spread
+from cluster.training.settings import engine_settings
 from cluster.training.stacks import stacks
-from cluster.training.verdict import Verdict, Word
 from cluster.training.warm_start import first_weights
 from reactdiff.data.keyed import seed_of
 from reactdiff.data.order import Order
 from reactdiff.determinism import make_deterministic
 from reactdiff.learning_rate import learning_rate
 from reactdiff.model.latent_diffusion import LatentDiffusion
-from reactdiff.stage import Source, build_without_memory, empty_batch, stage
+from reactdiff.stage import Source, build_without_memory, stage
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one worker group does: train one stage of one run to the end.
-
-    Attributes:
-        experiment: the whole configuration.
-        stage: "autoencoder" or "diffusion".
-        run: folder of the run.
-        life: this start of the driver.
-        dataset: what the stage reads: clips or latents.
-        manifest: hash of the dataset's state.
-        validation: clips that are scored at each checkpoint and measured at rungs.
-        attempt: how often a worker group of this life was started before, for this stage or an earlier one.
-        flops: floating point operations of forward and backward for one item, for telemetry; counted once, by the driver.
-        clips: the dataset, and the hash of its state, that says whose reactions are appropriate for whom.
-    """
-
-    experiment: Experiment
-    stage: str
-    run: Store
-    life: int
-    dataset: Store
-    manifest: str
-    validation: ValidationClips | None = None
-    attempt: int = 0
-    flops: float = 0.0
-    clips: tuple[Store, str] | None = None
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which rank this is, of how many, and where it computes."""
-
-    rank: int
-    ranks: int
-    device: torch.device
 
 
 def train(job: Job, place: Place, report: Callable[[Snapshot], Request | None]) -> dict[str, Any]:
@@ -156,7 +115,7 @@ class _Training:
             data.readers,
             pin=place.device.type == "cuda",
             quarantine=self.quarantine if data.on_corrupt == "quarantine" else None,
-            others=read_others(experiment, job.clips, kind.targets(), corrupt),
+            others=read_other_targets(experiment, job.clips, kind.targets(), corrupt),
         )
         module = build_without_memory(kind)
         weights = first_weights(kind, job.stage, experiment, log.warning if place.rank == 0 else log.debug)
@@ -165,19 +124,10 @@ class _Training:
         self.ahead = Ahead(place.device)
         self.engine = Engine(module, weights, engine_settings(experiment, job.stage, place.ranks), place.device)
         self.writer = CheckpointWriter(job.run, _gather, place.rank, Retention.of(experiment, job.stage), self.superseded)
-        self.successor = lookout_for_successor(job.run, job.life) if place.rank == 0 else None
+        self.successor = poll_for_successor(job.run, job.life) if place.rank == 0 else None
         self.log = MetricsLog(job.run, job.life, job.attempt, job.stage) if place.rank == 0 else None
-        self.validator: Validator | None = None
-        self.rung_meter: RungMeter | None = None
-        self.looked_at = kind.module() if job.validation else None
-        if job.validation and self.looked_at:
-            ours = _gather, place.rank, place.ranks, place.device
-            if experiment.evaluation.watch:
-                self.validator = Validator(experiment, job.validation, self.looked_at, *ours)
-            if experiment.evaluation.rungs and isinstance(self.looked_at, LatentDiffusion):
-                self.rung_meter = RungMeter(job.validation, experiment.evaluation.rung_clips, self.looked_at, *ours)
-        validates = place.rank == 0 and self.validator
-        self.validation_log = MetricsLog(job.run, job.life, job.attempt, validation_name(job.stage)) if validates else None
+        self.looks = Looks(job, place, kind, self.share, meter, _gather, self.on_cadence)
+        self.examiner = Examiner(job, place, kind, self.reader, self.order, self.share, _gather)
 
     def run(self) -> dict[str, Any]:
         step, progress, loss, left = self.resume(), 0, float("nan"), False
@@ -195,7 +145,7 @@ class _Training:
             while not verdict.finite:
                 verdict = self.repeat(batch, upcoming, verdict)
             self.ahead.drop(batch)
-            progress, left = self.bounds(batch)[1], self.stepped(batch, verdict)
+            progress, left = self.share.bounds(batch.step)[1], self.stepped(batch, verdict)
             step, batch, valid, loss = batch.step + 1, upcoming, int(verdict.of_all.next_valid), verdict.loss
         with self.meter.phase("checkpoint"):
             if self.writer.busy:
@@ -220,17 +170,16 @@ class _Training:
             return 0
         if self.place.rank == 0:
             tell_other_arithmetic(job.run, found)
-        with self.meter.phase("evaluation"):
-            validates = self.validator and self.looks_at(found) and not self.validated(found)
-            measures = self.rungs_at(found)
-        if found.progress < self.share.total and (validates or measures):
-            # The life that wrote it died before.
-            self.take_averages([(one.name, one.start, one.tensors["average"]) for one in self.engine.fragments()])
-            if validates:
-                self.validate(found)
-            self.measure(found)
+        if found.progress < self.share.total:
+            with self.meter.phase("evaluation"):  # the life that wrote it may have died before
+                self.looks.take(found, self.averages, self.engine.stage, new=False)
+            self.looks.look()
         self.meter.gauges["progress_items"] = found.progress
         return found.steps
+
+    def averages(self) -> Stretches:
+        """What this rank holds of the averaged weights."""
+        return [(one.name, one.start, one.tensors["average"]) for one in self.engine.fragments()]
 
     def superseded(self) -> None:
         """Stop if a newer life or attempt has begun."""
@@ -294,60 +243,12 @@ class _Training:
             NonFinite: if none is to blame, or the run is to stop at bad items.
         """
         with self.meter.phase("evaluation"):  # item by item: it may take longer than a step
-            self.isolate(self.to_blame(batch, verdict))
+            module = self.engine.fill(self.kind.module().to(self.place.device))
+            self.isolate(self.examiner.to_blame(module, batch, verdict, self.dropout_seed(batch)))
         for changed in filter(None, (batch, upcoming)):
             self.stream.mask(changed)
             self.ahead.copy(changed)
         return self.step(batch, upcoming, self.forward_backward(batch, sum(_gather(batch.valid))))
-
-    def to_blame(self, batch: Batch, verdict: Verdict) -> list[BadItem]:
-        """The items of a step that are not finite by themselves, the same on every rank.
-
-        Where items of zeros, or all of the step's, are not finite either, it is the weights: to quarantine what such weights
-        cannot take would go on until no data are left.
-
-        Raises:
-            NonFinite: if there are none, or the run is to stop at them.
-        """
-        valid, seed, device = sum(_gather(batch.valid)), self.dropout_seed(batch), self.place.device
-        module = self.engine.fill(self.kind.module().to(device))
-        wrong = examine(module, {name: tensor.to(device) for name, tensor in batch.tensors.items()}, valid, seed)
-        mine = []
-        for row, why in wrong.items():
-            item = self.item_to_blame(batch, row)
-            mine.append(BadItem(item, batch.positions[row], f"{self.reader.named(item // 2)}: {why} in step {batch.step}"))
-        zeros = empty_batch(self.kind, 1, str(device)) | {"weight": torch.ones(1)}
-        found, zeros_wrong = zip(*_gather((mine, examine(module, zeros, 1, seed))), strict=True)
-        bad = sorted(itertools.chain(*found), key=lambda bad: bad.position)
-        if any(zeros_wrong) or len(bad) == valid > 1:
-            raise self.non_finite(batch, verdict, "no single item is to blame: with the weights of now, none is finite alone")
-        if not bad:
-            raise self.non_finite(batch, verdict, "no single item is to blame: each has a finite loss and gradient alone")
-        if self.job.experiment.data.on_corrupt == "stop":
-            raise self.non_finite(batch, verdict, "", bad)
-        return bad
-
-    def item_to_blame(self, batch: Batch, row: int) -> int:
-        """The item of a row that is not finite; where its target is another's and holds what is no number, that one."""
-        finite = all(batch.tensors[name][row].isfinite().all() for name in self.kind.targets())
-        return batch.items[row] if finite else batch.targets[row]
-
-    def non_finite(self, batch: Batch, verdict: Verdict, why: str, bad: Sequence[BadItem] = ()) -> NonFinite:
-        """What is said of a step that cannot be applied."""
-        data = f"split {self.job.experiment.data.split} of {self.job.dataset.url}"
-        items = self.order.at(np.arange(*self.bounds(batch))).tolist()
-        blame = "; ".join(f"item {one.item} (clip {one.item // 2}, side {one.item % 2} of {data}; {one.why})" for one in bad)
-        return NonFinite(
-            f"step {batch.step} of stage {self.job.stage} was not applied: its loss is {verdict.loss}, the norm of its gradient "
-            f"{verdict.gradient_norm} (at most {LARGEST_NORM:g} can be). "
-            + (
-                f"To blame is {blame}. Mend the data, or go on without with data.on_corrupt=quarantine"
-                if blame
-                else f"Of its items {items} (clip = item // 2, side = item % 2) of {data}, {why}. "
-                "Lower optim.lr or set optim.clip, in a run of another name (run.name)"
-            ),
-            [one.item for one in bad],
-        )
 
     def dropout_seed(self, batch: Batch) -> int:
         """Of this rank in a step, however often it is computed."""
@@ -362,17 +263,13 @@ class _Training:
                     *(bad.item, bad.item // 2, bad.item % 2, self.job.experiment.data.split, bad.position, bad.why),
                 )
 
-    def bounds(self, batch: Batch) -> tuple[int, int]:
-        """Progress before and after a step."""
-        return batch.step * self.share.batch, min((batch.step + 1) * self.share.batch, self.share.total)
-
     def rate(self, batch: Batch) -> float:
         """The learning rate of a step."""
-        return learning_rate(self.optim, self.job.stage, self.bounds(batch)[0])
+        return learning_rate(self.optim, self.job.stage, self.share.bounds(batch.step)[0])
 
     def stepped(self, batch: Batch, verdict: Verdict) -> bool:
         """What follows from a step that was applied: averaged weights, a row, a checkpoint; returns whether the ranks leave now."""
-        (before, after), told = self.bounds(batch), verdict.of_all
+        (before, after), told = self.share.bounds(batch.step), verdict.of_all
         if self.successor and self.successor.answer():
             self.superseded()
         with self.meter.phase("optimizer"):
@@ -383,79 +280,28 @@ class _Training:
         if self.log is not None and logged:
             self.log.add(progress=after, step=batch.step, **numbers, ledger=int(told.ledger))
         all_uploaded = told.uploaded == self.place.ranks
-        due = self.checkpoint_due(before, after) or bool(self.rungs_within(before, after) or told.checkpoint or told.leave)
+        due = self.on_cadence(before, after) or bool(self.looks.rungs(before, after) or told.checkpoint or told.leave)
         if all_uploaded or told.written or due:
             with self.meter.phase("checkpoint"):
-                committed = self.go_on_with_checkpoint(batch.step + 1, after, bool(told.written), due)
-            if committed and self.validator and self.looks_at(committed):
-                self.validate(committed)
-            if committed:
-                self.measure(committed)
+                self.go_on_with_checkpoint(batch.step + 1, after, bool(told.written), due)
+            self.looks.look()
         self.meter.gauges["peak_memory_bytes"] = peak_memory(self.place.device)
         items = len(batch.positions)
         self.meter.step_done(items=items, bytes=batch.bytes, flops=items * self.job.flops)
         return after < self.share.total and bool(told.leave or (due and told.leave_at_checkpoint))
 
-    def go_on_with_checkpoint(self, steps: int, progress: int, written: bool, due: bool) -> Checkpoint | None:
-        """Publish, finish or begin a checkpoint; returns one that was finished."""
-        finished = None
+    def go_on_with_checkpoint(self, steps: int, progress: int, written: bool, due: bool) -> None:
+        """Publish, finish or begin a checkpoint."""
         if written or (due and self.writer.busy):  # where the next one is due already, it is waited for
             finished = self.writer.commit()
             self.meter.gauges["checkpoint_time_seconds"] = time.time()
-            if (self.validator and self.looks_at(finished)) or self.rungs_at(finished):
-                self.take_averages(self.writer.begun("average"))  # before the next one overwrites them
+            self.looks.take(finished, lambda: self.writer.begun("average"), self.engine.stage)  # before the next one overwrites them
         elif self.writer.busy:
             self.writer.publish()
         if due:
             self.checkpoint(steps, progress)
-        return finished
 
-    def take_averages(self, stretches: list[tuple[str, int, torch.Tensor]]) -> None:
-        """Give the copy that is looked at the averaged weights that ranks have in memory: those of a checkpoint."""
-        assert self.looked_at
-        spread(stretches, self.looked_at, _gather)
-        for name, buffer in self.engine.stage.named_buffers():
-            self.looked_at.get_buffer(name).copy_(buffer)
-
-    def looks_at(self, found: Checkpoint) -> bool:
-        """Whether clips of validation are scored with a checkpoint: those that a clock or a fault asked for are not looked at."""
-        return self.checkpoint_due(found.progress - self.share.batch, found.progress)
-
-    def validated(self, found: Checkpoint) -> bool:
-        """Whether the clips of validation were scored with this checkpoint."""
-        name = validation_name(self.job.stage)
-        return _gather(self.place.rank == 0 and any(row["progress"] == found.progress for row in read_rows(self.job.run, name)))[0]
-
-    def validate(self, found: Checkpoint) -> None:
-        """Score a checkpoint on the clips of validation."""
-        assert self.validator
-        with self.meter.phase("evaluation"):
-            scores = self.validator.validate()
-            self.meter.gauges.update(val_progress_items=found.progress, val_frcorr=scores["FRCorr"], val_frdist=scores["FRDist"])
-            if self.validation_log is not None:
-                self.validation_log.add(progress=found.progress, **scores)
-                self.validation_log.flush()
-
-    def rungs_within(self, before: int, after: int) -> list[int]:
-        """The rungs that a step reaches."""
-        return [rung for rung in self.job.experiment.evaluation.rungs if before < rung <= after] if self.rung_meter else []
-
-    def rungs_at(self, found: Checkpoint) -> list[int]:
-        """The rungs at which this checkpoint is to be measured, and was not."""
-        reached = self.rungs_within(found.progress - self.share.batch, found.progress)
-        clips = self.job.experiment.evaluation.rung_clips
-        return [rung for rung in reached if _gather(self.place.rank == 0 and read_rung(self.job.run, rung, clips) is None)[0]]
-
-    def measure(self, found: Checkpoint) -> None:
-        """Measure a checkpoint, if it is one of a rung."""
-        with self.meter.phase("evaluation"):  # the store is asked, too, and may be slow
-            for rung in self.rungs_at(found):
-                assert self.rung_meter
-                measured = self.rung_meter.measure()
-                if self.place.rank == 0:
-                    write_rung(self.job.run, rung, self.job.experiment.evaluation.rung_clips, found.progress, measured)
-
-    def checkpoint_due(self, before: int, after: int) -> bool:
+    def on_cadence(self, before: int, after: int) -> bool:
         """At every multiple of the cadence and of `diffusion.ema_every`, at the end, and before a last step that is not a whole batch."""
         experiment, stage = self.job.experiment, self.job.stage
         every = experiment.run.checkpoint_every[stage] or self.order.items

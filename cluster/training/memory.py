@@ -1,6 +1,6 @@
 """Memory of a rank's part of what is trained, worked out from the number of parameters alone."""
 
-from cluster.training.engine import EngineSettings
+from cluster.training.settings import EngineSettings
 
 OFFLOADED = {
     "none": (),

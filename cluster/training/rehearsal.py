@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from cluster.data.stream import WINDOWS, steps_ahead
-from cluster.training.engine import Engine, EngineSettings, bucket_elements, last_of
+from cluster.training.engine import Engine
+from cluster.training.settings import EngineSettings
+from cluster.training.zero import bucket_elements, last_of
 from reactdiff.stage import Stage, build_without_memory, stored_batch
 
 MAPPED = 32 << 20

@@ -174,7 +174,8 @@ def test_a_missing_dataset_names_url_key_and_the_command_that_makes_one(tmp_path
 
 
 def test_a_dry_run_prints_the_plan_and_starts_nothing(shards: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    here = [*settings(shards, tmp_path / "store"), "workers.count=3", "workers.zero=3"]
+    rate = ["optim.lr.diffusion=1e-3", "optim.warmup.diffusion=10", "optim.decay.diffusion=40"]
+    here = [*settings(shards, tmp_path / "store"), "workers.count=3", "workers.zero=3", *rate]
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(DEMO), *here, "--dry-run"])
     monkeypatch.setenv("COLUMNS", "160")
     assert train.main() == 0
@@ -182,6 +183,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(shards: Path, tmp_path: Pa
     for said in (
         "parameters of encoder",
         "1 epochs x 40 items / 6 = 7",
+        "rises until item 10 to 0.001, falls to 1% of it until item 40",
         "6 / 3 ranks = 2",
         "ZeRO-3",
         "tensor au",

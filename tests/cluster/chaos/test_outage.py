@@ -10,7 +10,8 @@ from cluster.config.schema import Experiment
 from cluster.data.manifest import load_manifest
 from cluster.storage import open_store
 from cluster.telemetry.metrics_log import read_rows
-from cluster.training.loop import Job, Place, train
+from cluster.training.job import Job, Place
+from cluster.training.loop import train
 from tests.cluster.data.test_stream_faults import FAULTS, copy, hands_out, through
 from tests.cluster.support.faulty import TAR_RANGE, FaultyProxy, faulty_proxy
 from tests.cluster.support.ranks import on_ranks

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.studies.script import choose_kinds
+from cluster.proof.script import choose_kinds
 from tests.cluster.multihost.test_prove import assert_proven, prove
 
 # Alone: its hosts are more processes than two cores bear beside others.

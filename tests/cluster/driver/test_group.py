@@ -39,7 +39,7 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Group:
 
 
 def look(group: Group, leaving: list[str], room: int) -> tuple[str, Request]:
-    group._lookout = SimpleNamespace(answer=lambda: (leaving, room))  # type: ignore[assignment]
+    group._poller = SimpleNamespace(answer=lambda: (leaving, room))  # type: ignore[assignment]
     group._look()
     return group.reason, group._request()
 

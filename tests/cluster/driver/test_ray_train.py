@@ -18,7 +18,7 @@ from cluster.driver.ray_train import _AskDriver
 from cluster.driver.watchdog import PHASE_LIMITS, START
 from cluster.runs.state import open_life
 from cluster.storage import open_store
-from cluster.training.loop import Job
+from cluster.training.job import Job
 from cluster.training.requests import Request
 
 

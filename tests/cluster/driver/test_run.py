@@ -62,6 +62,16 @@ def test_what_is_not_evaluated_needs_no_matrix(shards: Path, tmp_path: Path) -> 
     check_run(experiment, pin(experiment, "tiny"), ["autoencoder"])
 
 
+def test_ranks_without_items_and_a_rate_that_falls_long_before_the_end_are_said(shards: Path, tmp_path: Path) -> None:
+    settings = "workers.count=[2,8] optim.batch.diffusion=8 optim.decay.autoencoder=4 optim.decay.diffusion=40".split()
+    experiment = tiny(shards, tmp_path / "store", *settings)
+    idle, early = check_run(experiment, pin(experiment, "tiny"), STEPS)
+    assert "of 8 ranks (workers.count) 2 have nothing to do in stage autoencoder, whose steps have 6 items: give workers.count=6" in idle
+    assert "stage autoencoder has 40 items, and from item 4 on (optim.decay.autoencoder) the learning rate is 1% of its peak" in early
+    usual = tiny(shards, tmp_path / "store")
+    assert check_run(usual, pin(usual, "tiny"), STEPS) == []
+
+
 @pytest.fixture
 def clips(tmp_path: Path) -> Path:
     """A dataset without clips: enough to begin on."""

@@ -11,7 +11,7 @@ from cluster.runtime.failures import PERSON, TABLE, StageFailed, exit_code
 from cluster.studies import trial as module
 from cluster.studies.search import Search
 from cluster.studies.trial import run_trial
-from cluster.training.engine import NonFinite
+from cluster.training.gradient import NonFinite
 from tests.cluster.support.sweeps import search_in
 
 

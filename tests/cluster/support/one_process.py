@@ -25,7 +25,8 @@ from cluster.studies.search import Search
 from cluster.studies.trial import run_trial
 from cluster.studies.tuner import Show, Undone
 from cluster.telemetry import books_log
-from cluster.training.loop import Job, Place, train
+from cluster.training.job import Job, Place
+from cluster.training.loop import train
 from jobs import prepare as prepare_job
 from tests.cluster.support.interleaving import Inline
 
@@ -48,7 +49,7 @@ def one_process() -> Iterator[None]:
         patch.setattr(tuner, "assert_possible", lambda *_: None)
         patch.setattr(tuner, "gangs_at_once", lambda *_: 1)
         patch.setattr(tuner, "tune_trials", _tune_trials)
-        patch.setattr(trial, "Lookout", _Asked)
+        patch.setattr(trial, "Poller", _Asked)
         for module in (build_latents, evaluate, prepare):
             patch.setattr(module, "map_tasks", _map_tasks)
         patch.setattr(checkpoint_writer, "ThreadPoolExecutor", lambda *_, **__: Inline())
@@ -93,7 +94,7 @@ def _map_tasks(
 
 
 class _Asked:
-    """A lookout that asks when it is asked."""
+    """A poller that asks when it is asked."""
 
     def __init__(self, ask: Callable[[], str], _: float):
         self.answer = ask

@@ -13,7 +13,7 @@ from fastcrc.crc32 import iscsi as crc32c
 
 from cluster.data.cache import Cache
 from cluster.data.manifest import Manifest, ShardTable, Split, StreamEntry, load_manifest, publish
-from cluster.data.others import Others
+from cluster.data.other_targets import OtherTargets
 from cluster.data.quarantine import Quarantine
 from cluster.data.reader import Reader
 from cluster.data.shards import ShardInfo, members, read_index, shard_name, write_shard
@@ -115,7 +115,7 @@ def open_stream(
     read_ahead: int = 64 << 20,
     readers: int = 2,
     cache: Cache | None = None,
-    others: Others | None = None,
+    others: OtherTargets | None = None,
     quarantine: Quarantine | None = None,
 ) -> Stream:
     """The stream of this share of a dataset's current state."""

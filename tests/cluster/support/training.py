@@ -11,7 +11,8 @@ from cluster.data.manifest import load_manifest
 from cluster.evaluation.validation import ValidationClips
 from cluster.storage import open_store
 from cluster.telemetry.metrics_log import read_rows
-from cluster.training.loop import Job, Place, train
+from cluster.training.job import Job, Place
+from cluster.training.loop import train
 from tests.cluster.support.ranks import on_ranks
 
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.telemetry.accounts import GroupBooks, PlaceBooks, TaskBooks
 from cluster.telemetry.books import NOWHERE, SPANS, Berth, Books, HeldPlace, even
 from cluster.telemetry.books_log import ENDED, EVERY, inherit
 from cluster.telemetry.meter import Meter
-from cluster.telemetry.places import GroupBooks, PlaceBooks, TaskBooks
 from cluster.telemetry.receipt import receipt
 from tests.cluster.telemetry.test_meter import Clock
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from cluster.storage import open_store
+from cluster.telemetry.accounts import GroupBooks
 from cluster.telemetry.books import NOWHERE, Berth, Books
 from cluster.telemetry.books_log import ENDED, JOB, inherit, keeping, read_books
-from cluster.telemetry.places import GroupBooks
-from cluster.telemetry.receipt import live_table, receipt, receipt_text, verdict, write_receipt
+from cluster.telemetry.receipt import advice, live_table, receipt, receipt_text, write_receipt
 from jobs.watch import Silence
 from tests.cluster.telemetry.test_meter import Clock
 
@@ -73,13 +73,13 @@ def test_work_of_all_lives_counts_and_mfu_is_of_the_time_that_devices_were_held(
 def test_the_verdict_names_what_binds_a_run_and_what_to_change(state: str, said: str) -> None:
     berth = NOWHERE if state == "waiting" else CPU
     rest = ("diffusion", "compute" if state != "starting" else "starting", 20, CPU)
-    assert verdict(receipt([life(1, ("diffusion", state, 80, berth), rest)]))[0].startswith(said)
+    assert advice(receipt([life(1, ("diffusion", state, 80, berth), rest)]))[0].startswith(said)
 
 
 def test_a_rank_that_the_others_wait_for_is_in_the_verdict() -> None:
     record = life(1, ("diffusion", "compute", 100_000, CPU))
     record["slowest"] = [{"stage": "diffusion", "rank": 3, "node": "cpu-1", "seconds": 30.0, "ranks": 8}]
-    assert "rank 3 on cpu-1 (diffusion) kept 7 others waiting, for 30.0 s in all" in verdict(receipt([record]))[0]
+    assert "rank 3 on cpu-1 (diffusion) kept 7 others waiting, for 30.0 s in all" in advice(receipt([record]))[0]
 
 
 def test_a_table_of_all_steps_has_room_on_eighty_columns() -> None:
@@ -89,7 +89,7 @@ def test_a_table_of_all_steps_has_room_on_eighty_columns() -> None:
 
 
 def test_a_run_that_has_held_nobody_has_a_receipt() -> None:
-    assert verdict(receipt([])) == ["no worker has been held yet"]
+    assert advice(receipt([])) == ["no worker has been held yet"]
     assert "0.0 s of wall time" in receipt_text(receipt([life(1, seconds=0)]))
 
 

@@ -12,8 +12,11 @@ import torch.distributed as dist
 from deepspeed.accelerator import cuda_accelerator, set_accelerator
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
-from cluster.training import engine as engine_module
-from cluster.training.engine import ALIGNED, BUCKET, LARGEST_NORM, Engine, EngineSettings, engine_settings, squared_norm
+from cluster.training import zero as zero_module
+from cluster.training.engine import Engine
+from cluster.training.gradient import LARGEST_NORM, finite, squared_norm
+from cluster.training.settings import EngineSettings, engine_settings
+from cluster.training.zero import ALIGNED, BUCKET
 from reactdiff.averages import LENGTHS
 from reactdiff.config import Diffusion, Model
 from reactdiff.data.sample import StreamSpec
@@ -104,29 +107,10 @@ def test_a_compiled_step_has_the_same_bits_twice_is_compiled_once_and_learns_wha
 @pytest.mark.parametrize(("device", "ranks", "bucket"), [("cuda", 2, 80 * 10**6), ("cuda", 1, BUCKET), ("cpu", 2, BUCKET)])
 def test_what_is_reduced_beside_the_backward_has_room_for_the_largest_parameter(device: str, ranks: int, bucket: int) -> None:
     settings = EngineSettings(2, "bf16", 1, (0.9, 0.999), 5e-4, 0.0, 0.99, False, 0, "none", ())
-    with engine_module.last_of(ranks):
-        told = engine_module._deepspeed_config(settings, [1000, 80 * 10**6], torch.device(device))["zero_optimization"]
+    with zero_module.last_of(ranks):
+        told = zero_module.deepspeed_config(settings, [1000, 80 * 10**6], torch.device(device))["zero_optimization"]
     assert told["overlap_comm"] == (bucket > BUCKET)
     assert bucket <= told["reduce_bucket_size"] < bucket + ALIGNED and told["reduce_bucket_size"] % ALIGNED == 0
-
-
-def test_the_compiler_times_no_kernels_to_choose_among_them() -> None:
-    import torch._inductor.config as config
-
-    with config.patch(deterministic=False, fallback_random=False):
-        engine_module._compile(Toy())
-        assert config.deterministic
-
-
-@pytest.mark.parametrize(("program", "lacking"), [(None, "no C compiler"), ("/usr/bin/gcc", "Python.h")])
-def test_what_triton_needs_on_a_gpu_is_missed_before_the_first_step(
-    program: str | None, lacking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(engine_module.shutil, "which", lambda _: program)
-    monkeypatch.setattr(engine_module.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    with pytest.raises(ValueError, match=f"workers.compile=true on GPUs, but host .* has .*{lacking}: install gcc and python3-dev"):
-        engine_module._assert_triton_builds()
 
 
 EVERY = [(zero, "fp32") for zero in range(4)] + [(zero, "bf16") for zero in (1, 2, 3)]
@@ -166,7 +150,7 @@ def advance(engine: Engine, batch: dict[str, torch.Tensor], share: slice, step: 
     sums = torch.stack([loss.double(), engine.gradient_square()])
     dist.all_reduce(sums)
     engine.step(1e-3, sums[0], sums[1])
-    if engine_module.finite(sums[0], sums[1].sqrt()):
+    if finite(sums[0], sums[1].sqrt()):
         engine.average(step)
     return float(sums[0]), math.sqrt(sums[1])
 
@@ -174,7 +158,7 @@ def advance(engine: Engine, batch: dict[str, torch.Tensor], share: slice, step: 
 def state_of(engine: Engine) -> list[torch.Tensor]:
     """All that a step changes on this rank: weights, moments and averages, the weights of the next forward, Adam's count of steps."""
     kept = [view.clone() for fragment in engine.fragments() for view in fragment.tensors.values()]
-    steps = [torch.as_tensor(float(state["step"])) for state in engine_module._inner(engine._engine).state.values()]
+    steps = [torch.as_tensor(float(state["step"])) for state in zero_module.adamw(engine._engine).state.values()]
     return [*kept, *(p.detach() for p in engine.fill(Toy()).parameters()), *steps]
 
 
@@ -232,7 +216,7 @@ def uneven(rank: int, ranks: int) -> slice:
 def thrown_away(rank: int, ranks: int, cases: list[tuple[int, str, int]]) -> dict[tuple[Any, ...], dict[str, Any]]:
     """What becomes of steps that are not applied."""
     share, found = uneven(rank, ranks), {}
-    engine_module.PERSISTENT = 0  # or ZeRO-3 would divide nothing that is so small
+    zero_module.PERSISTENT = 0  # or ZeRO-3 would divide nothing that is so small
     for zero, precision, parts in cases:
         engine, undisturbed = (toy_engine(zero, precision, parts, clip) for clip in (0.5, 0.5))
         of = found[zero, precision, parts] = {"plain": plain_norm()}
@@ -268,8 +252,8 @@ def test_a_gradient_that_is_not_finite_is_known_before_the_update_and_leaves_not
 def resumed(rank: int, ranks: int, cases: list[tuple[int, str, int]]) -> dict[tuple[Any, ...], bool]:
     """Whether an engine that takes over what another one had after two steps, and how many it had taken, does the same two steps more."""
     share, found = uneven(rank, ranks), {}
-    for case, persistent in product(cases, (0, engine_module.PERSISTENT)):
-        engine_module.PERSISTENT = persistent
+    for case, persistent in product(cases, (0, zero_module.PERSISTENT)):
+        zero_module.PERSISTENT = persistent
         first, second = (toy_engine(*case, clip=0.5) for _ in range(2))
         for step in (1, 2):
             advance(first, nine_items(), share, step)
@@ -296,7 +280,7 @@ def test_an_engine_goes_on_bitwise_from_the_state_of_another_in_fp32_and_bf16() 
 
 def averages(rank: int, ranks: int, zero: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Every average after twelve steps, flat, with zeros where other ranks own it; and the same followed on whole weights, in float64."""
-    engine_module.PERSISTENT = 0
+    zero_module.PERSISTENT = 0
     engine = toy_engine(zero, "fp32", 1, 0.0)
     whole = {kind: weights_after(engine) for kind in engine.settings.decays(1)}
     for step in range(1, 13):
@@ -332,8 +316,8 @@ def test_every_average_is_at_any_zero_stage_what_one_process_would_follow() -> N
 def offloaded(rank: int, ranks: int, offload: str) -> list[Any]:
     """States after two steps, one that is thrown away, a resume of another engine, and one more; in both precisions."""
     share, found = uneven(rank, ranks), list[Any]()
-    for precision, parts, persistent in (("fp32", 1, 0), ("bf16", 3, 0), ("fp32", 3, engine_module.PERSISTENT)):
-        engine_module.PERSISTENT, engine_module.PIECE = persistent, 4  # of a large model there are many
+    for precision, parts, persistent in (("fp32", 1, 0), ("bf16", 3, 0), ("fp32", 3, zero_module.PERSISTENT)):
+        zero_module.PERSISTENT, zero_module.PIECE = persistent, 4  # of a large model there are many
         engine, second = (toy_engine(3, precision, parts, 0.5, offload) for _ in range(2))
         told = [advance(engine, nine_items(factor), share, step) for step, factor in ((1, 1.0), (2, 1.0), (3, math.inf))]
         for mine, other in zip(engine.held(), second.held(), strict=True):
@@ -373,7 +357,7 @@ class Wide(torch.nn.Module):
 def sum_error(rank: int, ranks: int) -> dict[int, float]:
     """Of each ZeRO stage, how far the gradient of many micro-batches in bf16 is from the float64 sum of their own gradients."""
     x, found = torch.rand(PARTS, 64, generator=torch.Generator().manual_seed(0)), {}
-    engine_module.PERSISTENT = 0
+    zero_module.PERSISTENT = 0
     for zero in (1, 2, 3):
         settings = EngineSettings(zero, "bf16", PARTS, (0.9, 0.999), 0.0, 0.0, 0.99, False, 0, "none", ())
         engine = Engine(wide := Wide(), weights_of(wide), settings, torch.device("cpu"))

@@ -25,8 +25,8 @@ from cluster.runs.state import Superseded
 from cluster.storage import open_store
 from cluster.telemetry.meter import ENDED, Snapshot
 from cluster.training import loop
-from cluster.training.engine import NonFinite
-from cluster.training.verdict import Verdict
+from cluster.training.agreement import Verdict
+from cluster.training.gradient import NonFinite
 from reactdiff.data.order import Order
 from tests.cluster.support.poison import Dose, poisoned_items
 from tests.cluster.support.ranks import on_ranks, start_ranks

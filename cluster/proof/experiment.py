@@ -10,8 +10,8 @@ from cluster.config.paths import anchored
 from cluster.config.schema import Experiment
 from cluster.data.manifest import Manifest, load_manifest
 from cluster.driver.pin import stage_end
+from cluster.proof.site import Site
 from cluster.storage import Store, open_store
-from cluster.studies.grounds import Ground
 from reactdiff.stage import stages_of
 
 CHECKPOINT = 20
@@ -94,16 +94,16 @@ class Case:
             "evaluation.watch=0",
         ]
 
-    def command(self, steps: Mapping[str, int], ground: Ground) -> list[str]:
+    def command(self, steps: Mapping[str, int], site: Site) -> list[str]:
         """What a driver is started with."""
-        places = (f"data.url={ground.data}", f"run.store={ground.store}", f"telemetry.targets={ground.targets}", "telemetry.port=0")
-        placement = ("workers.per_host=1", "workers.labels={}") if ground.hosts else ()
-        command = ("python", "jobs/train.py", "--config", ground.config(self.config))
+        places = (f"data.url={site.data}", f"run.store={site.store}", f"telemetry.targets={site.targets}", "telemetry.port=0")
+        placement = ("workers.per_host=1", "workers.labels={}") if site.hosts else ()
+        command = ("python", "jobs/train.py", "--config", site.config(self.config))
         return [*command, *self.overrides, "run.name=proof", *self.shortened(steps), *placement, *places]
 
-    def run_folder(self, ground: Ground) -> Store:
+    def run_folder(self, site: Site) -> Store:
         """Where its run is."""
-        return open_store(f"{ground.store}/runs/proof")
+        return open_store(f"{site.store}/runs/proof")
 
 
 def _mapping(values: Mapping[str, float]) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cluster.data.manifest import load_manifest
-from cluster.data.others import Others, read_others
+from cluster.data.other_targets import OtherTargets, read_other_targets
 from cluster.data.quarantine import Quarantine
 from cluster.data.stream import Batch, Share
 from cluster.storage import open_store
@@ -26,8 +26,8 @@ def matrix() -> np.ndarray:
     return rows[:, None] == rows[None]
 
 
-def others(probability: float, seed: int = 0) -> Others:
-    return Others(matrix(), seed, probability, {"listener"}, [CORRUPT])
+def others(probability: float, seed: int = 0) -> OtherTargets:
+    return OtherTargets(matrix(), seed, probability, {"listener"}, [CORRUPT])
 
 
 def test_a_target_is_of_somebody_appropriate_and_a_function_of_seed_and_position() -> None:
@@ -113,4 +113,4 @@ def test_a_stage_without_a_speaker_and_a_run_that_does_not_ask_have_their_own_ta
     assert stage_of(load_manifest(store)).targets() == {"listener"}
     for setting, names in ((0, {"listener"}), (0.5, set[str]())):
         experiment = tiny(tmp_path, tmp_path, f"diffusion.other_target={setting}")
-        assert read_others(experiment, (store, manifest.hash), names, ()) is None
+        assert read_other_targets(experiment, (store, manifest.hash), names, ()) is None

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.proof.comparison import Endured, Sameness
+from cluster.proof.page import PROOFS_MARK, ProofsPage
+from cluster.proof.prove import Proof
 from cluster.runtime.faults import at
-from cluster.studies.proofs import PROOFS_MARK, ProofsPage
-from cluster.studies.prove import Proof
-from cluster.studies.verdict import Endured, Sameness
 
 KILL, CUT = at(step=7).kill(rank=1), at(step=30, stage="diffusion").cut_store(seconds=30)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.proof.comparison import Endured, Trace, compare_traces, faults_table, steps_a_second
 from cluster.runtime.faults import at
 from cluster.storage import open_store
-from cluster.studies.verdict import Endured, Trace, compare_traces, faults_table, steps_a_second
 
 WHOLE = Trace({"autoencoder": "aa", "diffusion": "bb"}, {"autoencoder": {6: (11.0, 2.0), 12: (22.0, 1.0)}, "diffusion": {6: (33.0, 4.0)}})
 

@@ -10,15 +10,15 @@ import pytest
 
 from cluster.config.loading import changed
 from cluster.driver.pin import stage_end
+from cluster.proof.comparison import Endured, Trace, compare_traces, faults_table
+from cluster.proof.disturbed_run import DisturbedRun, NotInjected
+from cluster.proof.experiment import CHECKPOINT, Case
+from cluster.proof.prove import Proof, Prover
+from cluster.proof.script import FAULT_KINDS, kind_name
+from cluster.proof.site import DrivenHosts, HostsSite, Site
 from cluster.runtime.faults import Fault
 from cluster.runtime.machines import PATH
 from cluster.storage import content_hash, open_store
-from cluster.studies.case import CHECKPOINT, Case
-from cluster.studies.course import Course, NotInjected
-from cluster.studies.grounds import DrivenHosts, Ground, HostsGround
-from cluster.studies.prove import Proof, Prover
-from cluster.studies.script import FAULT_KINDS, kind_name
-from cluster.studies.verdict import Endured, Trace, compare_traces, faults_table
 from cluster.telemetry.display import Display
 from tests.cluster.support import pretend
 from tests.cluster.support.multihost import leftovers, requires_namespaces
@@ -107,7 +107,7 @@ def test_a_configuration_is_shortened_to_so_many_steps(case: Case) -> None:
 
 
 def test_a_dataset_that_is_too_large_to_be_copied_is_refused(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.studies.case.LARGEST", 1000)
+    monkeypatch.setattr("cluster.proof.experiment.LARGEST", 1000)
     with pytest.raises(ValueError, match=r"lies in memory: at most .* Prove it on a part of the data"):
         Case.read(ROOT / "jobs/configs/demo.yaml", [*OVERRIDES, f"data.url={shards}"], copied=True)
 
@@ -119,39 +119,39 @@ class Pretended(Case):
     stages = (pretend.STAGE,)
     batches = {pretend.STAGE: pretend.BATCH}  # noqa: RUF012
 
-    def command(self, steps: Mapping[str, int], ground: Ground) -> list[str]:
-        return ["python", "-m", "tests.cluster.support.pretend", ground.store, ground.data, ground.targets, str(steps[pretend.STAGE])]
+    def command(self, steps: Mapping[str, int], site: Site) -> list[str]:
+        return ["python", "-m", "tests.cluster.support.pretend", site.store, site.data, site.targets, str(steps[pretend.STAGE])]
 
 
 @pytest.fixture
-def ground(tmp_path: Path) -> Iterator[HostsGround]:
+def site(tmp_path: Path) -> Iterator[HostsSite]:
     """Hosts without Ray, and a shard."""
     requires_namespaces()
     hosts = DrivenHosts(tmp_path / "hosts", 1, environment={"PATH": f"{WITHOUT}:{PATH}"}, disk="64m")
     with hosts, pytest.MonkeyPatch.context() as patch:
         for name, value in hosts.store_environment().items():
             patch.setenv(name, value)
-        ground = HostsGround(hosts, tmp_path)
-        data = open_store(ground.data)
+        site = HostsSite(hosts, tmp_path)
+        data = open_store(site.data)
         data.put("shard.tar", b"shard")
         data.put("hash", content_hash(b"shard").encode())
-        yield ground
+        yield site
     assert leftovers(hosts) == []
 
 
 @pytest.mark.starts
-def test_hosts_are_laid_out_as_the_shipped_cluster(ground: HostsGround) -> None:
+def test_hosts_are_laid_out_as_the_shipped_cluster(site: HostsSite) -> None:
     shipped = (ROOT / "ray_config.yaml").read_text()
-    assert ground.hosts and {"RAY_gcs_storage=rocksdb", "RAY_gcs_rpc_server_reconnect_timeout_s=3600;"} <= set(shipped.split())
-    head, worker, driver = ground.hosts.head.environment, ground.hosts.workers[0].environment, ground.machines[0]
+    assert site.hosts and {"RAY_gcs_storage=rocksdb", "RAY_gcs_rpc_server_reconnect_timeout_s=3600;"} <= set(shipped.split())
+    head, worker, driver = site.hosts.head.environment, site.hosts.workers[0].environment, site.machines[0]
     assert head["RAY_gcs_storage"] == "rocksdb" and "RAY_gcs_storage" not in worker
     assert {one["RAY_gcs_rpc_server_reconnect_timeout_s"] for one in (head, worker, driver.environment)} == {"3600"}
-    assert driver.name == "driver" and driver not in ground.hosts.all, "no rank lands there"
+    assert driver.name == "driver" and driver not in site.hosts.all, "no rank lands there"
 
 
-def course_of(case: Case, ground: Ground, steps: int) -> Course:
+def disturbed_run_of(case: Case, site: Site, steps: int) -> DisturbedRun:
     pretended = Pretended(case.config, case.overrides, case.experiment, case.dataset, case.manifest)
-    return Course(pretended, {pretend.STAGE: steps}, ground, "disturbed", Display(io.StringIO()))
+    return DisturbedRun(pretended, {pretend.STAGE: steps}, site, "disturbed", Display(io.StringIO()))
 
 
 def script_of(*kinds: str) -> list[Fault]:
@@ -167,33 +167,33 @@ def ledgers(steps: int) -> dict[int, float]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.slow
-def test_what_a_run_gets_over_by_itself_and_what_takes_the_same_command(ground: HostsGround, case: Case) -> None:
-    course = course_of(case, ground, steps=660)
-    trace = course.run(script_of("kill", "kill_driver", "wrong_bytes", "second_driver", "frozen_driver"))
-    print(faults_table(course.endured))
+def test_what_a_run_gets_over_by_itself_and_what_takes_the_same_command(site: HostsSite, case: Case) -> None:
+    disturbed = disturbed_run_of(case, site, steps=660)
+    trace = disturbed.run(script_of("kill", "kill_driver", "wrong_bytes", "second_driver", "frozen_driver"))
+    print(faults_table(disturbed.endured))
     assert {progress: ledger for progress, (ledger, _) in trace.rows[pretend.STAGE].items()} == ledgers(660)
-    assert [(kind_name(one.fault), one.how) for one in course.endured] == [
+    assert [(kind_name(one.fault), one.how) for one in disturbed.endured] == [
         ("kill", "by itself"),
         ("kill_driver", "same command (killed)"),
         ("wrong_bytes", "same command (exit code 1)"),
         ("second_driver", "by itself"),
         ("frozen_driver", "same command (while the first stood still)"),
     ]
-    assert all(one.going < math.inf for one in course.endured)
-    assert all(one.noticed < math.inf for one in course.endured if one.fault.kind != "second_driver")
+    assert all(one.going < math.inf for one in disturbed.endured)
+    assert all(one.noticed < math.inf for one in disturbed.endured if one.fault.kind != "second_driver")
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.starts
-def test_a_run_that_trains_on_other_items_after_a_fault_is_not_the_same(ground: HostsGround, case: Case) -> None:
+def test_a_run_that_trains_on_other_items_after_a_fault_is_not_the_same(site: HostsSite, case: Case) -> None:
     whole = Trace({pretend.STAGE: pretend.HASH}, {pretend.STAGE: {at: (ledger, 1.0) for at, ledger in ledgers(160).items()}})
-    ground.machines[0].environment["WRONG_ROWS"] = "1"
-    same = compare_traces(whole, course_of(case, ground, steps=160).run(script_of("kill")), placement=True)
+    site.machines[0].environment["WRONG_ROWS"] = "1"
+    same = compare_traces(whole, disturbed_run_of(case, site, steps=160).run(script_of("kill")), placement=True)
     assert not same.proven and "autoencoder, positions" in same.sentences[2]
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.starts
-def test_a_script_that_comes_too_late_says_nothing(ground: HostsGround, case: Case) -> None:
+def test_a_script_that_comes_too_late_says_nothing(site: HostsSite, case: Case) -> None:
     with pytest.raises(NotInjected, match="the run was at its end before kill came, due at step 10000"):
-        course_of(case, ground, steps=40).run([Fault("kill", 10_000, pretend.STAGE)])
+        disturbed_run_of(case, site, steps=40).run([Fault("kill", 10_000, pretend.STAGE)])

@@ -14,7 +14,7 @@ from cluster.storage import Store
 from reactdiff.diffusion.noise import training_chance
 
 
-class Others:
+class OtherTargets:
     """Whose target an item has.
 
     Args:
@@ -46,16 +46,16 @@ class Others:
         return chosen
 
 
-def read_others(
+def read_other_targets(
     experiment: Experiment, clips: tuple[Store, str] | None, names: Collection[str], left_out: Collection[int]
-) -> Others | None:
+) -> OtherTargets | None:
     """Whose targets items have, by what the dataset of clips says; None where each has its own.
 
     Args:
         experiment: the run's configuration.
         clips: that dataset, and the hash of its state.
-        names: as `Others`.
-        left_out: as `Others`.
+        names: as `OtherTargets`.
+        left_out: as `OtherTargets`.
     """
     if not (probability := experiment.diffusion.other_target) or not names:
         return None
@@ -63,4 +63,4 @@ def read_others(
     store, digest = clips
     matrix = load_appropriateness(store, load_manifest(store, digest), experiment.data.split)
     assert matrix is not None  # a run is checked before it begins
-    return Others(matrix, experiment.seed, probability, names, left_out)
+    return OtherTargets(matrix, experiment.seed, probability, names, left_out)

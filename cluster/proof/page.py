@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
 
+from cluster.proof.comparison import Endured
+from cluster.proof.prove import Proof
+from cluster.proof.script import kind_name
 from cluster.studies.marked_page import assert_marked, put_between
-from cluster.studies.prove import Proof
-from cluster.studies.script import kind_name
-from cluster.studies.verdict import Endured
 
 PROOFS_MARK = "<!-- proofs -->"
 

@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.proof.script import kind_name
 from cluster.runs.export import newest_export
 from cluster.runtime.faults import Fault
 from cluster.storage import Store
-from cluster.studies.script import kind_name
 from cluster.telemetry.metrics_log import every_row, read_rows
 
 NAMED = 10

@@ -25,7 +25,7 @@ dist.destroy_process_group()
 
 COMPILE = """
 import sys, torch
-from cluster.training.compiler import load_compiler_late
+from cluster.training.late_compiler import load_compiler_late
 load_compiler_late()
 torch.optim.SGD([torch.ones(1, requires_grad=True)])
 before = "torch._dynamo.eval_frame" in sys.modules
@@ -36,7 +36,7 @@ print(before, compiled(torch.ones(1)).item(), "torch._dynamo.eval_frame" in sys.
 
 PARTS = """
 import sys
-from cluster.training.compiler import load_compiler_late
+from cluster.training.late_compiler import load_compiler_late
 load_compiler_late()
 import torch._dynamo.config as config
 import torch._dynamo.utils

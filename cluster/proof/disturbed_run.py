@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from cluster.proof.comparison import Endured, Trace, read_trace
+from cluster.proof.experiment import Case
+from cluster.proof.script import FAULT_KINDS, kind_name, too_late
+from cluster.proof.site import Site
 from cluster.runtime.failures import AGAIN
 from cluster.runtime.faults import Fault, FaultStory, Injected, Injector, Story, recovery
 from cluster.runtime.machines import MachineError
 from cluster.runtime.run_watch import POLL, Sight, Watch
 from cluster.storage import open_store
-from cluster.studies.case import Case
-from cluster.studies.grounds import Ground
-from cluster.studies.script import FAULT_KINDS, kind_name, too_late
-from cluster.studies.verdict import Endured, Trace, read_trace
 from cluster.telemetry.display import Display
 
 SPARE = 60.0
@@ -44,21 +44,21 @@ class NotInjected(RuntimeError):
     """A fault of a script never came, so the script says nothing of the run."""
 
 
-class Course:
+class DisturbedRun:
     """One run, from its first command to its end, under a script of faults.
 
     Attributes:
         endured: what it got over so far.
     """
 
-    def __init__(self, case: Case, steps: Mapping[str, int], ground: Ground, name: str, display: Display):
+    def __init__(self, case: Case, steps: Mapping[str, int], site: Site, name: str, display: Display):
         self.endured: list[Endured] = []
-        self._case, self._steps, self._ground, self._display = case, steps, ground, display
-        self._command, self._log = case.command(steps, ground), ground.logs / f"{name}.log"
-        self._watch = Watch(lambda: ground.machines, case.batches, ground.targets)
+        self._case, self._steps, self._site, self._display = case, steps, site, display
+        self._command, self._log = case.command(steps, site), site.logs / f"{name}.log"
+        self._watch = Watch(lambda: site.machines, case.batches, site.targets)
         stories = (self._damage_shards, self._by_rank, self._by_rank, self._second_driver, self._freeze_driver)
         own: dict[str, FaultStory] = dict(zip(OWN, stories, strict=True))
-        self._injector = Injector(self._watch, ground.hosts, own)
+        self._injector = Injector(self._watch, site.hosts, own)
         self._open: Injected | None = None
         self._sight: Sight | None = None
         self._processes: list[subprocess.Popen[str]] = []
@@ -92,14 +92,14 @@ class Course:
             for process in self._processes:
                 if process.poll() is None:  # one that is stopped, too
                     process.kill()
-        return read_trace(self._case.run_folder(self._ground), self._case.stages)
+        return read_trace(self._case.run_folder(self._site), self._case.stages)
 
     def said(self) -> str:
         """The last lines of the drivers' terminals."""
         return "\n".join(self._log.read_text().splitlines()[-15:])
 
     def _start(self) -> None:
-        self._process = self._ground.popen(*self._command, log=self._log)
+        self._process = self._site.popen(*self._command, log=self._log)
         self._processes.append(self._process)
         self._started = self._watch.now()
 
@@ -134,7 +134,7 @@ class Course:
             self._tick_counter(self._place(sight.stage, sight.step), sum(self._steps.values()))
         if now >= self._spare_at:
             self._spare_at = math.inf
-            self._display.say(f"{self._ground.spare()} joins as a spare")
+            self._display.say(f"{self._site.spare()} joins as a spare")
         if (code := self._process.poll()) is not None:
             return code == 0 or self._again(code)
         known = [self._started, *(one.time for one in self._watch.history[-1:]), *([self._open.time] if self._open else [])]
@@ -169,8 +169,8 @@ class Course:
                 raise MachineError(f"while the first driver stood still, no other trained in its stead for {NOTICED:g} s:\n{self.said()}")
             self._lift()
         elif fault.kind in ("power_off", "drain") or (fault.kind == "cut" and fault.seconds == math.inf):
-            assert self._ground.hosts
-            if (lost := self._ground.hosts.named(self._open.host)).on:
+            assert self._site.hosts
+            if (lost := self._site.hosts.named(self._open.host)).on:
                 lost.give_up()
             self._spare_at = self._watch.now() + SPARE
         if self._until_ended:
@@ -198,7 +198,7 @@ class Course:
 
     def _damage_shards(self, injector: Injector, fault: Fault) -> Story:
         """All bytes of all shards, of the dataset and of the latents, are others."""
-        stores = [open_store(self._ground.data), open_store(self._ground.store)]
+        stores = [open_store(self._site.data), open_store(self._site.store)]
         whole = [(store, entry.key, store.read(entry.key)) for store in stores for entry in store.list() if entry.key.endswith(".tar")]
         for store, key, data in whole:
             store.put(key, data.translate(_INVERTED))
@@ -210,7 +210,7 @@ class Course:
             store.put(key, data)
 
     def _by_rank(self, injector: Injector, fault: Fault) -> Story:
-        """What a rank does itself, as long as there is a file for it (`cluster/studies/rank_faults`)."""
+        """What a rank does itself, as long as there is a file for it (`cluster/proof/rank_faults`)."""
         host, (asked, happened) = injector.host(fault.rank), (f"/tmp/rank-faults/{fault.kind}", f"/tmp/rank-faults-happened/{fault.kind}")
         host.run("sh", "-c", f"mkdir -p /tmp/rank-faults && touch {asked}")
         self._watch.spend(GRACE, lambda: host.run("test", "-e", happened, check=False).returncode == 0)
@@ -222,7 +222,7 @@ class Course:
 
     def _second_driver(self, injector: Injector, fault: Fault) -> Story:
         machine, _ = self._watch.driver()
-        second = self._ground.popen(*self._command, "--no-wait", log=self._log.with_suffix(".second.log"))
+        second = self._site.popen(*self._command, "--no-wait", log=self._log.with_suffix(".second.log"))
         self._assert_ends(second, "the second driver, with --no-wait,")
         yield machine.name, f"the same command with --no-wait ended with exit code {AGAIN}"
 

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.proof.comparison import Endured, Sameness, Trace, compare_traces, faults_table, steps_a_second
+from cluster.proof.disturbed_run import DisturbedRun, NotInjected
+from cluster.proof.experiment import CHECKPOINT, Case
+from cluster.proof.script import STRIDE, kind_name, script, shrink, steps_of_scripts
+from cluster.proof.site import ClusterSite, Site, made_hosts
 from cluster.runtime.faults import Fault
 from cluster.runtime.machines import MachineError
 from cluster.runtime.ray_cluster import connect
-from cluster.studies.case import CHECKPOINT, Case
-from cluster.studies.course import Course, NotInjected
-from cluster.studies.grounds import ClusterGround, Ground, made_hosts
-from cluster.studies.script import STRIDE, kind_name, script, shrink, steps_of_scripts
-from cluster.studies.verdict import Endured, Sameness, Trace, compare_traces, faults_table, steps_a_second
 from cluster.telemetry.display import Display
 
 
@@ -110,14 +110,14 @@ class Prover:
 
     def attempt(self, faults: Sequence[Fault]) -> Proof:
         """Run the case under a script on hosts of its own, and compare."""
-        with self._ground() as ground:
-            course = Course(self._case, self._steps, ground, "disturbed", self._display)
+        with self._site() as site:
+            disturbed = DisturbedRun(self._case, self._steps, site, "disturbed", self._display)
             try:
-                trace = course.run(faults)
+                trace = disturbed.run(faults)
             except MachineError as error:
-                return Proof(course.endured, None, str(error))
+                return Proof(disturbed.endured, None, str(error))
         workers = self._case.experiment.workers
-        return Proof(course.endured, compare_traces(self._whole, trace, workers.least == workers.most))
+        return Proof(disturbed.endured, compare_traces(self._whole, trace, workers.least == workers.most))
 
     def _fails(self, faults: list[Fault]) -> bool:
         self._display.say(f"try {describe(faults)}")
@@ -133,22 +133,22 @@ class Prover:
         """Run it undisturbed; the steps a second of its fastest stage."""
         was = ", ".join(f"{stage} {count} (the configuration has {self._case.steps()[stage]})" for stage, count in self._steps.items())
         self._display.say(f"undisturbed: steps of {was}; a checkpoint every {CHECKPOINT}, 2 clips are scored, one rank a host")
-        with self._ground() as ground:
-            self._whole = Course(self._case, self._steps, ground, "undisturbed", self._display).run([])
-            return steps_a_second(self._case.run_folder(ground), self._case.stages)
+        with self._site() as site:
+            self._whole = DisturbedRun(self._case, self._steps, site, "undisturbed", self._display).run([])
+            return steps_a_second(self._case.run_folder(site), self._case.stages)
 
     @contextmanager
-    def _ground(self) -> Iterator[Ground]:
+    def _site(self) -> Iterator[Site]:
         self._runs += 1
         folder, experiment = self._folder / str(self._runs), self._case.experiment
         if self._on_cluster:
             connect()
             folder.mkdir()
-            yield ClusterGround(folder, experiment.data.url, f"{experiment.run.store}/{own_prefix(self._folder)}/{self._runs}")
+            yield ClusterSite(folder, experiment.data.url, f"{experiment.run.store}/{own_prefix(self._folder)}/{self._runs}")
             return
         workers = experiment.workers
-        with made_hosts(folder, workers.most, math.ceil(workers.cpus), self._case.dataset) as ground:
-            yield ground
+        with made_hosts(folder, workers.most, math.ceil(workers.cpus), self._case.dataset) as site:
+            yield site
 
 
 def own_prefix(folder: Path) -> str:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from cluster.training.engine import LARGEST_NORM
+from cluster.training.gradient import LARGEST_NORM
 
 
 class Word(NamedTuple):

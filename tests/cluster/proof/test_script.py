@@ -5,9 +5,9 @@ import math
 
 import pytest
 
+from cluster.proof.disturbed_run import OWN
+from cluster.proof.script import FAULT_KINDS, STRIDE, USUAL, choose_kinds, kind_name, script, shrink, steps_of_script, too_late
 from cluster.runtime.faults import KINDS, Fault
-from cluster.studies.course import OWN
-from cluster.studies.script import FAULT_KINDS, STRIDE, USUAL, choose_kinds, kind_name, script, shrink, steps_of_script, too_late
 
 STAGES = ("autoencoder", "diffusion")
 ALL = list(FAULT_KINDS)

@@ -22,7 +22,7 @@ class FaultKind(NamedTuple):
     """A kind of fault as `--kinds` names it.
 
     Attributes:
-        does: its name among those of `cluster/runtime/faults.py`, or of those that `cluster/studies/course.py` adds.
+        does: its name among those of `cluster/runtime/faults.py`, or of those that `cluster/proof/disturbed_run.py` adds.
         means: for people.
         seconds: how long it lasts; infinite: for good, or until the run has noticed.
         beside: seconds that the run may train on meanwhile.

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Lookout(Generic[T]):
+class Poller(Generic[T]):
     """Asks in a thread of its own, one question at a time.
 
     Args:
@@ -37,7 +37,7 @@ class Lookout(Generic[T]):
         answer = self._answers.pop() if self._answers else None
         if self._clock() - self._asked >= self._every:
             self._asked = self._clock()
-            self._thread = Thread(target=self._run, name="lookout", daemon=True)  # nobody waits for its end
+            self._thread = Thread(target=self._run, name="poller", daemon=True)  # nobody waits for its end
             self._thread.start()
         return answer
 

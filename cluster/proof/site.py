@@ -21,7 +21,7 @@ OF_HEAD = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": "/tmp/home/ray-
 """Of ray_config.yaml: a head that comes back knows its cluster, and the others wait for it."""
 
 
-class Ground(Protocol):
+class Site(Protocol):
     """What runs stand on.
 
     Attributes:
@@ -70,8 +70,8 @@ class DrivenHosts(Hosts):
             self.environment = of_all
 
 
-class HostsGround:
-    """A ground of hosts that this process has made."""
+class HostsSite:
+    """A site of hosts that this process has made."""
 
     def __init__(self, hosts: DrivenHosts, folder: Path):
         self.hosts: Hosts | None = hosts
@@ -95,8 +95,8 @@ class HostsGround:
         return host.name
 
 
-class ClusterGround:
-    """A ground on the cluster that RAY_ADDRESS names: the driver here, objects below a prefix of the user's store."""
+class ClusterSite:
+    """A site on the cluster that RAY_ADDRESS names: the driver here, objects below a prefix of the user's store."""
 
     hosts: Hosts | None = None
 
@@ -124,19 +124,19 @@ class ClusterGround:
 
 
 @contextmanager
-def made_hosts(folder: Path, workers: int, cpus: int, dataset: Store) -> Iterator[HostsGround]:
+def made_hosts(folder: Path, workers: int, cpus: int, dataset: Store) -> Iterator[HostsSite]:
     """Hosts of namespaces with a copy of a dataset in their S3 server, where this process finds it too, until the block ends.
 
     Raises:
         NamespacesForbidden: if this machine cannot make them.
     """
     with DrivenHosts(folder / "hosts", workers, cpus) as hosts, _variables(hosts.store_environment()):
-        ground = HostsGround(hosts, folder)
-        copy = open_store(ground.data)
+        site = HostsSite(hosts, folder)
+        copy = open_store(site.data)
         for entry in dataset.list():
             copy.put(entry.key, dataset.read(entry.key))
         hosts.wait(nodes=workers + 2)
-        yield ground
+        yield site
 
 
 @contextmanager
