@@ -48,6 +48,8 @@ class StoredCheckpoint:
 class Retention:
     """Which whole checkpoints of a stage stay.
 
+    The newest one after whole batches stays in any case: one after a last step that was smaller is of no use to a run that is made longer.
+
     Attributes:
         last: so many, those written last.
         every: items: the first one at or after each multiple of it stays for good; 0: none.
@@ -88,6 +90,8 @@ class Retention:
             elif one.key == committed or whole < self.last:
                 why[one.key] = ["damaged, newer than the last" if one.wrong else "last"]
             whole += not one.wrong
+        if longer := next((one for one in order if not one.wrong and one.progress % self.batch == 0), None):
+            why.setdefault(longer.key, ["what a longer run goes on from"])
         at = {one.progress: one for one in reversed(order) if not one.wrong}
         scored = sorted(((one.score, one.progress) for one in at.values() if one.score is not None), reverse=True)
         firsts = {progress // self.every: at[progress] for progress in sorted(at, reverse=True)} if self.every else {}

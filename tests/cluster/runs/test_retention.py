@@ -36,6 +36,13 @@ def test_the_last_ones_stay_and_the_first_at_or_after_each_multiple_and_the_best
     assert kept(found, 1, 0, 9).keys() == {6, 18, 24, 30, 36}, "12 was never scored"
 
 
+def test_what_a_longer_run_goes_on_from_stays_however_few_are_kept() -> None:
+    there = [stored(progress) for progress in (6, 12, 15)]
+    why = Retention(1, batch=6).kept(there)
+    assert {one.progress: why[one.key] for one in there if one.key in why} == {12: "what a longer run goes on from", 15: "last"}
+    assert len(Retention(1, batch=6).kept(there[:2])) == 1
+
+
 def test_what_averages_need_stays_also_where_a_shorter_run_ended_just_before() -> None:
     there = [stored(progress) for progress in (96, 192, 768, 776, 784, 880, 976)]
     why = {one.progress: said for one in there if (said := Retention(1, averages=97, batch=16).kept(there).get(one.key))}

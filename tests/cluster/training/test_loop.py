@@ -181,7 +181,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly_and_the_run_ends_the_same(sh
 
 def test_a_longer_end_goes_on_as_if_it_had_been_longer_from_the_start(undisturbed: Path, shards: Path, tmp_path: Path) -> None:
     """40 items are not whole batches of 6: the last step of the short run is not one of the long run."""
-    train_on(1, tiny(shards, tmp_path, "optim.epochs=1", "workers.zero=0"), tmp_path)
+    train_on(1, tiny(shards, tmp_path, "optim.epochs=1", "workers.zero=0", "run.keep=1"), tmp_path)
     train_on(1, tiny(shards, tmp_path, "optim.epochs=2", "workers.zero=0"), tmp_path, life=2)
     assert parts(tmp_path) == parts(undisturbed)
 
