@@ -104,7 +104,7 @@ class Group:
         Where their machines are all still there after a failure, they are started again on the same ones at once.
 
         Args:
-            notes: URL Ray Train keeps its own notes under.
+            notes: folder of this machine for Ray Train's own notes.
             judge: told of such a failure; raises if the ranks are not to be started again.
 
         Raises:

@@ -15,13 +15,14 @@ from cluster.runs.checkpoint import newest_progress
 from cluster.runs.logs import write_end
 from cluster.runtime.failures import LOST, PREEMPTED, Budget, StageFailed, classify
 from cluster.runtime.placement import Gang, wait_for_place
+from cluster.runtime.scratch import scratch_folder
 from cluster.storage import StorageError
 from cluster.telemetry.monitor import StageMonitor
 from cluster.training.job import Job
 
 
 def launch(
-    job: Job, gang: Gang, monitor: StageMonitor, notes: str, assert_ours: Callable[[], None], enough: Callable[[], str] = never
+    job: Job, gang: Gang, monitor: StageMonitor, assert_ours: Callable[[], None], enough: Callable[[], str] = never
 ) -> dict[str, Any]:
     """Train one stage on groups of Ray workers, one after the other, until it is at its end.
 
@@ -29,7 +30,6 @@ def launch(
         job: what every rank does.
         gang: how many ranks, and what each needs.
         monitor: takes the ranks' numbers and what happens to the group.
-        notes: URL Ray Train keeps its own notes under, visible to every node.
         assert_ours: raises once another driver has the run.
         enough: asked all the time; says why the ranks are to leave for good, once they are.
 
@@ -44,9 +44,9 @@ def launch(
         KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when the ranks have written a checkpoint.
     """
     set_defaults()
-    with Interruption() as interruption:
+    with Interruption() as interruption, scratch_folder() as notes:
         try:
-            return _Stage(job, gang, monitor, interruption, assert_ours, enough).train(notes)
+            return _Stage(job, gang, monitor, interruption, assert_ours, enough).train(str(notes))
         except StageFailed as failed:
             monitor.blame(failed.failure.name, failed.what)
             monitor.give_back(failed=True)

@@ -71,7 +71,8 @@ class Fit(Thread):
             gang: what each needs.
             place: the machine of each.
             board: a `Board` that knows the attempt.
-            notes: URL Ray Train keeps its own notes under, visible to every node.
+            notes: folder of this machine for Ray Train's own notes, of which nobody needs any. Only its controller, which is here, uses it,
+                since no rank reports a checkpoint to it: in a bucket they would be written by Arrow's client, without our retries.
         """
         super().__init__(name="fit", daemon=True)
         self._trainer = _trainer(job, gang, place, board, notes)

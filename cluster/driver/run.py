@@ -91,7 +91,14 @@ def execute(
     pinned.home.assert_conditional_writes()
     with Lease(pinned.store, command(), wait, display.say) as lease:
         named = pinned.saved(experiment).experiment
-        return _execute(experiment, pin(named, pinned.name), steps, display, trial, lease, enough)  # who held it may have begun this run
+        while True:
+            try:  # who held it may have begun this run
+                return _execute(experiment, pin(named, pinned.name), steps, display, trial, lease, enough)
+            except Superseded as error:
+                if not lease.is_ours():
+                    raise
+                # It stood still after it had asked for its lease and before it took its number: it will find that the lease is lost.
+                display.say(f"{error}; but this process holds the lease, and goes on with the next life")
 
 
 def _execute(
@@ -355,8 +362,8 @@ class _Life:
             clips=(self.run.dataset, self.clips.hash),
         )
         self.display.stage(stage, end)
-        monitor, notes = StageMonitor(stage, self.exporter, self.display, self.faults.pop(stage, "")), f"{self.store.url}/ray"
-        trained = launch(job, gang_with_memory(self.experiment, stage, kind), monitor, notes, self.lease.assert_not_taken, self.enough)
+        monitor = StageMonitor(stage, self.exporter, self.display, self.faults.pop(stage, ""))
+        trained = launch(job, gang_with_memory(self.experiment, stage, kind), monitor, self.lease.assert_not_taken, self.enough)
         self.lease.assert_held()
         for name in (stage, validation_name(stage)):
             write_tensorboard(self.store, name)

@@ -41,6 +41,7 @@ class CheckpointWriter:
         self._cleaning: Future[None] | None = None
         self._published: Checkpoint | None = None
         self._facts: dict[str, Any] = {}
+        self._write_rows: Callable[[], None] | None = None
         self._extents: list[Extent] = []
 
     @property
@@ -68,12 +69,15 @@ class CheckpointWriter:
         self._room = self._pool.submit(self._snapshot.prepare, self._tensors(fragments, buffers))
         return self._room
 
-    def begin(self, fragments: Iterable[Any], buffers: dict[str, torch.Tensor], **facts: Any) -> None:
+    def begin(
+        self, fragments: Iterable[Any], buffers: dict[str, torch.Tensor], write_rows: Callable[[], None] | None = None, **facts: Any
+    ) -> None:
         """Copy this rank's fragments and start to upload them.
 
         Args:
             fragments: of the engine (`Engine.fragments`).
             buffers: the module's buffers (latent statistics), equal on all ranks.
+            write_rows: of rank 0: writes the rows of the steps up to here. They are there before the manifest is.
             facts: the fields of `Checkpoint` but shapes and parts.
         """
         if self.busy:
@@ -84,7 +88,7 @@ class CheckpointWriter:
         fragments = list(fragments)
         shapes = {fragment.name: list(fragment.shape) for fragment in fragments}
         self._extents = [(fragment.name, fragment.start, fragment.tensors["master"].numel()) for fragment in fragments]
-        self._facts = {**facts, "shapes": shapes}
+        self._facts, self._write_rows = {**facts, "shapes": shapes}, write_rows
         by = str(Attempt(facts["life"], facts.get("attempt", 0)))
         data = self._snapshot.take(self._tensors(fragments, buffers))
         self._upload = self._pool.submit(self._write, str(facts["stage"]), by, data, self._extents)
@@ -101,7 +105,7 @@ class CheckpointWriter:
         shapes = {name: shape for _, shapes in ranks for name, shape in shapes.items()}
         self._published = Checkpoint(**{**self._facts, "shapes": shapes, "parts": [part for part, _ in ranks]})
         if self._rank == 0:
-            self._manifest = self._pool.submit(self._create, self._published)
+            self._manifest = self._pool.submit(self._create, self._published, self._write_rows)
 
     def finish(self) -> Checkpoint:
         """The checkpoint that was published; on rank 0 it exists when this returns.
@@ -136,12 +140,14 @@ class CheckpointWriter:
             tensors |= {_tensor(fragment.name, fragment.start, kind): view for kind, view in fragment.tensors.items()}
         return tensors
 
-    def _create(self, checkpoint: Checkpoint) -> None:
+    def _create(self, checkpoint: Checkpoint, write_rows: Callable[[], None] | None) -> None:
         """Create the manifest; a newer life or attempt that began meanwhile ends this one: this process may have stood still.
 
         It stays then: if the newer one has found it in time, it goes on from it, and if not, it counts for nobody.
         """
         self._superseded()
+        if write_rows:
+            write_rows()
         key = f"checkpoints/{checkpoint.stage}/{checkpoint.file}"
         try:
             self._store.create(key, json.dumps(asdict(checkpoint)).encode())

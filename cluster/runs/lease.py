@@ -206,6 +206,15 @@ class Lease:
             if not self.lost.is_set():
                 self._swap(beat=self._note.beat + 1)
 
+    def is_ours(self) -> bool:
+        """Whether this process holds the lease now, as the store says.
+
+        Raises:
+            StorageError: if that cannot be seen.
+        """
+        self.beat()
+        return not self.lost.is_set()
+
     def assert_held(self) -> None:
         """Check that this process may go on; looks into the store only if its heart stood still for so long that it may have lapsed.
 

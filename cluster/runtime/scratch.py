@@ -1,4 +1,4 @@
-"""Temporary folders of this node, for shards on their way to a store.
+"""Temporary folders of this node: for shards on their way to a store, and for what Ray Train writes and nobody reads.
 
 A task that is killed cannot remove its own, which may hold gigabytes: the next one on its node does. A folder is locked while its
 process lives; the lock is a flock, which the kernel releases however the process ends.

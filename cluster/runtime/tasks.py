@@ -1,6 +1,7 @@
 """Many independent pieces of work over the connected cluster."""
 
 import logging
+import math
 import os
 import re
 import time
@@ -35,6 +36,10 @@ CALL_TRIES = 4
 
 RAY_RETRIES = 3
 """Times that Ray itself runs a call again whose process is gone, on another machine where there is one."""
+
+
+ASKED_EVERY = 1.0
+"""Seconds between two questions to the head what room there is."""
 
 
 SAID_EVERY = 60.0
@@ -145,6 +150,7 @@ class _Calls:
         self._processes: set[TaskProcess] = set()
         self._budget = Budget(RETRIES)
         self._failures = Counter[int]()
+        self._asked, self._places = -math.inf, 1
 
     @property
     def left(self) -> bool:
@@ -153,8 +159,10 @@ class _Calls:
 
     def start(self) -> None:
         """Give Ray as many calls as there are places, and as many again: they wait in its queue, where an autoscaler sees them."""
-        there = resources()  # a cluster may have grown
-        places = max(1, int(there.gpus if self._workers.gpu else there.cpus / self._workers.cpus))
+        if time.monotonic() - self._asked >= ASKED_EVERY:  # a cluster may have grown; to ask for each answer would load the head
+            there, self._asked = resources(), time.monotonic()
+            self._places = max(1, int(there.gpus if self._workers.gpu else there.cpus / self._workers.cpus))
+        places = self._places
         while self._waiting and len(self._running) < 2 * places:
             number = self._waiting.pop()
             self._running[self._task.remote(self._function, self._box, self._calls[number], STUCK)] = number

@@ -3,7 +3,8 @@
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from cluster.storage import AlreadyExists, Store
@@ -27,21 +28,26 @@ class MetricsLog:
         self._rows.append({"stage": self._stage, "progress": progress, "life": self._life, "time": round(time.time(), 3), **values})
 
     def flush(self) -> None:
-        """Write the rows since the last flush as one segment, never to be changed.
+        """Write the rows since the last flush as one segment, never to be changed."""
+        self.take()()
 
-        Where there is one of its name, another group of ranks had the same numbers and was given up; both stay.
-        """
-        if not self._rows:
+    def take(self) -> Callable[[], None]:
+        """What writes the rows of now, in any thread; they are no rows of the next segment any more."""
+        rows, self._rows = self._rows, []
+        return partial(self._write, rows)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        """Where there is a segment of its name, another group of ranks had the same numbers and was given up; both stay."""
+        if not rows:
             return
-        text = "".join(json.dumps(row) + "\n" for row in self._rows).encode()
-        name = f"{self._folder}/{self._stage}-{self._rows[0]['progress']:015d}"
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        name = f"{self._folder}/{self._stage}-{rows[0]['progress']:015d}"
         for twin in itertools.count():
             try:
                 self._store.create(f"{name}.{twin}.jsonl" if twin else f"{name}.jsonl", text)
                 break
             except AlreadyExists:
                 continue
-        self._rows = []
 
 
 def read_rows(store: Store, stage: str) -> list[dict[str, Any]]:

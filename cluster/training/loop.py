@@ -319,6 +319,7 @@ class _Training:
         self.writer.begin(
             self.engine.fragments(),
             dict(self.engine.stage.named_buffers()),
+            write_rows=self.log.take() if self.log else None,
             stage=self.job.stage,
             progress=progress,
             steps=steps,
@@ -328,8 +329,6 @@ class _Training:
             config=identity(self.job.experiment),
             quarantine=self.quarantine.entries,
         )
-        if self.log is not None:
-            self.log.flush()
 
 
 def _gather(value: Any) -> list[Any]:

@@ -35,6 +35,7 @@ def test_a_run_ends_done_with_exports_scores_and_curves(finished: Path) -> None:
     for stage in ("autoencoder", "diffusion"):
         assert list((finished / "exports" / stage).glob("*.safetensors"))
         assert list((finished / "tensorboard" / stage).glob("events*"))
+    assert not (finished / "ray").exists(), "what Ray Train notes for itself is not the run's"
     (report,) = (finished / "evaluation").glob("test-*.json")
     scores = json.loads(report.read_text())["scores"]
     assert {"model", "oracle", "mimic", "wrong speaker"} <= scores.keys()

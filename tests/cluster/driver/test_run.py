@@ -1,5 +1,6 @@
 """What a run refuses before it writes anything, and that one driver at a time is at it."""
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -108,8 +109,34 @@ def state(store: Path) -> dict[str, Any]:
     return json.loads(folder(store).read("state.json"))
 
 
+def take_over(run: Store) -> None:
+    """What another driver does that finds the lease of this one lapsed."""
+    run.put(LEASE, b"{}")
+    open_life(run, {})
+
+
 def lives(store: Path) -> int:
     return len(list(folder(store).list("lives/")))
+
+
+@pytest.mark.starts  # its life's facts name the revision of git
+def test_the_holder_of_the_lease_goes_on_where_one_that_has_lost_it_took_a_number(
+    steps: dict[str, Callable[[Any], None]], clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had looked at its lease, stood still while that lapsed and another took it, and then opened the newest life."""
+    original, opened = run.open_life, []
+
+    def overtaken(store: Store, facts: dict[str, Any]) -> int:
+        opened.append(original(store, facts))
+        if len(opened) == 1:
+            original(store, {})
+        return opened[-1]
+
+    monkeypatch.setattr(run, "open_life", overtaken)
+    said = io.StringIO()
+    start(clips, tmp_path, display=Display(said))
+    assert opened == [1, 3] and state(tmp_path)["status"] == "DONE" and state(tmp_path)["life"] == 3
+    assert "life 2 of" in said.getvalue() and "but this process holds the lease, and goes on with the next life" in said.getvalue()
 
 
 class Background(Thread):
@@ -223,7 +250,7 @@ def test_the_end_of_a_life_removes_what_killed_writers_left_and_of_one_that_was_
         half.parent.mkdir(parents=True)
         half.touch()
         if taken:
-            open_life(life.store, {})
+            take_over(life.store)
 
     steps["diffusion"] = work
     with pytest.raises(Superseded) if taken else nullcontext():
@@ -254,10 +281,7 @@ def test_what_fails_is_told_with_its_step_and_class_and_a_mistake_as_it_is(
 def test_a_driver_that_was_taken_over_stops_and_writes_no_state(
     clips: Path, tmp_path: Path, steps: dict[str, Callable[[Any], None]]
 ) -> None:
-    def taken_over(life: Any) -> None:
-        open_life(life.store, {})
-
-    steps["latents"] = taken_over
+    steps["latents"] = lambda life: take_over(life.store)
     with pytest.raises(Superseded, match=r"life 2 of .* has begun"):
         start(clips, tmp_path)
     assert state(tmp_path)["status"] == "RUNNING" and state(tmp_path)["stage"] == "latents"

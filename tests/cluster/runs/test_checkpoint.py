@@ -18,6 +18,7 @@ from cluster.runs.lineage import open_attempt
 from cluster.runs.retention import Retention
 from cluster.runs.state import Attempt, Superseded, assert_newest_life, open_life
 from cluster.storage import StorageError, Store
+from cluster.telemetry.metrics_log import MetricsLog, read_rows
 from cluster.training.engine import Fragment
 
 
@@ -271,7 +272,9 @@ def test_a_checkpoint_of_the_version_before_is_read_gone_on_from_and_deleted_in_
     assert progresses(store) == [12] and len(parts(store)) == 1
 
 
-def test_neither_deleting_nor_listing_nor_the_manifest_is_waited_for_by_a_step(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_deleting_nor_listing_nor_rows_nor_the_manifest_is_waited_for_by_a_step(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A store that does not answer until the test lets it: begin and publish return all the same."""
     answers, asked = threading.Event(), []
     for name in ("put", "create", "list", "delete"):
@@ -286,7 +289,9 @@ def test_neither_deleting_nor_listing_nor_the_manifest_is_waited_for_by_a_step(s
         monkeypatch.setattr(type(store), name, slow)
     one = writer_of(store)
     facts = {"stage": "autoencoder", "progress": 1, "steps": 1, "dataset": "", "config": {}, "life": 1, "attempt": 0}
-    one.begin([Fragment("w", (2,), 0, {"master": torch.ones(2)})], {}, **facts)
+    log = MetricsLog(store, 1, 0, "autoencoder")
+    log.add(progress=1, loss=0.5)
+    one.begin([Fragment("w", (2,), 0, {"master": torch.ones(2)})], {}, log.take(), **facts)
     assert one.busy and not one.uploaded
     answers.set()
     while not one.uploaded:
@@ -301,7 +306,8 @@ def test_neither_deleting_nor_listing_nor_the_manifest_is_waited_for_by_a_step(s
     assert one.finish().progress == 1 and not one.busy
     answers.set()
     one.close()
-    assert {"put", "create", "list"} <= set(asked) and progresses(store) == [1]
+    assert {"put", "list"} <= set(asked) and asked.count("create") == 2 and progresses(store) == [1]
+    assert [row["loss"] for row in read_rows(store, "autoencoder")] == [0.5]
 
 
 def test_what_the_last_checkpoints_replaced_is_deleted_also_if_deleting_was_slower_than_they_came(

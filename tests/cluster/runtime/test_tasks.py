@@ -60,6 +60,15 @@ def refuse(shared: str, number: int) -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
+def test_the_head_is_not_asked_for_each_answer_what_room_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(tasks, "resources", lambda original=tasks.resources: asked.append(1) or original())
+    begun = time.monotonic()
+    assert len(list(map_tasks(note, [(number,) for number in range(CALLS)], Workers(), Shared()))) == CALLS
+    assert len(asked) <= 1 + (time.monotonic() - begun) / tasks.ASKED_EVERY
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_the_error_of_a_call_is_raised_as_it_was() -> None:
     with pytest.raises(KeyError, match="why") as raised:
         list(map_tasks(refuse, [(0,)], Workers(), "why"))

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from cluster.data.stream import Batch
 from cluster.runs import checkpoint, state
 from cluster.runs.state import Superseded
 from cluster.storage import open_store
+from cluster.storage.folder import FolderStore
 from cluster.telemetry.meter import ENDED, Snapshot
 from cluster.training import loop
 from cluster.training.agreement import Verdict
@@ -184,6 +186,28 @@ def test_a_longer_end_goes_on_as_if_it_had_been_longer_from_the_start(undisturbe
     train_on(1, tiny(shards, tmp_path, "optim.epochs=1", "workers.zero=0", "run.keep=1"), tmp_path)
     train_on(1, tiny(shards, tmp_path, "optim.epochs=2", "workers.zero=0"), tmp_path, life=2)
     assert parts(tmp_path) == parts(undisturbed)
+
+
+def rows_by_thread(rank: int, ranks: int, experiment, folder: str) -> list[bool]:
+    """Train; whether each segment of rows was written by the thread that takes the steps."""
+    create, by_steps = FolderStore.create, []
+
+    def told(self: FolderStore, key: str, data: bytes) -> str:
+        if key.startswith("metrics/"):
+            by_steps.append(threading.current_thread() is threading.main_thread())
+        return create(self, key, data)
+
+    FolderStore.create = told  # type: ignore[method-assign]
+    try:
+        train_here(rank, ranks, experiment, folder, 1, "autoencoder")
+    finally:
+        FolderStore.create = create  # type: ignore[method-assign]
+    return by_steps
+
+
+def test_rows_are_written_beside_the_steps(shards: Path, tmp_path: Path) -> None:
+    settings = ("run.checkpoint_every=6", "evaluation.watch=0")
+    assert on_ranks(2, rows_by_thread, tiny(shards, tmp_path, *settings), str(tmp_path)) == [[False] * 7, []]
 
 
 def poisoned(rank: int, ranks: int, experiment, folder: str) -> tuple[str, int]:
