@@ -128,7 +128,7 @@ def test_200_interleavings_of_two_drivers_leave_nothing_of_an_older_life_that_a_
 
 
 def test_the_checker_finds_what_a_fence_before_the_create_alone_lets_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    def create(writer: CheckpointWriter, found: Checkpoint) -> None:
+    def create(writer: CheckpointWriter, found: Checkpoint, _: None) -> None:
         writer._store.create(f"checkpoints/{found.stage}/{found.file}", json.dumps(asdict(found)).encode())
 
     prune = checkpoint_writer.prune

@@ -347,26 +347,38 @@ def driver(process: Stepped, identity: Holder, delay: float) -> None:
     lease.take()
     process.start(beat, process, lease)
     try:
-        lease.assert_held()
-        life = open_life(store, {})
-        process.by = Attempt(life, -1)
-        state = State("RUNNING", life, "", "")
-        write_state(store, state)
-        while not store.exists(EXPORT):
-            lease.assert_held()
-            group = Stepped(world, f"group of {process.name}", 0.0)
-            group.by = process.by = Attempt(life, open_attempt(store, life))
-            rank = group.start(train, group)
-            patience = world.random.uniform(10, 60)
-            while not rank.ended and not group.dead and patience > 0:  # then it is given up, though it may only be cut off
-                world.sleep(2.0)
-                patience -= 2.0
-            lease.assert_held()
-            export(world, store)
-        write_state(store, State("DONE", life, "", ""))
+        while True:
+            try:
+                live(process, lease)
+                return
+            except Superseded:
+                if not lease.is_ours():
+                    raise
     finally:
         lease._ended.set()
         lease.release()
+
+
+def live(process: Stepped, lease: Lease) -> None:
+    """One life of a driver."""
+    world, store = process.world, process.store
+    lease.assert_held()
+    life = open_life(store, {})
+    process.by = Attempt(life, -1)
+    state = State("RUNNING", life, "", "")
+    write_state(store, state)
+    while not store.exists(EXPORT):
+        lease.assert_held()
+        group = Stepped(world, f"group of {process.name}", 0.0)
+        group.by = process.by = Attempt(life, open_attempt(store, life))
+        rank = group.start(train, group)
+        patience = world.random.uniform(10, 60)
+        while not rank.ended and not group.dead and patience > 0:  # then it is given up, though it may only be cut off
+            world.sleep(2.0)
+            patience -= 2.0
+        lease.assert_held()
+        export(world, store)
+    write_state(store, State("DONE", life, "", ""))
 
 
 def beat(process: Stepped, lease: Lease) -> None:
