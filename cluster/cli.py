@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from cluster.config.schema import Run
 from cluster.runtime.failures import AGAIN, StageFailed, exit_code, failure_of, paragraph
 
 INTERRUPTED = 130
@@ -51,6 +52,17 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} should be a whole number of at least 1")
     return int(text)
+
+
+def add_run(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    """Give a parser the argument RUN, and the option that says where a mere name is looked up."""
+    parser.add_argument("run", nargs="?" if optional else None, metavar="RUN", help="name of a run, or its folder or URL (.../runs/NAME)")
+    add_store(parser)
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the option that says where a run's mere name is looked up."""
+    parser.add_argument("--store", default=Run().store, metavar="URL", help="where a run's mere name is looked up (default: %(default)s)")
 
 
 def study_parser(description: str, what: str, config: Path) -> argparse.ArgumentParser:

@@ -34,7 +34,7 @@ from rich.table import Column, Table
 from cluster import cli
 from cluster.config.loading import load
 from cluster.config.paths import absolute, anchored
-from cluster.config.schema import Experiment, Run
+from cluster.config.schema import Experiment
 from cluster.runtime.device import best_device
 from cluster.studies.marked_page import assert_marked, put_between
 from cluster.telemetry.display import Display
@@ -103,7 +103,7 @@ def main() -> int:
     verb = verbs.add_parser("lags", help=what, description=what)
     verb.add_argument("runs", nargs="+", metavar="NAME=RUN", help="what the line is called, and the run: its name, folder or URL")
     verb.add_argument("--clips", type=cli.positive, default=20, metavar="N", help="of the split it is scored on (default: 20)")
-    verb.add_argument("--store", default=Run().store, metavar="URL", help="where a run's mere name is looked up (default: %(default)s)")
+    cli.add_store(verb)
     verb.add_argument("--out", type=Path, default=Path("work/lags.png"), metavar="FILE.png", help="picture (default: work/lags.png)")
     verb.set_defaults(function=lags)
     what = "what can be known of the demo's test clips: every oracle, without training, in minutes"

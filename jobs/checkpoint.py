@@ -27,7 +27,6 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from cluster import cli
-from cluster.config.schema import Run
 from cluster.runs.inventory import Inventory
 from cluster.runs.retention import METRIC, Retention
 from cluster.runs.saved import open_folder, open_run
@@ -55,10 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = {}
     for name, text in texts.items():
         verb[name] = verbs.add_parser(name, help=text, description=text)
-        verb[name].add_argument("run", metavar="RUN", help="name of a run, or its folder or URL (.../runs/NAME)")
-        verb[name].add_argument(
-            "--store", default=Run().store, metavar="URL", help="where a run's mere name is looked up (default: %(default)s)"
-        )
+        cli.add_run(verb[name])
     export = verb["export"]
     export.add_argument("--stage", choices=STAGES, help="whose weights (default: the last stage that has a whole checkpoint)")
     export.add_argument("--progress", type=int, metavar="ITEMS", help="of the checkpoint, as `list` prints it (default: the most there is)")

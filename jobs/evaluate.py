@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import cli
-from cluster.config.schema import Experiment, Run
+from cluster.config.schema import Experiment
 from cluster.evaluation.evaluate import evaluate
 from cluster.runs.build_latents import build_latents
 from cluster.runs.saved import SAMPLING, open_run
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", metavar="RUN", help="name of a run, or its folder or URL (.../runs/NAME)")
+    cli.add_run(parser, optional=True)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=f"draw with other diffusion.{', '.join(SAMPLING)}")
     parser.add_argument("--arrays", type=Path, metavar="FILE.npz", help="score the arrays of this file instead of a run")
     parser.add_argument("--split", help="split that is scored (default: the run's evaluation.split)")
@@ -66,7 +66,6 @@ def _parser() -> argparse.ArgumentParser:
         "--predictions", type=cli.positive, metavar="K", help="reactions to a speaker (default: evaluation.predictions)"
     )
     parser.add_argument("--clips", type=cli.positive, metavar="N", help="score the first N clips only (default: evaluation.clips)")
-    parser.add_argument("--store", default=Run().store, metavar="URL", help="where a run's mere name is looked up (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout; progress goes to stderr")
     return parser
 

@@ -31,7 +31,6 @@ from rich.console import Console
 from cluster import cli
 from cluster.config.loading import load
 from cluster.config.paths import absolute, anchored
-from cluster.config.schema import Run
 from cluster.data.reader import Reader
 from cluster.evaluation.picture import clip_picture, read_faces
 from cluster.runs.latents import encode_clip
@@ -81,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", metavar="RUN", help="name of a run, or its folder or URL (.../runs/NAME)")
+    cli.add_run(parser, optional=True)
     parser.add_argument("--import-checkpoint", nargs="+", metavar="FILE", help=f"instead of RUN, the authors' files in this order: {FILES}")
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML of model and dataset for --import-checkpoint (default: react2024.yaml)"
@@ -97,7 +96,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--direction", choices=DIRECTIONS, default="0", help="0: a speaks, b listens; 1: the other way round (default: 0)")
     parser.add_argument("--count", type=cli.positive, default=10, metavar="K", help="reactions in each direction (default: 10)")
     parser.add_argument("--out", default="reactions", metavar="URL", help="folder or s3://bucket/prefix of the files (default: reactions)")
-    parser.add_argument("--store", default=Run().store, metavar="URL", help="where a run's mere name is looked up (default: %(default)s)")
     options = parser.parse_intermixed_args(arguments)
     if not options.clip.strip():
         raise ValueError(

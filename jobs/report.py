@@ -4,7 +4,6 @@ import argparse
 import sys
 
 from cluster import cli
-from cluster.config.schema import Run
 from cluster.evaluation.report import write_report
 from cluster.runs.saved import open_folder
 
@@ -12,8 +11,7 @@ from cluster.runs.saved import open_folder
 def main() -> int:
     """Parse the command line and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="name, folder or URL of a run")
-    parser.add_argument("--store", default=Run().store, help="folder or URL that a mere name is looked up in")
+    cli.add_run(parser)
     arguments = parser.parse_args()
     print(write_report(open_folder(arguments.run, arguments.store).store))
     return 0

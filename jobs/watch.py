@@ -12,7 +12,6 @@ from rich.console import Console, Group
 from rich.live import Live
 
 from cluster import cli
-from cluster.config.schema import Run
 from cluster.runs.saved import open_folder
 from cluster.runs.state import read_state
 from cluster.storage import Store
@@ -29,8 +28,7 @@ LOG_WIDTH = 140
 def main() -> int:
     """Parse the command line and look."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="name, folder or URL of a run")
-    parser.add_argument("--store", default=Run().store, help="folder or URL that a mere name is looked up in")
+    cli.add_run(parser)
     parser.add_argument("--once", action="store_true", help="look once")
     arguments = parser.parse_args()
     store = open_folder(arguments.run, arguments.store).store
