@@ -1,6 +1,7 @@
 """Build the latents of a run's autoencoder: one task a shard, the manifest last."""
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import numpy as np
 
@@ -80,8 +81,9 @@ def _moments(latents: LatentDataset, shards: Sequence[EncodedShard]) -> dict[str
     """Write mean and standard deviation of the training split's latents; nothing where a shard was made before sums were kept."""
     if not all(shard.sums for shard in shards):
         return {}
-    sums = parallel_map(latents.store.read, [shard.sums for shard in shards])
-    count, total, squares = np.sum([decode_npy(data) for data in sums], axis=0)
+    # One after the other: those of many shards at once take gigabytes. From zeros and in order, for each other way has other last bits.
+    sums = map(decode_npy, parallel_map(latents.store.read, [shard.sums for shard in shards]))
+    count, total, squares = reduce(np.add, sums, np.zeros((3, latents.width)))
     mean = total / count
     deviation = np.sqrt(np.maximum(squares / count - np.square(mean), 0))
     return {MOMENTS: _kept(latents.store, MOMENTS, np.stack((mean, deviation))).model_dump()}

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, BrokenBarrierError, Condition
 from types import SimpleNamespace
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -14,12 +15,13 @@ import torch
 from cluster.config.schema import Workers
 from cluster.data.manifest import CURRENT, Manifest, load_manifest
 from cluster.data.reader import Reader
+from cluster.data.shards import decode_npy, encode_npy
 from cluster.data.verify import check_shard
 from cluster.runs import build_latents as building
 from cluster.runs import latents as encoding
 from cluster.runs.build_latents import build_latents
-from cluster.runs.latents import LatentDataset, encode_shard, read_moments, read_range
-from cluster.storage import Store
+from cluster.runs.latents import MOMENTS, LatentDataset, encode_shard, read_moments, read_range
+from cluster.storage import Store, content_hash
 from reactdiff.clip import PERSONS
 from reactdiff.stage import LATENT
 from tests.cluster.support.streaming import FRAMES, make_clips
@@ -163,6 +165,26 @@ def test_the_mean_and_deviation_of_the_training_split_are_kept_beside_its_range(
     rows = every.reshape(-1, WIDTH).astype(np.float64)
     for found, wanted in zip(read_moments(latents.store, manifest), (rows.mean(0), rows.std(0)), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_sums_of_shards_are_added_in_order_and_few_of_them_are_in_memory_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last bits of mean and deviation are those of a sum over all shards at once, which every dataset that is there was made by."""
+    latents, decoded, most = latents_of(store, Codec(), counts=[1] * 9), [], 0
+
+    def decode(data: bytes) -> np.ndarray:
+        nonlocal most
+        decoded.append(ref(array := decode_npy(data)))
+        most = max(most, sum(one() is not None for one in decoded))
+        return array
+
+    monkeypatch.setattr(building, "decode_npy", decode)
+    manifest = build(latents)
+    assert len(decoded) == 2 * 9 and most <= 3
+    every = [decode_npy(latents.store.read(entry.key)) for entry in latents.store.list("train/") if entry.key.endswith(".sums.npy")]
+    count, total, squares = np.sum(every, axis=0)
+    mean = total / count
+    expected = encode_npy(np.stack((mean, np.sqrt(np.maximum(squares / count - np.square(mean), 0)))))
+    assert manifest.provenance[MOMENTS]["hash"] == content_hash(expected)
 
 
 def test_an_encoding_of_several_parts_is_kept_part_by_part(store: Store) -> None:
