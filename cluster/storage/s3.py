@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import os
+import ssl
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +20,10 @@ from botocore.client import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
-    ConnectTimeoutError,
-    EndpointConnectionError,
     HTTPClientError,
     IncompleteReadError,
-    ResponseStreamingError,
 )
+from botocore.exceptions import ConnectionError as NoConnection
 from botocore.response import StreamingBody
 from urllib3.exceptions import HTTPError
 
@@ -91,17 +90,11 @@ CONFIG = Config(
 FAULTS = (BotoCoreError, HTTPError, OSError)
 """What boto3 raises when no answer came, or a part of one; an answer that refuses the request is a ClientError."""
 
-RETRYABLE_EXCEPTIONS = (
-    EndpointConnectionError,
-    ConnectTimeoutError,
-    HTTPClientError,
-    ConnectionError,
-    TimeoutError,
-    HTTPError,
-    ResponseStreamingError,
-    IncompleteReadError,
-)
-"""Those of them that a retry may help."""
+RETRYABLE_EXCEPTIONS = (NoConnection, HTTPClientError, ConnectionError, TimeoutError, HTTPError, IncompleteReadError)
+"""Those of them that a retry may help. Where TLS is spoken, a connection that breaks off while it is begun or sent on is a NoConnection."""
+
+UNTRUSTED = (ssl.SSLCertVerificationError, FileNotFoundError)
+"""What a NoConnection comes of that a retry does not help: the server's certificate, or the file of those to trust, which is not there."""
 
 RETRYABLE = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}
 """Codes of an answer that says no now and may say yes soon: such a request is retried."""
@@ -367,6 +360,11 @@ class S3Store(Store):
 
     def _error(self, key: str, error: Exception) -> StorageError:
         where = f"{self.url}/{key} at {self.endpoint}"
+        if _untrusted(error):
+            return Permanent(
+                f"{where}: {error}; set AWS_CA_BUNDLE on every node to a file with the certificate that signed the server's, or correct "
+                "the server's certificate or AWS_ENDPOINT_URL"
+            )
         if not isinstance(error, ClientError) or _retryable(error):
             return StorageError(f"{where}: {error}")
         if _code(error) == "NoSuchBucket":
@@ -403,4 +401,12 @@ def _retryable(error: BaseException) -> bool:
     if isinstance(error, ClientError):
         # 409: AWS, where two conditional writes of one key came at the same time and neither was decided.
         return _code(error) in RETRYABLE | DAMAGED or _status(error) == 409 or _not_now(_status(error))
-    return isinstance(error, RETRYABLE_EXCEPTIONS)
+    return isinstance(error, RETRYABLE_EXCEPTIONS) and not _untrusted(error)
+
+
+def _untrusted(error: BaseException) -> bool:
+    """Whether there is no connection because this machine does not trust the server."""
+    cause: BaseException | None = error if isinstance(error, NoConnection) else None
+    while cause and not isinstance(cause, UNTRUSTED):
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None

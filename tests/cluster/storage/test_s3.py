@@ -11,6 +11,7 @@ import pytest
 
 from cluster.storage import AlreadyExists, NotFound, Permanent, StorageError, multipart, open_store, retry, s3
 from cluster.storage.retry import Retry, cancel_retries_on
+from tests.cluster.support.certificate import self_signed
 from tests.cluster.support.faulty import FaultyProxy, faulty_proxy
 from tests.cluster.support.streaming import read_range
 
@@ -267,6 +268,65 @@ def test_the_time_limit_of_retries_counts_from_the_first_fault() -> None:
     now += 1
     assert not tries.again(120)
     assert tries.faults == 3
+
+
+@pytest.fixture
+def encrypted(object_store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A proxy whose certificate is trusted, as that of a company's own server is, and between tries there is little rest."""
+    certificate = self_signed(tmp_path)
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+    monkeypatch.setattr(retry, "MAX_BACKOFF_SECONDS", 0.1)
+    with faulty_proxy(object_store.endpoint, certificate) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield proxy
+
+
+OPERATIONS = {
+    "put": lambda store: store.put("x", bytes(8 << 20)),
+    "create": lambda store: store.create("y", b"2"),
+    "size": lambda store: store.size("there"),
+    "get": lambda store: store.read("there"),
+    "read_into": lambda store: read_range(store, "there", 1, 2),
+    "list": lambda store: list(store.list()),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_handshake_that_breaks_off_is_begun_again(operation: str, s3_url: str, encrypted: FaultyProxy) -> None:
+    open_store(s3_url).put("there", b"1234")
+    encrypted.handshakes = 3
+    OPERATIONS[operation](open_store(s3_url))  # a new one: it has no connection yet
+    assert encrypted.happened == ["handshake"] * 3
+
+
+def test_what_breaks_off_while_it_is_sent_encrypted_is_sent_again(s3_url: str, encrypted: FaultyProxy, small_parts: bytes) -> None:
+    """OpenSSL calls it a violation of protocol when the other side closes while a body is being sent."""
+    store, content = open_store(s3_url), os.urandom(4 << 20)
+    encrypted.faults = ["reset"] * 2
+    store.put("x", content)
+    encrypted.faults = ["reset"] * 2
+    store.create("y", content)
+    assert encrypted.happened == ["reset"] * 4
+    assert store.read("x") == store.read("y") == content
+    encrypted.arm(["reset"] * 4, aim="PUT")
+    store.put("z", small_parts)
+    assert encrypted.happened == ["reset"] * 8
+    encrypted.arm(["cut", "endless", "reset", "down"])
+    assert read_range(store, "z", 1000, 9 << 20) == small_parts[1000 : 1000 + (9 << 20)]
+    assert encrypted.happened[8:] == ["cut", "endless", "reset", "down"]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_certificate_that_is_not_trusted_is_refused_at_once(
+    operation: str, s3_url: str, encrypted: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    for bundle in ("", self_signed(tmp_path / "other"), tmp_path / "nowhere.pem"):
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(bundle)) if bundle else monkeypatch.delenv("AWS_CA_BUNDLE")
+        monkeypatch.setattr(Retry, "again", lambda *_: pytest.fail("it was tried again"))
+        with pytest.raises(Permanent, match=rf"{s3_url}\S* at https://127.0.0.1:\d+: .*AWS_CA_BUNDLE"):
+            OPERATIONS[operation](open_store(s3_url))
+    assert not encrypted.requests
 
 
 def test_a_thread_whose_work_is_over_waits_for_nothing(s3_url: str, proxy: FaultyProxy) -> None:

@@ -3,12 +3,15 @@
 import http.client
 import re
 import socket
+import ssl
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 TAR_RANGE = r"GET \S+\.tar bytes="
@@ -40,6 +43,7 @@ class FaultyProxy(ThreadingHTTPServer):
         happened: what was done.
         struck: the requests it was done to, as "METHOD path range".
         requests: all of them, as "METHOD range".
+        handshakes: how many of the next connections end in the middle of their TLS handshake.
         delay: seconds that a late answer is late.
         outage: seconds of an outage.
         renewed: whether a client has new credentials by now.
@@ -48,7 +52,11 @@ class FaultyProxy(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, upstream: str):
+    def __init__(self, upstream: str, certificate: Path | None = None):
+        self.tls: ssl.SSLContext | None = None
+        if certificate:
+            self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self.tls.load_cert_chain(certificate)
         self.held = socket.socket()  # keeps the port while nobody listens
         self.held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.held.bind(("127.0.0.1", 0))
@@ -58,9 +66,10 @@ class FaultyProxy(ThreadingHTTPServer):
         self.happened: list[str] = []
         self.struck: list[str] = []
         self.requests: list[str] = []
+        self.handshakes = 0
         self.delay, self.outage = 0.2, 2.0
         self.renewed: Callable[[], bool] = lambda: True
-        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+        self.endpoint = f"http{'s' if certificate else ''}://127.0.0.1:{self.server_port}"
         self._aim, self._spared, self._expired = re.compile(""), 0, False
         self._flipped: set[str] = set()
         self._lock = threading.Lock()
@@ -121,6 +130,20 @@ class FaultyProxy(ThreadingHTTPServer):
     def server_close(self) -> None:
         super().server_close()
         self.held.close()
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """In the connection's own thread: a client that does not finish its handshake keeps no other one waiting."""
+        if self.tls is None:
+            super().finish_request(request, client_address)
+            return
+        with self._lock:
+            breaks, self.handshakes = self.handshakes > 0, max(0, self.handshakes - 1)
+        if breaks:
+            self.happened.append("handshake")
+            request.recv(65536)  # all that the client says first: to close with something unread would reset the connection
+            return
+        with self.tls.wrap_socket(request, server_side=True) as encrypted:
+            super().finish_request(encrypted, client_address)
 
     def handle_error(self, request, client_address) -> None:
         """A connection that was cut on purpose is no news."""
@@ -215,9 +238,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
-    """A running proxy before the server at this URL."""
-    with FaultyProxy(upstream) as proxy:
+def faulty_proxy(upstream: str, certificate: Path | None = None) -> Iterator[FaultyProxy]:
+    """A running proxy before the server at this URL; with the file of a certificate and its key it speaks TLS."""
+    with FaultyProxy(upstream, certificate) as proxy:
         thread = threading.Thread(target=proxy.serve)
         thread.start()
         try:
