@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import os
+import socket
 import ssl
 import time
 import uuid
@@ -294,9 +295,9 @@ class S3Store(Store):
 
     def _read_body(self, body: Any, buffers: Sequence[memoryview], on_bytes: OnBytes = ignore_bytes) -> tuple[int, Exception | None]:
         """Read a body into buffers, under a deadline; returns the bytes that came, and the error if it broke off."""
-        done, cause = 0, None
+        done, cause, seconds = 0, None, STALL + sum(map(len, buffers)) / SLOWEST
         try:
-            with contextlib.closing(body), DEADLINES.within(STALL + sum(map(len, buffers)) / SLOWEST, body._raw_stream.shutdown):
+            with contextlib.closing(body), DEADLINES.within(seconds, lambda: _shut(body)):
                 for buffer in buffers:
                     at = 0
                     while at < len(buffer) and (count := body.readinto(buffer[at : at + CHUNK])):
@@ -410,3 +411,11 @@ def _untrusted(error: BaseException) -> bool:
     while cause and not isinstance(cause, UNTRUSTED):
         cause = cause.__cause__ or cause.__context__
     return cause is not None
+
+
+def _shut(body: Any) -> None:
+    """End the reading of a body from another thread.
+
+    `shutdown` of an encrypted socket, which urllib3 would call, also ends its decryption: bytes that have come are then read as they are.
+    """
+    socket.socket.shutdown(body._raw_stream._sock_shutdown.__self__, socket.SHUT_RD)

@@ -329,6 +329,28 @@ def test_a_certificate_that_is_not_trusted_is_refused_at_once(
     assert not encrypted.requests
 
 
+def test_what_is_left_of_an_encrypted_body_at_its_deadline_is_decrypted(
+    s3_url: str, encrypted: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadline passes while the reader is busy with what came, as it does for a process that was stopped for a while."""
+    monkeypatch.setattr(s3, "STALL", 0.3)
+    monkeypatch.setattr(s3, "CHUNK", 10_000)
+    store, content, busy = open_store(s3_url), os.urandom(200_000), [1.0]
+    store.put("x", content)
+    told, buffer = bytearray(), bytearray(len(content))
+
+    def on_bytes(piece: memoryview) -> None:
+        told.extend(piece)
+        if busy:
+            time.sleep(busy.pop())
+
+    store.read_into("x", 0, memoryview(buffer), on_bytes=on_bytes)
+    assert buffer == content == told
+    encrypted.faults = ["stall", "trickle"]
+    assert read_range(store, "x", 1000, 150_000) == content[1000:151_000]
+    assert encrypted.happened == ["stall", "trickle"]
+
+
 def test_a_thread_whose_work_is_over_waits_for_nothing(s3_url: str, proxy: FaultyProxy) -> None:
     store, over = open_store(s3_url), threading.Event()
     store.put("x", b"1")
