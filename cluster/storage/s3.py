@@ -21,8 +21,11 @@ from botocore.client import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    CredentialRetrievalError,
     HTTPClientError,
     IncompleteReadError,
+    MetadataRetrievalError,
+    NoCredentialsError,
 )
 from botocore.exceptions import ConnectionError as NoConnection
 from botocore.response import StreamingBody
@@ -52,7 +55,8 @@ RETRY_SECONDS = 120.0
 """Seconds that a request is retried for, from its first fault on: an outage of a minute must not end a run of a week."""
 
 FIRST_RETRY_SECONDS = 10.0
-"""The same where the server has never answered, not even that it is busy: then it is more likely a wrong address."""
+"""The same where the server has never answered, not even that it is busy: then it is more likely a wrong address. And where there are
+no credentials: a machine's metadata service that many ranks ask at once may be late by seconds, keys that were forgotten never come."""
 
 STALL = 10.0
 """Seconds in which a server must send something."""
@@ -94,6 +98,9 @@ FAULTS = (BotoCoreError, HTTPError, OSError)
 RETRYABLE_EXCEPTIONS = (NoConnection, HTTPClientError, ConnectionError, TimeoutError, HTTPError, IncompleteReadError)
 """Those of them that a retry may help. Where TLS is spoken, a connection that breaks off while it is begun or sent on is a NoConnection."""
 
+NO_CREDENTIALS = (NoCredentialsError, CredentialRetrievalError, MetadataRetrievalError)
+"""There are none, or who hands them out has not answered. Of a machine's metadata service that does not answer boto3 says the first."""
+
 UNTRUSTED = (ssl.SSLCertVerificationError, FileNotFoundError)
 """What a NoConnection comes of that a retry does not help: the server's certificate, or the file of those to trust, which is not there."""
 
@@ -116,20 +123,43 @@ class _Busy(Exception):
 
 
 class _Server:
-    """A server and the credentials for it, shared by all stores that were opened from one with `at`."""
+    """A server and the credentials for it, shared by all stores that were opened from one with `at`.
 
-    def __init__(self, answered: bool = False) -> None:
-        self.answered = answered
+    Args:
+        url: of the first of them, for messages.
+        answered: whether the server has ever answered.
+
+    Raises:
+        Permanent: as `renew`.
+    """
+
+    def __init__(self, url: str, answered: bool = False) -> None:
+        self._url, self.answered = url, answered
         self.renew()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Server, (self.answered,)  # endpoint and credentials are those of the process that it arrives in
+        return _Server, (self._url, self.answered)  # endpoint and credentials are those of the process that it arrives in
 
     def renew(self) -> None:
-        """Look up endpoint and credentials again."""
-        self.client = Session().client("s3", config=CONFIG)
+        """Look up endpoint and credentials again.
+
+        Raises:
+            Permanent: if what this machine knows of them is wrong, or who hands credentials out does not answer.
+        """
+        retry, client = Retry(), None
+        while client is None:
+            try:
+                client = Session().client("s3", config=CONFIG)
+            except BotoCoreError as error:
+                if not (_retryable(error) and retry.again(self.retry_seconds(error))):
+                    raise _unusable(self._url, error) from error
+        self.client = client
         self._signed = lru_cache(maxsize=URLS)(self._sign)
         self._refused = 0
+
+    def retry_seconds(self, error: Exception | None = None) -> float:
+        """For how long a request is made again after an error: a server that has never answered may not be there at all."""
+        return RETRY_SECONDS if self.answered and not isinstance(error, NoCredentialsError) else FIRST_RETRY_SECONDS
 
     def get(self, bucket: str, name: str, headers: dict[str, str]) -> Any | None:
         """The answer to a GET of a range of an object (status 206), or None where there is another one or none at all.
@@ -172,7 +202,7 @@ class S3Store(Store):
     def __init__(self, bucket: str, prefix: str, server: "_Server | None" = None, counter: ByteCounter | None = None):
         super().__init__(f"s3://{bucket}/{prefix}".rstrip("/"), counter or ByteCounter())
         self._bucket, self._prefix = bucket, f"{checked_key(prefix)}/" if prefix else ""
-        self._server = server or _Server()
+        self._server = server or _Server(self.url)
         if "@" in urlsplit(self.endpoint).netloc:
             raise ValueError("AWS_ENDPOINT_URL holds credentials; leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
 
@@ -284,7 +314,7 @@ class S3Store(Store):
                 break
             except _Busy:
                 self._server.answered = True
-                if not retry.again(self._retry_seconds):
+                if not retry.again(self._server.retry_seconds()):
                     raise StorageError(f"{self.url}/{key} at {self.endpoint}: the server is too busy, {retry.faults} times") from None
         if response is not None:
             self._server.answered = True
@@ -351,21 +381,15 @@ class S3Store(Store):
                 if isinstance(error, ClientError) and _code(error) in EXPIRED and not renewed:
                     self._server.renew()  # the environment or its files may have new ones
                     renewed = True
-                elif not (_retryable(error) and retry.again(self._retry_seconds)):
+                elif not (_retryable(error) and retry.again(self._server.retry_seconds(error))):
                     raise self._error(key, error) from error
-
-    @property
-    def _retry_seconds(self) -> float:
-        """For how long a server is asked again: one that has never answered may not be there at all."""
-        return RETRY_SECONDS if self._server.answered else FIRST_RETRY_SECONDS
+                elif isinstance(error, NoCredentialsError):
+                    self._server.renew()  # a client that was made without any never looks for them again
 
     def _error(self, key: str, error: Exception) -> StorageError:
         where = f"{self.url}/{key} at {self.endpoint}"
-        if _untrusted(error):
-            return Permanent(
-                f"{where}: {error}; set AWS_CA_BUNDLE on every node to a file with the certificate that signed the server's, or correct "
-                "the server's certificate or AWS_ENDPOINT_URL"
-            )
+        if isinstance(error, NO_CREDENTIALS) or (isinstance(error, BotoCoreError) and not _retryable(error)):
+            return _unusable(where, error)
         if not isinstance(error, ClientError) or _retryable(error):
             return StorageError(f"{where}: {error}")
         if _code(error) == "NoSuchBucket":
@@ -402,7 +426,7 @@ def _retryable(error: BaseException) -> bool:
     if isinstance(error, ClientError):
         # 409: AWS, where two conditional writes of one key came at the same time and neither was decided.
         return _code(error) in RETRYABLE | DAMAGED or _status(error) == 409 or _not_now(_status(error))
-    return isinstance(error, RETRYABLE_EXCEPTIONS) and not _untrusted(error)
+    return isinstance(error, RETRYABLE_EXCEPTIONS + NO_CREDENTIALS) and not _untrusted(error)
 
 
 def _untrusted(error: BaseException) -> bool:
@@ -411,6 +435,21 @@ def _untrusted(error: BaseException) -> bool:
     while cause and not isinstance(cause, UNTRUSTED):
         cause = cause.__cause__ or cause.__context__
     return cause is not None
+
+
+def _unusable(where: str, error: BotoCoreError) -> Permanent:
+    """The error of what a person must correct on this machine: credentials, certificates, or other settings of AWS clients."""
+    if isinstance(error, NO_CREDENTIALS):
+        return Permanent(
+            f"{where}: no credentials: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, on every node, or give "
+            "the machines a role that has access"
+        )
+    if _untrusted(error):
+        return Permanent(
+            f"{where}: {error}; set AWS_CA_BUNDLE on every node to a file with the certificate that signed the server's, or correct "
+            "the server's certificate or AWS_ENDPOINT_URL"
+        )
+    return Permanent(f"{where}: {error}; correct the AWS_* variables, or the files that they name, on every node")
 
 
 def _shut(body: Any) -> None:

@@ -37,6 +37,17 @@ def test_credentials_that_have_expired_end_a_run(s3_url: str, object_store, monk
         assert met(open_store(s3_url)) == "refused, final"
 
 
+def test_credentials_that_were_forgotten_end_a_run(s3_url: str, object_store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "FIRST_RETRY_SECONDS", 0.0)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    assert met(open_store(s3_url)) == "refused, final"
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(StorageError) as caught:
+        open_store(s3_url)
+    assert failure_of(caught.value) is row("refused") and exit_code(caught.value) == 1
+
+
 def test_a_folder_that_may_not_be_read_ends_a_run(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(str(tmp_path))
     store.put("x", b"1")

@@ -13,6 +13,7 @@ from cluster.storage import AlreadyExists, NotFound, Permanent, StorageError, mu
 from cluster.storage.retry import Retry, cancel_retries_on
 from tests.cluster.support.certificate import self_signed
 from tests.cluster.support.faulty import FaultyProxy, faulty_proxy
+from tests.cluster.support.metadata import MetadataService, metadata_service
 from tests.cluster.support.streaming import read_range
 
 
@@ -111,6 +112,76 @@ def test_credentials_that_have_expired_are_looked_up_once_more(s3_url: str, prox
     with pytest.raises(StorageError, match="credentials have expired; renew them"):
         store.read("x")
     assert proxy.happened == ["expired"] * 4
+
+
+@pytest.fixture
+def role(object_store, monkeypatch: pytest.MonkeyPatch):
+    """Credentials come from this machine's role alone."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
+        monkeypatch.delenv(name)
+    with metadata_service(object_store) as service:
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", service.endpoint)
+        yield service
+
+
+def test_a_machine_that_does_not_hand_out_credentials_at_once_is_asked_again(s3_url: str, role: MetadataService) -> None:
+    role.busy = 4
+    store = open_store(s3_url)
+    store.put("x", b"123")
+    assert role.asked > 4 and role.busy == 0
+    role.busy = 4
+    assert pickle.loads(pickle.dumps(store)).read("x") == b"123"
+    assert role.busy == 0
+
+
+def test_a_container_that_does_not_hand_out_credentials_at_once_is_asked_again(
+    s3_url: str, role: MetadataService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{role.endpoint}/credentials")
+    monkeypatch.setattr("botocore.utils.ContainerMetadataFetcher.SLEEP_TIME", 0.0)
+    role.busy = 3  # boto3 itself tries three times
+    store = open_store(s3_url)
+    assert role.busy == 0
+    role.busy = 3  # what it handed out ends soon, and it has no new ones for a while
+    store.put("x", b"123")
+    assert role.busy == 0
+    role.busy = 3
+    assert read_range(store, "x", 1, 2) == b"23" and role.busy == 0
+    role.busy = 10_000
+    monkeypatch.setattr(s3, "FIRST_RETRY_SECONDS", 0.0)
+    with pytest.raises(Permanent, match=f"{s3_url}: no credentials: .*set AWS_ACCESS_KEY_ID"):
+        open_store(s3_url)
+    assert role.busy == 10_000 - 3
+
+
+def test_credentials_that_nobody_has_are_said_to_be_missing_also_where_others_have_seen_the_server(
+    s3_url: str, role: MetadataService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(s3_url)
+    store.put("x", b"1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr(s3, "FIRST_RETRY_SECONDS", 0.5)
+    with pytest.raises(Permanent, match=rf"{s3_url}/x at http://\S+: no credentials: .*set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+        pickle.loads(pickle.dumps(store)).read("x")
+
+
+def test_settings_of_this_machine_that_are_wrong_are_refused(
+    s3_url: str, tmp_path: Path, object_store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "config"
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for text, profile, says in (
+        ("", "nobody", r"profile \(nobody\) could not be found"),
+        ("neither a section nor a key", "default", "parse config file"),
+        ("[profile half]\nrole_arn = arn:aws:iam::1:role/x\n", "half", "Partial credentials"),
+    ):
+        config.write_text(text)
+        monkeypatch.setenv("AWS_PROFILE", profile)
+        with pytest.raises(Permanent, match=f"{s3_url}: .*{says}.*; correct the AWS_"):
+            open_store(s3_url)
 
 
 def test_a_busy_server_is_asked_again(s3_url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
