@@ -26,7 +26,7 @@ from cluster.data.checksums import RunningChecksums
 from cluster.data.manifest import Manifest
 from cluster.data.ranges import Range, ReadPlan, ReceiveBuffers
 from cluster.data.shards import CorruptData, index_dtype, npy_header, read_index
-from cluster.storage import Store
+from cluster.storage import BeyondEnd, Store
 from cluster.storage.parallel import parallel_map
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,8 @@ class FetchResult(NamedTuple):
     """What came of a range.
 
     Attributes:
-        damaged: for each entry of the plan whose bytes are not those that were written, the error; its place holds nothing of use.
+        damaged: for each entry of the plan whose bytes are not those that were written, or are beyond the end of the tar, the error; its
+            place holds nothing of use.
         bytes: asked of the store.
     """
 
@@ -219,7 +220,7 @@ class Reader:
         return ranges
 
     def fetch(self, plan: ReadPlan, span: Range, keep: bool = True) -> FetchResult:
-        """Read a range and put its arrays in their places; bytes that do not match their checksum are read once more.
+        """Read a range and put its arrays in their places; bytes that do not match their checksum, or do not come, are read once more.
 
         Args:
             plan: of `plan`.
@@ -240,7 +241,13 @@ class Reader:
             self._cache.drop(tar, span.start, span.length)
         for reads in (1, 2):  # bytes can also be damaged on their way
             sums = RunningChecksums(target)
-            self._store.read_into(f"{name}.tar", span.start, *target.buffers, on_bytes=sums.update)
+            try:
+                self._store.read_into(f"{name}.tar", span.start, *target.buffers, on_bytes=sums.update)
+            except BeyondEnd as error:
+                if reads == 2:
+                    return self._fetch_apart(plan, span, keep)
+                log.warning("%s; reading it once more", error)
+                continue
             damaged = self._place(plan, span, target, sums.of)
             if not damaged:
                 break
@@ -249,6 +256,15 @@ class Reader:
         if self._cache and keep and not damaged:
             self._cache.admit(tar, span.start, *target.buffers)
         return FetchResult(damaged, reads * span.length)
+
+    def _fetch_apart(self, plan: ReadPlan, span: Range, keep: bool) -> FetchResult:
+        """Read each member of a range that the tar ends before by itself: what was coalesced must not decide which are damaged."""
+        parts = plan.single(span)
+        if len(parts) == 1:
+            return FetchResult({number: self._corrupt(plan, number, None) for number in range(span.first, span.last)}, 0)
+        results = [self.fetch(plan, part, keep) for part in parts]
+        damaged = {number: found for result in results for number, found in result.damaged.items()}
+        return FetchResult(damaged, sum(result.bytes for result in results))
 
     def _place(self, plan: ReadPlan, span: Range, target: ReceiveBuffers, sums: dict[int, int]) -> dict[int, CorruptData]:
         """Copy small arrays to their places and compare all checksums; returns the error of each entry that does not match.
@@ -283,9 +299,11 @@ class Reader:
                 headers.add(known)
         return damaged
 
-    def _corrupt(self, plan: ReadPlan, number: int, crc: int) -> CorruptData:
+    def _corrupt(self, plan: ReadPlan, number: int, crc: int | None) -> CorruptData:
+        """The error of an entry whose bytes have this checksum, or are not there."""
         shard, member = plan.shard[number], self._manifest.members[plan.member[number]]
-        return CorruptData(self._name(shard), self._key(shard, plan.clip[number]), member, f"{plan.crc[number]:08x}", f"{crc:08x}")
+        actual = "" if crc is None else f"{crc:08x}"
+        return CorruptData(self._name(shard), self._key(shard, plan.clip[number]), member, f"{plan.crc[number]:08x}", actual)
 
     def _assert_header(self, plan: ReadPlan, number: int, header: bytes) -> None:
         """Raise an error unless an array has the shape and type that the manifest says."""

@@ -37,14 +37,14 @@ BLOCK = 512
 
 
 class CorruptData(ValueError):
-    """A member whose bytes are not those that were written.
+    """A member whose bytes are not those that were written, or are not there.
 
     Attributes:
         shard: its name, `<split>/<number>`.
         clip: the clip's key; empty if the index itself is damaged.
         member: `<person>.<array>.npy`, `json` or `index`.
         expected: the checksum it was written with.
-        actual: the checksum of what was read.
+        actual: the checksum of what was read; empty if the tar ends before all of the member.
     """
 
     failure = "data"
@@ -55,8 +55,9 @@ class CorruptData(ValueError):
 
     def __str__(self) -> str:
         where = f"shard {self.shard}" + (f", clip {self.clip}" if self.clip else "") + f", member {self.member}"
+        what = f"the bytes read have checksum {self.actual}, but they were written with {self.expected}"
         return (
-            f"{where}: the bytes read have checksum {self.actual}, but they were written with {self.expected}; the file was damaged since: "
+            f"{where}: {what if self.actual else 'the tar ends before all of it'}; the file was damaged since: "
             "restore it from a copy, or delete it and prepare the dataset again"
         )
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 from fastcrc.crc32 import iscsi as crc32c
 
 from cluster.config.schema import Workers
@@ -71,7 +72,7 @@ def check_shard(shared: tuple[Store, Manifest], split: str, position: int) -> li
         return [Damage(split, f"{name}.index.npy", str(error))]
     try:
         if (size := store.size(tar)) != info.bytes:
-            return [Damage(split, tar, f"it has {size} bytes, but was written with {info.bytes}")]
+            return [Damage(split, tar, f"it has {size} bytes, but was written with {info.bytes}{_lost(index, size)}")]
         all_members = [
             (int(offset), int(size), int(crc), bytes(row["key"]).decode(), member)
             for row in index
@@ -93,3 +94,11 @@ def check_shard(shared: tuple[Store, Manifest], split: str, position: int) -> li
     if not damage and actual_hash != info.tar:
         damage.append(Damage(split, tar, f"between its members: hash {actual_hash}, but the manifest says {info.tar}"))
     return damage
+
+
+def _lost(index: np.ndarray, size: int) -> str:
+    """Which clips of a shard are not whole in a tar of this size, the end of a sentence; empty if all are."""
+    keys = [bytes(key).decode() for key in index["key"][(index["offset"] + index["size"]).max(axis=1) > size]]
+    if not keys:
+        return ""
+    return f": clip {keys[0]} is not whole" if len(keys) == 1 else f": clips {keys[0]} to {keys[-1]}, {len(keys)} in all, are not whole"

@@ -6,11 +6,12 @@ Imports nothing of this project.
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from cluster.storage.base import AlreadyExists, Entry, NotFound, Permanent, Stale, StorageError, Store, content_hash
+from cluster.storage.base import AlreadyExists, BeyondEnd, Entry, NotFound, Permanent, Stale, StorageError, Store, content_hash
 from cluster.storage.folder import FolderStore
 
 __all__ = [
     "AlreadyExists",
+    "BeyondEnd",
     "Entry",
     "NotFound",
     "Permanent",

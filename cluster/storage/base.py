@@ -32,6 +32,10 @@ class NotFound(Permanent):
     """There is no object of this key."""
 
 
+class BeyondEnd(Permanent):
+    """An object ends before the bytes that were asked for."""
+
+
 class AlreadyExists(StorageError):
     """`create` found an object of this key: another writer was first."""
 
@@ -118,7 +122,7 @@ class Store(ABC):
 
         Raises:
             NotFound: if there is no such object.
-            StorageError: if it ends before they are full.
+            BeyondEnd: if it ends before they are full.
         """
 
     @abstractmethod

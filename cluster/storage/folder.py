@@ -12,6 +12,7 @@ from typing import Any
 from cluster.storage.base import (
     PRIVATE,
     AlreadyExists,
+    BeyondEnd,
     ByteCounter,
     Entry,
     NotFound,
@@ -73,7 +74,7 @@ class FolderStore(Store):
                 done += count
         self._counter.add(done)
         if done < size:
-            raise Permanent(f"{self.url}/{key}: ends at byte {start + done}, but bytes {start} to {start + size} were asked for")
+            raise BeyondEnd(f"{self.url}/{key}: ends at byte {start + done}, but bytes {start} to {start + size} were asked for")
         for buffer in buffers:
             on_bytes(buffer)
 

@@ -34,6 +34,7 @@ from urllib3.exceptions import HTTPError
 from cluster.storage import multipart
 from cluster.storage.base import (
     AlreadyExists,
+    BeyondEnd,
     ByteCounter,
     Entry,
     NotFound,
@@ -292,10 +293,11 @@ class S3Store(Store):
             etag, length, body = self._get_range(key, start + done, start + size, etag)
             if length not in (wanted, None):
                 body.close()
-                raise Permanent(
-                    f"{self.url}/{key} at {self.endpoint}: {length} bytes came, but bytes {start + done} to {start + size} "
-                    "were asked for: the object is shorter, or the server ignores ranges"
-                )
+                where, last = f"{self.url}/{key} at {self.endpoint}", start + size
+                came = f"{where}: {length} bytes came, but bytes {start + done} to {last} were asked for"
+                if length < wanted:
+                    raise BeyondEnd(f"{came}: the object is shorter")
+                raise Permanent(f"{came}: the server ignores ranges")
             count, cause = self._read_body(body, remaining(buffers, done), on_bytes)
             done += count
             if done < size and not retry.again(RETRY_SECONDS + size / SLOWEST):
@@ -399,7 +401,7 @@ class S3Store(Store):
         if _status(error) == 412:
             return StorageError(f"{where}: the object was changed while it was being read")
         if _status(error) == 416:
-            return Permanent(f"{where}: the object is shorter than the bytes asked for")
+            return BeyondEnd(f"{where}: the object is shorter than the bytes asked for")
         if _code(error) in EXPIRED:
             return Permanent(
                 f"{where}: the credentials have expired; renew them where Ray was started, and give the same command; if they have not, "

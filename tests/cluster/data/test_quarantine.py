@@ -24,6 +24,7 @@ from cluster.storage import open_store
 from reactdiff.data.order import Order
 from reactdiff.stage import LATENT, Source, build, stage
 from tests.cluster.support.damage import flip
+from tests.cluster.support.streaming import cut
 from tests.cluster.support.training import parts, train_on
 from tests.tiny import ROOT, call, settings, tiny
 
@@ -136,6 +137,22 @@ def listed(folder: Path) -> list[tuple[int, int]]:
     found = checkpoint.read_manifest(store, checkpoint.list_checkpoints(store, "autoencoder")[0])
     assert all("member" in bad.why for bad in found.quarantine)
     return [(bad.item, bad.position) for bad in found.quarantine]
+
+
+def test_a_tar_that_ends_too_early_ends_a_run_or_costs_it_the_items_beyond_its_end(shards: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(shards, tmp_path / "shards"))
+    store = open_store(str(data))
+    last = int(load_manifest(store).counts("train")[0]) - 1
+    key = cut(store, 0, last, "b.attributes.npy")
+    where = rf"CorruptData: shard train/000000, clip {key}, member b\.\S+"
+    with pytest.raises(mp.ProcessRaisedException, match=f"{where}: the tar ends before all of it"):
+        train_on(1, tiny(data, tmp_path), tmp_path / "stopped")
+    lists = []
+    for ranks in (1, 2):
+        rows = train_on(ranks, tiny(data, tmp_path, QUARANTINE), tmp_path / f"{ranks}")
+        assert all(row["loss"] > 0 for row in rows) and len(rows) == 7
+        lists.append(listed(tmp_path / f"{ranks}"))
+    assert lists[0] == lists[1] and [item for item, _ in lists[0]] == [2 * last + 1]
 
 
 def test_a_resumed_run_ends_identical_although_the_object_was_mended_meanwhile(quarantined: Path, damaged: Path, tmp_path: Path) -> None:

@@ -9,12 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.data import ranges
 from cluster.data import reader as reader_module
 from cluster.data.manifest import load_manifest
-from cluster.data.ranges import GAP, MAX_COALESCED, WIDE_GAP, ReadPlan
+from cluster.data.ranges import DIRECT, GAP, MAX_COALESCED, WIDE_GAP, ReadPlan
 from cluster.data.reader import Reader
 from cluster.data.shards import CorruptData, decode_npy, read_index
-from cluster.storage import open_store
+from cluster.storage import NotFound, Store, open_store
+from reactdiff.clip import PERSONS
+from tests.cluster.support.streaming import cut, make_clips
 
 WANTED = [("a", "mfcc"), ("a", "attributes"), ("b", "coefficients")]
 
@@ -78,6 +81,39 @@ def test_one_flipped_bit_is_named_with_shard_clip_member_and_both_checksums(shar
     error = caught.value
     assert (error.shard, error.clip, error.member) == ("train/000000", reader.key(4), "b.attributes.npy")
     assert error.expected == f"{index['crc'][4][place]:08x}" != error.actual
+
+
+@pytest.mark.parametrize("direct", [DIRECT, 1000])
+def test_of_a_tar_that_ends_too_early_only_the_members_beyond_its_end_are_damaged(
+    store: Store, direct: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranges, "DIRECT", direct)
+    manifest = make_clips(store, [5, 4])
+    wanted = [(person, name) for person in PERSONS for name in ("mfcc", "coefficients", "attributes")]
+    whole = [Reader(store, manifest, "train").read(clip, wanted) for clip in range(9)]
+    key = cut(store, 0, 4, "b.attributes.npy")
+    reader = Reader(store, manifest, "train")
+    clips, members = np.arange(9), np.tile([reader.member(source) for source in wanted], (9, 1))
+    places = [np.zeros((9, *reader.array(source)[0]), reader.array(source)[1]) for source in wanted]
+    plan = reader.plan(clips, members, places)
+    results = [reader.fetch(plan, span) for span in reader.ranges(plan)]
+    assert len(results) == 2, "all that is wanted of a shard comes in one range"
+    damaged = {error.member: error for result in results for error in result.damaged.values()}
+    assert sorted(damaged) == ["b.attributes.npy", "b.coefficients.npy", "b.mfcc.npy"]
+    assert {(error.shard, error.clip, error.failure, error.actual) for error in damaged.values()} == {("train/000000", key, "data", "")}
+    for clip, read in enumerate(whole):
+        for source, place in zip(wanted, places, strict=True):
+            if (clip, source[0]) != (4, "b"):
+                np.testing.assert_array_equal(place[clip], read.arrays[source])
+    assert reader.read(4, wanted[:3]).checksum == Reader(store, manifest, "train").read(4, wanted[:3]).checksum
+    with pytest.raises(CorruptData, match=rf"shard train/000000, clip {key}, member b\.attributes\.npy: the tar ends before all of it"):
+        reader.read(4, wanted)
+    store.put("train/000000.tar", b"")
+    with pytest.raises(CorruptData, match="shard train/000000, clip clip-0-0, member"):
+        reader.read(0, wanted)
+    store.delete("train/000000.tar")
+    with pytest.raises(NotFound):
+        reader.read(0, wanted)
 
 
 def test_an_array_that_is_not_as_the_manifest_says_is_refused(shards: Path) -> None:

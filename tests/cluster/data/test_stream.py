@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.data.cache import HEAD, Cache
 from cluster.data.manifest import Manifest, ShardTable, Split, StreamEntry, load_manifest, publish
+from cluster.data.quarantine import Quarantine
 from cluster.data.shards import CorruptData, members, read_index
 from cluster.data.stream import Share
 from cluster.storage import StorageError, Store, content_hash, open_store
@@ -23,6 +25,7 @@ from reactdiff.clip import TARGETS
 from tests.cluster.support.streaming import (
     FRAMES,
     Recorded,
+    cut,
     damage,
     expected,
     joined,
@@ -221,6 +224,32 @@ def test_wrong_bytes_end_the_stream_at_their_own_step_and_not_before(tmp_path: P
             got.append(batch)
     stream.close()
     assert len(got) == 5 and all(map(same, got, whole[:5]))
+
+
+@pytest.mark.parametrize("on_disk", [False, True], ids=["", "cache"])
+def test_a_tar_that_ends_too_early_costs_the_items_beyond_its_end_and_no_others(tmp_path: Path, on_disk: bool) -> None:
+    """Whatever is read together: windows of one step or of all, on one rank or three, the same items are damaged for the same reason."""
+    store, share = open_store(str(tmp_path / "shards")), Share(4, 72, 1, 0)
+    make_clips(store, [9, 9])
+    whole = read_all(store, share)
+    key = cut(store, 1, 8, "b.coefficients.npy")
+    stream = open_stream(store, share)
+    with pytest.raises(CorruptData, match=rf"shard train/000001, clip {key}, member b\.\w+\.npy: the tar ends before all of it"):
+        list(stream.batches(0))
+    stream.close()
+    lost, reasons = {2 * 17 + 1}, set()
+    for number, (read_ahead, ranks) in enumerate([(1, 1), (64 << 20, 1), (1, 3), (64 << 20, 3)]):
+        cache = Cache(tmp_path / f"cache{number}", 1 << 30) if on_disk else None
+        shares = [Share(4, 72, ranks, rank) for rank in range(ranks)]
+        got = [read_all(store, one, read_ahead=read_ahead, cache=cache, quarantine=Quarantine()) for one in shares]
+        corrupt = [bad for batches in got for batch in batches for bad in batch.corrupt]
+        assert {bad.item for bad in corrupt} == lost
+        reasons |= {(bad.item, bad.position, bad.why) for bad in corrupt}
+        for step, parts in zip(whole, zip(*got, strict=True), strict=True):
+            sound = [item not in lost for item in step.items]
+            assert all(torch.equal(tensor[sound], step.tensors[name][sound]) for name, tensor in joined(parts).items())
+            assert sum(part.ledger for part in parts) == sum(step.checksums[sound])
+    assert len(reasons) == 2, "one in each epoch"
 
 
 def test_a_shard_that_is_gone_ends_the_stream_at_the_first_step_that_wants_it(tmp_path: Path) -> None:

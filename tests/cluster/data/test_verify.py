@@ -8,9 +8,11 @@ import pytest
 from cluster.config.schema import Workers
 from cluster.data import sequential
 from cluster.data.manifest import load_manifest
-from cluster.data.shards import read_index
+from cluster.data.reader import Reader
+from cluster.data.shards import CorruptData, read_index
 from cluster.data.verify import check_shard, verify
 from cluster.storage import StorageError, open_store
+from reactdiff.clip import PERSONS
 from tests.tiny import call
 
 TAR = "train/000001.tar"
@@ -60,6 +62,28 @@ def test_damage_between_members_of_the_index_and_of_sizes_is_found(dataset: Path
     assert "no such" in damage(dataset)[0].lower()
     (dataset / "train/000001.index.npy").unlink()
     assert damage(dataset)[0].startswith("train/000001.index.npy: ") and "no such" in damage(dataset)[0].lower()
+
+
+def test_of_a_tar_that_ends_too_early_the_clips_are_named_that_a_reader_finds_damaged(dataset: Path) -> None:
+    store = open_store(str(dataset))
+    manifest, name = load_manifest(store), TAR.removesuffix(".tar")
+    index, place = read_index(store, name), manifest.members.index("b.mfcc.npy")
+    content = (dataset / TAR).read_bytes()
+    (dataset / TAR).write_bytes(content[: int(index[3]["offset"][place]) + 5])
+    first, wanted = int(manifest.counts("train")[0]), [(person, "mfcc") for person in PERSONS]
+    reader, unreadable = Reader(store, manifest, "train"), []
+    for row in range(len(index)):
+        try:
+            reader.read(first + row, wanted)
+        except CorruptData as error:
+            unreadable.append(error)
+    assert [error.clip for error in unreadable] == [bytes(key).decode() for key in index["key"][3:]] and len(unreadable) > 1
+    (found,) = damage(dataset)
+    clips = f"clips {unreadable[0].clip} to {unreadable[-1].clip}, {len(unreadable)} in all, are not whole"
+    assert f"was written with {len(content)}: {clips}" in found
+    last = int(index[-1]["offset"][-1])
+    (dataset / TAR).write_bytes(content[: last + 1])
+    assert damage(dataset)[0].endswith(f"was written with {len(content)}: clip {unreadable[-1].clip} is not whole")
 
 
 @pytest.mark.usefixtures("local_ray")

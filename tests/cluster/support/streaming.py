@@ -167,6 +167,16 @@ def damage(store: Store, shard: int, row: int, member: str) -> tuple[str, str, s
     return bytes(entry["key"]).decode(), f"{entry['crc'][place]:08x}", f"{crc32c(content[start : start + size]):08x}"
 
 
+def cut(store: Store, shard: int, row: int, member: str) -> str:
+    """Cut a shard's tar off in the middle of a member; returns the clip's key."""
+    manifest = load_manifest(store)
+    name = manifest.shard("train", shard)
+    entry, place = read_index(store, name)[row], manifest.members.index(member)
+    end = int(entry["offset"][place] + entry["size"][place] // 2)
+    store.put(f"{name}.tar", store.read(f"{name}.tar")[:end])
+    return bytes(entry["key"]).decode()
+
+
 class Recorded(FolderStore):
     """A folder that remembers each read of a tar as (key, first byte, bytes)."""
 
