@@ -12,7 +12,8 @@ from cluster.telemetry.meter import ENDED, Snapshot
 from cluster.telemetry.reminder import Reminder
 
 LEAST = 10.0
-"""Least limit of a step, in seconds; more where one of the last hundred steps took longer than a fifth of it."""
+"""Least limit of a step, in seconds; more where one of the last hundred steps took longer than a fifth of it. The first step of a process,
+which may compile, is the measure of the second one alone."""
 
 FACTOR = 5.0
 """A step may take so many times the slowest of the last hundred."""

@@ -69,8 +69,8 @@ class Snapshot(TypedDict):
     """A meter's state in plain JSON types; `process` tells one meter from the one that replaces it after a restart.
 
     `phase` is what the rank is at, since `phase_seconds`, and `collective` whether it waits for other ranks there; `steps` are those of
-    this process, `slowest_step` the longest of the last hundred in seconds, without waits for the store and looks at val, `pid` the
-    process.
+    this process, `slowest_step` the longest of the last hundred in seconds, without waits for the store and looks at val, and without the
+    first one once there is another: it may have compiled. `pid` is the process.
     """
 
     rank: int
@@ -143,6 +143,8 @@ class Meter:
             beside = sum(spent for phase, spent in self._step.items() if state_of(phase) != "compute")
             self._durations.append(self._mark - self._stepped - beside)
             self._steps, self._stepped = self._steps + 1, self._mark
+            if self._steps == 2:  # the first may have compiled for minutes; before now, a long second one would pass for a hang
+                self._durations.popleft()
             self._totals["items"] += items
             self._totals["bytes"] += bytes
             self._totals["flops"] += flops

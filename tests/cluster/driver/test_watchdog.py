@@ -121,6 +121,30 @@ def test_steps_of_a_minute_are_no_hang_from_the_first_on_and_what_is_beside_them
     assert found[-1] and found[-1].text.startswith("no step for 301 s, limit 300 s")
 
 
+@pytest.mark.parametrize("second", [1, 299])
+def test_a_first_step_that_compiles_is_the_measure_of_the_second_one_alone(second: int) -> None:
+    now, found = [0.0], []
+    watchdog, meter = Watchdog(1, lambda rank: f"rank {rank}", lambda: now[0]), Meter(0, 1, "diffusion", lambda: now[0])
+
+    def spend(seconds: int) -> None:
+        for _ in range(seconds):
+            now[0] += 1
+            watchdog.hear(meter.snapshot())
+            if stuck := watchdog.look():
+                found.append(stuck.text)
+
+    meter.begin()
+    for seconds in (300, second, *[1] * 10):
+        with meter.phase("forward"):
+            spend(seconds)
+        meter.step_done(items=1)
+    limit = max(int(LEAST), 5 * second)
+    spend(limit)
+    assert found == []
+    spend(2)
+    assert found and found[0].startswith(f"no step for {limit + 1} s, limit {limit} s")
+
+
 def test_a_rank_that_has_ended_may_be_silent_while_others_finish_a_checkpoint_and_not_for_ever() -> None:
     group = trained()
     group.second({rank: (4, ENDED) for rank in (1, 2)})
