@@ -13,7 +13,7 @@ from cluster.driver.interruption import Enough, Interruption, never
 from cluster.driver.ray_train import set_defaults
 from cluster.runs.checkpoint import newest_progress
 from cluster.runs.logs import write_end
-from cluster.runtime.failures import LOST, PREEMPTED, Budget, StageFailed, classify
+from cluster.runtime.failures import LOST, PREEMPTED, SAME, USER, Budget, StageFailed, classify
 from cluster.runtime.placement import Gang, wait_for_place
 from cluster.runtime.scratch import scratch_folder
 from cluster.storage import StorageError
@@ -127,6 +127,9 @@ class _Stage:
             if (progress := newest_progress(self._job.run, self._job.stage)) > self._furthest:
                 self._furthest = progress
                 self._budget.refill()
+        tried = ""
+        if failure is LOST and self._budget.repeated(cause):
+            failure, tried = USER, f"the same error {SAME} times without progress"
         if group:
             write_end(self._job.run, self._job.life, group.attempt, self._job.stage, f"{failure.name}, {where}\n{error}")
         if self._interruption.signal:
@@ -134,7 +137,7 @@ class _Stage:
         if group and group.reason == "enough":
             raise Enough(group.why) from cause
         allowed = self._budget.allows(failure)
-        failed = StageFailed(self._job.stage, failure, cause, where, str(self._budget))
+        failed = StageFailed(self._job.stage, failure, cause, where, tried or str(self._budget))
         if not allowed:
             raise failed from cause
         self._monitor.restarted(failure.name, f"{failed.what}; starting the ranks again ({self._budget})")

@@ -107,6 +107,16 @@ PREEMPTED = next(failure for failure in TABLE if failure.name == "preempted")
 LOST = TABLE[-1]
 """A worker, its machine, its GPU or the cluster is gone: what remains when no rank names another reason."""
 
+USER = next(failure for failure in TABLE if failure.name == "user")
+"""A mistake: no try can succeed."""
+
+SAME = 3
+"""So many times the same error that nobody expects, without progress in between, are a mistake: of what passes by itself the text, the rank
+or the moment would be another. Once it may be anything, and after the second time a machine that is to blame is left out."""
+
+TOLD = ("peer", "connect", "socket", "gloo", "c10d", "nccl", "store->", "timed out", "timeout", "broken pipe", "unreachable", "no route to")
+"""Words of errors that follow from a lost peer, or a lost way to it, in small letters."""
+
 
 class StageFailed(RuntimeError):
     """A step of a run ended without reaching its end.
@@ -137,7 +147,7 @@ class Budget:
     """How often each class of failure may still be started again; progress refills it."""
 
     def __init__(self, retries: int):
-        self._retries, self._spent = retries, Counter[str]()
+        self._retries, self._spent, self._seen = retries, Counter[str](), Counter[str]()
 
     def allows(self, failure: Failure) -> bool:
         """Spend one retry of this class, unless there is none left."""
@@ -147,9 +157,17 @@ class Budget:
             self._spent[failure.name] += 1
         return self._spent[failure.name] <= self._retries
 
+    def repeated(self, error: BaseException) -> bool:
+        """Take an error of a rank; whether it is one that nobody expects, and has now come SAME times without progress."""
+        if failure_of(error) or of_a_peer(error):
+            return False
+        self._seen[text := f"{type(error).__name__}: {error}"] += 1
+        return self._seen[text] >= SAME
+
     def refill(self) -> None:
         """The work got further than it ever was."""
         self._spent.clear()
+        self._seen.clear()
 
     def __str__(self) -> str:
         spent = [f"{count} of {self._retries} for {name}" for name, count in self._spent.items()]
@@ -164,12 +182,17 @@ def classify(errors: Iterable[BaseException]) -> tuple[Failure, BaseException]:
     """
     found = [inner(error) for error in errors]
     shown = [(failure, error) for failure in TABLE for error in found if _shows(error, failure)]
-    return shown[0] if shown else (LOST, found[0])
+    return shown[0] if shown else (LOST, next((error for error in found if not of_a_peer(error)), found[0]))
 
 
 def failure_of(error: BaseException) -> Failure | None:
     """The class that an error shows by itself, None for one that nobody expects: a mistake in the program."""
     return next((failure for failure in TABLE if _shows(inner(error), failure)), None)
+
+
+def of_a_peer(error: BaseException) -> bool:
+    """Whether an error follows from a lost peer, or a lost way to it, as far as its words tell: whoever raised it has nothing."""
+    return isinstance(error, ConnectionError | TimeoutError | EOFError) or any(word in str(error).lower() for word in TOLD)
 
 
 def exit_code(error: BaseException) -> int:

@@ -127,7 +127,7 @@ class Troubled:
         ("", StorageError("the store is away"), 3, True),
         ("", StorageError("the store is away"), 4, False),
         ("preempted", WorkerGroupError("its machine went", {0: RuntimeError("gone")}), 9, True),
-        ("", WorkerGroupError("a rank died", {0: RuntimeError("gone")}), 4, False),
+        ("", WorkerGroupError("a rank died", {0: RuntimeError("Connection closed by peer")}), 4, False),
     ],
 )
 def test_a_store_that_is_away_is_retried_and_a_machine_that_goes_before_its_notice_says_costs_no_retry(
@@ -142,6 +142,23 @@ def test_a_store_that_is_away_is_retried_and_a_machine_that_goes_before_its_noti
     with closing(exporter), Display(StringIO()) as display, nullcontext() if over else pytest.raises(StageFailed):
         launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None)
     assert not Troubled.trouble
+
+
+@pytest.mark.starts
+@pytest.mark.parametrize(("error", "name"), [("a shape", "user"), ("Connection closed by peer", "lost")])
+def test_the_same_error_three_times_without_progress_needs_a_person(
+    error: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(launching, "Group", Troubled)
+    monkeypatch.setattr(Troubled, "trouble", [WorkerGroupError("a rank failed", {0: RuntimeError(error)}) for _ in range(9)])
+    monkeypatch.setattr(launching, "wait_for_place", lambda *_: ["node"])
+    exporter = Exporter("run", 1, port=0)
+    job = Job(tiny(tmp_path, tmp_path), STAGE, open_store(str(tmp_path)), 1, open_store(str(tmp_path)), "")
+    with closing(exporter), Display(StringIO()) as display, pytest.raises(StageFailed) as failed:
+        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None)
+    assert failed.value.failure.name == name and (failed.value.failure.exit_code == 1) is (name == "user")
+    if name == "user":
+        assert "the same error 3 times without progress" in str(failed.value) and len(Troubled.trouble) == 6
 
 
 class Failing:

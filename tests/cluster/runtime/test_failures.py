@@ -170,6 +170,49 @@ def test_a_mistake_of_the_program_is_not_taken_for_a_lost_machine() -> None:
         assert (failure.name, failure.retried, failure.exit_code, cause) == ("user", False, 1, mistake)
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x3 and 5x2)"),
+        PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/data/cache"),
+    ],
+)
+def test_an_error_that_comes_again_and_again_the_same_is_a_mistake_and_no_lost_machine(mistake: Exception) -> None:
+    budget = Budget(9)
+    assert classify([mistake])[0] is failures.LOST, "once it may have been anything"
+    assert [budget.repeated(mistake) for _ in range(failures.SAME)] == [*[False] * (failures.SAME - 1), True]
+    budget.refill()
+    assert not budget.repeated(mistake), "the work got further in between"
+    assert not any(Budget(9).repeated(RuntimeError(f"another one, {number}")) for number in range(9))
+
+
+TOLD = [
+    RuntimeError("[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"),
+    RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to complete"),
+    torch.distributed.DistNetworkError("The client socket has timed out after 600000ms while trying to connect to (10.0.0.1, 29500)."),
+    torch.distributed.DistStoreError("wait timeout after 300000ms, keys: /default_pg/0//cuda//0"),
+    RuntimeError("[1] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value store by store->get('0')"),
+    OSError(errno.EHOSTUNREACH, os.strerror(errno.EHOSTUNREACH)),
+    BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)),
+    EOFError(),
+]
+"""How ranks hear that a peer, or the way to it, is gone."""
+
+
+def test_what_is_known_to_follow_from_a_lost_peer_is_never_taken_for_a_mistake_however_often_it_comes() -> None:
+    for told in TOLD:
+        budget = Budget(99)
+        assert classify([told])[0] is failures.LOST and not any(budget.repeated(told) for _ in range(99)), told
+    known = WorkerHealthCheckFailedError("its process has died", failure=ValueError())
+    budget = Budget(99)
+    assert not any(budget.repeated(known) for _ in range(99)), "a process that dies each time may have a machine to blame"
+
+
+def test_of_an_error_that_nobody_expects_and_its_peers_connections_the_error_is_the_cause() -> None:
+    mistake = RuntimeError("a shape")
+    assert classify([*TOLD[:4], mistake, TOLD[4]]) == (failures.LOST, mistake)
+
+
 MORE = """
 Search for `cudaErrorECCUncorrectable' in https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html for more information.
 CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
