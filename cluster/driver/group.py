@@ -1,5 +1,6 @@
 """A worker group on its machines: started, watched, asked to leave, and started again where it was."""
 
+import datetime
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import ActorDiedError, RayError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 from ray.train import WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -40,6 +41,15 @@ REPORT = 1.0
 
 CLUSTER_POLL = 2.0
 """Seconds between two looks at the machines."""
+
+ANSWER = 10.0
+"""Seconds that the board is given to answer, before it is said that it does not. It answers in milliseconds."""
+
+UNANSWERED = 6
+"""So many times in a row it may not, before its process is killed."""
+
+BOARD_START = 30
+"""The same of one whose process starts, on a machine that may be busy."""
 
 ENDING = 20.0
 """Seconds that Ray Train is given to end the ranks of a stage that has failed."""
@@ -84,6 +94,7 @@ class Group:
         self._names = {node.id: f"{node.name} ({node.address})" for node in nodes()}
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        self._silences, self._patience = 0, BOARD_START
         self._growth: Demand | None = None
         self._grows, self._growing = False, Lock()
         self._reserved, self._price = False, Berths(job.experiment.telemetry.prices)
@@ -134,10 +145,11 @@ class Group:
         self.hang: Hang | None = None
         self._killed: tuple[float, StageFailed] | None = None
         self._progress, self._heard = 0.0, dict[int, Snapshot]()
+        self._taking: Any = None
         self._watchdog = Watchdog(len(self._place), self._rank_name)
         make_room(self._job.run)
         self._job = replace(self._job, attempt=open_attempt(self._job.run, self._job.life))
-        ray.get(self._board.begin.remote(self._job.attempt))
+        self._wait_for_board(self._board.begin.remote(self._job.attempt))
         self._goes_on_from = newest_progress(self._job.run, self._job.stage)
         self._monitor.again(self._goes_on_from)
         self._grows = True
@@ -153,7 +165,7 @@ class Group:
                 again = True
         finally:
             with suppress(RayError):  # Ray Train learns in its own way that the board is gone
-                ray.get(self._board.decide.remote(again))
+                ray.get(self._board.decide.remote(again), timeout=ANSWER)
 
     def _machines_answer(self) -> bool:
         try:
@@ -205,14 +217,9 @@ class Group:
             self._monitor.say(f"{why}: a checkpoint at the next step, then the end")
         if self.reason in ("", "resized") and (answer := self._poller.answer()):
             self._heed(*answer)
-        try:
-            snapshots, error = ray.get(self._board.take.remote(self._request()))
-        except ActorDiedError as gone:
-            if not self._killed:
-                self._give_up_unheard(gone)
+        if (answer_of_board := self._take()) is None:
             return None
-        except RayError:
-            return None  # Ray is ending; the ranks' own error says more
+        snapshots, error = answer_of_board
         self._book_places()
         for snapshot in snapshots:
             self._monitor.take(snapshot)
@@ -223,10 +230,64 @@ class Group:
             self._look_for_hang()
         return cloudpickle.loads(error) if error else None
 
+    def _take(self) -> tuple[list[Snapshot], bytes | None] | None:
+        """What the board has for the driver; None while it does not answer, or is gone."""
+        if self._taking is None:  # else the answer is still to come, and what is in it will not come again
+            self._taking = self._board.take.remote(self._request())
+        try:
+            taken = ray.get(self._taking, timeout=ANSWER)
+        except GetTimeoutError:
+            self._unanswered()
+            return None
+        except ActorDiedError as gone:
+            if not self._killed:
+                self._give_up_unheard(gone)
+            return None
+        except RayError:
+            self._taking = None
+            return None  # Ray is ending; the ranks' own error says more
+        self._taking = None
+        self._answered()
+        return taken
+
+    def _wait_for_board(self, question: Any) -> None:
+        """Until the board has answered.
+
+        Raises:
+            RayError: if it is gone; one that does not answer is killed.
+        """
+        while True:
+            try:
+                ray.get(question, timeout=ANSWER)
+            except GetTimeoutError:
+                self._assert_ours()
+                self._unanswered()
+            else:
+                return self._answered()
+
+    def _answered(self) -> None:
+        self._silences, self._patience = 0, UNANSWERED
+
+    def _unanswered(self) -> None:
+        """The board's process is there and does not answer: that is said, and after a while it is killed, which has a way out.
+
+        Counted in questions, not in time: a driver that was frozen itself has heard nothing either.
+        """
+        self._silences += 1
+        who = "the process through which driver and ranks speak"
+        if self._silences == 1:
+            since = datetime.datetime.now() - datetime.timedelta(seconds=ANSWER)
+            self._monitor.say(f"{who} has not answered since {since:%H:%M:%S}: it is waited for")
+        if self._silences >= self._patience:
+            self._monitor.say(f"{who} has not answered for {self._silences * ANSWER:.0f} s: killing it")
+            ray.kill(self._board)
+
     def _book_places(self) -> None:
         """Tell from when to when the ranks' places are held: Ray Train itself takes seconds to start and to end."""
+        if self._silences:
+            return  # nor would it answer this
         with suppress(RayError):
-            self._monitor.hold(self._berths, self._goes_on_from, *ray.get(self._board.places.remote()))
+            self._monitor.hold(self._berths, self._goes_on_from, *ray.get(self._board.places.remote(), timeout=ANSWER))
 
     def _look_for_hang(self) -> None:
         if said := self._watchdog.slow():
@@ -239,7 +300,7 @@ class Group:
         self.hang = Hang(f"{stuck.text}; stacks of all ranks are in {self._job.run.url}/{folder}/")
         self._monitor.say(f"{stuck.text}: writing the stacks of all ranks, then killing what hangs")
         with suppress(RayError):
-            ray.get(self._board.ask.remote(Request.STACKS))
+            ray.get(self._board.ask.remote(Request.STACKS), timeout=ANSWER)
         time.sleep(2 * REPORT)  # each rank reports once a second, and hears it then
         self._examine(folder, sorted(self._heard), kill=False)
         self._kill(folder, [rank for rank in stuck.ranks if rank in self._heard] or sorted(self._heard), self._hung(self.hang))

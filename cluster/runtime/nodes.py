@@ -1,6 +1,9 @@
 """The machines of the Ray cluster as they are now: what each has, what of it is free, and which are about to go."""
 
+import datetime
+import logging
 import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from threading import Thread
@@ -17,7 +20,15 @@ HEAD = "node:__internal_head__"
 
 LOOPBACK = "127.0.0.1"
 
+SAID_AFTER = 10.0
+"""Seconds after which it is said that a cluster does not answer."""
+
+SAID_AGAIN = 60.0
+"""Seconds after which it is said again."""
+
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,8 +88,11 @@ def listens(host: str, port: int, seconds: float = 3) -> bool:
     return True
 
 
-def waited_for(question: Callable[[], T]) -> T:
-    """The answer to a question, however long it takes; Ctrl-C ends it. A cluster without its head is silent, deep in Ray's own code."""
+def waited_for(question: Callable[[], T], clock: Callable[[], float] = time.monotonic) -> T:
+    """The answer to a question, however long it takes, which is said; Ctrl-C ends it.
+
+    A cluster without its head is silent, deep in Ray's own code.
+    """
     answers, errors = list[T](), list[BaseException]()
 
     def ask() -> None:
@@ -88,9 +102,15 @@ def waited_for(question: Callable[[], T]) -> T:
             errors.append(error)
 
     thread = Thread(target=ask, daemon=True)
+    since, began, due = datetime.datetime.now().strftime("%H:%M:%S"), clock(), SAID_AFTER
     thread.start()
     while thread.is_alive():
         thread.join(0.05)
+        if (waited := clock() - began) >= due and thread.is_alive():
+            log.warning("the head of the cluster has not answered since %s: it is waited for, %.0f s so far", since, waited)
+            due = waited + SAID_AGAIN
+    if due > SAID_AFTER:
+        log.warning("the head of the cluster answers again, after %.0f s", clock() - began)
     for error in errors:
         raise error
     return answers[0]

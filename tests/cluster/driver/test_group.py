@@ -6,7 +6,8 @@ from threading import Lock
 from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import ActorDiedError, RayError
+from ray import cloudpickle
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 
 from cluster.driver import group as module
 from cluster.driver.group import Group
@@ -22,12 +23,13 @@ from tests.cluster.telemetry.test_meter import Clock
 def group(monkeypatch: pytest.MonkeyPatch) -> Group:
     """A group on two machines whose ranks are not heard."""
 
-    def silent(*_: object) -> None:
+    def silent(question: object, timeout: float) -> None:  # nothing is asked without one
         raise RayError
 
     made = object.__new__(Group)
     made.reason, made.why, made.hang, made._killed = "", "", None, None
-    made._heard = {}
+    made._heard, made._taking = {}, None
+    made._silences, made._patience = 0, module.UNANSWERED
     made._place, made._names = ["a", "b"], {"a": "host-a"}
     made._assert_ours, made._enough = lambda: None, lambda: ""
     made._interruption = SimpleNamespace(signal=0)  # type: ignore[assignment]
@@ -95,7 +97,7 @@ def test_ranks_that_nobody_hears_any_more_are_killed_so_that_they_start_again(
 ) -> None:
     killed: list[int] = []
 
-    def gone(*_: object) -> None:
+    def gone(question: object, timeout: float) -> None:
         raise ActorDiedError
 
     monkeypatch.setattr(module.ray, "get", gone)
@@ -107,6 +109,69 @@ def test_ranks_that_nobody_hears_any_more_are_killed_so_that_they_start_again(
     look(group, [], 2)
     look(group, [], 2)
     assert killed == [0, 1], "once"
+
+
+class Deaf:
+    """A board whose process is stopped: it answers what it was asked when it goes on, and dies of being killed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.asked: list[str] = []
+        self.killed = 0
+        self.answers: dict[str, object] = {}
+        monkeypatch.setattr(module.ray, "get", self.get)
+        monkeypatch.setattr(module.ray, "kill", self.kill)
+
+    def __getattr__(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(remote=lambda *_: self.asked.append(name) or name)
+
+    def get(self, question: str, timeout: float) -> object:
+        if self.killed:
+            raise ActorDiedError
+        if question not in self.answers:
+            raise GetTimeoutError
+        return self.answers[question]
+
+    def kill(self, board: object) -> None:
+        assert board is self
+        self.killed += 1
+
+
+def test_a_board_that_does_not_answer_is_waited_for_asked_once_and_after_a_minute_takes_the_way_of_a_dead_one(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, given_up = list[str](), list[RayError]()
+    group._board = board = Deaf(monkeypatch)
+    group._monitor = SimpleNamespace(say=said.append)  # type: ignore[assignment]
+    monkeypatch.setattr(group, "_give_up_unheard", given_up.append)
+    for _ in range(int(60 / module.ANSWER) - 1):
+        look(group, [], 2)
+    assert board.asked == ["take"], "what it takes of an answer that nobody waits for would be lost"
+    assert len(said) == 1 and "has not answered since" in said[0] and not board.killed
+    look(group, [], 2)
+    assert board.killed == 1 and "has not answered for 60 s: killing it" in said[1] and not given_up
+    look(group, [], 2)
+    assert len(given_up) == 1 and board.asked == ["take"]
+
+
+def test_a_board_that_answers_late_is_heard(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    group._board = board = Deaf(monkeypatch)
+    group._poller = SimpleNamespace(answer=lambda: None)  # type: ignore[assignment]
+    group._berths, group._goes_on_from = [], 0
+    group._monitor = SimpleNamespace(say=lambda text: None, hold=lambda *_: None)  # type: ignore[assignment]
+    for _ in range(2):
+        for _ in range(int(60 / module.ANSWER) - 1):
+            assert group._look() is None
+        board.answers = {"take": ([], cloudpickle.dumps(RuntimeError("a rank failed meanwhile"))), "places": (0.0, 0.0, 0.0)}
+        assert str(group._look()) == "a rank failed meanwhile"
+        board.answers.clear()
+    assert not board.killed and board.asked == ["take", "places"] * 2
+
+
+def test_at_the_end_nobody_waits_for_a_board_that_does_not_answer(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    group._board = board = Deaf(monkeypatch)
+    look(group, [], 2)
+    group._book_places()
+    assert board.asked == ["take"]
 
 
 def test_no_room_is_reserved_for_a_group_that_has_ended_while_its_lookout_was_on_its_way(

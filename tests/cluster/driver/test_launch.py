@@ -250,6 +250,41 @@ def test_a_dead_board_costs_the_work_since_the_last_checkpoint_and_the_run_goes_
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+def test_a_board_that_is_stopped_is_said_killed_after_a_minute_and_the_run_goes_on_by_itself(
+    two: Machines, shards: Path, tmp_path: Path
+) -> None:
+    run = Running(shards, tmp_path, "silent", "workers.count=2", "optim.epochs=5000", address=two.address)
+    run.until(lambda: run.progress >= 240)
+    board = two.process("ray::Board")
+    board.suspend()
+    run.until_said("the process through which driver and ranks speak has not answered since")
+    assert board.status() == psutil.STATUS_STOPPED
+    run.until_said("has not answered for 60 s: killing it")
+    run.until_said("failed (lost)")
+    reached = run.progress
+    run.until(lambda: run.progress > reached and run.trained > 0)
+    run.process.send_signal(signal.SIGINT)
+    assert run.end() == 130, run.said
+    assert run.attempts == 2 and run.status == "STOPPED"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_told_twice_a_run_ends_at_once_also_where_its_board_is_stopped(two: Machines, shards: Path, tmp_path: Path) -> None:
+    run = Running(shards, tmp_path, "deaf-twice", "workers.count=2", "optim.epochs=5000", address=two.address)
+    run.until(lambda: run.progress >= 240)
+    two.process("ray::Board").suspend()
+    run.until_said("the process through which driver and ranks speak has not answered since")
+    run.process.send_signal(signal.SIGINT)
+    run.until_said("told to end: a checkpoint at the next step")
+    time.sleep(2 * SAME)  # what comes sooner is the first one again
+    run.process.send_signal(signal.SIGINT)
+    assert run.end() == 130, run.said
+    assert run.status == "STOPPED" and "killing it" not in run.said, "nobody waited until it was given up"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_run_waits_for_a_cluster_that_grows(undisturbed: Running, shards: Path, tmp_path: Path) -> None:
     with machines(1) as there:
         run = Running(shards, tmp_path, "grow", "workers.count=2", address=there.address)

@@ -124,8 +124,12 @@ class Machines:
 
     def kill_process(self, title: str) -> None:
         """The one process of that title, of a worker of Ray's, is gone without a word."""
+        self.process(title).kill()
+
+    def process(self, title: str) -> psutil.Process:
+        """The one process of that title, of a worker of Ray's."""
         (one,) = self._processes(title)
-        one.kill()
+        return one
 
     def _processes(self, title: str = "") -> list[psutil.Process]:
         found = []
