@@ -23,6 +23,7 @@ from cluster.driver.watchdog import Hang, Watchdog
 from cluster.runs.checkpoint import newest_progress
 from cluster.runs.lineage import open_attempt
 from cluster.runs.logs import log_folder, make_room, write_end
+from cluster.runtime.autoscaler import autoscaler
 from cluster.runtime.failures import LOST, StageFailed, classify, inner
 from cluster.runtime.nodes import draining_nodes, listens, nodes
 from cluster.runtime.placement import Demand, Gang, fit
@@ -66,6 +67,9 @@ class Group:
         why: the same, in words.
         hang: why ranks were killed, if they were.
     """
+
+    reason: str
+    why: str
 
     def __init__(
         self,
@@ -137,6 +141,8 @@ class Group:
             self._withdraw_growth()
         if fit_thread.error:
             raise fit_thread.error
+        if fit_thread.value["left"] and not self.reason:  # it was found too late that the room is gone again
+            self.reason, self.why = "resized", "there was room for more ranks"
         return fit_thread.value
 
     def _begin(self) -> None:
@@ -347,12 +353,14 @@ class Group:
         return Request.LEAVE_AT_CHECKPOINT if self.reason == "resized" else Request.LEAVE
 
     def _heed(self, leaving: list[str], room: int) -> None:
-        """Have the ranks leave where a machine of theirs will go, or where there is room for more of them."""
+        """Have the ranks leave where a machine of theirs will go, or at a checkpoint as long as there is room for more of them."""
         if leaving:
             self.reason, self.why = "preempted", f"{', '.join(self._names.get(node, node) for node in leaving)} will be taken away"
             self._monitor.say(f"{self.why}: a checkpoint at the next step")
-        elif not self.reason and (more := room - len(self._place)) > 0:
+        elif (more := room - len(self._place)) > 0:
             self.reason, self.why = "resized", f"there is room for {more} more ranks"
+        else:
+            self.reason, self.why = "", ""
 
     def _ask_of_machines(self) -> tuple[list[str], int]:
         """Which of the ranks' machines are about to go, and how many ranks there would be room for."""
@@ -361,10 +369,13 @@ class Group:
         lacking = self._gang.most - len(self._place)
         if leaving or lacking <= 0 or len(self._heard) < len(self._place):  # until all ranks are placed, what is free is theirs
             return leaving, 0
+        # Where no autoscaler sees it nothing is reserved: it would get what another run gives back for the moment in which that one starts
+        # with more ranks, keep it idle until the next checkpoint, and then lose it to the other one in the same way.
+        asks = self._growth is None and autoscaler() is not None
         with self._growing:
             if not self._grows or len(self._heard) < len(self._place):
                 return leaving, 0
-            if self._growth is None:  # what an autoscaler sees
+            if asks and self._growth is None:
                 self._growth, self._reserved = Demand(replace(self._gang, memory=None), lacking), False
             return leaving, self._room()
 

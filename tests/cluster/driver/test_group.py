@@ -12,6 +12,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 from cluster.driver import group as module
 from cluster.driver.group import Group
 from cluster.driver.watchdog import Hang
+from cluster.runtime.autoscaler import Autoscaler
 from cluster.runtime.failures import StageFailed
 from cluster.runtime.placement import Gang
 from cluster.storage import open_store
@@ -65,6 +66,36 @@ def test_a_group_that_waits_for_its_next_checkpoint_to_grow_still_hears_that_a_m
     assert look(group, [], 3) == ("resized", Request.LEAVE_AT_CHECKPOINT)
     assert look(group, ["a"], 3) == ("preempted", Request.LEAVE) and group.why == "host-a will be taken away"
     assert look(group, [], 3) == ("preempted", Request.LEAVE), "and goes on leaving"
+
+
+def test_a_group_stays_whose_room_to_grow_is_gone_again_before_its_next_checkpoint(group: Group) -> None:
+    assert look(group, [], 3) == ("resized", Request.LEAVE_AT_CHECKPOINT)
+    assert look(group, [], 2) == ("", Request.NOTHING) and group.why == ""
+    assert look(group, [], 4) == ("resized", Request.LEAVE_AT_CHECKPOINT) and group.why == "there is room for 2 more ranks"
+
+
+class Left:
+    """Ray Train, whose ranks have left at a checkpoint."""
+
+    error, value = None, {"left": True}
+
+    def __init__(self, *_: object):
+        """Start nothing."""
+
+    def start(self) -> None:
+        """Nothing to start."""
+
+    def is_alive(self) -> bool:
+        return False
+
+
+def test_ranks_that_had_left_when_the_room_was_found_gone_start_again(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "Fit", Left)
+    group._job = group._gang = group._berths = None  # type: ignore[assignment]
+    group._board.close = SimpleNamespace(remote=lambda: None)
+    monkeypatch.setattr(group, "_book_places", lambda: None)
+    assert group.train("", lambda *_: None) == {"left": True}
+    assert (group.reason, group.why) == ("resized", "there was room for more ranks")
 
 
 def test_and_that_its_run_has_come_far_enough(group: Group) -> None:
@@ -184,6 +215,7 @@ def test_no_room_is_reserved_for_a_group_that_has_ended_while_its_lookout_was_on
         return []
 
     group._gang, group._heard = Gang(2, 4, {"CPU": 1.0}), {0: {}, 1: {}}  # type: ignore[dict-item]
+    monkeypatch.setattr(module, "autoscaler", Autoscaler)
     monkeypatch.setattr(module, "Demand", lambda gang, ranks: reserved.append(gang))
     monkeypatch.setattr(group, "_room", lambda: 2)
     monkeypatch.setattr(module, "draining_nodes", list)
@@ -191,3 +223,15 @@ def test_no_room_is_reserved_for_a_group_that_has_ended_while_its_lookout_was_on
     group._growth = None
     monkeypatch.setattr(module, "draining_nodes", draining)
     assert group._ask_of_machines() == ([], 0) and len(reserved) == 1
+
+
+def test_room_to_grow_is_reserved_only_where_an_autoscaler_is_to_see_it(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another run gives back for a moment, to start with more ranks itself, would go to the reservation."""
+    scalers, reserved = list[Autoscaler | None]([None, None, Autoscaler()]), list[int]()
+    group._gang, group._heard = Gang(2, 4, {"CPU": 1.0}), {0: {}, 1: {}}  # type: ignore[dict-item]
+    monkeypatch.setattr(module, "autoscaler", lambda: scalers.pop(0))
+    monkeypatch.setattr(module, "Demand", lambda gang, ranks: reserved.append(ranks))
+    monkeypatch.setattr(module, "draining_nodes", list)
+    monkeypatch.setattr(group, "_room", lambda: 3)
+    seen = [(group._ask_of_machines(), list(reserved)) for _ in range(3)]
+    assert seen == [(([], 3), []), (([], 3), []), (([], 3), [2])], "one may start later than its head"
