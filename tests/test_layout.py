@@ -50,7 +50,7 @@ MODULES = {
         "agreement ahead compile engine examine gradient job late_compiler looks loop memory rehearsal reporting requests resume settings "
         "spread stacks warm_start zero"
     ),
-    "driver": "berths board group interruption launch pin plan pretrained ray_metrics ray_train run watchdog",
+    "driver": "berths board group interruption launch pin plan pretrained ray_metrics ray_train run suspects watchdog",
     "studies": (
         "best comparison comparison_pairs comparison_report comparison_table first_stage halving importance kept_scores lags ledger "
         "marked_page retrain search searchers space sweep sweep_report sweep_table trial tuner"

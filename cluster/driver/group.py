@@ -24,8 +24,8 @@ from cluster.runs.checkpoint import newest_progress
 from cluster.runs.lineage import open_attempt
 from cluster.runs.logs import log_folder, make_room, write_end
 from cluster.runtime.autoscaler import autoscaler
-from cluster.runtime.failures import LOST, StageFailed, classify, inner
-from cluster.runtime.nodes import draining_nodes, listens, nodes
+from cluster.runtime.failures import LOST, StageFailed, classify, inner, of_a_peer
+from cluster.runtime.nodes import Node, draining_nodes, listens, nodes
 from cluster.runtime.placement import Demand, Gang, fit
 from cluster.runtime.poller import Poller
 from cluster.runtime.postmortem import postmortem
@@ -59,6 +59,10 @@ NOTICED = 120.0
 """Seconds that Ray Train is given to notice that ranks were killed."""
 
 
+class Elsewhere(Exception):
+    """Ranks that failed are to start on other machines. Who judges failures was told of this one."""
+
+
 class Group:
     """Ranks on these machines, started as often as it takes.
 
@@ -70,6 +74,7 @@ class Group:
 
     reason: str
     why: str
+    _elsewhere: bool
 
     def __init__(
         self,
@@ -116,13 +121,15 @@ class Group:
     def train(self, notes: str, judge: Callable[[Exception, "Group"], None]) -> dict[str, Any]:
         """Bring the ranks to their end, or to the checkpoint at which they leave.
 
-        Where their machines are all still there after a failure, they are started again on the same ones at once.
+        Where their machines are all still there after a failure, they are started again on the same ones, unless the gang avoids one of
+        them now and has room without it.
 
         Args:
             notes: folder of this machine for Ray Train's own notes.
             judge: told of such a failure; raises if the ranks are not to be started again.
 
         Raises:
+            Elsewhere: after a failure that `judge` was told of, if places have to be found anew.
             TrainingFailedError, RayError: a failure after which places have to be found anew; `judge` was not told.
         """
         fit_thread = Fit(self._job, self._gang, self._place, self._board, notes)
@@ -139,6 +146,8 @@ class Group:
             self._book_places()
             self._board.close.remote()
             self._withdraw_growth()
+        if fit_thread.error and self._elsewhere:
+            raise Elsewhere from fit_thread.error
         if fit_thread.error:
             raise fit_thread.error
         if fit_thread.value["left"] and not self.reason:  # it was found too late that the room is gone again
@@ -149,6 +158,8 @@ class Group:
         """What is known of the ranks belongs to one attempt."""
         self.reason, self.why = "", ""
         self.hang: Hang | None = None
+        self._blamed: Sequence[int] | None = None
+        self._elsewhere = False
         self._killed: tuple[float, StageFailed] | None = None
         self._progress, self._heard = 0.0, dict[int, Snapshot]()
         self._taking: Any = None
@@ -167,8 +178,10 @@ class Group:
             self._withdraw_growth()  # or it would take the places of the ranks
             if isinstance(error, WorkerGroupError) and not self.reason and not self._interruption.signal and self._machines_answer():
                 judge(error, self)
-                self._begin()
-                again = True
+                self._elsewhere = self._has_room_elsewhere()
+                if not self._elsewhere:
+                    self._begin()
+                    again = True
         finally:
             with suppress(RayError):  # Ray Train learns in its own way that the board is gone
                 ray.get(self._board.decide.remote(again), timeout=ANSWER)
@@ -179,6 +192,14 @@ class Group:
         except RayError:
             return False
         return all(host in there and listens(there[host].address, there[host].port) for host in dict.fromkeys(self._place))
+
+    def _has_room_elsewhere(self) -> bool:
+        """Whether ranks are on a machine that gets none any more, and there is room without it."""
+        if not self._gang.avoid() & set(self._place):
+            return False
+        with suppress(RayError):
+            return len(fit(self._gang, self._given_back([]))) >= self._gang.least
+        return False
 
     def _withdraw_growth(self) -> None:
         if not self._growing.acquire(timeout=ENDING):
@@ -200,14 +221,27 @@ class Group:
 
     def where(self, error: BaseException, cause: BaseException) -> str:
         """Rank, host and step of a failure, as far as they are known."""
-        failures = getattr(error, "worker_failures", {})
-        rank = next((rank for rank, one in failures.items() if inner(one) is cause), next(iter(failures), None))
+        rank = _rank_of(error, cause)
         steps = math.ceil(self._progress / self._job.experiment.optim.batch[self._job.stage])
         known = [f"after step {steps} ({self._progress:.0f} items)"] if self._progress else []
         if rank is not None and rank < len(self._place) and not self.hang:  # which says itself whom it means
             peer = "a peer of " * (isinstance(cause, RuntimeError) and " peer" in str(cause))  # gloo: who is told, not who is gone
             known = [f"{peer}rank {rank}", f"host {self._names.get(self._place[rank], self._place[rank])}", *known]
         return ", ".join(known)
+
+    def to_blame(self, error: BaseException, cause: BaseException) -> tuple[str, str]:
+        """The one machine that a failure names, by Ray's id and for people; empty where it names none, or several."""
+        if self._blamed is not None:
+            ranks = self._blamed
+        elif of_a_peer(cause):  # who tells it has heard of it: that says nothing of its own machine
+            return "", ""
+        else:
+            ranks = [rank for rank in (_rank_of(error, cause),) if rank is not None]
+        hosts = {self._place[rank] for rank in ranks if rank < len(self._place)}
+        if len(hosts) != 1:
+            return "", ""
+        (host,) = hosts
+        return host, self._names.get(host, host)
 
     def _look(self) -> Exception | None:
         """Take the ranks' numbers, look at the machines, and ask what is to be asked; returns a failure that waits for a decision."""
@@ -304,6 +338,7 @@ class Group:
             raise self._hung(Hang(f"{stuck.text}; no rank was heard of"))
         folder = log_folder(self._job.life, self._job.attempt)
         self.hang = Hang(f"{stuck.text}; stacks of all ranks are in {self._job.run.url}/{folder}/")
+        self._blamed = stuck.ranks
         self._monitor.say(f"{stuck.text}: writing the stacks of all ranks, then killing what hangs")
         with suppress(RayError):
             ray.get(self._board.ask.remote(Request.STACKS), timeout=ANSWER)
@@ -321,6 +356,7 @@ class Group:
         if not self._heard:  # nobody knows their processes: they end with the driver
             self._keep_end(lost)
             raise lost
+        self._blamed = ()
         self._monitor.say("the process through which driver and ranks speak is gone: killing the ranks, which start again")
         self._kill(log_folder(self._job.life, self._job.attempt), sorted(self._heard), lost)
 
@@ -381,18 +417,28 @@ class Group:
 
     def _room(self) -> int:
         """How many ranks there would be room for, if these and what is asked for beside them gave back what they have."""
-        held = [(host, self._gang.each(len(self._place))) for host in self._place]
-        if self._growth and (grown := self._growth.place()):
-            held += [(host, dict(self._gang.resources)) for host in grown]
-            if not self._reserved:
-                self._monitor.reserve([self._price.of(host, self._gang.resources) for host in grown])
+        grown = (self._growth.place() if self._growth else None) or []
+        if grown and not self._reserved:
+            self._monitor.reserve([self._price.of(host, self._gang.resources) for host in grown])
             self._reserved = True
+        return max(len(self._place), len(fit(self._gang, self._given_back(grown))))
+
+    def _given_back(self, grown: Sequence[str]) -> list[Node]:
+        """The machines as if the ranks, and what is reserved for more of them there, had given back what they have."""
+        held = [(host, self._gang.each(len(self._place))) for host in self._place]
+        held += [(host, dict(self._gang.resources)) for host in grown]
         there = {node.id: node for node in nodes()}
         for host, amounts in held:
             if host in there:
                 free = {name: there[host].free.get(name, 0.0) + amount for name, amount in amounts.items()}
                 there[host] = replace(there[host], free={**there[host].free, **free})
-        return max(len(self._place), len(fit(self._gang, list(there.values()))))
+        return list(there.values())
+
+
+def _rank_of(error: BaseException, cause: BaseException) -> int | None:
+    """Which rank showed the cause of a failure, as far as that is known."""
+    failures = getattr(error, "worker_failures", {})
+    return next((rank for rank, one in failures.items() if inner(one) is cause), next(iter(failures), None))
 
 
 def _span(ranks: list[int]) -> str:

@@ -30,6 +30,7 @@ class Failure:
         says: words of exceptions that show it, and have no class of their own.
         exit_code: of a command that it ended.
         free: whether starting again costs nothing of the budget, for nothing is wrong with the run.
+        of_a_machine: whether the machine on which it showed may be to blame.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Failure:
     exit_code: int = PERSON
     free: bool = False
     says: tuple[str, ...] = ()
+    of_a_machine: bool = False
 
 
 TABLE = (
@@ -74,6 +76,7 @@ TABLE = (
         "make room on that machine, or mend its disk (TMPDIR, data.cache); the same command goes on",
         exit_code=AGAIN,
         says=tuple(f"[Errno {code}]" for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)),
+        of_a_machine=True,
     ),
     Failure(
         "user",
@@ -81,7 +84,7 @@ TABLE = (
         "correct what the sentence names; then the same command",
         (ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError, ArithmeticError, NameError, NotImplementedError),
     ),
-    Failure("hang", True, "look at the stacks in the run's folder; the same command goes on", (), AGAIN),
+    Failure("hang", True, "look at the stacks in the run's folder; the same command goes on", (), AGAIN, of_a_machine=True),
     Failure("preempted", True, "the same command goes on", ("PreemptionError",), AGAIN, free=True),
     Failure("no_place", True, "the same command goes on when there is room", ("WorkerGroupStartupTimeoutError",), AGAIN, free=True),
     Failure(
@@ -91,6 +94,7 @@ TABLE = (
         ("RayError", "WorkerHealthCheckFailedError", "AcceleratorError", "DistBackendError"),
         AGAIN,
         says=("CUDA error:", "CUDNN_STATUS_", "CUBLAS_STATUS_", "NCCL error"),
+        of_a_machine=True,
     ),
 )
 """In order of precedence: when one rank fails, its peers fail too, of a broken connection. A name stands for a class of Ray or torch."""
@@ -191,7 +195,12 @@ def failure_of(error: BaseException) -> Failure | None:
 
 
 def of_a_peer(error: BaseException) -> bool:
-    """Whether an error follows from a lost peer, or a lost way to it, as far as its words tell: whoever raised it has nothing."""
+    """Whether an error follows from a lost peer, or a lost way to it, as far as its words tell: whoever raised it has nothing.
+
+    Ray's errors speak of connections, too, but of its own to the rank itself.
+    """
+    if any(kind.__name__ in ("RayError", "WorkerHealthCheckFailedError") for kind in type(error).__mro__):
+        return False
     return isinstance(error, ConnectionError | TimeoutError | EOFError) or any(word in str(error).lower() for word in TOLD)
 
 

@@ -17,7 +17,7 @@ from ray.util import placement_group, placement_group_table, remove_placement_gr
 from ray.util.placement_group import PlacementGroup
 
 from cluster.runtime.autoscaler import autoscaler, machines_by_hand
-from cluster.runtime.nodes import Node, is_private, nodes
+from cluster.runtime.nodes import NODE_ID, Node, is_private, nodes
 
 MEMORY = "memory"
 """Ray's name for the bytes of a machine's memory that ranks may have."""
@@ -56,6 +56,7 @@ class Gang:
         labels: that a machine must have.
         memory: bytes of its machine's memory that a rank needs where there are so many; None: nobody knows.
         owner: whose they are; what another driver has reserved for it is withdrawn.
+        avoid: tells the machines, by Ray's ids, that get none of them now.
     """
 
     least: int
@@ -65,6 +66,7 @@ class Gang:
     labels: Mapping[str, str] | None = None
     memory: Callable[[int], int] | None = None
     owner: str = ""
+    avoid: Callable[[], frozenset[str]] = frozenset
 
     def each(self, ranks: int) -> dict[str, float]:
         """What one of so many ranks needs."""
@@ -80,7 +82,8 @@ class Gang:
 
 def fit(gang: Gang, there: Sequence[Node]) -> list[str]:
     """The machine of each rank, for as many ranks as there is room for now: machines with the most room first, ranks of one together."""
-    able = [node for node in there if not node.draining and _labelled(gang, node)]
+    avoided = gang.avoid()
+    able = [node for node in there if not node.draining and node.id not in avoided and _labelled(gang, node)]
     most = min(gang.most, sum(_room(gang, gang.resources, node) for node in able))
     for count in range(most, 0, -1):  # where memory is asked for, fewer ranks need more of it each
         rooms = [(_room(gang, gang.each(count), node), node.id) for node in able]
@@ -88,6 +91,15 @@ def fit(gang: Gang, there: Sequence[Node]) -> list[str]:
         if len(found) >= count:
             return found[:count]
     return []
+
+
+def has_room_without(gang: Gang) -> bool:
+    """Whether the machines that are there, but for those that the gang avoids, have room for the fewest ranks when nobody else uses them.
+
+    Raises:
+        RayError: if the cluster does not answer.
+    """
+    return len(fit(replace(gang, memory=None), [replace(node, free=node.total) for node in nodes()])) >= gang.least
 
 
 def _room(gang: Gang, each: Mapping[str, float], node: Node) -> int:
@@ -165,10 +177,13 @@ class Demand:
     def __init__(self, gang: Gang, ranks: int):
         hosts = [gang.per_host] * (ranks // gang.per_host) + [ranks % gang.per_host] if gang.per_host else [1] * ranks
         self._hosts = [count for count in hosts if count]
+        selector = dict(gang.labels or {})
+        if avoided := gang.avoid():
+            selector[NODE_ID] = f"!in({','.join(sorted(avoided))})"  # a space would be part of a name
         self._group = placement_group(
             [{name: count * amount for name, amount in gang.each(ranks).items()} for count in self._hosts],
             strategy="STRICT_SPREAD" if gang.per_host else "PACK",
-            bundle_label_selector=[dict(gang.labels)] * len(self._hosts) if gang.labels else None,
+            bundle_label_selector=[selector] * len(self._hosts) if selector else None,
             name=f"{gang.owner} {uuid.uuid4().hex}",
         )
 

@@ -8,12 +8,15 @@ from types import SimpleNamespace
 import pytest
 from ray import cloudpickle
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from cluster.driver import group as module
-from cluster.driver.group import Group
+from cluster.driver.group import Elsewhere, Group
 from cluster.driver.watchdog import Hang
 from cluster.runtime.autoscaler import Autoscaler
 from cluster.runtime.failures import StageFailed
+from cluster.runtime.nodes import Node
 from cluster.runtime.placement import Gang
 from cluster.storage import open_store
 from cluster.training.requests import Request
@@ -28,7 +31,7 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Group:
         raise RayError
 
     made = object.__new__(Group)
-    made.reason, made.why, made.hang, made._killed = "", "", None, None
+    made.reason, made.why, made.hang, made._killed, made._blamed, made._elsewhere = "", "", None, None, None, False
     made._heard, made._taking = {}, None
     made._silences, made._patience = 0, module.UNANSWERED
     made._place, made._names = ["a", "b"], {"a": "host-a"}
@@ -59,6 +62,45 @@ def test_a_failure_is_told_with_its_rank_its_host_and_the_step_it_came_after(gro
     assert group.where(failed, whole) == "a peer of rank 0, host host-a, after step 76 (603 items)"
     group.hang = object()  # type: ignore[assignment]
     assert group.where(failed, lost) == "after step 76 (603 items)", "the hang says whom it means"
+
+
+def test_a_failure_names_the_machine_of_the_rank_that_shows_it_or_of_those_that_hang_and_of_several_none(group: Group) -> None:
+    broken, told = RuntimeError("CUDA error: uncorrectable ECC error encountered"), RuntimeError("Connection closed by peer")
+    gone = WorkerHealthCheckFailedError("Worker unexpectedly exits with a connection error code 2. End of file", failure=ValueError())
+    failed = RuntimeError("two ranks")
+    failed.worker_failures = {0: broken, 1: told}  # type: ignore[attr-defined]
+    assert group.to_blame(failed, broken) == ("a", "host-a")
+    assert group.to_blame(failed, told) == ("", ""), "who was told of it is not who is to blame"
+    assert group.to_blame(RuntimeError("no ranks in it"), broken) == ("", "")
+    died = WorkerGroupError("a process is gone", {0: told, 1: gone})
+    assert group.to_blame(died, gone) == ("b", "b"), "Ray's own connections are to the rank itself"
+    for blamed, host in (([1], "b"), ([0, 1], ""), ([], "")):
+        group._blamed = blamed
+        assert group.to_blame(failed, broken) == (host, host), "a hang says itself whom it means, and a board that is gone means nobody"
+
+
+def there(name: str, free: float) -> Node:
+    return Node(name, f"10.0.0.{name}", name, {}, {"CPU": 1.0}, {"CPU": free})
+
+
+@pytest.mark.parametrize(("spare", "avoided", "elsewhere"), [(1.0, "b", True), (0.0, "b", False), (1.0, "", False), (1.0, "c", False)])
+def test_ranks_that_failed_on_a_machine_that_is_avoided_start_elsewhere_where_there_is_room(
+    spare: float, avoided: str, elsewhere: bool, group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decided, begun = list[bool](), list[bool]()
+    group._gang, group._board.decide = Gang(2, 2, {"CPU": 1.0}, avoid=lambda: frozenset(avoided)), SimpleNamespace(remote=decided.append)
+    monkeypatch.setattr(module, "nodes", lambda: [there("a", 0.0), there("b", 0.0), there("c", spare)])
+    monkeypatch.setattr(module, "listens", lambda *_: True)
+    monkeypatch.setattr(group, "_begin", lambda: begun.append(True))
+    error = WorkerGroupError("a rank died", {1: RuntimeError("gone")})
+    group._decide(error, lambda *_: None)
+    assert (decided, begun) == ([not elsewhere], [True] * (not elsewhere))
+    monkeypatch.setattr(module, "Fit", Left)
+    monkeypatch.setattr(Left, "error", error)
+    monkeypatch.setattr(group, "_book_places", lambda: None)
+    group._board.close, group._job = SimpleNamespace(remote=lambda: None), None  # type: ignore[assignment]
+    with pytest.raises(Elsewhere if elsewhere else WorkerGroupError):
+        group.train("", lambda *_: None)
 
 
 def test_a_group_that_waits_for_its_next_checkpoint_to_grow_still_hears_that_a_machine_goes(group: Group) -> None:

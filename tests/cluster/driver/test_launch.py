@@ -19,8 +19,10 @@ from ray.train import WorkerGroupError
 from cluster.driver import launch as launching
 from cluster.driver.interruption import SAME, Enough
 from cluster.driver.launch import launch
+from cluster.runtime import placement
 from cluster.runtime.failures import StageFailed
-from cluster.runtime.placement import Gang
+from cluster.runtime.nodes import Node
+from cluster.runtime.placement import Gang, NoPlace, fit
 from cluster.storage import StorageError, open_store
 from cluster.telemetry.books import Berth
 from cluster.telemetry.display import Display
@@ -114,6 +116,9 @@ class Troubled:
     def where(self, *_: object) -> str:
         return ""
 
+    def to_blame(self, *_: object) -> tuple[str, str]:
+        return "", ""
+
     def train(self, *_: object) -> dict[str, object]:
         if self.trouble:
             raise self.trouble.pop()
@@ -140,7 +145,7 @@ def test_a_store_that_is_away_is_retried_and_a_machine_that_goes_before_its_noti
     exporter = Exporter("run", 1, port=0)
     job = Job(tiny(tmp_path, tmp_path), STAGE, open_store(str(tmp_path)), 1, open_store(str(tmp_path)), "")
     with closing(exporter), Display(StringIO()) as display, nullcontext() if over else pytest.raises(StageFailed):
-        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None)
+        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None, pause=lambda _: None)
     assert not Troubled.trouble
 
 
@@ -155,10 +160,119 @@ def test_the_same_error_three_times_without_progress_needs_a_person(
     exporter = Exporter("run", 1, port=0)
     job = Job(tiny(tmp_path, tmp_path), STAGE, open_store(str(tmp_path)), 1, open_store(str(tmp_path)), "")
     with closing(exporter), Display(StringIO()) as display, pytest.raises(StageFailed) as failed:
-        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None)
+        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None, pause=lambda _: None)
     assert failed.value.failure.name == name and (failed.value.failure.exit_code == 1) is (name == "user")
     if name == "user":
         assert "the same error 3 times without progress" in str(failed.value) and len(Troubled.trouble) == 6
+
+
+@pytest.mark.starts
+def test_the_first_restart_is_at_once_and_the_next_ones_wait_a_little_longer_each_until_there_is_progress(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    slept, waits, furthest = [0.0], list[float](), [0]
+
+    def failing(group: Troubled, *_: object) -> dict[str, object]:
+        waits.append(slept[0])
+        slept[0] = 0.0
+        furthest[0] += len(waits) == 8
+        if len(waits) < 12:
+            raise StorageError("the store is away")
+        return {"progress": 12, "steps": 2, "left": False}
+
+    def pause(seconds: float) -> None:
+        slept[0] += seconds
+
+    monkeypatch.setattr(launching, "Group", Troubled)
+    monkeypatch.setattr(Troubled, "train", failing)
+    monkeypatch.setattr(launching, "wait_for_place", lambda *_: ["node"])
+    monkeypatch.setattr(launching, "newest_progress", lambda *_: furthest[0])
+    exporter, said = Exporter("run", 1, port=0), StringIO()
+    job = Job(tiny(tmp_path, tmp_path, "run.retries=9"), STAGE, open_store(str(tmp_path)), 1, open_store(str(tmp_path)), "")
+    with closing(exporter), Display(said) as display:
+        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None, pause=pause)
+    assert waits == pytest.approx([0, 0, 2, 5, 10, 10, 10, 10, 0, 2, 5, 10])
+    assert "starting the ranks again in 5 s (retries" in said.getvalue()
+
+
+class Broken:
+    """Groups whose ranks fail as long as one is on machine `bad`."""
+
+    hang, attempt, why, reason = None, 0, "", ""
+    error: ClassVar[Exception] = RuntimeError("CUDA error: uncorrectable ECC error encountered")
+    places: ClassVar[list[list[str]]] = []
+
+    def __init__(self, job: Job, gang: Gang, place: list[str], *_: object):
+        self.places.append(place)
+
+    def where(self, *_: object) -> str:
+        return "rank 1, host bad"
+
+    def to_blame(self, *_: object) -> tuple[str, str]:
+        return "bad", "h2 (10.0.0.2)"
+
+    def train(self, *_: object) -> dict[str, object]:
+        if "bad" in self.places[-1]:
+            raise WorkerGroupError("a rank failed", {1: self.error})
+        return {"progress": 12, "steps": 2, "left": False}
+
+
+@pytest.mark.starts
+@pytest.mark.parametrize(
+    ("spares", "error", "places", "over"),
+    [
+        (1, "CUDA error: uncorrectable ECC error encountered", [["bad", "good"]] * 2 + [["good", "spare"]], True),
+        (0, "CUDA error: uncorrectable ECC error encountered", [["bad", "good"]] * 4, False),
+        (1, "No space left on device [Errno 28]", [["bad", "good"]] * 2 + [["good", "spare"]], True),
+        (1, "the store is away", [["bad", "good"]] * 4, False),
+    ],
+)
+def test_a_machine_that_two_failures_name_gets_no_rank_while_there_is_room_without_it(
+    spares: int, error: str, places: list[list[str]], over: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    there = [Node(name, "", name, {}, {"CPU": 1.0}, {"CPU": 1.0}) for name in ["bad", "good", "spare"][: 2 + spares]]
+    monkeypatch.setattr(launching, "Group", Broken)
+    monkeypatch.setattr(Broken, "places", [])
+    monkeypatch.setattr(Broken, "error", StorageError(error) if "store" in error else RuntimeError(error))
+    monkeypatch.setattr(launching, "wait_for_place", lambda gang, *_: fit(gang, there))
+    monkeypatch.setattr(launching, "nodes", lambda: there)
+    monkeypatch.setattr(placement, "nodes", lambda: there)
+    exporter, said = Exporter("run", 1, port=0), StringIO()
+    job = Job(tiny(tmp_path, tmp_path), STAGE, open_store(str(tmp_path)), 1, open_store(str(tmp_path)), "")
+    with closing(exporter), Display(said) as display, nullcontext() if over else pytest.raises(StageFailed):
+        launch(job, Gang(2, 2, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None, pause=lambda _: None)
+    assert Broken.places == places
+    assert ("h2 (10.0.0.2) gets no ranks until" in said.getvalue()) is over
+
+
+@pytest.mark.starts
+def test_a_machine_is_left_out_for_a_time_and_used_where_what_is_free_is_too_little(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    busy = [Node("bad", "", "bad", {}, {"CPU": 2.0}, {"CPU": 2.0}), Node("good", "", "good", {}, {"CPU": 2.0}, {"CPU": 0.0})]
+
+    def wait(gang: Gang, limit: float, *_: object) -> list[str]:
+        if not (place := fit(gang, busy)):
+            assert limit == launching.SPARE, "without it nobody waits for ever"
+            raise NoPlace("none")
+        return place
+
+    def heal(group: Broken, *_: object) -> dict[str, object]:
+        if len(Broken.places) < 4:
+            raise WorkerGroupError("a rank failed", {0: Broken.error})
+        return {"progress": 12, "steps": 2, "left": False}
+
+    monkeypatch.setattr(launching, "Group", Broken)
+    monkeypatch.setattr(Broken, "places", [])
+    monkeypatch.setattr(Broken, "train", heal)
+    monkeypatch.setattr(launching, "wait_for_place", wait)
+    monkeypatch.setattr(launching, "nodes", lambda: busy)
+    monkeypatch.setattr(placement, "nodes", lambda: busy)
+    exporter, said = Exporter("run", 1, port=0), StringIO()
+    job = Job(tiny(tmp_path, tmp_path), STAGE, open_store(str(tmp_path)), 1, open_store(str(tmp_path)), "")
+    with closing(exporter), Display(said) as display:
+        launch(job, Gang(1, 2, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None, pause=lambda _: None)
+    assert Broken.places == [["bad", "bad"]] * 4 and "gets no ranks until" not in said.getvalue()
 
 
 class Failing:
@@ -281,6 +395,27 @@ def test_told_twice_a_run_ends_at_once_also_where_its_board_is_stopped(two: Mach
     run.process.send_signal(signal.SIGINT)
     assert run.end() == 130, run.said
     assert run.status == "STOPPED" and "killing it" not in run.said, "nobody waited until it was given up"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_machine_on_which_a_rank_dies_twice_without_progress_gives_way_to_a_spare_one(shards: Path, tmp_path: Path) -> None:
+    with machines(3) as there:
+        there.wait(3)
+        never = ("optim.epochs=5000", "run.checkpoint_every=1000000", "run.checkpoint_minutes=0")
+        run = Running(shards, tmp_path, "broken", "workers.count=2", *never, address=there.address)
+        run.until(lambda: run.trained > 0 and run.trains(1))
+        bad = run.node_of(1)
+        for times in (1, 2):
+            run.until(lambda: run.trains(1))
+            assert run.node_of(1) == bad
+            run.rank(1).kill()
+            run.until_said("failed (lost), rank 1", times)
+        run.until_said("gets no ranks until")
+        run.until(lambda: run.trains(0) and run.trains(1))
+        assert bad not in (run.node_of(0), run.node_of(1)), run.said
+        run.process.send_signal(signal.SIGINT)
+        assert run.end() == 130, run.said
 
 
 @pytest.mark.slow

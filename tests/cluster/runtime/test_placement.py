@@ -8,7 +8,17 @@ import pytest
 from cluster.runtime import placement
 from cluster.runtime.autoscaler import Autoscaler, MachineType
 from cluster.runtime.nodes import Node
-from cluster.runtime.placement import Demand, Gang, NoPlace, assert_possible, fit, gangs_at_once, wait_for_place, withdraw_demands
+from cluster.runtime.placement import (
+    Demand,
+    Gang,
+    NoPlace,
+    assert_possible,
+    fit,
+    gangs_at_once,
+    has_room_without,
+    wait_for_place,
+    withdraw_demands,
+)
 
 
 def node(name: str, cpus: float, free: float | None = None, draining: bool = False, **labels: str) -> Node:
@@ -34,6 +44,13 @@ def test_one_rank_a_machine_can_be_asked_for_and_labels() -> None:
 
 def test_only_what_nobody_has_reserved_is_room() -> None:
     assert fit(Gang(1, 9, {"CPU": 1.5}), [node("1", 8, free=3.1)]) == ["1", "1"]
+
+
+def test_machines_that_a_gang_avoids_get_no_rank_and_whether_it_can_do_without_them_is_known(cluster: dict) -> None:
+    cluster["nodes"] = [node("1", 1), node("2", 4, free=0), node("3", 2)]
+    careful = Gang(3, 5, ONE_CPU, avoid=lambda: frozenset("3"))
+    assert fit(careful, cluster["nodes"]) == ["1"] and has_room_without(careful), "somebody has the second one now"
+    assert not has_room_without(replace(careful, avoid=lambda: frozenset("23")))
 
 
 def with_memory(name: str, cpus: float, memory: float) -> Node:
@@ -267,3 +284,15 @@ def test_what_a_driver_that_stands_still_has_reserved_is_given_back_by_the_next_
         assert frozen.place() is None and other.place()
     finally:
         other.remove()
+
+
+def test_ray_reserves_nothing_on_a_machine_that_is_avoided(local_ray: object) -> None:
+    (here,) = placement.nodes()
+    avoided, other = (Demand(Gang(1, 1, ONE_CPU, avoid=lambda name=name: frozenset({name, "0"})), 1) for name in (here.id, "00"))
+    try:
+        while not other.place():
+            time.sleep(0.01)
+        assert other.place() == [here.id] and avoided.place() is None
+    finally:
+        other.remove()
+        avoided.remove()
