@@ -15,7 +15,7 @@ from cluster.driver.ray_train import set_defaults
 from cluster.driver.suspects import Suspects
 from cluster.runs.checkpoint import newest_progress
 from cluster.runs.logs import write_end
-from cluster.runtime.failures import LOST, PREEMPTED, SAME, USER, Budget, StageFailed, classify
+from cluster.runtime.failures import LOST, PREEMPTED, SAME, USER, Budget, StageFailed, classify, inner
 from cluster.runtime.nodes import nodes
 from cluster.runtime.placement import Gang, NoPlace, has_room_without, wait_for_place
 from cluster.runtime.scratch import scratch_folder
@@ -178,7 +178,8 @@ class _Stage:
                 self._suspects.forget()
                 self._failures = 0
         tried = ""
-        if failure is LOST and self._budget.repeated(cause):
+        of_a_rank = any(inner(one) is cause for one in getattr(error, "worker_failures", {}).values())
+        if failure is LOST and of_a_rank and self._budget.repeated(cause):
             failure, tried = USER, f"the same error {SAME} times without progress"
         if group:
             write_end(self._job.run, self._job.life, group.attempt, self._job.stage, f"{failure.name}, {where}\n{error}")

@@ -163,7 +163,7 @@ class Budget:
 
     def repeated(self, error: BaseException) -> bool:
         """Take an error of a rank; whether it is one that nobody expects, and has now come SAME times without progress."""
-        if failure_of(error) or of_a_peer(error):
+        if failure_of(error) or of_a_peer(error) or _of_ray(error):
             return False
         self._seen[text := f"{type(error).__name__}: {error}"] += 1
         return self._seen[text] >= SAME
@@ -199,7 +199,7 @@ def of_a_peer(error: BaseException) -> bool:
 
     Ray's errors speak of connections, too, but of its own to the rank itself.
     """
-    if any(kind.__name__ in ("RayError", "WorkerHealthCheckFailedError") for kind in type(error).__mro__):
+    if _of_ray(error):
         return False
     return isinstance(error, ConnectionError | TimeoutError | EOFError) or any(word in str(error).lower() for word in TOLD)
 
@@ -220,6 +220,10 @@ def paragraph(error: BaseException) -> str:
 def inner(error: BaseException) -> BaseException:
     """What Ray Train's or Ray's error is about."""
     return getattr(error, "controller_failure", None) or getattr(error, "_base_exc", None) or error
+
+
+def _of_ray(error: BaseException) -> bool:
+    return any(kind.__name__ in ("RayError", "RayTrainError") for kind in type(error).__mro__)
 
 
 def _shows(error: BaseException, failure: Failure) -> bool:

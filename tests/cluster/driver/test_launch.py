@@ -14,7 +14,7 @@ from typing import ClassVar
 import psutil
 import pytest
 from ray._raylet import GcsClient
-from ray.train import WorkerGroupError
+from ray.train import ControllerError, WorkerGroupError
 
 from cluster.driver import launch as launching
 from cluster.driver.interruption import SAME, Enough
@@ -150,12 +150,19 @@ def test_a_store_that_is_away_is_retried_and_a_machine_that_goes_before_its_noti
 
 
 @pytest.mark.starts
-@pytest.mark.parametrize(("error", "name"), [("a shape", "user"), ("Connection closed by peer", "lost")])
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        (WorkerGroupError("a rank failed", {0: RuntimeError("a shape")}), "user"),
+        (WorkerGroupError("a rank failed", {0: RuntimeError("Connection closed by peer")}), "lost"),
+        (ControllerError(RuntimeError("Ray's own, of no rank")), "lost"),
+    ],
+)
 def test_the_same_error_three_times_without_progress_needs_a_person(
-    error: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    error: Exception, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(launching, "Group", Troubled)
-    monkeypatch.setattr(Troubled, "trouble", [WorkerGroupError("a rank failed", {0: RuntimeError(error)}) for _ in range(9)])
+    monkeypatch.setattr(Troubled, "trouble", [error] * 9)
     monkeypatch.setattr(launching, "wait_for_place", lambda *_: ["node"])
     exporter = Exporter("run", 1, port=0)
     job = Job(tiny(tmp_path, tmp_path), STAGE, open_store(str(tmp_path)), 1, open_store(str(tmp_path)), "")

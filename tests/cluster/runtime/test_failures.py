@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 
 from cluster.runtime import failures
 from cluster.runtime.failures import Budget, StageFailed, classify, exit_code, failure_of
@@ -206,6 +206,8 @@ def test_what_is_known_to_follow_from_a_lost_peer_is_never_taken_for_a_mistake_h
     known = WorkerHealthCheckFailedError("its process has died", failure=ValueError())
     budget = Budget(99)
     assert not any(budget.repeated(known) for _ in range(99)), "a process that dies each time may have a machine to blame"
+    start = WorkerGroupStartupFailedError("Failed to start the worker group")
+    assert classify([start])[0] is failures.LOST and not any(budget.repeated(start) for _ in range(99)), "nor is it the program"
 
 
 def test_of_an_error_that_nobody_expects_and_its_peers_connections_the_error_is_the_cause() -> None:
