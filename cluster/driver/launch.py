@@ -102,6 +102,7 @@ class _Stage:
                 result = group.train(notes, self._judge)
             except Elsewhere:
                 monitor.give_back(failed=True)
+                self._assert_wanted()
                 continue
             except (TrainingFailedError, RayError, StorageError) as error:
                 self._judge(error, group)
