@@ -35,8 +35,11 @@ def influence(reactor: Reactor, speaker: Mapping[str, np.ndarray], other: Mappin
                 stream[piece * PIECE : (piece + 1) * PIECE] = other[name][piece * PIECE : (piece + 1) * PIECE]
         batch = {name: torch.from_numpy(stream)[None].to(reactor.codec.device) for name, stream in streams.items()}
         encoded.append(reactor.codec.listen(batch)[0].float().cpu().numpy())
-    drawn = reactor.react(np.stack(encoded), [item] * (pieces + 1), 1, seed)["attributes"][:, 0]
-    changes = (drawn[1:] - drawn[0]).reshape(pieces, pieces, -1)
+    # In each row of a batch of one size: the last bits of a product may depend on which row of how many it is.
+    as_it_was, replaced = (
+        reactor.react(np.stack(rows), [item] * pieces, 1, seed)["attributes"][:, 0] for rows in ([encoded[0]] * pieces, encoded[1:])
+    )
+    changes = (replaced - as_it_was).reshape(pieces, pieces, -1)
     return np.sqrt(np.square(changes).mean(axis=2))
 
 

@@ -61,4 +61,4 @@ def test_two_processes_keep_together_what_shares_a_file_or_the_trained_run() -> 
 def test_make_check_leaves_out_what_starts_something_and_make_test_nothing_but_the_slow() -> None:
     text = (ROOT / "Makefile").read_text()
     assert re.search(r"^quick:\n\t.* -m 'not slow and not starts and not heavy'", text, re.MULTILINE)
-    assert re.search(r"^test: lint\n\t\$\(PY\) -m pytest \$\(TWO\) \$\(ARGS\)$", text, re.MULTILINE)
+    assert re.search(r"^test: lint \$\(TOOLS\)\n\t\$\(PY\) -m pytest \$\(TWO\) \$\(ARGS\)$", text, re.MULTILINE)

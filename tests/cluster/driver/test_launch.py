@@ -61,7 +61,7 @@ def test_told_to_end_is_told_to_end_also_where_the_stage_ends_meanwhile(monkeypa
     exporter, said = Exporter("run", 1, port=0), StringIO()
     job = Job(tiny(tmp_path, tmp_path), STAGE, open_store(str(tmp_path)), 1, open_store(str(tmp_path)), "")
     with closing(exporter), Display(said) as display, pytest.raises(KeyboardInterrupt):
-        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None)
+        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), lambda: None)
     assert "checkpoint at 12 items; the same command goes on from there" in said.getvalue()
 
 
@@ -92,7 +92,7 @@ def test_ranks_that_came_far_enough_are_not_started_again(fails: bool, monkeypat
     exporter = Exporter("run", 1, port=0)
     job = Job(tiny(tmp_path, tmp_path), STAGE, open_store(str(tmp_path)), 1, open_store(str(tmp_path)), "")
     with closing(exporter), Display(StringIO()) as display, pytest.raises(Enough, match="another trial is better"):
-        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None, lambda: Leaving.why)
+        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), lambda: None, lambda: Leaving.why)
 
 
 @pytest.mark.starts
@@ -101,7 +101,7 @@ def test_a_run_that_came_far_enough_does_not_wait_for_room(monkeypatch: pytest.M
     exporter = Exporter("run", 1, port=0)
     job = Job(tiny(tmp_path, tmp_path), STAGE, open_store(str(tmp_path)), 1, open_store(str(tmp_path)), "")
     with closing(exporter), Display(StringIO()) as display, pytest.raises(Enough, match="far enough"):
-        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None, lambda: "far enough")
+        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), lambda: None, lambda: "far enough")
 
 
 class Troubled:
@@ -145,7 +145,7 @@ def test_a_store_that_is_away_is_retried_and_a_machine_that_goes_before_its_noti
     exporter = Exporter("run", 1, port=0)
     job = Job(tiny(tmp_path, tmp_path), STAGE, open_store(str(tmp_path)), 1, open_store(str(tmp_path)), "")
     with closing(exporter), Display(StringIO()) as display, nullcontext() if over else pytest.raises(StageFailed):
-        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None, pause=lambda _: None)
+        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), lambda: None, pause=lambda _: None)
     assert not Troubled.trouble
 
 
@@ -167,7 +167,7 @@ def test_the_same_error_three_times_without_progress_needs_a_person(
     exporter = Exporter("run", 1, port=0)
     job = Job(tiny(tmp_path, tmp_path), STAGE, open_store(str(tmp_path)), 1, open_store(str(tmp_path)), "")
     with closing(exporter), Display(StringIO()) as display, pytest.raises(StageFailed) as failed:
-        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None, pause=lambda _: None)
+        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), lambda: None, pause=lambda _: None)
     assert failed.value.failure.name == name and (failed.value.failure.exit_code == 1) is (name == "user")
     if name == "user":
         assert "the same error 3 times without progress" in str(failed.value) and len(Troubled.trouble) == 6
@@ -197,7 +197,7 @@ def test_the_first_restart_is_at_once_and_the_next_ones_wait_a_little_longer_eac
     exporter, said = Exporter("run", 1, port=0), StringIO()
     job = Job(tiny(tmp_path, tmp_path, "run.retries=9"), STAGE, open_store(str(tmp_path)), 1, open_store(str(tmp_path)), "")
     with closing(exporter), Display(said) as display:
-        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None, pause=pause)
+        launch(job, Gang(1, 1, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), lambda: None, pause=pause)
     assert waits == pytest.approx([0, 0, 2, 5, 10, 10, 10, 10, 0, 2, 5, 10])
     assert "starting the ranks again in 5 s (retries" in said.getvalue()
 
@@ -247,7 +247,7 @@ def test_a_machine_that_two_failures_name_gets_no_rank_while_there_is_room_witho
     exporter, said = Exporter("run", 1, port=0), StringIO()
     job = Job(tiny(tmp_path, tmp_path), STAGE, open_store(str(tmp_path)), 1, open_store(str(tmp_path)), "")
     with closing(exporter), Display(said) as display, nullcontext() if over else pytest.raises(StageFailed):
-        launch(job, Gang(2, 2, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None, pause=lambda _: None)
+        launch(job, Gang(2, 2, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), lambda: None, pause=lambda _: None)
     assert Broken.places == places
     assert ("h2 (10.0.0.2) gets no ranks until" in said.getvalue()) is over
 
@@ -278,7 +278,7 @@ def test_a_machine_is_left_out_for_a_time_and_used_where_what_is_free_is_too_lit
     exporter, said = Exporter("run", 1, port=0), StringIO()
     job = Job(tiny(tmp_path, tmp_path), STAGE, open_store(str(tmp_path)), 1, open_store(str(tmp_path)), "")
     with closing(exporter), Display(said) as display:
-        launch(job, Gang(1, 2, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None, pause=lambda _: None)
+        launch(job, Gang(1, 2, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), lambda: None, pause=lambda _: None)
     assert Broken.places == [["bad", "bad"]] * 4 and "gets no ranks until" not in said.getvalue()
 
 
@@ -308,7 +308,7 @@ def test_what_ends_a_stage_owns_the_time_until_ray_has_the_places_back_and_is_ke
     exporter, store = Exporter("run", 1, port=0), open_store(str(tmp_path))
     job = Job(tiny(tmp_path, tmp_path), STAGE, store, 1, store, "")
     with closing(exporter), Display(StringIO()) as display, pytest.raises(StageFailed, match="no such stream"):
-        launch(job, Gang(2, 2, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), "", lambda: None)
+        launch(job, Gang(2, 2, {"CPU": 1.0}), StageMonitor(STAGE, exporter, display), lambda: None)
     record = exporter.books.record()
     assert record["held"] == [] and [fault["class"] for fault in record["faults"]] == ["user"]
     ((_, state, fault, _, ms),) = [line for line in record["lines"] if line[1] != "waiting"]

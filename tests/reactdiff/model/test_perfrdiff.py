@@ -122,7 +122,7 @@ def test_a_dataset_or_configuration_without_a_voice_is_refused() -> None:
 
 def test_facial_streams_are_neither_read_nor_needed() -> None:
     module = AttributeAutoencoder(PEER, [stream for stream in STREAMS if stream.kind == "acoustic"])
-    assert set(module.inputs) == {stream.name for stream in STREAMS if stream.kind == "acoustic"}
+    assert {stream.name for stream in STREAMS if stream.kind == "facial"}.isdisjoint(module.inputs)
     batch = clips(1, 50)
     module.encode({name: batch[name] for name in module.inputs})
 
