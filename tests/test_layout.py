@@ -24,7 +24,7 @@ RAY = {
     "runtime/autoscaler",
     *("runtime/jobs", "runtime/nodes", "runtime/placement", "runtime/postmortem", "runtime/ray_cluster", "runtime/remote_machine"),
     "runtime/tasks",
-    *("driver/berths", "driver/board", "driver/group", "driver/launch", "driver/ray_metrics", "driver/ray_train"),
+    *("driver/berths", "driver/board", "driver/board_client", "driver/group", "driver/launch", "driver/ray_metrics", "driver/ray_train"),
     *("studies/tuner", "bench/empty_loop", "bench/recovery"),
 }
 """The modules of cluster/ that place work, and so may import Ray."""
@@ -50,7 +50,7 @@ MODULES = {
         "agreement ahead compile engine examine gradient job late_compiler looks loop memory rehearsal reporting requests resume settings "
         "spread stacks warm_start zero"
     ),
-    "driver": "berths board group interruption launch pin plan pretrained ray_metrics ray_train run suspects watchdog",
+    "driver": "berths board board_client group interruption launch pin plan pretrained ray_metrics ray_train run suspects watchdog",
     "studies": (
         "best comparison comparison_pairs comparison_report comparison_table first_stage halving importance kept_scores lags ledger "
         "marked_page retrain search searchers space sweep sweep_report sweep_table trial tuner"

@@ -1,6 +1,5 @@
 """A worker group on its machines: started, watched, asked to leave, and started again where it was."""
 
-import datetime
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -11,12 +10,12 @@ from typing import Any
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
+from ray.exceptions import ActorDiedError, RayError
 from ray.train import WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.driver.berths import Berths
-from cluster.driver.board import Board
+from cluster.driver.board_client import WHO, BoardClient
 from cluster.driver.interruption import Interruption
 from cluster.driver.ray_train import Fit
 from cluster.driver.watchdog import Hang, Watchdog
@@ -42,15 +41,6 @@ REPORT = 1.0
 
 CLUSTER_POLL = 2.0
 """Seconds between two looks at the machines."""
-
-ANSWER = 10.0
-"""Seconds that the board is given to answer, before it is said that it does not. It answers in milliseconds."""
-
-UNANSWERED = 6
-"""So many times in a row it may not, before its process is killed."""
-
-BOARD_START = 30
-"""The same of one whose process starts, on a machine that may be busy."""
 
 ENDING = 20.0
 """Seconds that Ray Train is given to end the ranks of a stage that has failed."""
@@ -101,9 +91,7 @@ class Group:
         self._job, self._gang, self._place = job, gang, place
         self._monitor, self._interruption, self._assert_ours = monitor, interruption, assert_ours
         self._names = {node.id: f"{node.name} ({node.address})" for node in nodes()}
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-        self._silences, self._patience = 0, BOARD_START
+        self._board = BoardClient.start(monitor.say)
         self._growth: Demand | None = None
         self._grows, self._growing = False, Lock()
         self._reserved, self._price = False, Berths(job.experiment.telemetry.prices)
@@ -132,7 +120,7 @@ class Group:
             Elsewhere: after a failure that `judge` was told of, if places have to be found anew.
             TrainingFailedError, RayError: a failure after which places have to be found anew; `judge` was not told.
         """
-        fit_thread = Fit(self._job, self._gang, self._place, self._board, notes)
+        fit_thread = Fit(self._job, self._gang, self._place, self._board.actor, notes)
         fit_thread.start()
         try:
             while fit_thread.is_alive():
@@ -144,7 +132,7 @@ class Group:
             raise
         finally:
             self._book_places()
-            self._board.close.remote()
+            self._board.close()
             self._withdraw_growth()
         if fit_thread.error and self._elsewhere:
             raise Elsewhere from fit_thread.error
@@ -162,11 +150,10 @@ class Group:
         self._elsewhere = False
         self._killed: tuple[float, StageFailed] | None = None
         self._progress, self._heard = 0.0, dict[int, Snapshot]()
-        self._taking: Any = None
         self._watchdog = Watchdog(len(self._place), self._rank_name)
         make_room(self._job.run)
         self._job = replace(self._job, attempt=open_attempt(self._job.run, self._job.life))
-        self._wait_for_board(self._board.begin.remote(self._job.attempt))
+        self._board.begin(self._job.attempt, self._assert_ours)
         self._goes_on_from = newest_progress(self._job.run, self._job.stage)
         self._monitor.again(self._goes_on_from)
         self._grows = True
@@ -183,8 +170,7 @@ class Group:
                     self._begin()
                     again = True
         finally:
-            with suppress(RayError):  # Ray Train learns in its own way that the board is gone
-                ray.get(self._board.decide.remote(again), timeout=ANSWER)
+            self._board.decide(again)
 
     def _machines_answer(self) -> bool:
         try:
@@ -257,9 +243,15 @@ class Group:
             self._monitor.say(f"{why}: a checkpoint at the next step, then the end")
         if self.reason in ("", "resized") and (answer := self._poller.answer()):
             self._heed(*answer)
-        if (answer_of_board := self._take()) is None:
+        try:
+            taken = self._board.take(self._request())
+        except ActorDiedError as gone:
+            if not self._killed:
+                self._give_up_unheard(gone)
             return None
-        snapshots, error = answer_of_board
+        if taken is None:
+            return None
+        snapshots, error = taken
         self._book_places()
         for snapshot in snapshots:
             self._monitor.take(snapshot)
@@ -270,64 +262,10 @@ class Group:
             self._look_for_hang()
         return cloudpickle.loads(error) if error else None
 
-    def _take(self) -> tuple[list[Snapshot], bytes | None] | None:
-        """What the board has for the driver; None while it does not answer, or is gone."""
-        if self._taking is None:  # else the answer is still to come, and what is in it will not come again
-            self._taking = self._board.take.remote(self._request())
-        try:
-            taken = ray.get(self._taking, timeout=ANSWER)
-        except GetTimeoutError:
-            self._unanswered()
-            return None
-        except ActorDiedError as gone:
-            if not self._killed:
-                self._give_up_unheard(gone)
-            return None
-        except RayError:
-            self._taking = None
-            return None  # Ray is ending; the ranks' own error says more
-        self._taking = None
-        self._answered()
-        return taken
-
-    def _wait_for_board(self, question: Any) -> None:
-        """Until the board has answered.
-
-        Raises:
-            RayError: if it is gone; one that does not answer is killed.
-        """
-        while True:
-            try:
-                ray.get(question, timeout=ANSWER)
-            except GetTimeoutError:
-                self._assert_ours()
-                self._unanswered()
-            else:
-                return self._answered()
-
-    def _answered(self) -> None:
-        self._silences, self._patience = 0, UNANSWERED
-
-    def _unanswered(self) -> None:
-        """The board's process is there and does not answer: that is said, and after a while it is killed, which has a way out.
-
-        Counted in questions, not in time: a driver that was frozen itself has heard nothing either.
-        """
-        self._silences += 1
-        who = "the process through which driver and ranks speak"
-        if self._silences == 1:
-            since = datetime.datetime.now() - datetime.timedelta(seconds=ANSWER)
-            self._monitor.say(f"{who} has not answered since {since:%H:%M:%S}: it is waited for")
-        if self._silences >= self._patience:
-            self._monitor.say(f"{who} has not answered for {self._silences * ANSWER:.0f} s: killing it")
-            ray.kill(self._board)
-
     def _book_places(self) -> None:
         """Tell from when to when the ranks' places are held: Ray Train itself takes seconds to start and to end."""
-        if self._silences:
-            return  # nor would it answer this
-        with suppress(RayError):
-            self._monitor.hold(self._berths, self._goes_on_from, *ray.get(self._board.places.remote(), timeout=ANSWER))
+        if places := self._board.places():
+            self._monitor.hold(self._berths, self._goes_on_from, *places)
 
     def _look_for_hang(self) -> None:
         if said := self._watchdog.slow():
@@ -340,8 +278,7 @@ class Group:
         self.hang = Hang(f"{stuck.text}; stacks of all ranks are in {self._job.run.url}/{folder}/")
         self._blamed = stuck.ranks
         self._monitor.say(f"{stuck.text}: writing the stacks of all ranks, then killing what hangs")
-        with suppress(RayError):
-            ray.get(self._board.ask.remote(Request.STACKS), timeout=ANSWER)
+        self._board.ask(Request.STACKS)
         time.sleep(2 * REPORT)  # each rank reports once a second, and hears it then
         self._examine(folder, sorted(self._heard), kill=False)
         self._kill(folder, [rank for rank in stuck.ranks if rank in self._heard] or sorted(self._heard), self._hung(self.hang))
@@ -357,7 +294,7 @@ class Group:
             self._keep_end(lost)
             raise lost
         self._blamed = ()
-        self._monitor.say("the process through which driver and ranks speak is gone: killing the ranks, which start again")
+        self._monitor.say(f"{WHO} is gone: killing the ranks, which start again")
         self._kill(log_folder(self._job.life, self._job.attempt), sorted(self._heard), lost)
 
     def _keep_end(self, why: StageFailed) -> None:

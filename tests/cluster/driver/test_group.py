@@ -1,5 +1,6 @@
 """What a group of ranks is asked for, and when one reason gives way to another."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
@@ -11,7 +12,9 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
+from cluster.driver import board_client
 from cluster.driver import group as module
+from cluster.driver.board_client import BoardClient
 from cluster.driver.group import Elsewhere, Group
 from cluster.driver.watchdog import Hang
 from cluster.runtime.autoscaler import Autoscaler
@@ -23,6 +26,13 @@ from cluster.training.requests import Request
 from tests.cluster.telemetry.test_meter import Clock
 
 
+def client(board: object, say: Callable[[str], None] = lambda text: None) -> BoardClient:
+    """Of a board that has answered before."""
+    made = BoardClient(board, say)
+    made._answered()
+    return made
+
+
 @pytest.fixture
 def group(monkeypatch: pytest.MonkeyPatch) -> Group:
     """A group on two machines whose ranks are not heard."""
@@ -32,15 +42,14 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Group:
 
     made = object.__new__(Group)
     made.reason, made.why, made.hang, made._killed, made._blamed, made._elsewhere = "", "", None, None, None, False
-    made._heard, made._taking = {}, None
-    made._silences, made._patience = 0, module.UNANSWERED
+    made._heard = {}
     made._place, made._names = ["a", "b"], {"a": "host-a"}
     made._assert_ours, made._enough = lambda: None, lambda: ""
     made._interruption = SimpleNamespace(signal=0)  # type: ignore[assignment]
     made._monitor = SimpleNamespace(say=lambda text: None)  # type: ignore[assignment]
-    made._board = SimpleNamespace(take=SimpleNamespace(remote=lambda *_: None), decide=SimpleNamespace(remote=lambda *_: None))
+    made._board = client(SimpleNamespace(**{name: SimpleNamespace(remote=lambda *_: None) for name in ("take", "decide", "close")}))
     made._growth, made._growing, made._grows = None, Lock(), True
-    monkeypatch.setattr(module.ray, "get", silent)
+    monkeypatch.setattr(board_client.ray, "get", silent)
     return made
 
 
@@ -88,7 +97,8 @@ def test_ranks_that_failed_on_a_machine_that_is_avoided_start_elsewhere_where_th
     spare: float, avoided: str, elsewhere: bool, group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decided, begun = list[bool](), list[bool]()
-    group._gang, group._board.decide = Gang(2, 2, {"CPU": 1.0}, avoid=lambda: frozenset(avoided)), SimpleNamespace(remote=decided.append)
+    group._gang = Gang(2, 2, {"CPU": 1.0}, avoid=lambda: frozenset(avoided))
+    group._board.actor.decide = SimpleNamespace(remote=decided.append)
     monkeypatch.setattr(module, "nodes", lambda: [there("a", 0.0), there("b", 0.0), there("c", spare)])
     monkeypatch.setattr(module, "listens", lambda *_: True)
     monkeypatch.setattr(group, "_begin", lambda: begun.append(True))
@@ -98,7 +108,7 @@ def test_ranks_that_failed_on_a_machine_that_is_avoided_start_elsewhere_where_th
     monkeypatch.setattr(module, "Fit", Left)
     monkeypatch.setattr(Left, "error", error)
     monkeypatch.setattr(group, "_book_places", lambda: None)
-    group._board.close, group._job = SimpleNamespace(remote=lambda: None), None  # type: ignore[assignment]
+    group._job = None  # type: ignore[assignment]
     with pytest.raises(Elsewhere if elsewhere else WorkerGroupError):
         group.train("", lambda *_: None)
 
@@ -134,7 +144,6 @@ class Left:
 def test_ranks_that_had_left_when_the_room_was_found_gone_start_again(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "Fit", Left)
     group._job = group._gang = group._berths = None  # type: ignore[assignment]
-    group._board.close = SimpleNamespace(remote=lambda: None)
     monkeypatch.setattr(group, "_book_places", lambda: None)
     assert group.train("", lambda *_: None) == {"left": True}
     assert (group.reason, group.why) == ("resized", "there was room for more ranks")
@@ -173,7 +182,7 @@ def test_ranks_that_nobody_hears_any_more_are_killed_so_that_they_start_again(
     def gone(question: object, timeout: float) -> None:
         raise ActorDiedError
 
-    monkeypatch.setattr(module.ray, "get", gone)
+    monkeypatch.setattr(board_client.ray, "get", gone)
     monkeypatch.setattr(group, "_examine", lambda folder, ranks, kill: killed.extend(ranks))
     group._job = SimpleNamespace(stage="diffusion", life=1, attempt=0, run=open_store(str(tmp_path)))  # type: ignore[assignment]
     with pytest.raises(StageFailed, match=r"stage diffusion failed \(lost\)"):
@@ -191,8 +200,8 @@ class Deaf:
         self.asked: list[str] = []
         self.killed = 0
         self.answers: dict[str, object] = {}
-        monkeypatch.setattr(module.ray, "get", self.get)
-        monkeypatch.setattr(module.ray, "kill", self.kill)
+        monkeypatch.setattr(board_client.ray, "get", self.get)
+        monkeypatch.setattr(board_client.ray, "kill", self.kill)
 
     def __getattr__(self, name: str) -> SimpleNamespace:
         return SimpleNamespace(remote=lambda *_: self.asked.append(name) or name)
@@ -213,10 +222,10 @@ def test_a_board_that_does_not_answer_is_waited_for_asked_once_and_after_a_minut
     group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said, given_up = list[str](), list[RayError]()
-    group._board = board = Deaf(monkeypatch)
-    group._monitor = SimpleNamespace(say=said.append)  # type: ignore[assignment]
+    board = Deaf(monkeypatch)
+    group._board = client(board, said.append)
     monkeypatch.setattr(group, "_give_up_unheard", given_up.append)
-    for _ in range(int(60 / module.ANSWER) - 1):
+    for _ in range(int(60 / board_client.ANSWER) - 1):
         look(group, [], 2)
     assert board.asked == ["take"], "what it takes of an answer that nobody waits for would be lost"
     assert len(said) == 1 and "has not answered since" in said[0] and not board.killed
@@ -227,12 +236,13 @@ def test_a_board_that_does_not_answer_is_waited_for_asked_once_and_after_a_minut
 
 
 def test_a_board_that_answers_late_is_heard(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
-    group._board = board = Deaf(monkeypatch)
+    board = Deaf(monkeypatch)
+    group._board = client(board)
     group._poller = SimpleNamespace(answer=lambda: None)  # type: ignore[assignment]
     group._berths, group._goes_on_from = [], 0
     group._monitor = SimpleNamespace(say=lambda text: None, hold=lambda *_: None)  # type: ignore[assignment]
     for _ in range(2):
-        for _ in range(int(60 / module.ANSWER) - 1):
+        for _ in range(int(60 / board_client.ANSWER) - 1):
             assert group._look() is None
         board.answers = {"take": ([], cloudpickle.dumps(RuntimeError("a rank failed meanwhile"))), "places": (0.0, 0.0, 0.0)}
         assert str(group._look()) == "a rank failed meanwhile"
@@ -241,7 +251,8 @@ def test_a_board_that_answers_late_is_heard(group: Group, monkeypatch: pytest.Mo
 
 
 def test_at_the_end_nobody_waits_for_a_board_that_does_not_answer(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
-    group._board = board = Deaf(monkeypatch)
+    board = Deaf(monkeypatch)
+    group._board = client(board)
     look(group, [], 2)
     group._book_places()
     assert board.asked == ["take"]
