@@ -13,7 +13,15 @@ from cluster.training.gradient import Tensors
 
 
 def compile_step(stage: nn.Module, device: torch.device) -> None:
-    """Have the first step compile forward and backward; a full share has the dropout of an uncompiled step."""
+    """Have the first step compile forward and backward; a full share has the dropout of an uncompiled step.
+
+    Args:
+        stage: the module.
+        device: it computes on.
+
+    Raises:
+        ValueError: if it is a GPU, and this machine cannot compile for one.
+    """
     if device.type == "cuda":
         _assert_triton_builds()
     torch._inductor.config.fallback_random = True

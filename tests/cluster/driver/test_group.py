@@ -258,7 +258,7 @@ def test_at_the_end_nobody_waits_for_a_board_that_does_not_answer(group: Group, 
     assert board.asked == ["take"]
 
 
-def test_no_room_is_reserved_for_a_group_that_has_ended_while_its_lookout_was_on_its_way(
+def test_no_room_is_reserved_for_a_group_that_has_ended_while_its_poller_was_on_its_way(
     group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reserved: list[Gang] = []

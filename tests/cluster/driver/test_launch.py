@@ -389,18 +389,25 @@ def test_a_board_that_is_stopped_is_said_killed_after_a_minute_and_the_run_goes_
     assert run.attempts == 2 and run.status == "STOPPED"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_told_twice_a_run_ends_at_once_also_where_its_board_is_stopped(two: Machines, shards: Path, tmp_path: Path) -> None:
-    run = Running(shards, tmp_path, "deaf-twice", "workers.count=2", "optim.epochs=5000", address=two.address)
-    run.until(lambda: run.progress >= 240)
-    two.process("ray::Board").suspend()
-    run.until_said("the process through which driver and ranks speak has not answered since")
+def tell_twice(run: Running) -> None:
+    """Ctrl-C, and once more when the first one was heard."""
     run.process.send_signal(signal.SIGINT)
     run.until_said("told to end: a checkpoint at the next step")
     time.sleep(2 * SAME)  # what comes sooner is the first one again
     run.process.send_signal(signal.SIGINT)
     assert run.end() == 130, run.said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_told_twice_a_run_ends_at_once_also_where_its_board_is_stopped(two: Machines, shards: Path, tmp_path: Path) -> None:
+    run = Running(shards, tmp_path, "deaf-twice", "workers.count=2", "optim.epochs=5000", address=two.address)
+    run.until(lambda: run.progress >= 240)
+    board = two.process("ray::Board")
+    board.suspend()
+    run.until_said("the process through which driver and ranks speak has not answered since")
+    assert board.status() == psutil.STATUS_STOPPED
+    tell_twice(run)
     assert run.status == "STOPPED" and "killing it" not in run.said, "nobody waited until it was given up"
 
 
@@ -562,11 +569,7 @@ def test_told_twice_a_run_ends_at_once_whatever_a_rank_is_at(shards: Path, tmp_p
     run = Running(shards, tmp_path, "twice", "workers.count=2")
     run.until(lambda: run.progress >= 240)
     run.rank(0).suspend()  # it will make no checkpoint
-    run.process.send_signal(signal.SIGINT)
-    run.until_said("told to end: a checkpoint at the next step")
-    time.sleep(2 * SAME)  # what comes sooner is the first one again
-    run.process.send_signal(signal.SIGINT)
-    assert run.end() == 130, run.said
+    tell_twice(run)
     assert run.status == "STOPPED" and "writing the stacks" not in run.said, "nobody waited until it was taken for one that hangs"
 
 
