@@ -133,6 +133,7 @@ class Group:
         finally:
             self._book_places()
             self._board.close()
+            fit_thread.end()
             self._withdraw_growth()
         if fit_thread.error and self._elsewhere:
             raise Elsewhere from fit_thread.error

@@ -1,13 +1,14 @@
 """One stage's worker group as Ray Train runs it: ranks pinned to their machines, and every decision about a failure left to the driver.
 
 What is private in Ray 2.56: the trainer's two methods through which its failure policy and its callbacks can be chosen, their base classes,
-the callback that is left out, and where a worker group keeps its placement group.
+its controller and what that is started with, the callback that is left out, and where a worker group keeps its placement group.
 """
 
 import dataclasses
 import logging
 import os
 import time
+from contextlib import suppress
 from threading import Thread
 from typing import Any
 
@@ -18,7 +19,9 @@ from ray import cloudpickle
 from ray.exceptions import RayError
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -42,6 +45,8 @@ SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     # Notices of machines that go are watched by the driver; and whenever this actor starts, Ray's core prints an error about its arguments.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Its controller asks blocking questions, as all of its callbacks do.
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
 }
 """Settings that Ray Train takes from the driver's environment to its controller; who has set one keeps it."""
 
@@ -53,6 +58,9 @@ GROUP_TIMEOUT = 2 * 3600
 
 ASKED_EVERY = 0.05
 """Seconds between two looks whether the driver has decided."""
+
+ABORTING = 10.0
+"""Seconds that Ray Train's controller is given to end its ranks and itself at once, and half of that to be gone when it was killed."""
 
 
 class Fit(Thread):
@@ -89,6 +97,14 @@ class Fit(Thread):
             self.error = error.with_traceback(None)
         except BaseException as error:
             self.error = error
+
+    def end(self) -> None:
+        """End Ray Train's controller, its ranks and this thread, wherever they are: one that waits in Ray when Python ends can crash it."""
+        for ask, seconds in ((self._trainer.abort, ABORTING), (self._trainer.kill, ABORTING / 2)):
+            if self.is_alive():
+                with suppress(RayError):
+                    ask()
+                self.join(seconds)
 
 
 class _Start(WorkerGroupCallback, ControllerCallback):
@@ -152,9 +168,28 @@ class _Trainer(TorchTrainer):
     def __init__(self, job: Job, board: Any, **given: Any):
         super().__init__(_rank, train_loop_config={"job": job, "board": board}, **given)
         self._policy, self._start = _AskDriver(job, board), _Start(board)
+        self._controller: Any = None
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
-        return super()._initialize_and_run_controller(**given | {"failure_policy": self._policy})
+        """As Ray Train's own does it, which tells nobody its handle of the controller."""
+        here = {NODE_ID: ray.get_runtime_context().get_node_id()}
+        actor = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": get_env_vars_to_propagate()})(TrainController)
+        self._controller = actor.remote(**given | {"failure_policy": self._policy})
+        try:
+            ray.get(self._controller.run.remote())
+            return ray.get(self._controller.get_result.remote())
+        finally:
+            self._controller = None
+
+    def abort(self) -> None:
+        """Have the controller end the ranks and itself, and give back their places."""
+        if controller := self._controller:
+            controller.abort.remote()
+
+    def kill(self) -> None:
+        """Kill the controller; Ray ends what it has started."""
+        if controller := self._controller:
+            ray.kill(controller)
 
     def _create_default_callbacks(self) -> list[Any]:
         """Without the actor of Ray's datasets: nobody reads one, and it takes a second to start beside the ranks."""
@@ -162,7 +197,7 @@ class _Trainer(TorchTrainer):
         return [self._start, *usual]
 
 
-def _trainer(job: Job, gang: Gang, place: list[str], board: Any, notes: str) -> TorchTrainer:
+def _trainer(job: Job, gang: Gang, place: list[str], board: Any, notes: str) -> _Trainer:
     workers = job.experiment.workers
     return _Trainer(
         job,

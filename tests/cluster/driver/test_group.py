@@ -140,6 +140,9 @@ class Left:
     def is_alive(self) -> bool:
         return False
 
+    def end(self) -> None:
+        """Nothing to end."""
+
 
 def test_ranks_that_had_left_when_the_room_was_found_gone_start_again(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "Fit", Left)
