@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any, Protocol
@@ -21,7 +21,6 @@ from cluster.runtime.device import worker_environment
 from cluster.runtime.failures import LOST, Budget, failure_of
 from cluster.runtime.nodes import nodes
 from cluster.runtime.postmortem import kill_worker
-from cluster.runtime.ray_cluster import resources
 from cluster.runtime.stuck import ended_if_stuck
 
 log = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ class Account(Protocol):
     """Who is told where the time of calls goes."""
 
     def begin(self, call: int) -> None:
-        """There is room for a call from now on."""
+        """There is room for a call from now on, as far as is known: other jobs' tasks may be before it in Ray's queue."""
 
     def end(self, call: int, address: str = "", starting: float = 0.0, working: float = 0.0) -> None:
         """It was answered by a machine, in seconds of its process's start and of its own; or it is given up."""
@@ -150,7 +149,7 @@ class _Calls:
         self._processes: set[TaskProcess] = set()
         self._budget = Budget(RETRIES)
         self._failures = Counter[int]()
-        self._asked, self._places = -math.inf, 1
+        self._asked, self._places, self._ours = -math.inf, 1, 0
 
     @property
     def left(self) -> bool:
@@ -160,13 +159,13 @@ class _Calls:
     def start(self) -> None:
         """Give Ray as many calls as there are places, and as many again: they wait in its queue, where an autoscaler sees them."""
         if time.monotonic() - self._asked >= ASKED_EVERY:  # a cluster may have grown; to ask for each answer would load the head
-            there, self._asked = resources(), time.monotonic()
-            self._places = max(1, int(there.gpus if self._workers.gpu else there.cpus / self._workers.cpus))
-        places = self._places
-        while self._waiting and len(self._running) < 2 * places:
+            there, self._asked = [one for one in nodes() if not one.draining], time.monotonic()
+            self._places = max(1, sum(_places(one.total, self._workers) for one in there))
+            self._ours = min(self._places, len(self._begun) + sum(_places(one.free, self._workers) for one in there))
+        while self._waiting and len(self._running) < 2 * self._places:
             number = self._waiting.pop()
             self._running[self._task.remote(self._function, self._box, self._calls[number], STUCK)] = number
-        for number in islice(self._running.values(), places):
+        for number in islice(self._running.values(), self._ours):
             self._begin(number)
 
     def answer(self) -> tuple[int, Any] | None:
@@ -184,6 +183,7 @@ class _Calls:
             return None
         self._processes.add(process)
         self._budget.refill()
+        self._ours += number not in self._begun  # a place that was another's: the next call in Ray's queue has it now
         self._begin(number)
         if self._account:
             self._begun.discard(number)
@@ -239,8 +239,19 @@ def _kill(pids: list[int]) -> None:
         kill_worker(pid)
 
 
+def _needs(workers: Workers) -> tuple[str, float]:
+    """What there must be of which resource for a call."""
+    return ("GPU", 1.0) if workers.gpu else ("CPU", workers.cpus)
+
+
+def _places(amounts: Mapping[str, float], workers: Workers) -> int:
+    """For how many calls a machine's resources suffice."""
+    name, each = _needs(workers)
+    return int(amounts.get(name, 0.0) / each)
+
+
 def _room(workers: Workers) -> str:
-    name, each = ("GPU", 1.0) if workers.gpu else ("CPU", workers.cpus)
+    name, each = _needs(workers)
     there = nodes()
     free, total = sum(one.free.get(name, 0.0) for one in there), sum(one.total.get(name, 0.0) for one in there)
     return f"a call needs {each:g} {name}, and {free:g} of {total:g} are free"

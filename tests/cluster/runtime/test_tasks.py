@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import ray
 
 from cluster.config.schema import Workers
 from cluster.runtime import tasks
+from cluster.runtime.nodes import nodes
 from cluster.runtime.ray_cluster import Resources
 from cluster.runtime.stuck import alive
 from cluster.runtime.tasks import TaskLost, map_tasks
@@ -62,7 +64,7 @@ def refuse(shared: str, number: int) -> None:
 @pytest.mark.usefixtures("local_ray")
 def test_the_head_is_not_asked_for_each_answer_what_room_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(tasks, "resources", lambda original=tasks.resources: asked.append(1) or original())
+    monkeypatch.setattr(tasks, "nodes", lambda original=tasks.nodes: asked.append(1) or original())
     begun = time.monotonic()
     assert len(list(map_tasks(note, [(number,) for number in range(CALLS)], Workers(), Shared()))) == CALLS
     assert len(asked) <= 1 + (time.monotonic() - begun) / tasks.ASKED_EVERY
@@ -166,8 +168,8 @@ def test_a_cluster_that_grows_is_used_while_calls_are_under_way(
     local_ray: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert local_ray.cpus >= 4
-    known = [Resources(1, 0, 1)]
-    monkeypatch.setattr(tasks, "resources", lambda: known[0])
+    known = [[replace(node, total={"CPU": 1.0}) for node in nodes()]]
+    monkeypatch.setattr(tasks, "nodes", lambda: known[0])
     monkeypatch.setattr(tasks, "SAID_EVERY", 0.5)
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(list, map_tasks(stay, [(number,) for number in range(8)], Workers(), str(tmp_path)))
@@ -175,11 +177,55 @@ def test_a_cluster_that_grows_is_used_while_calls_are_under_way(
             time.sleep(0.1)
         time.sleep(1)
         assert len(list(tmp_path.glob("begun-*"))) == 2, "as many as there are places, and as many again for an autoscaler to see"
-        known[0] = local_ray
+        known[0] = nodes()
         while len(list(tmp_path.glob("begun-*"))) < 4:
             time.sleep(0.1)
         (tmp_path / "go").touch()
         assert len(done.result()) == 8
+
+
+class Begun:
+    """An account that keeps which calls it holds, and how many seconds those worked that were answered."""
+
+    def __init__(self) -> None:
+        self.held, self.worked = set[int](), list[float]()
+
+    def begin(self, call: int) -> None:
+        self.held.add(call)
+
+    def end(self, call: int, address: str = "", starting: float = 0.0, working: float = 0.0) -> None:
+        self.held.remove(call)
+        self.worked += [working] if address else []
+
+    def lose(self, call: int, kind: str, text: str, address: str = "") -> None:
+        self.held.remove(call)
+
+
+@ray.remote(num_cpus=3)
+def work_of_another(path: str) -> None:
+    sleep_until(path)
+
+
+def test_calls_that_wait_for_places_of_another_job_are_not_booked_as_work(
+    local_ray: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "SAID_EVERY", 0.2)
+    (tmp_path / "other").mkdir()
+    other, account = work_of_another.remote(f"{tmp_path}/other/go"), Begun()
+    places = int(local_ray.cpus) - 3
+    while int(sum(node.free.get("CPU", 0.0) for node in nodes())) != places:
+        time.sleep(0.1)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(list, map_tasks(stay, [(number,) for number in range(8)], Workers(), str(tmp_path), account))
+        while len(list(tmp_path.glob("begun-*"))) < places:
+            time.sleep(0.1)
+        time.sleep(2 * tasks.ASKED_EVERY)
+        assert len(account.held) == len(list(tmp_path.glob("begun-*"))) == places
+        (tmp_path / "other/go").touch()
+        ray.get(other)
+        (tmp_path / "go").touch()
+        assert len(done.result()) == 8
+    assert not account.held and len(account.worked) == 8
 
 
 def lose_the_first(folder: str, number: int) -> int:
