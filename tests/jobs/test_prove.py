@@ -61,5 +61,5 @@ def test_on_a_cluster_it_proves_its_own_runs_and_touches_no_other(shards: Path, 
         other.process.send_signal(signal.SIGINT)
         assert other.end() == 130, other.said
     assert "\nPROVEN\n" in done.stdout and "weights: identical" in done.stdout
-    assert other.attempts == 1 and "starting the ranks again" not in other.said, "none of its processes was touched"
+    assert other.attempts == 1 and "starting the ranks again" not in other.said, f"none of its processes was touched:\n{other.said}"
     assert {path.name for path in (tmp_path / "store").iterdir()} <= {"proofs", "latents"}, "objects only below proofs/"
