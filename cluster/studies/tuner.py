@@ -45,7 +45,6 @@ log = logging.getLogger(__name__)
 DRIVER = "driver"
 """Resource of the machines that drivers are on, where a cluster has some: not on spot machines, and not the head."""
 
-
 RESTARTS = 3
 """How often a trial is started again whose driver ended by what may pass, until it has measured at a further rung."""
 
@@ -117,7 +116,7 @@ def run_sweep(
 def _concurrent(sweep: Sweep, trials: Sequence[Trial], opened: OpenSweep, say: Callable[[str], None]) -> int:
     """How many trials run at a time; refuses those that could never be placed."""
     workers = {str(trial.experiment.workers): trial.experiment.workers for trial in trials}.values()
-    connect(cpus=max(1, sweep.concurrent) * max(one.least for one in workers) + 1)
+    connect(cpus=max(1, sweep.concurrent) * max(one.least for one in workers))
     shapes: dict[str, Experiment] = {}
     for trial in trials:
         one = trial.experiment
@@ -159,12 +158,10 @@ def tune_trials(
         if searcher.ending:
             notice.give.remote()
 
-    # A CPU each could leave none for ranks.
-    place = {DRIVER: 0.01} if any(node.total.get(DRIVER) for node in nodes()) else {"cpu": 0.01}
     trainable = tune.with_parameters(_trial, opened=search.opened, notice=notice, drive=run_trial)
     with repeating(hand_on, LOOK, "interruption"):
         tune.Tuner(
-            tune.with_resources(trainable, place),
+            tune.with_resources(trainable, _reserved()),
             # The searcher says when there are no more: a trial may be started several times.
             tune_config=tune.TuneConfig(num_samples=-1, search_alg=searcher, scheduler=_LedgerScheduler(searcher)),
             run_config=tune.RunConfig(name="tune", storage_path=search.opened.store.url, verbose=0),
@@ -173,6 +170,15 @@ def tune_trials(
         raise searcher.error
     left = search.unfinished()
     return {number: why for number, why in searcher.undone.items() if number in left}
+
+
+def _reserved() -> dict[str, float]:
+    """What Tune reserves for the driver of a trial.
+
+    Where no machine is for drivers it is a byte of memory, for Tune must reserve something, and ranks may fill a cluster to its last CPU
+    and GPU. A head without CPUs has memory, too, and may get drivers: where it is all there is, a cluster grows from there.
+    """
+    return {DRIVER: 0.01} if any(node.total.get(DRIVER) for node in nodes()) else {"cpu": 0, "memory": 1}
 
 
 @ray.remote(num_cpus=0)

@@ -14,7 +14,8 @@ from cluster.data.manifest import File, Manifest, Split, StreamEntry, publish
 from cluster.driver.interruption import Interruption
 from cluster.runs.state import Superseded
 from cluster.runtime.failures import TABLE, StageFailed
-from cluster.runtime.ray_cluster import Resources
+from cluster.runtime.placement import Gang, wait_for_place
+from cluster.runtime.ray_cluster import Resources, resources
 from cluster.storage import Permanent, StorageError, open_store
 from cluster.studies import tuner
 from cluster.studies.search import Search
@@ -174,6 +175,24 @@ def test_a_command_that_gives_trials_up_enters_them_as_failed_and_goes_on_withou
     assert told.stdout.count("FAILED given up by hand: it never began") >= 4
     wrong = call("tune", "--config", file, *opened.overrides, "--give-up", "9", check=False)
     assert wrong.returncode == 1 and "has no trial 9" in wrong.stderr
+
+
+def filling(opened: OpenSweep, number: int, report: Report, ending: Ending) -> None:
+    """A trial whose ranks need every CPU there is."""
+    cpus = int(resources().cpus)
+    place = wait_for_place(Gang(cpus, cpus, {"CPU": 1.0}), 60, lambda *_: None)
+    opened.ledger.enter_end(number, "DONE", scores={"FRDist": float(len(place))})
+
+
+def test_ranks_that_fill_the_cluster_find_room_beside_their_trial_s_driver(
+    opened: OpenSweep, local_ray: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuner, "run_trial", filling)
+    monkeypatch.setattr(tuner, "RESTARTS", 0)
+    given = opened.sweep.model_copy(update={"halving": None, "search": "random", "trials": 1})
+    search = Search(OpenSweep(given, opened.overrides))
+    assert tune_trials(search, 1, lambda *_: None, Interruption(), lambda: None) == {}
+    assert search.ledger.trials[0].scores == {"FRDist": local_ray.cpus}
 
 
 def patient(opened: OpenSweep, number: int, report: Report, ending: Ending) -> None:
