@@ -5,10 +5,12 @@ never read: the same command replays the ledger, skips what is settled and goes 
 """
 
 import logging
+import math
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import ray
@@ -47,6 +49,10 @@ DRIVER = "driver"
 
 RESTARTS = 3
 """How often a trial is started again whose driver ended by what may pass, until it has measured at a further rung."""
+
+
+ROOM = 10.0
+"""Seconds between two looks for how many trials there is room: machines come while a sweep goes on."""
 
 
 class Undone(NamedTuple):
@@ -97,7 +103,7 @@ def run_sweep(
         search.refresh()  # what waited for them goes on
         there = search.ledger.trials.values()
         done = sum(search.settled(one.number) for one in there)
-        say(f"sweep {sweep.name}: {sweep.most} trials, {done} of them done, {concurrent} at a time, in {opened.store.url}")
+        say(f"sweep {sweep.name}: {sweep.most} trials, {done} of them done, {concurrent()} at a time, in {opened.store.url}")
         undone = dict[int, Undone]()
         if search.unfinished():
             with Interruption() as interruption:
@@ -113,8 +119,8 @@ def run_sweep(
         return search, undone
 
 
-def _concurrent(sweep: Sweep, trials: Sequence[Trial], opened: OpenSweep, say: Callable[[str], None]) -> int:
-    """How many trials run at a time; refuses those that could never be placed."""
+def _concurrent(sweep: Sweep, trials: Sequence[Trial], opened: OpenSweep, say: Callable[[str], None]) -> Callable[[], int]:
+    """Tells how many trials run at a time, now; refuses those that could never be placed."""
     workers = {str(trial.experiment.workers): trial.experiment.workers for trial in trials}.values()
     connect(cpus=max(1, sweep.concurrent) * max(one.least for one in workers))
     shapes: dict[str, Experiment] = {}
@@ -125,16 +131,20 @@ def _concurrent(sweep: Sweep, trials: Sequence[Trial], opened: OpenSweep, say: C
     for experiment in shapes.values():
         for stage, kind in stages_over(source, experiment.model, experiment.diffusion).items():
             assert_possible(gang_with_memory(experiment, stage, kind))
-    room = min(gangs_at_once(gang_of(one)) for one in workers)
+    gangs = [gang_of(one) for one in workers]
+
+    def room() -> int:
+        return min(sweep.most, *map(gangs_at_once, gangs))
+
     if not sweep.concurrent:
-        return min(room, sweep.most)
-    if sweep.concurrent < min(room, sweep.most):
-        say(f"there is room for {room} trials at a time, and the sweep's concurrent is {sweep.concurrent}: the rest stays idle")
-    return sweep.concurrent
+        return room
+    if sweep.concurrent < (there := room()):
+        say(f"there is room for {there} trials at a time, and the sweep's concurrent is {sweep.concurrent}: the rest stays idle")
+    return lambda: sweep.concurrent
 
 
 def tune_trials(
-    search: Search, concurrent: int, show: Show, interruption: Interruption, assert_ours: Callable[[], None]
+    search: Search, concurrent: Callable[[], int], show: Show, interruption: Interruption, assert_ours: Callable[[], None]
 ) -> dict[int, Undone]:
     """Run trials until there are none to start; each driver is a process beside the ranks it starts, and reserves next to nothing.
 
@@ -218,20 +228,30 @@ class _LedgerSearcher(Searcher):
 
     Args:
         search: the sweep.
-        concurrent: most trials at a time.
+        concurrent: tells the most trials at a time; asked every 10 s.
         show: shows how it stands.
         interruption: whether the process was told to end.
         assert_ours: raises once another process has the sweep.
+        clock: seconds that only grow.
 
     Attributes:
         undone: number -> why a trial's driver has ended before the trial.
         error: what went wrong here.
     """
 
-    def __init__(self, search: Search, concurrent: int, show: Show, interruption: Interruption, assert_ours: Callable[[], None]):
+    def __init__(
+        self,
+        search: Search,
+        concurrent: Callable[[], int],
+        show: Show,
+        interruption: Interruption,
+        assert_ours: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ):
         super().__init__()
         self._search, self._concurrent, self._show = search, concurrent, show
-        self._interruption, self._assert_ours = interruption, assert_ours
+        self._interruption, self._assert_ours, self._clock = interruption, assert_ours, clock
+        self._most, self._asked = 1, -math.inf
         self._running: dict[str, int] = {}
         self._left, self._unread = list[int](), False
         self._restarts = Counter[tuple[int, int]]()
@@ -257,7 +277,7 @@ class _LedgerSearcher(Searcher):
         number = None
         with self._kept():
             self._assert_ours()
-            if not self.ending and not self._unread and len(self._running) < self._concurrent:
+            if not self.ending and not self._unread and len(self._running) < self._at_a_time():
                 number = self._search.next(self._running.values())
         if number is None:
             return None if self._running else Searcher.FINISHED
@@ -265,6 +285,14 @@ class _LedgerSearcher(Searcher):
         self.undone.pop(number, None)
         self.look()
         return {"number": number}
+
+    def _at_a_time(self) -> int:
+        """How many trials may run, as of a look a few seconds ago, or before, while the cluster does not answer."""
+        if self._clock() - self._asked >= ROOM:
+            self._asked = self._clock()
+            with suppress(RayError):
+                self._most = self._concurrent()
+        return self._most
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """A trial's driver has ended."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import RayError
 
 from cluster.data.manifest import File, Manifest, Split, StreamEntry, publish
 from cluster.driver.interruption import Interruption
@@ -21,7 +22,7 @@ from cluster.studies import tuner
 from cluster.studies.search import Search
 from cluster.studies.sweep import OpenSweep, Sweep
 from cluster.studies.trial import ToldToEnd
-from cluster.studies.tuner import RESTARTS, Show, run_sweep, tune_trials
+from cluster.studies.tuner import RESTARTS, ROOM, Show, run_sweep, tune_trials
 from tests.tiny import call
 
 RUNGS = [10, 20]
@@ -71,7 +72,7 @@ def test_tune_runs_what_the_ledger_says_and_starts_again_what_may_go_on(
     monkeypatch.setattr(tuner, "run_trial", pretend)
     shown: list[dict[int, str]] = []
     search = Search(opened)
-    assert tune_trials(search, 2, lambda _, states: shown.append(dict(states)), Interruption(), lambda: None) == {}
+    assert tune_trials(search, lambda: 2, lambda _, states: shown.append(dict(states)), Interruption(), lambda: None) == {}
     assert {0: "RUNNING"} in shown
     assert search.over() and (best := search.best()) is not None and best.number == 0
     assert [search.ledger.trials[number].end for number in range(4)] == ["DONE", "STOPPED", "STOPPED", "STOPPED"]
@@ -82,12 +83,16 @@ def test_tune_runs_what_the_ledger_says_and_starts_again_what_may_go_on(
 
 
 def searcher_of(
-    opened: OpenSweep, show: Show = lambda *_: None, assert_ours: Callable[[], None] = lambda: None
+    opened: OpenSweep,
+    show: Show = lambda *_: None,
+    assert_ours: Callable[[], None] = lambda: None,
+    concurrent: Callable[[], int] = lambda: 3,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[Search, tuner._LedgerSearcher]:
     """A searcher that Tune does not know of, for random trials without rungs, three at a time."""
     plain = opened.sweep.model_copy(update={"halving": None, "search": "random"})
     search = Search(OpenSweep(plain, opened.overrides))
-    return search, tuner._LedgerSearcher(search, 3, show, Interruption(), assert_ours)
+    return search, tuner._LedgerSearcher(search, concurrent, show, Interruption(), assert_ours, clock)
 
 
 def test_a_trial_whose_fault_may_pass_is_started_again_a_few_times_until_it_gets_further(opened: OpenSweep) -> None:
@@ -101,6 +106,25 @@ def test_a_trial_whose_fault_may_pass_is_started_again_a_few_times_until_it_gets
         searcher.on_trial_complete("next" if not again else f"more {again}")
         assert search.given_up == ({0} if again < RESTARTS else {0, 1})
         searcher.suggest(f"more {again + 1}")
+
+
+def test_trials_start_on_machines_that_come_while_a_sweep_goes_on_and_not_while_the_cluster_is_silent(opened: OpenSweep) -> None:
+    now, room = [0.0], [1]
+
+    def concurrent() -> int:
+        if not room:
+            raise RayError("the head is away")
+        return room[0]
+
+    search, searcher = searcher_of(opened, concurrent=concurrent, clock=lambda: now[0])
+    assert [searcher.suggest(name) for name in "ab"] == [{"number": 0}, None]
+    room.clear()
+    now[0] += ROOM
+    assert searcher.suggest("b") is None and searcher.error is None
+    room.append(3)
+    assert searcher.suggest("b") is None, "it is not asked all the time"
+    now[0] += ROOM
+    assert [searcher.suggest(name) for name in "bcd"] == [{"number": 1}, {"number": 2}, None] and len(search.ledger.trials) == 4
 
 
 def test_a_trial_for_which_a_person_must_act_is_not_started_again(opened: OpenSweep) -> None:
@@ -191,7 +215,7 @@ def test_ranks_that_fill_the_cluster_find_room_beside_their_trial_s_driver(
     monkeypatch.setattr(tuner, "RESTARTS", 0)
     given = opened.sweep.model_copy(update={"halving": None, "search": "random", "trials": 1})
     search = Search(OpenSweep(given, opened.overrides))
-    assert tune_trials(search, 1, lambda *_: None, Interruption(), lambda: None) == {}
+    assert tune_trials(search, lambda: 1, lambda *_: None, Interruption(), lambda: None) == {}
     assert search.ledger.trials[0].scores == {"FRDist": local_ray.cpus}
 
 
@@ -217,7 +241,7 @@ def test_told_to_end_a_sweep_waits_for_the_checkpoints_of_its_trials_and_starts_
         if 2 in states:  # in the place of the one that was killed
             interruption.signal = signal.SIGINT
 
-    undone = tune_trials(search, 2, show, interruption, lambda: None)
+    undone = tune_trials(search, lambda: 2, show, interruption, lambda: None)
     assert undone[0] == ("(preempted) ToldToEnd: trial 0 has a checkpoint. What to do: the same command goes on", 75)
     assert undone[1].code == 75 and undone[1].why.startswith("its driver is gone")
     assert sorted(undone) == [0, 1, 2] and [entry.key for entry in opened.home.list("seen/")] == ["seen/0", "seen/1", "seen/2"]
@@ -234,7 +258,7 @@ def test_a_driver_whose_sweep_was_taken_over_lets_its_trials_leave_and_says_so(
             raise Superseded("another process goes on")
 
     with pytest.raises(Superseded, match="another process goes on"):
-        tune_trials(Search(OpenSweep(given, opened.overrides)), 1, lambda *_: None, Interruption(), assert_ours)
+        tune_trials(Search(OpenSweep(given, opened.overrides)), lambda: 1, lambda *_: None, Interruption(), assert_ours)
     assert [entry.key for entry in opened.home.list("seen/")] == ["seen/0"]
 
 

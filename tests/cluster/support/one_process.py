@@ -100,7 +100,7 @@ class _Asked:
         self.answer = ask
 
 
-def _tune_trials(search: Search, _: int, show: Show, *_others: object) -> dict[int, Undone]:
+def _tune_trials(search: Search, _: object, show: Show, *_others: object) -> dict[int, Undone]:
     while (number := search.next(())) is not None:
         run_trial(search.opened, number, lambda _: search.refresh())
         search.refresh()
