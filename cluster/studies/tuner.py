@@ -28,7 +28,7 @@ from cluster.runs.environment import command
 from cluster.runs.lease import Lease
 from cluster.runtime.failures import AGAIN, PERSON, StageFailed, exit_code, failure_of, paragraph
 from cluster.runtime.nodes import nodes
-from cluster.runtime.placement import assert_possible, gangs_at_once
+from cluster.runtime.placement import Gang, assert_possible, gangs_at_once
 from cluster.runtime.poller import Poller
 from cluster.runtime.ray_cluster import connect
 from cluster.storage import Permanent, StorageError
@@ -46,6 +46,9 @@ log = logging.getLogger(__name__)
 
 DRIVER = "driver"
 """Resource of the machines that drivers are on, where a cluster has some: not on spot machines, and not the head."""
+
+OF_A_TRIAL = 0.1
+"""How much of `DRIVER` the driver of a trial takes: with its board and Ray Train's controller it has 0.8 GB, a tenth of a small machine."""
 
 RESTARTS = 3
 """How often a trial is started again whose driver ended by what may pass, until it has measured at a further rung."""
@@ -132,6 +135,8 @@ def _concurrent(sweep: Sweep, trials: Sequence[Trial], opened: OpenSweep, say: C
         for stage, kind in stages_over(source, experiment.model, experiment.diffusion).items():
             assert_possible(gang_with_memory(experiment, stage, kind))
     gangs = [gang_of(one) for one in workers]
+    if DRIVER in (alone := _reserved()):
+        gangs.append(Gang(1, 1, alone))
 
     def room() -> int:
         return min(sweep.most, *map(gangs_at_once, gangs))
@@ -188,7 +193,7 @@ def _reserved() -> dict[str, float]:
     Where no machine is for drivers it is a byte of memory, for Tune must reserve something, and ranks may fill a cluster to its last CPU
     and GPU. A head without CPUs has memory, too, and may get drivers: where it is all there is, a cluster grows from there.
     """
-    return {DRIVER: 0.01} if any(node.total.get(DRIVER) for node in nodes()) else {"cpu": 0, "memory": 1}
+    return {DRIVER: OF_A_TRIAL} if any(node.total.get(DRIVER) for node in nodes()) else {"cpu": 0, "memory": 1}
 
 
 @ray.remote(num_cpus=0)

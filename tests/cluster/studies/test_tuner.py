@@ -14,7 +14,9 @@ from ray.exceptions import RayError
 from cluster.data.manifest import File, Manifest, Split, StreamEntry, publish
 from cluster.driver.interruption import Interruption
 from cluster.runs.state import Superseded
+from cluster.runtime import placement
 from cluster.runtime.failures import TABLE, StageFailed
+from cluster.runtime.nodes import Node
 from cluster.runtime.placement import Gang, wait_for_place
 from cluster.runtime.ray_cluster import Resources, resources
 from cluster.storage import Permanent, StorageError, open_store
@@ -127,6 +129,25 @@ def test_trials_start_on_machines_that_come_while_a_sweep_goes_on_and_not_while_
     assert [searcher.suggest(name) for name in "bcd"] == [{"number": 1}, {"number": 2}, None] and len(search.ledger.trials) == 4
 
 
+def test_no_more_trials_run_at_a_time_than_the_machine_of_their_drivers_has_memory_for(
+    opened: OpenSweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = [Node(f"{one}", f"10.0.0.{one}", f"{one}", {}, {"CPU": 48.0, "GPU": 4.0}, {}) for one in range(9)]
+    for module in (tuner, placement):
+        monkeypatch.setattr(module, "nodes", lambda: there)
+    monkeypatch.setattr(tuner, "connect", lambda **_: None)
+    monkeypatch.setattr(tuner, "assert_possible", lambda _: None)
+    monkeypatch.setattr(placement, "autoscaler", lambda: None)
+    given = opened.sweep.model_copy(update={"search": "random", "trials": 100, "concurrent": 0})
+    concurrent = tuner._concurrent(given, opened.corner_trials(), opened, print)
+    assert concurrent() == 100, "no machine is for drivers, and ranks of a CPU each have room"
+    there.append(Node("drivers", "10.0.0.10", "drivers", {}, {"CPU": 0.0, "driver": 1.0}, {}))
+    concurrent = tuner._concurrent(given, opened.corner_trials(), opened, print)
+    assert concurrent() == 10
+    there.append(Node("more", "10.0.0.11", "more", {}, {"CPU": 0.0, "driver": 2.0}, {}))
+    assert concurrent() == 30
+
+
 def test_a_trial_for_which_a_person_must_act_is_not_started_again(opened: OpenSweep) -> None:
     shown: list[dict[int, str]] = []
     search, searcher = searcher_of(opened, lambda _, states: shown.append(dict(states)))
@@ -190,6 +211,7 @@ def test_a_command_that_gives_trials_up_enters_them_as_failed_and_goes_on_withou
 ) -> None:
     monkeypatch.setattr(tuner, "connect", lambda **_: None)
     monkeypatch.setattr(tuner, "assert_possible", lambda _: None)
+    monkeypatch.setattr(tuner, "nodes", list)
     monkeypatch.setattr(tuner, "gangs_at_once", lambda _: 1)
     given = opened.sweep.model_copy(update={"search": "random"})
     (file := tmp_path / "sweep.yaml").write_text(given.model_dump_json(exclude={"halving"}))

@@ -47,6 +47,7 @@ def one_process() -> Iterator[None]:
         patch.setattr(run, "ended_at", lambda *_: None)
         patch.setattr(run, "launch", _launch)
         patch.setattr(tuner, "assert_possible", lambda *_: None)
+        patch.setattr(tuner, "nodes", list)
         patch.setattr(tuner, "gangs_at_once", lambda *_: 1)
         patch.setattr(tuner, "tune_trials", _tune_trials)
         patch.setattr(trial, "Poller", _Asked)
