@@ -31,6 +31,7 @@ from cluster.runtime.nodes import nodes
 from cluster.runtime.placement import Gang, assert_possible, gangs_at_once
 from cluster.runtime.poller import Poller
 from cluster.runtime.ray_cluster import connect
+from cluster.runtime.scratch import scratch_folder
 from cluster.storage import Permanent, StorageError
 from cluster.studies.best import delete_other_best, write_best
 from cluster.studies.search import Search
@@ -164,6 +165,7 @@ def tune_trials(
         StorageError: if the store or the ledger refuses, or does not answer while no trial runs; likewise.
     """
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it is heard here
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # of results, which the ledger has
     searcher = _LedgerSearcher(search, concurrent, show, interruption, assert_ours)
     # Here, for a machine elsewhere may be taken away, and nobody would hear any more.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -174,12 +176,13 @@ def tune_trials(
             notice.give.remote()
 
     trainable = tune.with_parameters(_trial, opened=search.opened, notice=notice, drive=run_trial)
-    with repeating(hand_on, LOOK, "interruption"):
+    # Tune's own notes, which nobody reads: in the store they would be written by Arrow's client, without our retries.
+    with scratch_folder() as notes, repeating(hand_on, LOOK, "interruption"):
         tune.Tuner(
             tune.with_resources(trainable, _reserved()),
             # The searcher says when there are no more: a trial may be started several times.
             tune_config=tune.TuneConfig(num_samples=-1, search_alg=searcher, scheduler=_LedgerScheduler(searcher)),
-            run_config=tune.RunConfig(name="tune", storage_path=search.opened.store.url, verbose=0),
+            run_config=tune.RunConfig(name="tune", storage_path=str(notes), verbose=0),
         ).fit()
     if searcher.error:
         raise searcher.error

@@ -74,12 +74,15 @@ def test_tune_runs_what_the_ledger_says_and_starts_again_what_may_go_on(
     monkeypatch.setattr(tuner, "run_trial", pretend)
     shown: list[dict[int, str]] = []
     search = Search(opened)
+    (refused := Path(opened.store.url) / "tune").write_text("whoever makes a folder of this name here gets an error")
     assert tune_trials(search, lambda: 2, lambda _, states: shown.append(dict(states)), Interruption(), lambda: None) == {}
     assert {0: "RUNNING"} in shown
     assert search.over() and (best := search.best()) is not None and best.number == 0
     assert [search.ledger.trials[number].end for number in range(4)] == ["DONE", "STOPPED", "STOPPED", "STOPPED"]
     seen = [entry.key.split("/")[1].split("-")[0] for entry in opened.home.list("seen/")]
     assert sorted(seen) == ["0", "1", "2", "2", "3"], "the one whose machine was gone is started once more"
+    refused.unlink()
+    assert {path.name for path in Path(opened.store.url).iterdir()} == {"ledger"}, "Tune keeps nothing in the store"
     choice = json.loads(open_store(search.ledger.url).read("000003/choice-0.json"))
     assert (choice["goes_on"], choice["against"]) == (False, 0)
 
