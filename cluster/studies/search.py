@@ -12,12 +12,14 @@ from functools import cache
 from cluster.config.loading import ConfigError
 from cluster.config.schema import Experiment
 from cluster.driver.pin import pin
+from cluster.runs.checkpoint import newest_progress
 from cluster.runs.state import read_state
 from cluster.studies.first_stage import LOOK_AGAIN, finished
 from cluster.studies.halving import choose
 from cluster.studies.ledger import TrialRecord
 from cluster.studies.searchers import Told, best_of, defined
 from cluster.studies.sweep import OpenSweep, Trial
+from reactdiff.config import STAGES
 
 
 class Search:
@@ -58,12 +60,16 @@ class Search:
         while self._suggest():
             self.ledger.refresh()
 
-    def next(self, running: Collection[int]) -> int | None:
+    def next(self, running: Collection[int], resting: Collection[int] = ()) -> int | None:
         """The number of a trial to start now, beside these; None if there is none yet, or none any more.
 
         One whose autoencoder nobody is training just now comes first: others would only wait for it.
+
+        Args:
+            running: trials that have a driver.
+            resting: trials that are not to be started yet.
         """
-        waiting = [number for number in self.unfinished() if number not in running and number not in self.given_up]
+        waiting = [number for number in self.unfinished() if number not in {*running, *resting, *self.given_up}]
         if not waiting:
             return None
         training = {first.run.name for number in running if (first := self.trial(number).first) and not self._is_trained(first)}
@@ -81,6 +87,12 @@ class Search:
     def unsettled(self) -> list[int]:
         """Numbers of the trials of which something that counts may still change."""
         return [number for number in sorted(self.ledger.trials) if not self.settled(number)]
+
+    def progress(self, number: int) -> int:
+        """Items at the newest checkpoints of a trial and of the run whose autoencoder it takes, of all stages together."""
+        trial = self.trial(number)
+        stores = [self.opened.home.at(f"runs/{one.run.name}") for one in (trial.experiment, trial.first) if one]
+        return sum(newest_progress(store, stage) for store in stores for stage in STAGES)
 
     def give_up(self, number: int) -> str:
         """End a trial that would never come to its end by itself, so that what waits for it goes on; returns what is to be said of it.

@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config.schema import Experiment
 from cluster.driver.interruption import Interruption
+from cluster.driver.launch import PAUSES
 from cluster.driver.plan import gang_with_memory
 from cluster.driver.ray_train import gang_of
 from cluster.runs.environment import command
@@ -52,7 +53,7 @@ OF_A_TRIAL = 0.1
 """How much of `DRIVER` the driver of a trial takes: with its board and Ray Train's controller it has 0.8 GB, a tenth of a small machine."""
 
 RESTARTS = 3
-"""How often a trial is started again whose driver ended by what may pass, until it has measured at a further rung."""
+"""How often a trial is started again whose driver ended by what may pass, without having got further."""
 
 
 ROOM = 10.0
@@ -262,7 +263,7 @@ class _LedgerSearcher(Searcher):
         self._most, self._asked = 1, -math.inf
         self._running: dict[str, int] = {}
         self._left, self._unread = list[int](), False
-        self._restarts = Counter[tuple[int, int]]()
+        self._furthest, self._restarts, self._due = dict[int, int](), Counter[int](), dict[int, float]()
         self.undone: dict[int, Undone] = {}
         self.error: Exception | None = None
 
@@ -283,12 +284,13 @@ class _LedgerSearcher(Searcher):
         if self._unread:
             self.look()
         number = None
+        resting = {number for number, due in self._due.items() if self._clock() < due}
         with self._kept():
             self._assert_ours()
             if not self.ending and not self._unread and len(self._running) < self._at_a_time():
-                number = self._search.next(self._running.values())
+                number = self._search.next(self._running.values(), resting)
         if number is None:
-            return None if self._running else Searcher.FINISHED
+            return None if self._running or (resting and not self.ending) else Searcher.FINISHED
         self._running[trial_id] = number
         self.undone.pop(number, None)
         self.look()
@@ -321,9 +323,9 @@ class _LedgerSearcher(Searcher):
             self._assert_ours()
             self._search.refresh()
             self._unread = False
-            for number in self._left:
-                self._left_undone(number)
-            self._left.clear()
+            while self._left:
+                self._left_undone(self._left[0])
+                del self._left[0]
             failed = {number: one.why for number, one in self.undone.items()}
             self._show(self._search, failed | dict.fromkeys(self._running.values(), "RUNNING"))
 
@@ -332,10 +334,13 @@ class _LedgerSearcher(Searcher):
         if number not in self._search.unfinished():
             return
         why = self.undone.setdefault(number, Undone("its driver is gone, and said nothing: its machine may be lost", AGAIN))
-        spent = number, len(self._search.ledger.trials[number].rungs)
-        self._restarts[spent] += 1
-        if why.code != AGAIN or self._restarts[spent] > RESTARTS:
+        if why.code == AGAIN and (progress := self._search.progress(number)) > self._furthest.get(number, 0):
+            self._furthest[number], self._restarts[number] = progress, 0
+        self._restarts[number] += 1
+        if why.code != AGAIN or self._restarts[number] > RESTARTS:
             self._search.given_up.add(number)
+        else:
+            self._due[number] = self._clock() + PAUSES[self._restarts[number] - 1]
 
     @contextmanager
     def _kept(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from ray.exceptions import RayError
 
 from cluster.data.manifest import File, Manifest, Split, StreamEntry, publish
 from cluster.driver.interruption import Interruption
+from cluster.driver.launch import PAUSES
 from cluster.runs.state import Superseded
 from cluster.runtime import placement
 from cluster.runtime.failures import TABLE, StageFailed
@@ -100,17 +101,61 @@ def searcher_of(
     return search, tuner._LedgerSearcher(search, concurrent, show, Interruption(), assert_ours, clock)
 
 
-def test_a_trial_whose_fault_may_pass_is_started_again_a_few_times_until_it_gets_further(opened: OpenSweep) -> None:
-    search, searcher = searcher_of(opened)
-    for again in range(RESTARTS + 1):
+def only_one(opened: OpenSweep) -> OpenSweep:
+    return OpenSweep(opened.sweep.model_copy(update={"trials": 1}), opened.overrides)
+
+
+def test_a_trial_whose_fault_may_pass_is_started_again_a_few_times_with_pauses(opened: OpenSweep) -> None:
+    now = [0.0]
+    search, searcher = searcher_of(only_one(opened), clock=lambda: now[0])
+    for again, pause in enumerate((0.0, *PAUSES[:RESTARTS])):
+        if pause:
+            assert searcher.suggest("too early") is None
+        now[0] += pause
         assert searcher.suggest(f"{again}") == {"number": 0}
         searcher.on_trial_complete(f"{again}")
-    assert searcher.suggest("next") == {"number": 1} and searcher.undone[0].code == 75
-    search.ledger.enter_rung(1, 0, {"progress": 10, "levels": [[0.0, 0.0]], "errors": [[1.0], [1.0]]})
-    for again in range(RESTARTS + 1):
-        searcher.on_trial_complete("next" if not again else f"more {again}")
-        assert search.given_up == ({0} if again < RESTARTS else {0, 1})
-        searcher.suggest(f"more {again + 1}")
+    assert searcher.suggest("one more") == "FINISHED" and search.given_up == {0} and searcher.undone[0].code == 75
+
+
+def test_a_trial_that_rests_lets_others_go_first_and_keeps_no_sweep_that_is_to_end(opened: OpenSweep) -> None:
+    search, searcher = searcher_of(opened, clock=lambda: 0.0)
+    for name, number in (("a", 0), ("b", 0), ("c", 1)):
+        assert searcher.suggest(name) == {"number": number}
+        searcher.on_trial_complete(name)
+    searcher._interruption.signal = signal.SIGINT
+    assert searcher.suggest("d") == "FINISHED" and search.given_up == set()
+
+
+@pytest.mark.parametrize("of_its_autoencoder", [False, True])
+def test_a_trial_that_got_further_each_time_is_started_again_however_often(opened: OpenSweep, of_its_autoencoder: bool) -> None:
+    search, searcher = searcher_of(only_one(opened), clock=lambda: 0.0)
+    trial = search.trial(0)
+    assert trial.first
+    folder = f"{trial.first.run.name}/checkpoints/autoencoder" if of_its_autoencoder else f"{trial.run}/checkpoints/diffusion"
+    for again in range(1, 3 * RESTARTS):
+        assert searcher.suggest(f"{again}") == {"number": 0}, "at once"
+        opened.home.put(f"runs/{folder}/{100 * again:015d}-1.{again}.json", b"{}")
+        searcher.on_trial_complete(f"{again}")
+    assert search.given_up == set()
+
+
+def test_an_end_that_the_store_kept_from_being_understood_is_counted_once(opened: OpenSweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    search, searcher = searcher_of(opened, clock=lambda: 0.0)
+    assert [searcher.suggest(name) for name in "abc"] == [{"number": 0}, {"number": 1}, {"number": 2}]
+    asked, silent = search.progress, {0, 1}
+
+    def progress(number: int) -> int:
+        if number in silent:
+            raise StorageError("the store is away")
+        return asked(number)
+
+    monkeypatch.setattr(search, "progress", progress)
+    searcher.on_trial_complete("a")
+    silent.remove(0)
+    for _ in range(RESTARTS + 1):
+        searcher.on_trial_complete("b")
+    silent.clear()
+    assert searcher.suggest("d") == {"number": 0} and search.given_up == set()
 
 
 def test_trials_start_on_machines_that_come_while_a_sweep_goes_on_and_not_while_the_cluster_is_silent(opened: OpenSweep) -> None:
