@@ -93,15 +93,17 @@ def write_rung(run: Store, rung: int, clips: int, progress: int, measured: dict[
         pass
 
 
-def read_rung(run: Store, rung: int, clips: int) -> dict[str, Any] | None:
+def read_rung(run: Store, rung: int, clips: int, kept_before: bool = True) -> dict[str, Any] | None:
     """What was measured at a rung on so many clips: `progress`, `levels` and `errors`; None if it was not.
 
-    What an earlier release kept without the number of clips in its name counts where it has that many.
+    What an earlier release kept without the number of clips in its name counts where it has that many, and where `kept_before` says that
+    there may be some: it is a request more.
     """
     try:
         return json.loads(run.read(_key(rung, clips)))
     except NotFound:
-        pass
+        if not kept_before:
+            return None
     try:
         measured = json.loads(run.read(f"rungs/{rung:015d}.json"))
     except NotFound:

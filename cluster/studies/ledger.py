@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.storage import AlreadyExists, Permanent, Store
+from cluster.storage import AlreadyExists, NotFound, Permanent, Store
 from cluster.studies.halving import WORST, Choice, End, Standing
 from cluster.studies.space import Point
 
@@ -124,13 +124,12 @@ class Ledger:
         """A trial is at its end, or has failed in a way in which it would fail again; the first end stands."""
         self._enter(f"{number:06d}/end", {"end": end, "why": why, "scores": scores and dict(scores)}, first_stands=True)
 
-    def stopped(self, number: int, rungs: int) -> Choice | None:
-        """The decision that stops a trial, looked for in the store, of so many rungs."""
-        for rung in range(rungs):
-            key = f"{number:06d}/choice-{rung}.json"
-            if self._store.exists(key) and not (choice := Choice(**json.loads(self._store.read(key)))).goes_on:
-                return choice
-        return None
+    def decided(self, number: int, rung: int) -> Choice | None:
+        """What was decided about a trial at a rung, looked for in the store; None while nothing was."""
+        try:
+            return Choice(**json.loads(self._store.read(f"{number:06d}/choice-{rung}.json")))
+        except NotFound:
+            return None
 
     def _enter(self, name: str, facts: Mapping[str, Any], first_stands: bool = False) -> None:
         key, data = f"{name}.json", json.dumps(facts, indent=1).encode()

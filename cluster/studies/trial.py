@@ -102,7 +102,8 @@ class _Steering:
         halving = opened.sweep.halving
         self._rungs, self._clips = (halving.rungs, halving.clips) if halving else ((), 0)
         self._ledger, self._number, self._run, self._report = opened.ledger, number, opened.home.at(f"runs/{run}"), report
-        self._entered, self._reported = set[int](), 0
+        self._entered, self._going_on, self._reported = set[int](), set[int](), 0
+        self._asked, self._turn = set[int](), 0
         self._poller = Poller(self._ask, LOOK)
 
     def __call__(self) -> str:
@@ -119,16 +120,38 @@ class _Steering:
 
     def look(self) -> str:
         """Enter what was measured since; why the trial is stopped, if it is."""
-        for rung, items in enumerate(self._rungs):
-            if rung not in self._entered and (measured := read_rung(self._run, items, self._clips)) is not None:
-                self._ledger.enter_rung(self._number, rung, measured)
-                self._entered.add(rung)
-        choice = self._ledger.stopped(self._number, len(self._rungs))
-        return choice.why if choice else ""
+        for rung in self._missing():
+            self._enter(rung)
+        return self._stopped()
+
+    def _missing(self) -> list[int]:
+        return [rung for rung in range(len(self._rungs)) if rung not in self._entered]
+
+    def _enter(self, rung: int) -> None:
+        """Enter what was measured at a rung, if it was; what an earlier release kept is there from the beginning or never."""
+        measured = read_rung(self._run, self._rungs[rung], self._clips, kept_before=rung not in self._asked)
+        self._asked.add(rung)
+        if measured is not None:
+            self._ledger.enter_rung(self._number, rung, measured)
+            self._entered.add(rung)
+
+    def _stopped(self) -> str:
+        """Why the trial is stopped, if it is; what was decided at a rung never changes, and comes after what was at those below."""
+        for rung in sorted(self._entered - self._going_on):
+            if (choice := self._ledger.decided(self._number, rung)) is None:
+                break
+            if not choice.goes_on:
+                return choice.why
+            self._going_on.add(rung)
+        return ""
 
     def _ask(self) -> str:
+        """As `look`, which many trials ask for all the time: of one rung, each in its turn, for one that was passed before stays away."""
         try:
-            return self.look()
+            if missing := self._missing():
+                self._enter(missing[self._turn % len(missing)])
+                self._turn += 1
+            return self._stopped()
         except StorageError as error:
             log.warning("no look into the ledger: %s", error)
             return ""

@@ -89,12 +89,12 @@ def test_another_trial_of_the_same_number_or_another_decision_is_an_error_that_s
         ledger.enter_choice(Choice(0, 1, False))
 
 
-def test_whether_a_trial_is_stopped_is_looked_for_in_the_store(store: Store) -> None:
+def test_what_was_decided_about_a_trial_is_looked_for_in_the_store(store: Store) -> None:
     ledger, other = Ledger(store), Ledger(store)
     other.enter_choice(Choice(3, 0, True))
-    assert ledger.stopped(3, rungs=2) is None
+    assert ledger.decided(3, 0) == Choice(3, 0, True) and ledger.decided(3, 1) is None
     other.enter_choice(Choice(3, 1, False, 0, 0.001, 0.01))
-    assert ledger.stopped(3, rungs=2) == Choice(3, 1, False, 0, 0.001, 0.01)
+    assert ledger.decided(3, 1) == Choice(3, 1, False, 0, 0.001, 0.01)
 
 
 def test_records_are_plain_json(store: Store) -> None:

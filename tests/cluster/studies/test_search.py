@@ -19,6 +19,7 @@ from cluster.studies.search import Search
 from cluster.studies.searchers import Told, suggest
 from cluster.studies.sweep import OpenSweep, Sweep
 from reactdiff.data.keyed import generator
+from tests.cluster.support.sweeps import stopped
 
 RUNGS = [10, 20]
 ITEMS = 16
@@ -95,7 +96,7 @@ class Deaths:
     def advance(self, opened: OpenSweep, number: int) -> None:
         """A trial hears that it is to stop, measures its next rung, or comes to its end; what it has measured is not lost."""
         at = self.progress.setdefault(number, 0)
-        if opened.ledger.stopped(number, len(RUNGS)) and self.order.random() < 0.5:
+        if stopped(opened.ledger, number) and self.order.random() < 0.5:
             opened.ledger.enter_end(number, "STOPPED")
         elif at < len(RUNGS):
             measured = {"progress": RUNGS[at], "levels": [[0.0, 0.0]], "errors": self.world.errors(number, at)}

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from cluster.config.loading import ConfigError
+from cluster.evaluation.rung import write_rung
 from cluster.runtime.failures import PERSON, TABLE, StageFailed, exit_code
 from cluster.studies import trial as module
+from cluster.studies.halving import Choice
 from cluster.studies.search import Search
 from cluster.studies.trial import run_trial
 from cluster.training.gradient import NonFinite
-from tests.cluster.support.sweeps import search_in
+from tests.cluster.support.sweeps import rung, search_in
 
 
 @pytest.fixture
@@ -53,3 +55,33 @@ def test_a_number_under_which_the_ledger_has_another_run_is_refused(search: Sear
     search.ledger.enter_trial(9, search.ledger.trials[0].point, "shown-00000000", "0")
     with pytest.raises(ConfigError, match=r"trial 9 of sweep shown is run shown-00000000 in .*, but here it would be shown-"):
         run_trial(search.opened, 9, lambda _: None)
+
+
+def test_a_look_asks_for_one_rung_and_for_no_decision_but_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = search_in(tmp_path, halving={"rungs": [10, 20, 30], "clips": 8}).opened
+    steering = module._Steering(opened, 0, "one", lambda _: None, lambda: False)
+    run, asked = opened.home.at("runs/one"), list[str]()
+    for name in ("get", "exists", "size", "list"):
+        plain = getattr(type(run), name)
+        monkeypatch.setattr(type(run), name, lambda self, key="", plain=plain: asked.append(key) or plain(self, key))
+
+    def ten_looks() -> list[str]:
+        asked.clear()
+        assert {steering._ask() for _ in range(10)} == {""}
+        return asked
+
+    assert steering.look() == "" and len(asked) == 6, "each rung, and what an earlier release called it"
+    assert len(ten_looks()) == 10 and len(set(asked)) == 3
+    write_rung(run, 20, 8, 21, rung(21, 0.0))  # the first one was passed before it was asked for
+    ten_looks()
+    assert steering._entered == {1}
+    opened.ledger.enter_choice(Choice(0, 1, True))
+    ten_looks()
+    assert len(ten_looks()) == 10 and not any("choice" in key for key in asked), "what is decided is decided"
+    write_rung(run, 10, 8, 11, rung(11, 0.0))
+    write_rung(run, 30, 8, 31, rung(31, 0.0))
+    ten_looks()
+    opened.ledger.enter_choice(Choice(0, 0, True))
+    assert len(set(ten_looks())) == 2, "the next decision is asked for when the one before it is known"
+    opened.ledger.enter_choice(Choice(0, 2, False, 1, 0.001, 0.01))
+    assert steering._ask() == steering.look() == "stopped at rung 3: trial 1 is better, p = 0.001 (at most 0.01)"

@@ -26,6 +26,7 @@ from cluster.studies.search import Search
 from cluster.studies.sweep import OpenSweep, Sweep
 from cluster.studies.trial import ToldToEnd
 from cluster.studies.tuner import RESTARTS, ROOM, Show, run_sweep, tune_trials
+from tests.cluster.support.sweeps import stopped
 from tests.tiny import call
 
 RUNGS = [10, 20]
@@ -44,7 +45,7 @@ def pretend(opened: OpenSweep, number: int, report: Report, ending: Ending) -> N
         errors = [[number + item / 100 + number * (item % 3) / 1000] for item in range(16)]
         ledger.enter_rung(number, rung, {"progress": items, "levels": [[0.0, 0.0]], "errors": errors})
         report({"trial": number, "rungs": rung + 1})
-        if ledger.stopped(number, len(RUNGS)):
+        if stopped(ledger, number):
             ledger.enter_end(number, "STOPPED", "it is worse")
             return
     ledger.enter_end(number, "DONE", scores={"FRDist": float(number)})

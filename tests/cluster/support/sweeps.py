@@ -5,6 +5,7 @@ from typing import Any
 
 from cluster.data.manifest import File, Manifest, Split, publish
 from cluster.storage import open_store
+from cluster.studies.ledger import Ledger
 from cluster.studies.search import Search
 from cluster.studies.sweep import OpenSweep, Sweep
 
@@ -13,6 +14,12 @@ def rung(progress: int, worse: float) -> dict[str, Any]:
     """What a trial measured that is so much worse."""
     errors = [[0.1 + item / 10 + worse + 1e-4 * (item % 3) * worse, 0.02] for item in range(16)]
     return {"progress": progress, "levels": [[0.0, -0.1234], [3.0, 2.71]], "errors": errors}
+
+
+def stopped(ledger: Ledger, number: int) -> bool:
+    """Whether it was decided that a trial is to stop, as its driver sees it: in the store, at one of two rungs."""
+    choices = [ledger.decided(number, rung) for rung in range(2)]
+    return any(choice and not choice.goes_on for choice in choices)
 
 
 def search_in(tmp_path: Path, **keys: Any) -> Search:
