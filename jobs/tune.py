@@ -3,11 +3,11 @@
   python jobs/tune.py                                              (jobs/configs/sweep.yaml, over the demo's data)
   python jobs/tune.py --config jobs/configs/sweep.yaml --dry-run optim.epochs=2
 
-The same command goes on after an interruption: finished trials are skipped, others resume where they were, and every decision is the
-one that would have been taken. Ctrl-C once lets the trials that run write a checkpoint first. While another process is at the same sweep
-it says so and ends, with exit code 0. It ends with 75 where trials are left with which the same command may go on by itself, as after
-the loss of a machine, and with 1 where a person must act first, also where no trial has a score. A trial that cannot come to its end
-holds back decisions, suggestions and the best one: --give-up N enters it as failed.
+The same command goes on after an interruption: finished trials are skipped, others resume where they were, and every decision is the one
+that would have been taken. Ctrl-C once lets the trials that run write a checkpoint first. While another process is at the same sweep it
+says so and ends, with exit code 0 (75 with --give-up, which is then not done). It ends with 75 where trials are left with which the same
+command may go on by itself, as after the loss of a machine, and with 1 where a person must act first, also where no trial has a score. A
+trial that cannot come to its end holds back decisions, suggestions and the best one: --give-up N enters it as failed.
 
 The best trial's experiment is <run.store>/sweeps/<name>/best.yaml: `python jobs/train.py --config` on it scores it on the experiment's
 own split, and trains it further if optim.epochs is raised. It begins with a comment: while trials are not done it is provisional.
@@ -43,7 +43,11 @@ def main() -> int:
             search, undone = run_sweep(sweep, overrides, live.say, live.show, arguments.give_up)
         except Held as held:
             live.say(str(held))
-            return 0
+            if not arguments.give_up:
+                return 0
+            numbers = ", ".join(map(str, arguments.give_up))
+            live.say(f"so trial {numbers} is not given up: end that process first (Ctrl-C), and give this command again")
+            return AGAIN
     return report(search, undone)
 
 

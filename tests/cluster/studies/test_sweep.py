@@ -10,6 +10,7 @@ from cluster.config.loading import ConfigError
 from cluster.data.manifest import File, Manifest, ShardTable, Split, publish
 from cluster.runs import lease
 from cluster.runs.lease import LEASE, Lease
+from cluster.runtime.failures import AGAIN
 from cluster.storage import open_store
 from cluster.studies.sweep import OpenSweep, Sweep, Trial
 from tests.tiny import call
@@ -147,6 +148,9 @@ def test_a_sweep_that_another_process_is_at_says_so_and_ends_well(
     with Lease(store, "the first one"):
         second = call("tune", "--config", tmp_path / "sweep.yaml", *places)
         assert f"{store.url} is held by host " in second.stdout and "(the first one), which is at work there" in second.stdout
+        assert [entry.key for entry in store.list()] == [LEASE]
+        given_up = call("tune", "--config", tmp_path / "sweep.yaml", *places, "--give-up", "0", check=False)
+        assert given_up.returncode == AGAIN and "trial 0 is not given up" in given_up.stdout
         assert [entry.key for entry in store.list()] == [LEASE]
 
 
