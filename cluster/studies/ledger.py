@@ -56,6 +56,10 @@ class TrialRecord:
         errors = np.array(self.rungs[rung]["errors"])  # (items, levels), as in `cluster.evaluation.ground_truth`
         return np.nan_to_num(errors.reshape(2, -1, errors.shape[1]).mean((0, 2)), nan=WORST).clip(max=WORST)
 
+    def finite(self, rung: int) -> bool:
+        """Whether all its errors at a rung are finite numbers; the mean of others says only that they are not."""
+        return bool(self.of_clips(rung).max() < WORST)
+
     def error(self, rung: int) -> float:
         """Mean error over clips at a rung."""
         return float(self.of_clips(rung).mean())

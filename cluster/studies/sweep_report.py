@@ -46,7 +46,8 @@ def sweep_report(search: Search, states: Mapping[int, str]) -> str:
         heads=heads,
         rows=[(_kind(record, best), row) for record, row in zip(records, rows, strict=True)],
         notes=rung_lines(search),
-        rungs=_rung_curves(search, records, best),
+        rungs=_rung_curves(records, best),
+        infinite=sum(not all(map(record.finite, record.rungs)) for record in records),
         importance=_bars(shares) if shares else "",
         what=title,
         fronts=_fronts(search, best),
@@ -63,19 +64,21 @@ def _colour(record: TrialRecord, best: TrialRecord | None) -> str:
     return {"best": BEST, "out": STOPPED, "": OTHER}[_kind(record, best)]
 
 
-def _rung_curves(search: Search, records: list[TrialRecord], best: TrialRecord | None) -> str:
-    """The error of each trial at its rungs; nothing without halving."""
-    measured = [record for record in records if record.rungs]
+def _rung_curves(records: list[TrialRecord], best: TrialRecord | None) -> str:
+    """The error of each trial at its rungs, where it is finite: one that is not would flatten all others. Nothing without halving."""
+    measured = [record for record in records if any(map(record.finite, record.rungs))]
     if not measured:
         return ""
     figure = Figure((9.0, 4.0), layout="constrained")
     axes = figure.subplots()
     for record in sorted(measured, key=lambda record: (record is best, record.standing.stopped_at is None)):  # the best one on top
         stopped, colour = record.standing.stopped_at, _colour(record, best)
-        there = sorted(rung for rung in record.rungs if stopped is None or rung <= stopped)
+        there = sorted(rung for rung in record.rungs if record.finite(rung) and (stopped is None or rung <= stopped))
+        if not there:
+            continue
         points = [(record.rungs[rung]["progress"], record.error(rung)) for rung in there]
         axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, linewidth=2 if record is best else 1)
-        if stopped is not None:
+        if stopped in there:
             axes.plot(*points[-1], "x", color="#5a6675", markersize=7)
         axes.annotate(str(record.number), points[-1], xytext=(5, -3), textcoords="offset points", fontsize=8, color=colour)
     axes.set(xlabel="items", ylabel="error of the decoded x0 prediction")

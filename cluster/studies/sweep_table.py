@@ -75,14 +75,17 @@ def sweep_cells(search: Search, states: Mapping[int, str], more: Mapping[int, Tr
 def importances(search: Search) -> tuple[str, dict[str, float]]:
     """Of what, and how much of it is each key's share, the largest first: of the first rung where there is one, which all trials reach."""
     sweep, records = search.opened.sweep, [search.ledger.trials[number] for number in sorted(search.ledger.trials)]
+    out = ""
     if sweep.halving:
-        pairs = [(record.point, record.error(0)) for record in records if 0 in record.rungs]
+        measured = [record for record in records if 0 in record.rungs]
+        pairs = [(record.point, record.error(0)) for record in measured if record.finite(0)]
         what = f"the error at {sweep.halving.rungs[0]} items"
+        out = f", without {len(measured) - len(pairs)} whose error is not finite" if len(pairs) < len(measured) else ""
     else:
         scored = [(record.point, defined(record.scores, [sweep.first_metric])) for record in records]
         pairs, what = [(point, values[0]) for point, values in scored if values], sweep.first_metric
     shares = importance(search.opened.space, [point for point, _ in pairs], [value for _, value in pairs])
-    return f"share of the variance of {what} over {len(pairs)} trials", dict(sorted(shares.items(), key=lambda pair: -pair[1]))
+    return f"share of the variance of {what} over {len(pairs)} trials{out}", dict(sorted(shares.items(), key=lambda pair: -pair[1]))
 
 
 def importance_table(search: Search) -> Table | None:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from cluster.studies.search import Search
-from cluster.studies.sweep_report import front, sweep_report, write_sweep_report
+from cluster.studies.sweep_report import _rung_curves, front, sweep_report, write_sweep_report
 from tests.cluster.support.html import assert_asks_for_nothing
-from tests.cluster.support.sweeps import rung, search_in
+from tests.cluster.support.sweeps import rung, search_in, search_with_a_diverged_trial
 
 
 @pytest.fixture
@@ -44,3 +44,10 @@ def test_the_front_is_what_nothing_beats_in_both() -> None:
     assert front(points, ("max", "max")) == [(2.0, 3.0), (3.0, 2.0)]
     assert front(points, ("min", "max")) == [(1.0, 1.0), (2.0, 3.0)]
     assert front(points, ("min", "min")) == [(1.0, 1.0)]
+
+
+def test_errors_that_are_not_finite_are_left_out_of_the_curves_and_counted(tmp_path: Path) -> None:
+    search = search_with_a_diverged_trial(tmp_path)
+    records = list(search.ledger.trials.values())
+    assert _rung_curves(records, None) == _rung_curves([*records[:5], *records[6:]], None) != "" == _rung_curves(records[5:6], None)
+    assert "Left out: errors of 1\ntrial that are not finite" in sweep_report(search, {})

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from cluster.studies.search import Search
-from cluster.studies.sweep_table import LiveSweep, importance_table, sweep_table
-from tests.cluster.support.sweeps import rung, search_in
+from cluster.studies.sweep_table import LiveSweep, importance_table, importances, sweep_table
+from tests.cluster.support.sweeps import rung, search_in, search_with_a_diverged_trial
 
 
 @pytest.fixture
@@ -71,3 +71,10 @@ def test_importance_is_that_of_the_first_rung_which_every_trial_reaches(search: 
     text = shown(importance_table(search))
     assert "share of the variance of the error at 10 items over 3 trials" in text
     assert re.search(r"model\.denoiser\s+│\s+100%", text)
+
+
+def test_a_trial_whose_error_is_not_finite_is_left_out_of_what_matters_and_counted(tmp_path: Path) -> None:
+    search = search_with_a_diverged_trial(tmp_path)
+    title, shares = importances(search)
+    assert title == "share of the variance of the error at 10 items over 8 trials, without 1 whose error is not finite"
+    assert shares["diffusion.schedule"] > 0.9 and shares["diffusion.condition_dropout"] < 0.1

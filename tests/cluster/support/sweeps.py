@@ -1,5 +1,6 @@
 """A sweep of four trials, of which nothing is run."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +33,16 @@ def search_in(tmp_path: Path, **keys: Any) -> Search:
     }
     given = {"name": "shown", "space": space, "metrics": {"FRDist": "min"}, "halving": {"rungs": [10, 20], "clips": 8}} | keys
     return Search(OpenSweep(Sweep.model_validate(given), [f"data.url={tmp_path}/shards", f"run.store={tmp_path}/store"]))
+
+
+def search_with_a_diverged_trial(tmp_path: Path) -> Search:
+    """Nine trials that have measured the first rung: the schedule matters, dropout does not, and number 5 is not finite in one item."""
+    space = {"diffusion.schedule": ["cosine", "linear", "karras"], "diffusion.condition_dropout": [0.0, 0.1, 0.2]}
+    search = search_in(tmp_path, space=space)
+    for number in range(9):
+        measured = rung(12, 0.05 * (number // 3))
+        if number == 5:
+            measured["errors"][3][0] = math.nan
+        search.ledger.enter_rung(number, 0, measured)
+    search.refresh()
+    return search
