@@ -167,6 +167,8 @@ def tune_trials(
     """
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it is heard here
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # of results, which the ledger has
+    logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # or it warns that there are none
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # or it prints at the beginning where its notes are
     searcher = _LedgerSearcher(search, concurrent, show, interruption, assert_ours)
     # Here, for a machine elsewhere may be taken away, and nobody would hear any more.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

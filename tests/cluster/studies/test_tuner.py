@@ -71,7 +71,7 @@ def opened(tmp_path: Path) -> OpenSweep:
 
 
 def test_tune_runs_what_the_ledger_says_and_starts_again_what_may_go_on(
-    opened: OpenSweep, local_ray: Resources, monkeypatch: pytest.MonkeyPatch
+    opened: OpenSweep, local_ray: Resources, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tuner, "run_trial", pretend)
     shown: list[dict[int, str]] = []
@@ -85,6 +85,8 @@ def test_tune_runs_what_the_ledger_says_and_starts_again_what_may_go_on(
     assert sorted(seen) == ["0", "1", "2", "2", "3"], "the one whose machine was gone is started once more"
     refused.unlink()
     assert {path.name for path in Path(opened.store.url).iterdir()} == {"ledger"}, "Tune keeps nothing in the store"
+    said = "".join(capfd.readouterr())
+    assert "detailed results" not in said and "fetch metrics" not in said, "nor does it say where it would"
     choice = json.loads(open_store(search.ledger.url).read("000003/choice-0.json"))
     assert (choice["goes_on"], choice["against"]) == (False, 0)
 
