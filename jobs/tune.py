@@ -22,7 +22,7 @@ from cluster.runtime.failures import AGAIN, PERSON
 from cluster.studies.search import Search
 from cluster.studies.sweep import OpenSweep, Sweep
 from cluster.studies.sweep_report import write_sweep_report
-from cluster.studies.sweep_table import LiveSweep, importance_table, sweep_console, sweep_table
+from cluster.studies.sweep_table import LiveSweep, cost_lines, importance_table, sweep_console, sweep_table
 from cluster.studies.tuner import Undone, run_sweep
 
 CONFIG = Path(__file__).parent / "configs" / "sweep.yaml"
@@ -68,6 +68,8 @@ def report(search: Search, undone: dict[int, Undone]) -> int:
     """Print what came of it."""
     console = sweep_console()
     console.print(sweep_table(search, {number: one.why for number, one in undone.items()}))
+    for line in cost_lines(search):
+        console.print(line)
     if (matters := importance_table(search)) is not None:
         console.print(matters)
     if search.leader() is not None:

@@ -9,7 +9,7 @@ from cluster.evaluation.html import render, svg
 from cluster.studies.ledger import TrialRecord
 from cluster.studies.search import Search
 from cluster.studies.searchers import Mode, defined
-from cluster.studies.sweep_table import importances, rung_lines, sweep_cells, sweep_title
+from cluster.studies.sweep_table import cost_lines, importances, rung_lines, sweep_cells, sweep_title
 from reactdiff.metrics.official import OFFICIAL
 
 REPORT = "report.html"
@@ -45,7 +45,7 @@ def sweep_report(search: Search, states: Mapping[int, str]) -> str:
         title=sweep_title(search),
         heads=heads,
         rows=[(_kind(record, best), row) for record, row in zip(records, rows, strict=True)],
-        notes=rung_lines(search),
+        notes=[*rung_lines(search), *cost_lines(search)],
         rungs=_rung_curves(records, best),
         infinite=sum(not all(map(record.finite, record.rungs)) for record in records),
         importance=_bars(shares) if shares else "",

@@ -1,5 +1,6 @@
 """A sweep as a table: its trials, what they measured at the rungs, what was decided, and what they reached."""
 
+import math
 import sys
 from collections.abc import Mapping
 from types import TracebackType
@@ -16,6 +17,7 @@ from cluster.studies.search import Search
 from cluster.studies.searchers import defined
 from cluster.studies.space import value_text
 from cluster.studies.sweep import Trial
+from cluster.telemetry.receipt import read_receipt
 
 WIDTH = 200
 """Columns where there is no terminal."""
@@ -99,6 +101,21 @@ def importance_table(search: Search) -> Table | None:
     for key, share in shares.items():
         table.add_row(key, f"{share:.0%}")
     return table
+
+
+def cost_lines(search: Search) -> list[str]:
+    """What all runs of a sweep have cost so far, those of shared autoencoders too, by the receipts in their folders; none without one."""
+    trials = [search.trial(number) for number in search.ledger.trials]
+    runs = {one.run.name for trial in trials for one in (trial.experiment, trial.first) if one}
+    receipts = [made for run in sorted(runs) if (made := read_receipt(search.opened.home.at(f"runs/{run}")))]
+    if not receipts:
+        return []
+    held, cost, unpriced = (math.fsum(made[key] for made in receipts) for key in ("held", "cost", "unpriced"))
+    unknown = f" (no price is known for {unpriced / 3600:.1f} of them)" if unpriced >= 1 else ""
+    rest = len(runs) - len(receipts)
+    without = f"; {rest} more {'has' if rest == 1 else 'have'} no receipt yet" if rest else ""
+    what = f"all runs together: ${cost:.2f} for {held / 3600:.1f} hours of workers{unknown}"
+    return [f"{what}, by the receipts of {len(receipts)} runs{without}"]
 
 
 class LiveSweep:

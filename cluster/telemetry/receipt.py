@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
-from cluster.storage import Store
+from cluster.storage import NotFound, Store
 from cluster.telemetry.books import AGAIN, BOOK_STATES, Berth
 from cluster.telemetry.books_log import DRIVER, ENDED, read_books
 
@@ -35,6 +35,14 @@ def write_receipt(store: Store) -> dict[str, Any]:
     made = receipt(read_books(store))
     store.put(RECEIPT, json.dumps(made, indent=1).encode())
     return made
+
+
+def read_receipt(store: Store) -> dict[str, Any] | None:
+    """The receipt that was kept last in a run's folder, None where there is none."""
+    try:
+        return json.loads(store.read(RECEIPT))
+    except NotFound:
+        return None
 
 
 def receipt(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What is shown of a sweep: every trial with its rungs, why it was stopped, what pairing is worth, and each thing that happens once."""
 
 import io
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ import pytest
 from rich.console import Console
 
 from cluster.studies.search import Search
-from cluster.studies.sweep_table import LiveSweep, importance_table, importances, sweep_table
+from cluster.studies.sweep_report import sweep_report
+from cluster.studies.sweep_table import LiveSweep, cost_lines, importance_table, importances, sweep_table
+from cluster.telemetry.receipt import RECEIPT
 from tests.cluster.support.sweeps import rung, search_in, search_with_a_diverged_trial
 
 
@@ -78,3 +81,15 @@ def test_a_trial_whose_error_is_not_finite_is_left_out_of_what_matters_and_count
     title, shares = importances(search)
     assert title == "share of the variance of the error at 10 items over 8 trials, without 1 whose error is not finite"
     assert shares["diffusion.schedule"] > 0.9 and shares["diffusion.condition_dropout"] < 0.1
+
+
+def test_what_all_runs_cost_is_summed_those_of_shared_autoencoders_too(search: Search) -> None:
+    assert cost_lines(search) == []
+    trials = [search.trial(number) for number in range(3)]
+    (shared,) = {trial.first.run.name for trial in trials if trial.first}
+    for run, cost in ((trials[0].run, 1.25), (trials[2].run, 2.0), (shared, 4.0)):
+        made = {"held": 3600.0, "cost": cost, "unpriced": 1800.0 if run == shared else 0.0}
+        search.opened.home.put(f"runs/{run}/{RECEIPT}", json.dumps(made).encode())
+    (line,) = cost_lines(search)
+    assert line.startswith("all runs together: $7.25 for 3.0 hours of workers (no price is known for 0.5 of them)")
+    assert line.endswith("by the receipts of 3 runs; 1 more has no receipt yet") and line in sweep_report(search, {})
