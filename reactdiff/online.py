@@ -61,10 +61,13 @@ class Listener:
         """Listen to what the speaker did next: the streams of `hears`, (frames, width) each, any number of frames.
 
         Raises:
-            ValueError: if a stream is lacking, or they differ in length.
+            ValueError: if a stream is lacking, is not of the width that was trained on, or has a value that is not finite in float16, or
+                if they differ in length. Nothing of them was heard then. A stream of `diffusion.hidden_streams` may have any values.
         """
         if lacking := [name for name in self.hears if name not in streams]:
             raise ValueError(f"the listener hears {', '.join(self.hears)}; {', '.join(lacking)} is lacking")
+        for name in self.hears:
+            self._check(name, streams[name])
         lengths = {name: len(streams[name]) for name in self.hears}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"all streams of the speaker must go on by equally many frames, but these go on by {lengths}")
@@ -72,6 +75,22 @@ class Listener:
             before = self._streams.get(name)
             self._streams[name] = np.concatenate([streams[name]] if before is None else [before, streams[name]])  # the caller's may change
         self._waiting += lengths[self.hears[0]]
+
+    def _check(self, name: str, stream: np.ndarray) -> None:
+        """A stream can be heard: what is remembered of one bad frame would be in all that follows."""
+        width = self._reactor.codec.widths[name]
+        if stream.ndim != 2 or stream.shape[1] != width:
+            raise ValueError(f"{name} is of shape {stream.shape}, but the listener was trained on (frames, {width})")
+        if name in self._diffusion.hidden:
+            return
+        with np.errstate(over="ignore"):
+            bad = np.argwhere(~np.isfinite(stream.astype(np.float16)))
+        if len(bad):
+            frame, feature = bad[0].tolist()
+            raise ValueError(
+                f"{name} has {stream[frame, feature]} in frame {frame}, feature {feature} of what was to be heard, which float16 cannot "
+                "hold as a finite number: give the listener the frame before again, for example"
+            )
 
     def _listen(self) -> None:
         """Take in the next chunk of what was heard."""

@@ -29,12 +29,12 @@ class Autoencoder(Codec):
 
     def __init__(self, model: config.Model, streams: Sequence[StreamSpec]):
         super().__init__()
-        self.inputs, self.width, self.online = model.facial + model.acoustic, model.latent, model.online
+        self.widths, self.width, self.online = widths_of(model, streams), model.latent, model.online
         self.chunk = model.chunk
         if self.online and self.chunk < WINDOW:
             # An attended stream or latent sees 2 s itself: what a frame depends on reaches back once for each attention in a row.
             self.encoder_reach, self.decoder_reach = 2 * WINDOW, STACKS * LAYERS * WINDOW
-        self.encoder = MultiModalityTransformer(model, widths_of(model, streams))
+        self.encoder = MultiModalityTransformer(model, self.widths)
         self.decoder = Decoder(model)
 
     def encode(self, streams: dict[str, Tensor]) -> Tensor:

@@ -32,14 +32,13 @@ class BehaviourVAE(Codec):
         streams: not read; the targets are all that it needs.
 
     Attributes:
-        inputs: what of a person is read.
         width: of one frame of the encoding.
     """
 
     def __init__(self, model: config.Model, streams: Sequence[StreamSpec]):
         super().__init__()
-        self.inputs, self.width, self.bounded = ("attributes",), model.latent, model.bounded
         features = TARGETS["attributes"]
+        self.widths, self.width, self.bounded = {"attributes": features}, model.latent, model.bounded
         self.encoder = nn.GRUCell(features, model.hidden)
         self.mean = nn.Linear(model.hidden, WINDOW * model.latent)
         self.log_variance = nn.Linear(model.hidden, WINDOW * model.latent)

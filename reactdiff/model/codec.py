@@ -11,13 +11,13 @@ class Codec(nn.Module):
     """A network that encodes persons; its forward is the loss of each item of a batch.
 
     Attributes:
-        inputs: streams (or targets) that it reads of a person.
+        widths: of the streams (or targets) that it reads of a person, by name.
         width: features of an encoded frame.
         encoder_reach: frames before a chunk, or a window, that its encoding online depends on.
         decoder_reach: the same of decoding.
     """
 
-    inputs: tuple[str, ...]
+    widths: dict[str, int]
     width: int
     encoder_reach = 0
     decoder_reach = 0
@@ -33,6 +33,11 @@ class Codec(nn.Module):
     def listen(self, streams: dict[str, Tensor]) -> Tensor:
         """The encoding of a person who only speaks."""
         return self.encode(streams)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What it reads of a person."""
+        return tuple(self.widths)
 
     @property
     def parts(self) -> dict[str, int]:

@@ -32,7 +32,6 @@ class AttributeAutoencoder(Codec):
         streams: the streams the dataset has; they say how wide each one is.
 
     Attributes:
-        inputs: what of a person's streams and targets is read.
         width: of one frame of the encoding.
         target: how many of its first features are the reaction.
 
@@ -47,7 +46,7 @@ class AttributeAutoencoder(Codec):
         if not model.acoustic:
             raise ValueError("model.acoustic is empty, but model.family=perfrdiff listens to the speaker: name at least one stream in it")
         acoustic = widths_of(model.model_copy(update={"facial": ()}), streams)
-        self.inputs = ("attributes", "coefficients", *model.acoustic)
+        self.widths = TARGETS | acoustic
         self.width = sum(_parts(model, sum(acoustic.values())))
         self.encoder = nn.GRUCell(self.target, model.latent)
         self.decoder = nn.GRUCell(model.latent, model.latent)

@@ -25,10 +25,10 @@ class RawStreams(Codec):
 
     def __init__(self, model: config.Model, streams: Sequence[StreamSpec]):
         super().__init__()
-        self._parts = TARGETS | widths_of(model, streams)
-        self.inputs, self.width = tuple(self._parts), sum(self._parts.values())
+        self.widths = TARGETS | widths_of(model, streams)
+        self.width = sum(self.widths.values())
         begin = 0
-        for name, width in self._parts.items():  # all that it is, so that exports of different ones differ
+        for name, width in self.widths.items():  # all that it is, so that exports of different ones differ
             self.register_buffer(name, torch.tensor([begin, width]))
             begin += width
 
@@ -49,7 +49,7 @@ class RawStreams(Codec):
     @property
     def parts(self) -> dict[str, int]:
         """Targets, then streams."""
-        return self._parts
+        return self.widths
 
     @property
     def device(self) -> torch.device:

@@ -28,7 +28,6 @@ class TransVAE(Codec):
         streams: the streams the dataset has; they say how wide each one is.
 
     Attributes:
-        inputs: what of the speaker's streams is read.
         width: of one frame of the encoding: mean and log-variance of the clip's latent.
 
     Raises:
@@ -38,11 +37,10 @@ class TransVAE(Codec):
     def __init__(self, model: config.Model, streams: Sequence[StreamSpec]):
         super().__init__()
         check_heads("model.width", model.width, model.heads)
-        widths = widths_of(model, streams)
-        self.inputs, self.model_width = model.facial + model.acoustic, model.width
+        self.widths, self.model_width = widths_of(model, streams), model.width
         self.width = 2 * model.latent
         self.bounded = model.bounded
-        self.embed = nn.ModuleList(nn.Linear(widths[name], model.width) for name in self.inputs)
+        self.embed = nn.ModuleList(nn.Linear(width, model.width) for width in self.widths.values())
         self.queries = nn.Embedding(2, model.width)
         sizes = model.width, model.heads, 2 * model.width, model.dropout
         self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(*sizes, batch_first=True), model.layers, enable_nested_tensor=False)

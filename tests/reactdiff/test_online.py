@@ -107,6 +107,43 @@ def test_what_is_heard_is_checked() -> None:
     assert listener.react()["attributes"].shape == (1, 0, 25)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), 1e5])
+@pytest.mark.parametrize("which", ["unet", "latents in chunks", "attributes in chunks"])
+def test_a_frame_that_is_not_finite_is_refused_and_leaves_nothing_behind(which: str, bad: float) -> None:
+    model, streams = reactor(which), speaker()
+    listener = Listener(model, ITEM, COUNT, seed=7)
+    made = []
+    for first in range(0, FRAMES, listener.chunk):
+        made.append(listener.react()["attributes"])
+        heard = {name: streams[name][first : first + listener.chunk].astype(np.float32) for name in listener.hears}
+        broken = heard | {"mfcc": heard["mfcc"].copy()}
+        broken["mfcc"][3, 1] = bad
+        with pytest.raises(ValueError, match=r"mfcc has .* in frame 3, feature 1"):
+            listener.hear(broken)
+        listener.hear(heard)
+    assert np.array_equal(np.concatenate(made, axis=1), live(model, streams)["attributes"])
+
+
+def test_streams_of_each_other_s_width_are_refused() -> None:
+    heard = {name: stream[:10] for name, stream in speaker().items()}
+    for which in ("attributes in chunks", "latents in chunks"):
+        listener = Listener(reactor(which), ITEM, 1, 0)
+        with pytest.raises(ValueError, match=r"au is of shape \(10, 8\).*\(frames, 15\)"):
+            listener.hear(heard | {"au": heard["fer"], "fer": heard["au"]})
+        with pytest.raises(ValueError, match=r"au is of shape \(10, 10\)"):
+            listener.hear(heard | {"au": heard["au"][:, :10], "fer": np.ones((10, 13), np.float16)})  # as wide as both together
+
+
+def test_a_stream_that_is_hidden_may_have_any_values() -> None:
+    model = MODEL.model_copy(update=CHUNKED | {"space": "attributes"})
+    raw = RawStreams(model, STREAMS)
+    diffusion = config.Diffusion(**STEPS, stream_dropout=0.2, hidden_streams=("mfcc",))
+    deaf = Reactor(raw, randomise(LatentDiffusion(model, diffusion, FRAMES, raw.parts)))
+    streams = speaker()
+    dead = streams | {"mfcc": np.full_like(streams["mfcc"], np.nan)}
+    assert np.array_equal(live(deaf, dead)["attributes"], live(deaf, streams)["attributes"])
+
+
 def test_a_model_that_needs_the_whole_clip_is_refused() -> None:
     with pytest.raises(ValueError, match=r"whole clip.*model\.online=true"):
         Listener(Reactor(autoencoder(), latent_diffusion()), ITEM, 1, 0)
