@@ -8,7 +8,7 @@ from cluster.studies.kept_scores import ClipScores
 from reactdiff.data.paths import key_of
 from reactdiff.data.synthetic.oracles import ladder, oracle_draws
 from reactdiff.data.synthetic.simulation import Simulation, dyad
-from reactdiff.metrics.baselines import random_listener
+from reactdiff.metrics.baselines import random_listener, strangers
 from reactdiff.metrics.official import Progress, score_part
 from reactdiff.metrics.partial import PartialScores, total
 from reactdiff.metrics.retrieval import Retrieval
@@ -31,12 +31,13 @@ def score_oracles(simulation: Simulation, split: str, predictions: int, chunks: 
     searches = {retrieval_name(chunk): Retrieval(*recordings, chunk) for chunk in chunks}
     scripts = np.array([simulation.script(clip) for clip in range(clips)])
     suits = np.kron(np.eye(2, dtype=bool), scripts[:, None] == scripts)
+    others = strangers(suits)
     items = [(key_of(simulation.paths(split, clip)[0]), direction) for direction in (0, 1) for clip in range(clips)]
     parts: dict[str, list[PartialScores]] = {name: [] for name in (RANDOM, *searches, *rungs)}
     for item, key in enumerate(items):
-        others = random_listener(items[item : item + 1], suits[item : item + 1], predictions, seed=0)[0]
+        whose = random_listener(items[item : item + 1], others[item : item + 1], predictions, seed=0)[0]
         near, speaker = [np.flatnonzero(suits[item])], speakers[item : item + 1]
-        parts[RANDOM].append(score_part(real[None, others], real, speaker, near))
+        parts[RANDOM].append(score_part(real[None, whose], real, speaker, near))
         for name, search in searches.items():
             parts[name].append(score_part(search.react(speaker[0], predictions, key)[None], real, speaker, near))
         for name, knows in rungs.items():

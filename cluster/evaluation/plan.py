@@ -17,6 +17,8 @@ from cluster.storage.parallel import parallel_map
 from reactdiff.metrics.partial import PartialScores, total
 
 VERSION = 4
+REVISIONS = {"wrong speaker": 2, "random listener": 2}
+"""Rows that are drawn otherwise since that version: they alone are scored again, and an evaluation that has none of them is as it was."""
 PART = 8
 """Items of one part."""
 
@@ -61,7 +63,7 @@ class EvaluationPlan:
 
     def file(self, row: str, start: int) -> str:
         """Where a part of a row is kept, without its ending."""
-        return f"{self.folder}/{row.replace(' ', '-')}-{start:09d}"
+        return f"{self.folder}/{revised(row).replace(' ', '-')}-{start:09d}"
 
     def read_row(self, row: str) -> PartialScores:
         """What was scored of a row, once it is; of its parts a few are held at a time.
@@ -84,6 +86,11 @@ class EvaluationPlan:
         other = self.otherwise
         facts = [VERSION, self.latents.export.hash, self.diffusion and self.diffusion.hash, self.latents.source_hash, self.experiment.seed]
         return digest([*facts, self.split, self.predictions, self.clips, *([other] if other else [])])
+
+
+def revised(row: str) -> str:
+    """A row's name, with the revision of how it is drawn, if there is one."""
+    return f"{row} {REVISIONS[row]}" if row in REVISIONS else row
 
 
 def plan_evaluation(experiment: Experiment, run: Store, latents: LatentDataset, diffusion: Export | None) -> EvaluationPlan:

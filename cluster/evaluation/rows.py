@@ -66,9 +66,14 @@ class RowInputs(GroundTruth):
         """(clip key, direction) of each item."""
         return [self.key(item) for item in items]
 
+    @cached_property
+    def strangers(self) -> np.ndarray:
+        """Who had another conversation than whom, (2 clips, 2 clips) bool."""
+        return baselines.strangers(self.matrix)
+
     def stranger(self, item: int) -> int:
-        """An item whose reaction does not suit this speaker, nor this item's that one's: of another script."""
-        others = np.flatnonzero(~self.matrix[item] & ~self.matrix[:, item])
+        """An item of another conversation; the item itself where there is none."""
+        others = np.flatnonzero(self.strangers[item])
         return int(generator("stranger", self.plan.experiment.seed, *self.key(item)).choice(others)) if others.size else item
 
     def latent(self, item: int, role: int) -> np.ndarray:
@@ -128,8 +133,8 @@ def _noise(inputs: RowInputs, items: range) -> np.ndarray:
 
 
 def _random_listener(inputs: RowInputs, items: range) -> np.ndarray:
-    suits = inputs.matrix[items.start : items.stop]
-    drawn = baselines.random_listener(inputs.keys(items), suits, inputs.plan.predictions, inputs.plan.experiment.seed)
+    others = inputs.strangers[items.start : items.stop]
+    drawn = baselines.random_listener(inputs.keys(items), others, inputs.plan.predictions, inputs.plan.experiment.seed)
     return np.stack([[inputs.listener(int(other)) for other in others] for others in drawn])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from cluster.config.identity import digest, ends, name_fields
 from cluster.config.schema import Experiment
 from cluster.data.manifest import Manifest
-from cluster.evaluation.plan import VERSION
+from cluster.evaluation.plan import VERSION, revised
 from cluster.evaluation.rows import rows_of
 from reactdiff.metrics.intervals import percentiles, resampled_means
 from reactdiff.metrics.partial import PER_CLIP, PartialScores, means_to_metrics
@@ -81,7 +81,7 @@ def scores_key(experiment: Experiment, manifest: Manifest) -> str:
         manifest: state of the dataset that it is pinned to.
     """
     asked = experiment.evaluation.model_dump(mode="json", include={"split", "predictions", "clips"})
-    rows = list(rows_of(experiment, manifest.provenance))
+    rows = [revised(row) for row in rows_of(experiment, manifest.provenance)]
     return digest([VERSION, PER_CLIP, rows, name_fields(experiment), ends(experiment), asked, _data(manifest)])
 
 

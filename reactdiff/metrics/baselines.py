@@ -26,27 +26,46 @@ def noise(items: Sequence[Item], predictions: int, frames: int, seed: int) -> np
     )
 
 
-def random_listener(items: Sequence[Item], appropriate: np.ndarray, predictions: int, seed: int) -> np.ndarray:
-    """Whose real reactions to predict: other speakers' listeners, what a model scores that looks right and never listens.
+def strangers(appropriate: np.ndarray) -> np.ndarray:
+    """Who had another conversation than whom: items of clips none of which suits the other, whoever speaks in either.
+
+    The other direction of a clip of the same script suits nobody in this one, but there the listener is who speaks here. Where all clips
+    have one script, strangers are those items alone of which none suits the other.
 
     Args:
-        items: n clips.
-        appropriate: (n, clips) bool, the items' rows of the appropriateness matrix.
+        appropriate: (2 clips, 2 clips) bool, the appropriateness matrix; items i and i + clips are one clip.
+
+    Returns:
+        Of the same shape, bool, symmetric but for who has no other script.
+    """
+    near = appropriate | appropriate.T
+    clips = len(near) // 2
+    same_script = np.tile(near.reshape(2, clips, 2, clips).any(axis=(0, 2)) | np.eye(clips, dtype=bool), (2, 2))
+    alone = same_script.all(axis=1, keepdims=True)
+    return ~np.where(alone, near, same_script)
+
+
+def random_listener(items: Sequence[Item], strange: np.ndarray, predictions: int, seed: int) -> np.ndarray:
+    """Whose real reactions to predict: strangers' listeners, what a model scores that looks right and never listens.
+
+    Args:
+        items: n of them.
+        strange: (n, all items) bool, the items' rows of `strangers`.
         predictions: how many for each item, drawn with replacement.
         seed: of the draw.
 
     Returns:
-        (n, predictions) int64, clips of the split.
+        (n, predictions) int64, items of the split.
 
     Raises:
-        ValueError: if a row leaves no clip to draw from.
+        ValueError: if a row leaves none to draw from.
     """
     drawn = np.empty((len(items), predictions), dtype=np.int64)
     for row, (key, direction) in enumerate(items):
-        others = np.flatnonzero(~appropriate[row])
+        others = np.flatnonzero(strange[row])
         if len(others) == 0:
             raise ValueError(
-                f"every clip is appropriate for {key} in direction {direction}: no other reaction is left to draw; use a larger split"
+                f"no clip is of a stranger to {key} in direction {direction}, so that no reaction is left to draw; use a larger split"
             )
         drawn[row] = [others[generator("random_listener", seed, key, direction, k).integers(len(others))] for k in range(predictions)]
     return drawn

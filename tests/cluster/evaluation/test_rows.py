@@ -9,7 +9,8 @@ import pytest
 
 from cluster.config.loading import load
 from cluster.data.shards import encode_npy
-from cluster.evaluation.rows import CUT, REAL_PAST, predictions_file, rows_of
+from cluster.evaluation.plan import REVISIONS
+from cluster.evaluation.rows import CUT, RANDOM, REAL_PAST, WRONG, RowInputs, predictions_file, rows_of
 from cluster.storage import open_store
 from reactdiff.clip import AU
 
@@ -30,3 +31,24 @@ def test_units_are_cut_in_what_was_drawn_for_the_model_s_own_row_or_drawn_again(
 def test_only_an_online_transformer_with_baselines_is_drawn_under_the_real_past(settings: str, there: bool) -> None:
     assert (REAL_PAST in rows_of(load(None, settings.split()), {})) is there
     assert REAL_PAST not in rows_of(load(None, [*settings.split(), "evaluation.baselines=false"]), {})
+
+
+def test_neither_the_wrong_speaker_nor_a_random_listener_is_of_the_same_script_in_either_role(monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts = np.repeat([0, 1, 2], 2)
+    inputs: Any = RowInputs.__new__(RowInputs)  # as one that has opened a dataset of six clips
+    inputs.plan = SimpleNamespace(experiment=load(None), predictions=30)
+    inputs.clips, inputs.reader = 6, SimpleNamespace(key=lambda clip: f"clip {clip}")
+    inputs.matrix = np.kron(np.eye(2, dtype=bool), scripts[:, None] == scripts)  # who suits whom, each direction by itself
+    monkeypatch.setattr(RowInputs, "listener", lambda _, item: np.full((5, 25), item))
+    monkeypatch.setattr(RowInputs, "react", lambda _, reactor, speakers, items: np.array(speakers))
+    monkeypatch.setattr(RowInputs, "trained", None)
+    rows = rows_of(load(None), {})
+    for item in range(12):
+        drawn = rows[RANDOM](inputs, range(item, item + 1))[0, :, 0, 0].astype(int)
+        for other in (*drawn, *rows[WRONG](inputs, range(item, item + 1))):
+            assert scripts[other % 6] != scripts[item % 6]
+        assert len(set(drawn // 6)) == 2, "of both directions"
+
+
+def test_only_rows_that_there_are_have_revisions() -> None:
+    assert REVISIONS.keys() <= rows_of(load(None), {}).keys()

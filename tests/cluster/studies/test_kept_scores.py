@@ -73,6 +73,18 @@ def test_a_run_of_other_settings_training_or_data_has_other_scores() -> None:
     assert key("of another NumPy", {"seed": 0}) == key(simulator={"seed": 0}), "nor which bytes simulated clips were written as"
 
 
+def test_a_row_that_is_drawn_otherwise_is_scored_again_and_runs_without_it_keep_their_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Manifest(kind="clips", frames=100, streams=[], targets={}, members=[], splits={})
+
+    def keys() -> list[str]:
+        return [scores_key(Experiment.model_validate({"evaluation": {"baselines": asked}}), manifest) for asked in (True, False)]
+
+    revised = keys()
+    monkeypatch.setattr("cluster.evaluation.plan.REVISIONS", {})
+    before = keys()
+    assert revised[0] != before[0] and revised[1] == before[1]
+
+
 def test_rows_that_are_added_later_are_asked_for_and_not_silently_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = Manifest(kind="clips", frames=100, streams=[], targets={}, members=[], splits={})
     experiment = Experiment.model_validate({"evaluation": {"baselines": False}})
