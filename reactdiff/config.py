@@ -180,7 +180,10 @@ class Diffusion(Branch):
         "(twice the listener's tokens).",
     )
     history_noise: float = field(
-        0.0, "With history=clean, the largest deviation of noise on it, drawn anew for each item.", unit="deviations", ge=0
+        0.0,
+        "With history=clean, the largest deviation of noise on it, drawn anew for each item; on the scale of normalisation, where only "
+        "variance makes every feature's own deviation 1.",
+        ge=0,
     )
     history_swap: float = field(
         0.0,

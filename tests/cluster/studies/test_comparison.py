@@ -3,7 +3,11 @@
 import pytest
 
 from cluster.config.loading import ConfigError
+from cluster.config.spec import assignments
 from cluster.studies.comparison import Comparison, comparison_runs, in_turn
+from reactdiff.data.sample import SIMULATED
+from reactdiff.stage import Source, flops_per_item, stages_over
+from tests.tiny import ROOT
 
 ROWS = {
     "first": {},
@@ -82,3 +86,23 @@ def test_a_wrong_key_and_rows_that_are_one_run_are_refused_before_anything_start
         comparison_runs(comparison(rows={"first": {}, "again": {"telemetry.host": "127.0.0.2"}}), [])
     with pytest.raises(ConfigError, match=r"model\.denoisr"):
         comparison_runs(comparison(rows={"odd": {"model.denoisr": "unet"}}), [])
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "other"),
+    [
+        ("science/offline", "a token for each frame", "as it is"),
+        ("science/online", "a token for each frame", "as it is"),
+        ("science", "recipe, equal operations", "ReactDiff, x0"),
+    ],
+)
+def test_rows_that_are_said_to_be_of_equal_operations_differ_by_less_than_ten_per_cent(file: str, row: str, other: str) -> None:
+    asked = Comparison.read(ROOT / "jobs" / "configs" / f"{file}.yaml")
+
+    def operations(name: str) -> float:
+        """Of a row's training, by items of the demo's 400 clips."""
+        experiment = asked.load(assignments(asked.rows[name]))
+        stages = stages_over(Source(SIMULATED, 200), experiment.model, experiment.diffusion)
+        return sum(flops_per_item(kind) * experiment.optim.epochs[stage] * 800 for stage, kind in stages.items())
+
+    assert operations(row) == pytest.approx(operations(other), rel=0.1)
