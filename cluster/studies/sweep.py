@@ -36,6 +36,9 @@ QUESTION = ("evaluation.split", "evaluation.predictions", "evaluation.clips")
 LAST = "diffusion"
 """The stage in which halving stops trials."""
 
+ASKED_AT_RUNGS = ("model.space", "diffusion.history", "diffusion.normalisation")
+"""Keys that decide what a trial is asked at a rung: what is mixed with noise and on which scale, and the past that it is told."""
+
 
 class Sweep(Spec):
     """The keys of a sweep's file."""
@@ -74,6 +77,11 @@ class Sweep(Spec):
         if self.search == "optuna" and not self.concurrent:
             raise ValueError(
                 "search: optuna needs concurrent: what is proposed depends on how many trials are under way, so the file says it"
+            )
+        if self.halving and (asked := [key for key in ASKED_AT_RUNGS if key in self.space]):
+            raise ValueError(
+                f"halving compares errors of trials that are asked the same, but {' and '.join(asked)} in space would have them asked "
+                "other things: another past, or noise of another strength. Leave halving out, or make a sweep for each value"
             )
         return self
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from cluster.config.loading import ConfigError
 from cluster.data.manifest import File, Manifest, ShardTable, Split, publish
@@ -225,3 +226,18 @@ def test_halving_that_could_stop_nothing_or_has_no_place_is_refused(tmp_path: Pa
 def table(clips: int) -> ShardTable:
     """Shards of so many clips, as a manifest lists them."""
     return ShardTable(number=[0], clips=[clips], bytes=[0], tar="0" * 32, index="0" * 32)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("diffusion.history", ["noisy", "clean"]),
+        ("diffusion.normalisation", ["feature", "variance"]),
+        ("model.space", ["latent", "attributes"]),
+    ],
+)
+def test_halving_over_what_trials_are_asked_at_a_rung_is_refused(key: str, values: list[str]) -> None:
+    space = SPACE | {key: values}
+    assert key in sweep(space=space).space
+    with pytest.raises(ValidationError, match=rf"{key} in space would have them asked other things"):
+        sweep(space=space, halving={"rungs": [10]})
