@@ -11,7 +11,7 @@ from pydantic import Field, PrivateAttr, ValidationError
 from cluster.config.loading import ConfigError, laid_over, load, read_yaml
 from cluster.config.schema import Experiment
 from reactdiff.config import Branch
-from reactdiff.metrics.official import OFFICIAL, REPAIRED
+from reactdiff.metrics.official import EXTRA, OFFICIAL, REPAIRED
 
 NAME = r"^[A-Za-z0-9._-]{1,60}$"
 
@@ -77,6 +77,6 @@ def known_metric(name: str) -> str:
     Raises:
         ValueError: if it is none, with the nearest one.
     """
-    if name not in OFFICIAL + REPAIRED:
-        raise ValueError(f"there is no metric {name}{nearest(name, OFFICIAL + REPAIRED)}")
+    if name not in (known := OFFICIAL + REPAIRED + EXTRA):
+        raise ValueError(f"there is no metric {name}{nearest(name, known)}")
     return name

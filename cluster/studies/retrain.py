@@ -166,4 +166,4 @@ class _Gate:
         judged = trained.model_copy(update={"evaluation": _asked(asked, clips), "workers": asked.workers})
         progress = self.display.counter(f"gate, {version.run}", "parts")
         scores = evaluate(judged, store, latents, exports.get("diffusion"), progress)[MODEL].to_dict()
-        return scores["official"] | scores["repaired"]
+        return scores["official"] | scores["repaired"] | scores["extra"]

@@ -57,7 +57,7 @@ def run_trial(
             enough = (lambda: stopped) if stopped else steering
             scores = execute(trial.experiment, pinned, STEPS, display, trial.text, enough=enough)[MODEL].to_dict()
             steering.look()
-            ledger.enter_end(number, "DONE", scores=scores["official"] | scores["repaired"])
+            ledger.enter_end(number, "DONE", scores=scores["official"] | scores["repaired"] | scores["extra"])
         except Enough as told:
             if steering.ending:
                 raise ToldToEnd(f"trial {number}: {told}; the same command goes on from its checkpoint") from told

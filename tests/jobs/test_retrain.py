@@ -56,7 +56,7 @@ def test_a_grown_dataset_brings_a_candidate_that_the_gate_judges_on_the_champion
     assert (second["outcome"], second["before"]["run"], second["champion"]["run"]) == ("kept", first["run"], first["run"])
     assert second["candidate"]["manifest"] != first["manifest"]
     assert second["compared"]["split"] == "gate" and second["compared"]["clips"] == 4
-    assert {"FRCorr", "FRDist"} <= second["compared"]["candidate"].keys() & second["compared"]["champion"].keys()
+    assert {"FRCorr", "EnergyScore"} <= second["compared"]["candidate"].keys() & second["compared"]["champion"].keys()
     assert champion(folder) == {**first, "decision": 2}
     assert "nothing new: decision 2" in call("retrain", *command(folder)).stdout
 

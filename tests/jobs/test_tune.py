@@ -66,6 +66,7 @@ def test_sweep_trains_every_trial_shares_latents_and_leaves_the_best_as_a_config
     assert len(exports) == 1 and not list((store / "runs").glob("two-????????/checkpoints/autoencoder/*")), "trained once"
     records = [json.loads(data) for key, data in ledger(store, "two").items() if key.endswith("/trial.json")]
     number = min(range(2), key=lambda number: ends(store, "two")[number]["scores"]["FRDist"])
+    assert {"FRCorr", "FRDist_per_prediction", "EnergyScore"} <= ends(store, "two")[number]["scores"].keys()
     chosen = yaml.safe_load((store / "sweeps/two/best.yaml").read_text())
     winner = records[number]
     assert (chosen["run"]["name"], chosen["diffusion"]["schedule"]) == (winner["run"], winner["point"]["diffusion.schedule"])

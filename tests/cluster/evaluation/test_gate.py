@@ -12,6 +12,7 @@ from cluster.data.shards import ShardInfo, encode_npy
 from cluster.evaluation.gate import GateError, Guard, Rule, frozen_clips, judge
 from cluster.storage import Store, content_hash, open_store
 from cluster.studies.retrain import Retraining
+from tests.tiny import ROOT
 
 RULE = Rule.model_validate({"margin": 0.1, "guards": {"FRDist": {"mode": "min", "percent": 10}}})
 CHAMPION = {"FRCorr": 0.5, "FRDist": 100.0}
@@ -39,6 +40,17 @@ def test_a_candidate_must_exceed_the_margin_and_pass_every_guard(
 ) -> None:
     better, why = judge(RULE, {"FRCorr": correlation, "FRDist": distance}, CHAMPION)
     assert better is promoted and because in why
+
+
+def test_the_demo_s_rule_does_not_take_an_average_for_a_better_listener() -> None:
+    """Scores of docs/science.md: the online oracle of chunks of 50, and the mean of two of its draws."""
+    rule = Retraining.read(ROOT / "jobs" / "configs" / "retrain.yaml").rule
+    oracle = {"FRCorr": 1.541, "FRDist": 88.6, "FRDiv": 0.185, "EnergyScore": 0.1919, "Roughness": 0.96}
+    mean_of_two = {"FRCorr": 1.746, "FRDist": 79.7, "FRDiv": 0.093, "EnergyScore": 0.1973, "Roughness": 0.85}
+    better, why = judge(rule, mean_of_two, oracle)
+    assert not better and "EnergyScore is 0.1973 against 0.1919, worse by more than 1 %" in why
+    assert not judge(rule, oracle | {"FRCorr": 1.6, "Roughness": 1.2}, oracle)[0], "what flickers is refused, too"
+    assert judge(rule, oracle | {"FRCorr": 1.6}, oracle)[0]
 
 
 def test_an_equal_candidate_does_not_replace_the_champion() -> None:

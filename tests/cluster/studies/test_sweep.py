@@ -228,6 +228,11 @@ def table(clips: int) -> ShardTable:
     return ShardTable(number=[0], clips=[clips], bytes=[0], tar="0" * 32, index="0" * 32)
 
 
+def test_the_energy_score_can_be_searched_for(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text("{name: tried, space: {diffusion.steps: [10, 20]}, metrics: {EnergyScore: min}}")
+    assert Sweep.read(tmp_path / "sweep.yaml").first_metric == "EnergyScore"
+
+
 @pytest.mark.parametrize(
     ("key", "values"),
     [
