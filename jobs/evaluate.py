@@ -25,6 +25,7 @@ from typing import Any
 from cluster import cli
 from cluster.config.schema import Experiment
 from cluster.evaluation.evaluate import evaluate
+from cluster.evaluation.plan import plan_evaluation
 from cluster.runs.build_latents import build_latents
 from cluster.runs.saved import SAMPLING, open_run
 from cluster.runtime.ray_cluster import connect
@@ -85,7 +86,7 @@ def _score_run(options: argparse.Namespace, display: Display) -> tuple[dict[str,
     facts = {
         "run": run.store.url,
         "progress": (diffusion or latents.export).progress,
-        **evaluation.model_dump(include={"split", "predictions", "clips"}),
+        **plan_evaluation(experiment, run.store, latents, diffusion).facts,
     }
     return facts | {"scores": {row: one.to_dict() for row, one in scores.items()}}, scores
 

@@ -62,9 +62,9 @@ def evaluate(
     for done, _ in enumerate(chain(kept, scored), start=1):
         progress(done, len(calls))
     scores = {row: merge([plan.read_row(row)]) for row in rows}
-    asked = {"split": plan.split, "clips": plan.clips, "predictions": plan.predictions, "otherwise": plan.otherwise}
     values = {row: score.to_dict() for row, score in scores.items()}
-    run.put(f"evaluation/{plan.split}-{plan.id}.json", json.dumps({"evaluation": plan.id, **asked, "scores": values}, indent=1).encode())
+    document = {"evaluation": plan.id, **plan.facts, "scores": values}
+    run.put(f"evaluation/{plan.split}-{plan.id}.json", json.dumps(document, indent=1).encode())
     return scores
 
 

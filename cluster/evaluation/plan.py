@@ -81,6 +81,11 @@ class EvaluationPlan:
         return {name: value for name, value in asked.items() if value != trained[name]}
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What is scored, and how it is drawn, for who reads the scores."""
+        return {"split": self.split, "clips": self.clips, "predictions": self.predictions, "otherwise": self.otherwise}
+
+    @property
     def id(self) -> str:
         """Stands for everything the scores depend on."""
         other = self.otherwise

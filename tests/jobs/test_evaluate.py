@@ -108,6 +108,7 @@ def test_a_run_is_scored_with_another_sampler_beside_its_own_and_with_nothing_el
     for overrides in (["diffusion.sampler=dpm++", "diffusion.sampling_steps=2"], []):
         assert evaluate(*asked, *overrides) == 0
     scores = [json.loads(text) for text in capsys.readouterr().out.replace("}\n{", "}\0{").split("\0")]
+    assert [one["otherwise"] for one in scores] == [{"sampler": "dpm++", "sampling_steps": 2}, {}] and scores[0]["clips"] == 8
     assert scores[0]["scores"]["model"] != scores[1]["scores"]["model"] and scores[0]["scores"]["mimic"] == scores[1]["scores"]["mimic"]
     assert len(list((tmp_path / "store/runs/tiny/evaluation").glob("test-*.json"))) == 2
     assert evaluate(*asked, "diffusion.schedule=linear") == 1
