@@ -126,6 +126,8 @@ class Model(Branch):
             )
         if self.family == "perfrdiff" and self.bounded:
             raise ValueError("model.family=perfrdiff denoises attributes themselves and has no heads to bound: set model.bounded=false")
+        if self.space == "attributes" and self.bounded:
+            raise ValueError("model.space=attributes denoises attributes themselves and has no heads to bound: set model.bounded=false")
         if self.family == "trans-vae" and self.online:
             raise ValueError("model.family=trans-vae hears the whole clip before it reacts: set model.online=false")
         return self
@@ -193,10 +195,14 @@ class Diffusion(Branch):
         lt=1,
     )
     weighting: Literal["uniform", "min-snr", "elbo"] = field(
-        "uniform", "How the loss is weighted over diffusion times; the mean weight is 1."
+        "uniform", "How the loss is weighted over diffusion times; the mean weight of uniform times is 1."
     )
     condition_dropout: float = field(
-        0.0, "Probability that the speaker is hidden from a window in training, which guidance needs.", unit="probability", ge=0, lt=1
+        0.0,
+        "Probability that the speaker is hidden in training, which guidance needs: from an item by a transformer, else from a window.",
+        unit="probability",
+        ge=0,
+        lt=1,
     )
     stream_dropout: float = field(
         0.0,
@@ -277,6 +283,11 @@ class Diffusion(Branch):
         for name in ("history_noise", "history_swap"):
             if getattr(self, name) and self.history != "clean":
                 raise ValueError(f"diffusion.{name} is {getattr(self, name)}, which only a clean history has: set diffusion.history=clean")
+        if self.weighting == "elbo" and self.times != "uniform":
+            raise ValueError(
+                f"diffusion.weighting is elbo and diffusion.times {self.times}, but the weights are those of the ELBO only where all times "
+                "are alike: set diffusion.times=uniform, or another weighting"
+            )
         for name in ("level", "level_deviation"):
             if self.times == "uniform" and (value := getattr(self, name)) != type(self).model_fields[name].default:
                 raise ValueError(f"diffusion.{name} is {value}, but uniform times have no such level: set diffusion.times=log-normal")

@@ -54,6 +54,8 @@ def test_identity_changes_with_science_and_not_with_placement() -> None:
         ("diffusion.guidance=3", r"never trained without the speaker cannot be guided: set diffusion\.condition_dropout"),
         ("model.family=perfrdiff", "online by construction: set model.online=true"),
         ("model.family=perfrdiff model.online=true model.bounded=true", "no heads to bound"),
+        ("model.denoiser=transformer model.space=attributes model.bounded=true", r"no heads to bound: set model\.bounded=false"),
+        ("diffusion.weighting=elbo diffusion.times=log-normal", r"only where all times are alike: set diffusion\.times=uniform"),
         ("model.family=trans-vae model.online=true", "hears the whole clip"),
         ("model.family=trans-vae model.denoiser=transformer", "no choice of denoiser"),
         ("model.family=trans-vae diffusion.sampler=ddpm diffusion.steps=50", "defaults diffusion.steps=20 diffusion.sampler=ddim"),
