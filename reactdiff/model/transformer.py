@@ -12,6 +12,8 @@ from reactdiff.model.layers import ZeroLinear, check_heads
 from reactdiff.model.unet import sinusoid
 
 ROTATION_BASE = 10000.0
+FAR = 2**16
+"""Places beyond which angles are formed in float64: a float32 product of a place and a frequency is off by more than 0.004 there."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,8 @@ class TimedNorm(nn.Module):
 
 def rotation(first: int, frames: int, width: int, like: Tensor) -> Tensor:
     """Cosines and sines of places first .. first + frames - 1, (2, frames, width / 2): angle t f_i with f_i = 10000^(-2i / width)."""
-    positions = torch.arange(first, first + frames, device=like.device, dtype=torch.float32)
+    precision = torch.float32 if first + frames <= FAR else torch.float64
+    positions = torch.arange(first, first + frames, device=like.device, dtype=precision)
     frequencies = ROTATION_BASE ** (-torch.arange(0, width, 2, device=like.device, dtype=torch.float32) / width)
     angles = positions[:, None] * frequencies
     return torch.stack((angles.cos(), angles.sin())).to(like.dtype)

@@ -62,9 +62,11 @@ def test_one_window_after_its_past_is_what_it_is_within_the_clip() -> None:
     assert past.chunks == 4 and {key.shape[2] for key, _ in past.seen} == {2 * WINDOW}, "no more than the context is kept"
 
 
-def test_only_distances_count() -> None:
+@pytest.mark.parametrize("places", [500, 2_000_000])  # the second is a day of 25 frames a second
+def test_only_distances_count(places: int) -> None:
     ask, answer = torch.randn(2, 1, 8)
-    early, late = rotation(3, 8, 8, ask), rotation(503, 8, 8, ask)
+    early, late = rotation(3, 8, 8, ask), rotation(3 + places, 8, 8, ask)
+    assert late.dtype == torch.float32
     products = [rotate(ask.expand(8, 8), turn) @ rotate(answer.expand(8, 8), turn).T for turn in (early, late)]
     torch.testing.assert_close(*products, rtol=1e-4, atol=1e-4)
     assert products[0].std() > 0
