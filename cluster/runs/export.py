@@ -15,7 +15,7 @@ from torch import nn
 
 from cluster.config.schema import Experiment
 from cluster.runs import checkpoint
-from cluster.runs.averages import averaged_weights, marks
+from cluster.runs.averages import averaged_weights, marks, mixture_at
 from cluster.runs.checkpoint import Checkpoint
 from cluster.runtime.device import best_device
 from cluster.storage import AlreadyExists, NotFound, Permanent, StorageError, Store, content_hash
@@ -211,13 +211,25 @@ def _exported(store: Store, name: str) -> list[int]:
 
 
 def export_earlier(store: Store, experiment: Experiment, export: Export) -> None:
-    """Export the stage as it was where `diffusion.weak_progress` asks for it, if that is a mark of `diffusion.ema_every` before the end."""
+    """Export the stage as it was where `diffusion.weak_progress` asks for it, if that is a mark of `diffusion.ema_every` before the end.
+
+    Raises:
+        ValueError: if that is too early for averages as long as the run's own.
+    """
     progress, batch = Diffusion.model_validate(export.diffusion).weak_progress, experiment.optim.batch[export.stage]
     kept = marks(experiment.ema_every(export.stage), batch, export.progress) - {export.progress}
     if progress not in kept or progress in _exported(store, export.stage):
         return
     if found := next((c for c in _manifests(store, export.stage) if (c.progress, c.dataset) == (progress, export.dataset)), None):
-        data = _averages(store, experiment, found, experiment.diffusion.ema_length)
+        if length := experiment.diffusion.ema_length:
+            try:
+                mixture_at(experiment, export.stage, progress, length)
+            except ValueError as error:
+                raise ValueError(
+                    f"diffusion.weak_progress is {progress}, too early for averages as long as this run draws with, which are "
+                    f"diffusion.ema_length={length:g} of what was trained: ask for a later one"
+                ) from error
+        data = _averages(store, experiment, found, length)
         alone = experiment.diffusion.model_copy(update={"autoguidance": 1.0, "weak_progress": 0}).model_dump(mode="json")
         _write(store, replace(export, progress=progress, hash=content_hash(data), diffusion=alone), data)
 

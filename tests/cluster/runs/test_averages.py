@@ -162,3 +162,13 @@ def test_a_mark_guides_and_nothing_else_and_is_no_newer_export(stage2: Stage2) -
     found = next(read_manifest(store, key) for key in list_checkpoints(store, STAGE) if f"{112:015d}" in key)
     assert all(torch.equal(one, assemble(store, found, "average")[name]) for name, one in load_weights(store, weak).items())
     assert newest_export(store, STAGE) == export
+
+
+def test_a_mark_that_is_too_early_for_averages_as_long_as_the_run_s_is_named(stage2: Stage2) -> None:
+    long = stage2.experiment.diffusion.model_copy(update={"ema_length": 0.25})
+    experiment = stage2.experiment.model_copy(update={"diffusion": long})
+    first = min(marks(experiment.ema_every(STAGE), BATCH, STEPS * BATCH))
+    export = stage2.export(ema_length=0.25)
+    asked = replace(export, diffusion=export.diffusion | {"autoguidance": 2.0, "weak_progress": first})
+    with pytest.raises(ValueError, match=rf"weak_progress is {first}, too early for averages as long .* ask for a later one"):
+        export_earlier(stage2.store, experiment, asked)
