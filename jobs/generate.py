@@ -6,7 +6,8 @@
   python jobs/generate.py --import-checkpoint STAGE1.pth STAGE2.pth PROJECTOR.pth --clip KEY data.url=work/react2024/shards
 
 In direction 0 person a speaks and b listens, in direction 1 the other way round. For each direction you get
-  KEY-0.npz     attributes (K, frames, 25) and (but from PerFRDiff) coefficients (K, frames, 58), with the names of their columns
+  KEY-0.npz     attributes (K, frames, 25) and coefficients (K, frames, 58), with the names of their columns; PerFRDiff and
+                BeLFusion make no coefficients
   KEY-0-3.csv   the attributes of reaction 3 in the official layout
   KEY-0.png     all of them over the real listener's, below what the speaker does
 

@@ -5,10 +5,11 @@ from torch import Tensor
 
 
 def smooth(frames: Tensor, before: Tensor | None, every: int, share: float) -> Tensor:
-    """Let pieces that were drawn at once come near to each other where they meet, and stay what they were in their middle.
+    """Let pieces that were drawn at once come near to each other where they meet, and change the less the farther from there.
 
-    The last frame of a piece and the first of the next each take half of so much of their jump, the frames beside them less. What was
-    shown before does not change any more: there the first piece takes all of it, and comes back to what it was frame by frame.
+    The last frame of a piece and the first of the next each take half of so much of their jump, the frames beside them less: the middle
+    one of 5 takes a third of that from each of its two jumps. What was shown before does not change any more: there the first piece takes
+    all of it, and comes back to what it was frame by frame.
 
     Args:
         frames: (batch, frames, features).

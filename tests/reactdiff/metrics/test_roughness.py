@@ -35,6 +35,21 @@ def test_real_reactions_have_roughness_1_and_noise_more():
     assert min(rough(noisy, target)) > 5
 
 
+@pytest.mark.parametrize("group", [AU, VALENCE_AROUSAL, EXPRESSION])
+def test_roughness_is_one_ratio_of_mean_steps_in_which_each_group_weighs_as_it_really_moves(group):
+    def step(series, where):
+        steps = np.abs(np.diff(series.astype(np.float64), axis=-2))[..., where, :]
+        return np.mean([steps[..., one].mean() for one in (AU, VALENCE_AROUSAL, EXPRESSION)])
+
+    target = smooth(5, 200, 25)
+    target[..., VALENCE_AROUSAL] *= 3
+    pred = target[:, None].repeat(2, axis=1)
+    pred[..., group] += 0.1 * np.random.default_rng(1).standard_normal(pred[..., group].shape).astype(np.float32)
+    everywhere = np.arange(1, 200)
+    inside = everywhere % SEAMS[0] != 0  # and so not at the ends of longer pieces
+    assert rough(pred, target)[0] == pytest.approx(step(pred, inside) / step(target, everywhere > 0), rel=1e-5)
+
+
 @pytest.mark.parametrize("length", SEAMS)
 def test_jumps_at_the_ends_of_pieces_are_seen_there_and_not_inside(length):
     target = smooth(5, 200, 25)

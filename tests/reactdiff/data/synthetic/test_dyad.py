@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 
@@ -25,6 +27,8 @@ from reactdiff.data.synthetic.dyad import (
 )
 from reactdiff.data.synthetic.face import RISE, activation, face_of
 from reactdiff.data.synthetic.simulation import Simulation, behaviour, dyad
+from reactdiff.metrics.agreement import Reaction, concordance
+from tests.tiny import ROOT
 
 SIMULATION = Simulation(seed=3, frames=200, clips={"train": 40, "test": 8})
 
@@ -145,3 +149,16 @@ def test_at_most_a_third_of_the_attributes_is_constant_in_a_clip(attributes):
 def test_lengths_and_onsets_of_a_clip_cover_it_from_before_its_beginning_to_its_end():
     events = np.concatenate(behaviour(SIMULATION, "train", 0))
     assert events[:, ONSET].min() < 0 and (events[:, ONSET] + events[:, LENGTH]).max() > 7
+
+
+def test_a_perfect_copy_scores_what_the_pages_say() -> None:
+    def copied(frames: int) -> float:
+        """FRCorr per prediction of exact copies of the demo's test clips: what is constant in a clip scores 0."""
+        demo = Simulation(frames=frames, clips={"test": 30})
+        faces = [Reaction.of(face.attributes[None, :frames]) for clip in range(30) for face in dyad(demo, "test", clip)]
+        one = [Reaction(face.series[0], face.mean[0], face.variance[0]) for face in faces]
+        return float(np.mean([concordance(face, [same]).mean() for face, same in zip(faces, one, strict=True)]))
+
+    said = re.search(r"near (0\.\d\d) per prediction on simulated clips of 8 s, (0\.\d\d) of 10 s", (ROOT / "docs/metrics.md").read_text())
+    assert said and [f"{copied(frames):.2f}" for frames in (200, 250)] == list(said.groups())
+    assert f"a perfect copy of a clip scores {said[1]} per prediction" in (ROOT / "docs/data.md").read_text()
