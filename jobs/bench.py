@@ -38,7 +38,7 @@ from cluster.config.schema import Experiment
 from cluster.runtime.device import best_device
 from cluster.studies.marked_page import assert_marked, put_between
 from cluster.telemetry.display import Display
-from reactdiff.clip import FRAME_RATE, WINDOW
+from reactdiff.clip import FRAME_RATE
 from reactdiff.config import STAGES
 from reactdiff.data import sample
 from reactdiff.data.sample import StreamSpec
@@ -417,7 +417,7 @@ def sweep(arguments: argparse.Namespace) -> int:
 
 def oracles(arguments: argparse.Namespace) -> int:
     """What can be known."""
-    from cluster.bench.oracles import score_oracles
+    from cluster.bench.oracles import BESIDE, score_oracles
     from cluster.config.schema import Evaluation
     from cluster.data.demo import DYADS
     from cluster.studies.comparison_table import markdown
@@ -425,7 +425,7 @@ def oracles(arguments: argparse.Namespace) -> int:
     if arguments.write:
         assert_marked(arguments.write, ORACLES_MARK)
     with Display() as display:
-        rows = score_oracles(DYADS, "test", Evaluation().predictions, (0, WINDOW, 10), display.counter("oracles", "items"))
+        rows = score_oracles(DYADS, "test", Evaluation().predictions, BESIDE, display.counter("oracles", "items"))
     _say_table(markdown(rows), arguments.write, ORACLES_MARK)
     return 0
 

@@ -5,6 +5,7 @@ import numpy as np
 from cluster.evaluation.rows import RANDOM, retrieval_name
 from cluster.studies.comparison_table import TableRow
 from cluster.studies.kept_scores import ClipScores
+from reactdiff.clip import WINDOW
 from reactdiff.data.paths import key_of
 from reactdiff.data.synthetic.oracles import ladder, oracle_draws
 from reactdiff.data.synthetic.simulation import Simulation, dyad
@@ -12,6 +13,9 @@ from reactdiff.metrics.baselines import random_listener, strangers
 from reactdiff.metrics.official import Progress, score_part
 from reactdiff.metrics.partial import PartialScores, total
 from reactdiff.metrics.retrieval import Retrieval
+
+BESIDE = (0, WINDOW, 10)
+"""Chunks of the models that the table of docs/science.md stands beside."""
 
 
 def score_oracles(simulation: Simulation, split: str, predictions: int, chunks: tuple[int, ...], progress: Progress) -> dict[str, TableRow]:

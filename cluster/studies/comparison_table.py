@@ -71,10 +71,10 @@ def cells(rows: Mapping[str, TableRow]) -> tuple[list[str], dict[str, list[str]]
         low, high = share_interval(whole[name].columns(*FRONTIER), [whole[other].columns(*FRONTIER) for other in frontier_names(chunk)])
         return f"{mean:.0%} ({low:.0%} .. {high:.0%})"
 
-    def energy(name: str) -> str:
-        chunk, said = rows[name].chunk, spread(name, lambda one: one["EnergyScore"], 4)
+    def energy(name: str, metric: str) -> str:
+        chunk, said = rows[name].chunk, spread(name, lambda one: one[metric], 4)
         rival = None if chunk is None else found.get(retrieval_name(chunk))
-        worse = rival and not np.mean([one["EnergyScore"] for one in found[name]]) < np.mean([one["EnergyScore"] for one in rival])
+        worse = rival and not np.mean([one[metric] for one in found[name]]) < np.mean([one[metric] for one in rival])
         return f"{said}, behind {retrieval_name(chunk or 0)}" if worse else said
 
     def counted(name: str, place: int) -> str:
@@ -88,9 +88,9 @@ def cells(rows: Mapping[str, TableRow]) -> tuple[list[str], dict[str, list[str]]
     columns: dict[str, Callable[[str], str]] = {
         "FRCorr ↑": lambda name: spread(name, lambda one: one["FRCorr"]),
         "95 % over clips": lambda name: interval(name, "FRCorr", 2),
-        "energy score ↓": energy,
+        "energy score ↓": lambda name: energy(name, "EnergyScore"),
         "95 %": lambda name: interval(name, "EnergyScore", 3),
-        "per frame ↓": lambda name: spread(name, lambda one: one["EnergyScore_frame"], 4),
+        "per frame ↓": lambda name: energy(name, "EnergyScore_frame"),
         "share of frontier (95 %)": share,
         "way to oracle": way,
         "FRCorr of mean": lambda name: spread(name, lambda one: one["FRCorr_of_mean"]),

@@ -1,6 +1,7 @@
 """The table of what a comparison's rows reach."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from cluster.studies.kept_scores import ClipScores
 from reactdiff.data.keyed import generator
 from reactdiff.data.synthetic.oracles import frontier_names
 from reactdiff.metrics.official import score_part
+from reactdiff.metrics.partial import PER_CLIP
 
 
 def scored(seed: int, noise: float) -> ClipScores:
@@ -61,3 +63,14 @@ def test_a_model_that_is_behind_retrieval_in_energy_score_is_told_so() -> None:
     _, cells = table(good=good, bad=bad, retrieval=TableRow({1: scored(1, 0.5)}), oracle=TableRow({1: scored(1, 0.95)}))
     said = {name: cells[name]["energy score ↓"].endswith("behind retrieval") for name in cells}
     assert said == {"good": False, "bad": True, "retrieval": False, "oracle": False}
+
+
+def test_who_is_behind_retrieval_per_frame_alone_is_told_so_there() -> None:
+    def of(score: float, frame: float) -> ClipScores:
+        one = scored(1, 0.5)
+        values = one.values.copy()
+        values[:, [PER_CLIP.index("EnergyScore"), PER_CLIP.index("EnergyScore_frame")]] = score, frame
+        return replace(one, values=values)
+
+    _, cells = table(model=TableRow({1: of(0.18, 0.197)}, 10), **{"online retrieval 10": TableRow({1: of(0.187, 0.195)})})
+    assert cells["model"]["energy score ↓"] == "0.1800" and cells["model"]["per frame ↓"] == "0.1970, behind online retrieval 10"
