@@ -70,8 +70,8 @@ def dashboard() -> str:
 
 
 def _curve(metric: MetricSpec) -> Curve:
-    if metric.name == "restarts":  # a class appears with its first restart, which no rate counts
-        query = f"run:reactdiff_restarts:increase1h{{{CHOSEN}}}"
+    if metric.name == "restarts":  # whole ones, and only the classes that there were
+        query = f"run:reactdiff_restarts:increase1h{{{CHOSEN}}} > 0"
         return Curve(metric.row, "Restarts in an hour", query, "{{run}} {{trial}} {{class}}", metric.unit)
     name, by = f"reactdiff_{metric.name}", ", ".join(("run", "trial", *metric.labels))
     if metric.kind == "counter":

@@ -19,12 +19,16 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Metric, make_wsgi_app, start_http_server
 
+from cluster.runtime.failures import TABLE
 from cluster.telemetry.books import BOOK_STATES, Books
 from cluster.telemetry.meter import BUCKETS, Snapshot, Tally, Totals
 from cluster.telemetry.metrics import METRICS, NAMED
 
 POLL = 0.1
 """Seconds between two looks of `drain`."""
+
+RESTARTS = (*(failure.name for failure in TABLE if failure.retried), "resized")
+"""What ranks are started again for, each told from the beginning: a counter that appears at 1 has, for a Prometheus, never risen."""
 
 LONGEST = 180
 """Characters of a target file's name before it is cut: a file system takes 255 bytes, a temporary name and a hash among them."""
@@ -50,7 +54,7 @@ class Exporter:
         self.tally, self.books = Tally(), Books(life, clock)
         self._labels = {"run": run, "life": str(life), "trial": trial}
         self._lock = threading.Lock()
-        self._restarts: Counter[str] = Counter()
+        self._restarts = dict.fromkeys(RESTARTS, 0)
         self._at, self._failed, self._budget = "", "", 0.0
         self._been = set[str]()
         self._spent_before = 0.0
@@ -77,7 +81,7 @@ class Exporter:
             self._version += 1
 
     def restarts(self, kind: str) -> None:
-        """Count a restart of the worker group, by its failure class."""
+        """Count a restart of the worker group, by one of `RESTARTS`."""
         with self._lock:
             self._restarts[kind] += 1
             self._version += 1

@@ -128,6 +128,17 @@ def test_items_in_quarantine_and_a_driver_that_is_killed(watched: Watched, tmp_p
 
 
 @slow
+def test_a_driver_that_dies_again_and_again(tmp_path: Path, shards: Path) -> None:
+    with closing(Watched(tmp_path, factor=6)) as watched:  # an hour of the rules is ten minutes here
+        for life in range(1, 5):
+            assert watched.server.values("ALERTS{alertname='ReactdiffLivesOften'}") == set()
+            run = watched.start(shards)
+            run.until(lambda life=life: watched.server.values(f"count(reactdiff_heartbeat_seconds{{life='{life}'}})"))
+            run.kill()
+        watched.fires("LivesOften")
+
+
+@slow
 def test_ranks_for_which_there_is_no_room(watched: Watched, shards: Path) -> None:
     with machines(1) as there:
         run = watched.start(shards, "workers.count=2", address=there.address)

@@ -112,6 +112,16 @@ def test_the_books_of_the_life_are_served_with_what_it_cost_and_may_cost(exporte
     assert samples["reactdiff_cost_dollars{}"] == pytest.approx(3.0, abs=1e-3)
 
 
+def test_a_class_of_failures_is_told_before_its_first_restart(exporter):
+    name = 'reactdiff_restarts_total{{class="{}"}}'
+    samples = scrape(exporter)
+    assert [samples[name.format(kind)] for kind in ("storage", "disk", "hang", "preempted", "no_place", "lost", "resized")] == [0] * 7
+    exporter.restarts("lost")
+    exporter.restarts("resized")
+    samples = scrape(exporter)
+    assert [samples[name.format(kind)] for kind in ("hang", "lost", "resized")] == [0, 1, 1]
+
+
 def test_where_a_run_is_what_tasks_are_done_and_what_ended_it_are_told(exporter):
     exporter.at("latents")
     exporter.tasks_done("latents", 3)

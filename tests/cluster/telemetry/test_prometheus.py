@@ -172,13 +172,13 @@ def test_every_panel_of_the_dashboard_has_a_query_that_returns_data(server):
     with closing(Exporter("demo", life=1, trial="t1", clock=clock)) as exporter:
         exporter.write_target(server.targets)
         exporter.failed("hang")  # which an alert says
-        exporter.restarts("hang")
         exporter.at("autoencoder")
         exporter.money(1.0, 2.0)
         meters = group(1, clock)
         meters[0].gauges.update(val_progress_items=1.0, val_frcorr=0.5, val_frdist=2.0, quarantined_items=1)
         meters[0].gauges.update(power_watts=400.0, temperature_celsius=60.0, xid=0.0)
         for done in range(40):
+            exporter.restarts("hang")
             exporter.tasks_done("latents", done)
             train(meters, exporter, clock, steps=1)
             server.until(lambda scraped=exporter._scraped: exporter._scraped > scraped, bool)
@@ -250,7 +250,6 @@ def exposition():
     """What an exporter with every metric says."""
     clock = Clock()
     with closing(Exporter("demo", life=1, trial="t1", clock=clock)) as exporter:
-        exporter.restarts("hang")
         exporter.at("autoencoder")
         exporter.tasks_done("latents", 3)
         exporter.money(1.0, 2.0)
