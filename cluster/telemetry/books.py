@@ -112,7 +112,7 @@ class Books:
         """Milliseconds of Unix time."""
         return round(1000 * self._clock())
 
-    def fault(self, kind: str, stage: str, text: str, life: int | None = None) -> str:
+    def fault(self, kind: str, stage: str, text: str, life: int | None = None, restarts: bool = False) -> str:
         """Note a fault, or another reason to start again; returns the name under which seconds are booked on it.
 
         Args:
@@ -120,13 +120,14 @@ class Books:
             stage: that it hit.
             text: what happened, in a sentence.
             life: that it hit, if not this one.
+            restarts: whether ranks are started again for it: not those of a task, nor for what ends the life.
         """
         name = f"{self.life}.{len(self._faults) + 1}"
         progress = self.furthest.get(stage, 0.0)
         self._faults.append(
             {
                 **{"fault": name, "class": kind, "stage": stage, "text": text[:LONGEST]},
-                **{"time": self.now(), "life": life or self.life, "progress": progress},
+                **{"time": self.now(), "life": life or self.life, "progress": progress, "restarts": restarts},
             }
         )
         return name

@@ -92,7 +92,7 @@ def inherit(
     if ENDED in last:
         return {fault["stage"]: fault["fault"] for fault in last["faults"] if fault["fault"] == last.get("fatal")}
     stage = last.get("stage", "")
-    fault = books.fault(DRIVER, stage, f"the driver of life {last['life']} was lost", last["life"])
+    fault = books.fault(DRIVER, stage, f"the driver of life {last['life']} was lost", last["life"], restarts=True)
     if stage in books.reached:
         books.owe(stage, fault)
     known = ended(*last[JOB]) if JOB in last else None

@@ -57,10 +57,10 @@ class StageMonitor:
         """The ranks are started again, for a class of failure or another reason, which a line tells."""
         self._exporter.restarts(reason)
         self.say(text)
-        self.blame(reason, text)
+        self._fault = self._books.fault(reason, self._stage, text, restarts=True)
 
     def blame(self, reason: str, text: str) -> None:
-        """What the ranks lose from here on is on the account of this."""
+        """What the ranks lose from here on is on the account of this, which ends the stage."""
         self._fault = self._books.fault(reason, self._stage, text)
 
     def placing(self, ranks: int) -> None:

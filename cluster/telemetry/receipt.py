@@ -52,7 +52,7 @@ def receipt(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         In plain JSON types: `lives`; `wall` and `away`, the seconds since the beginning and those without a driver; `held`, the seconds
         of all workers, which `states` and `stages` divide; `items`, `bytes`; `mfu` by stage, where the devices' peak is known; `money`
         by state, `cost`, and `unpriced`, the seconds on machines whose price nobody knows; `faults` with the seconds and the money that
-        each took; `restarts` by class; `slowest`, the ranks that others waited for.
+        each took; `restarts` of ranks and drivers by class; `slowest`, the ranks that others waited for.
     """
     states, money, unpriced = defaultdict[str, float](float), defaultdict[str, float](float), 0.0
     stages: dict[str, defaultdict[str, float]] = {}
@@ -95,7 +95,7 @@ def receipt(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "cost": sum(money.values()),
         "unpriced": round(unpriced, 3),
         "faults": list(faults.values()),
-        "restarts": dict(Counter(fault["class"] for fault in faults.values())),
+        "restarts": dict(Counter(fault["class"] for fault in faults.values() if fault.get("restarts", True))),
         "slowest": sorted(waits.values(), key=lambda one: -one["seconds"])[:3],
         "logs": "logs/",
     }
@@ -112,7 +112,7 @@ def _unknown(fault: str, stage: str) -> dict[str, Any]:
     """A fault of a life whose books cannot be read."""
     life = int(fault.partition(".")[0])
     known = {"fault": fault, "class": "unknown", "stage": stage, "text": f"the books of life {life} cannot be read", "life": life}
-    return {**known, "time": 0, "progress": 0.0, **dict.fromkeys((*AGAIN, "waiting", "cost"), 0.0)}
+    return {**known, "time": 0, "progress": 0.0, "restarts": False, **dict.fromkeys((*AGAIN, "waiting", "cost"), 0.0)}
 
 
 def advice(made: Mapping[str, Any]) -> list[str]:

@@ -104,7 +104,10 @@ def test_a_fault_owns_what_was_not_followed_by_a_step_the_new_start_and_what_is_
     assert ranks.seconds() == {"starting": 20, "compute": 8 + 4, f"recovery {fault}": 2 * (7 + 3 + 5 + 6), f"replay {fault}": 4}
     assert ranks.books.furthest == {STAGE: 60}
     assert ranks.books.record()["faults"] == [
-        {"fault": "1.1", "class": "hang", "stage": STAGE, "text": "rank 1 hangs", "time": 1024000, "life": 1, "progress": 40}
+        {
+            **{"fault": "1.1", "class": "hang", "stage": STAGE, "text": "rank 1 hangs", "time": 1024000, "life": 1, "progress": 40},
+            "restarts": False,
+        }
     ]
 
 

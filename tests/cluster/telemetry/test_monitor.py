@@ -6,6 +6,7 @@ from io import StringIO
 
 import pytest
 
+from cluster.telemetry.accounts import TaskBooks
 from cluster.telemetry.books import Berth
 from cluster.telemetry.display import Display
 from cluster.telemetry.exporter import Exporter
@@ -148,6 +149,25 @@ def test_ranks_that_fail_for_another_place_and_those_that_leave_for_more_room(dr
     assert (lost["recovery"], lost["replay"], lost["waiting"]) == (14 + 10, 5, 120)
     assert (resized["recovery"], resized["replay"], resized["waiting"]) == (1 + 20, 0, 0)
     assert driver.states == {"starting": 20, "compute": 10 + 10 + 10, "idle": 5, "waiting": 120, "recovery": 45, "replay": 5}
+
+
+def test_restarts_of_the_receipt_are_those_that_prometheus_is_told_and_neither_the_end_of_the_life_nor_failed_tasks(driver: Driver) -> None:
+    exporter = driver.exporter
+    tasks = TaskBooks(exporter.books, "latents", "encode", lambda address: HOST)
+    tasks.begin(0)
+    tasks.lose(0, "lost", "the process of a task is gone")
+    driver.place(0)
+    driver.start(10)
+    for number in range(3):
+        driver.monitor.restarted("hang", f"rank 1 hangs ({number})")
+        driver.monitor.again(0.0)
+    driver.monitor.blame("hang", "rank 1 hangs (3)")
+    driver.end(0, failed=True)
+    exporter.books.ends("hang", STAGE, "rank 1 hangs (3)")
+    (told,) = [metric for metric in exporter.collect() if metric.name == "reactdiff_restarts"]
+    made = receipt([exporter.books.record()])
+    assert made["restarts"] == {sample.labels["class"]: sample.value for sample in told.samples if sample.value} == {"hang": 3}
+    assert [fault["class"] for fault in made["faults"]] == ["lost", *["hang"] * 4]
 
 
 def test_what_a_stage_leaves_open_when_it_is_told_to_end_is_closed(driver: Driver) -> None:

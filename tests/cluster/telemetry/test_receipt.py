@@ -26,7 +26,7 @@ def life(number: int, *booked: tuple[str, str, int, Berth], start: float = 0.0, 
     clock.now += seconds
     for stage, state, ms, berth in booked:
         state, _, kind = state.partition(":")
-        books.book(stage, {state: ms}, books.now(), berth, books.fault(kind, stage, f"{kind} happened") if kind else "")
+        books.book(stage, {state: ms}, books.now(), berth, books.fault(kind, stage, f"{kind} happened", restarts=True) if kind else "")
     return books.record(**facts)
 
 
