@@ -5,6 +5,7 @@ On a terminal it goes on until Ctrl-C or the run's end.
 
 import argparse
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -14,7 +15,8 @@ from rich.live import Live
 from cluster import cli
 from cluster.runs.saved import open_folder
 from cluster.runs.state import read_state
-from cluster.storage import Store
+from cluster.storage import Permanent, StorageError, Store
+from cluster.storage.retry import cancel_retries_on
 from cluster.telemetry.books_log import read_books
 from cluster.telemetry.receipt import live_table
 
@@ -39,11 +41,37 @@ def main() -> int:
         console.print(shown)
         return 0
     with Live(shown, console=console, auto_refresh=False) as live:
-        while not over:
-            time.sleep(EVERY)
-            shown, over = _look(store, silence)
-            live.update(shown, refresh=True)
+        if not over:
+            follow(shown, lambda: _look(store, silence), lambda now: live.update(now, refresh=True))
     return 0
+
+
+def follow(
+    shown: Group, look: Callable[[], tuple[Group, bool]], show: Callable[[Group], None], pause: Callable[[float], None] = time.sleep
+) -> None:
+    """Look at a run until it has ended; while its store does not answer, that is shown above what was seen last.
+
+    Args:
+        shown: what was seen last.
+        look: what there is to see, and whether the run has ended.
+        show: takes it.
+        pause: waits so many seconds.
+
+    Raises:
+        Permanent: where to look again is no use.
+    """
+    (at_once := threading.Event()).set()
+    cancel_retries_on(at_once)  # the next look tries again, and until then it is said that this one failed
+    over = False
+    while not over:
+        pause(EVERY)
+        try:
+            shown, over = look()
+            show(shown)
+        except Permanent:
+            raise
+        except StorageError as error:
+            show(Group(f"the store does not answer, and this was seen before: {error}", shown))
 
 
 class Silence:
