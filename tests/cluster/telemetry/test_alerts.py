@@ -1,5 +1,7 @@
 """Each alert fires where its cause happens in a real run, and none in a run that is well; the shipped rules, FACTOR times as fast."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -38,6 +40,8 @@ class Watched:
     def __init__(self, folder: Path, factor: int = FACTOR):
         self.folder, self.server = folder, Server(folder, "targets-one", factor)
 
+    run: Running | None = None
+
     def start(self, shards: Path | str, *more: str, address: str = "local") -> Running:
         """The run `one`."""
         self.run = Running(shards, self.folder, "one", *LONG, *more, address=address)  # type: ignore[arg-type]
@@ -68,7 +72,7 @@ class Watched:
                 return
             except pytest.fail.Exception:
                 continue
-        pytest.fail(f"{set(names) - seen} did not fire, {seen} did: {self.run.said}")
+        pytest.fail(f"{set(names) - seen} did not fire, {seen} did: {self.run.said if self.run else ''}")
 
     def close(self) -> None:
         self.server.close()
@@ -114,6 +118,22 @@ def test_a_loss_that_is_not_finite(watched: Watched, shards: Path) -> None:
     run = watched.start(shards, "optim.lr=1e30", "optim.clip=0")
     watched.fires("LossNotFinite")
     assert run.end() == 1 and "non_finite" in run.said
+
+
+@slow
+@pytest.mark.alone  # ten seconds without a scrape are a silent driver here
+def test_a_trial_that_diverges_wakes_nobody(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "with val", "train=8", "val=4", "test=4")
+    (tmp_path / "sweep.yaml").write_text("name: s\nspace: {optim.lr.diffusion: [1.0e+30]}\nmetrics: {FRDist: min}\n")
+    with closing(Watched(tmp_path, factor=6)) as watched:
+        more = (f"telemetry.targets={watched.server.targets}", "model.space=attributes", "model.denoiser=transformer", "optim.clip=0")
+        command = [sys.executable, ROOT / "jobs/tune.py", "--config", tmp_path / "sweep.yaml", *settings(shards, tmp_path), *more]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as sweep:
+            watched.fires("TrialFailed")
+            said, _ = sweep.communicate()
+        assert sweep.returncode == 1 and "no trial of sweep s has a defined FRDist" in said, said
+        pages = watched.server.get("query", query="last_over_time(ALERTS{alertstate='firing', severity='page'}[1h])")["result"]
+        assert [page["metric"]["alertname"] for page in pages] == []
 
 
 @slow
