@@ -229,14 +229,13 @@ class _Life:
         self.run = pinned.saved(experiment)
         self.scores: dict[str, Scores] = {}
         self.job = this_job()
-        self.peaks = dict[str, float]()
 
     def facts(self) -> dict[str, Any]:
         """What is kept with the books."""
         tally = self.exporter.tally
         work = {stage: {key: totals[key] for key in ("items", "bytes", "flops")} for stage, totals in tally.stages().items()}
-        self.peaks |= {rank["stage"]: rank["gauges"].get("peak_flops", 0.0) for rank in tally.ranks()}
-        now = {"stage": self.state.stage, "work": work, "peak": self.peaks, "gauges": tally.gauges()}
+        peaks = {stage: gauges.get("peak_flops", 0.0) for stage, gauges in tally.gauges().items()}
+        now = {"stage": self.state.stage, "work": work, "peak": peaks, "gauges": tally.gauges()}
         return {**now, **({JOB: self.job} if self.job else {}), **({ENDED: self.ended} if self.ended else {})}
 
     def settle(self, trial: str) -> None:

@@ -114,7 +114,7 @@ class DisturbedRun:
         while not self._look():
             sight = self._sight
             late = sight and too_late(self._steps, sight.stage, sight.step)
-            if sight and self._is_over() and self._place(sight.stage, sight.step) >= due and not late:
+            if sight and sight.ranks and self._is_over() and self._place(sight.stage, sight.step) >= due and not late:
                 return sight
             time.sleep(POLL)
         raise NotInjected(f"the run was at its end before {kind_name(fault)} came, due at step {fault.step} of stage {fault.stage}")

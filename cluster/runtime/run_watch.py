@@ -29,7 +29,7 @@ class Sight(NamedTuple):
         stage: that its ranks are in.
         step: optimiser steps behind the state they are in.
         items: trained on in this life and stage, by all ranks, replay included.
-        ranks: host and process of each.
+        ranks: host and process of each; empty where none has told anything since a restart.
     """
 
     time: float
@@ -136,12 +136,14 @@ class Watch:
 
 
 def _read(text: str, now: float, batch: Mapping[str, int]) -> Sight | None:
-    """What a scrape says; None before any rank has told something."""
+    """What a scrape says; None before any rank has told something, and where the run trains no stage."""
     samples = [(name, dict(_LABEL.findall(labels)), float(value)) for name, labels, value in _SAMPLE.findall(text)]
     places = [labels for name, labels, _ in samples if name == "rank_info"]
-    if not places:
+    told = {labels["stage"] for name, labels, _ in samples if name == "items_processed_total"}
+    at = places or [labels for name, labels, value in samples if name == "at" and value and labels["stage"] in told]
+    if not at:
         return None
-    life, stage = int(places[0]["life"]), places[0]["stage"]
+    life, stage = int(at[0]["life"]), at[0]["stage"]
 
     def number(name: str) -> int:
         return int(sum(value for sample, labels, value in samples if sample == name and labels.get("stage", stage) == stage))

@@ -80,6 +80,12 @@ class Exporter:
             self.tally.update(snapshot)
             self._version += 1
 
+    def gone(self) -> None:
+        """The ranks are gone, and with them what only they told; no counter falls."""
+        with self._lock:
+            self.tally.gone()
+            self._version += 1
+
     def restarts(self, kind: str) -> None:
         """Count a restart of the worker group, by one of `RESTARTS`."""
         with self._lock:

@@ -217,6 +217,12 @@ class Tally:
             if rank == 0:
                 self._gauges[snapshot["stage"]] = snapshot["gauges"]
 
+    def gone(self) -> None:
+        """The worker group is gone: none of its ranks is anywhere, and what they counted stays."""
+        with self._lock:
+            for rank in list(self._live):
+                self._retire(rank)
+
     def stages(self) -> dict[str, Totals]:
         """The totals of every stage so far."""
         with self._lock:
@@ -239,9 +245,12 @@ class Tally:
         """A process takes its rank over; ranks that its group no longer has are gone."""
         rank = snapshot["rank"]
         for gone in [other for other in self._live if other == rank or other >= snapshot["ranks"]]:
-            old = self._live.pop(gone)
-            self._retired.add(old["process"])
-            self._past[old["stage"]] = _sum([self._past[old["stage"]], old["totals"]])
+            self._retire(gone)
+
+    def _retire(self, rank: int) -> None:
+        old = self._live.pop(rank)
+        self._retired.add(old["process"])
+        self._past[old["stage"]] = _sum([self._past[old["stage"]], old["totals"]])
 
 
 def _nothing() -> Totals:

@@ -96,6 +96,7 @@ class StageMonitor:
 
     def again(self, progress: float) -> None:
         """The ranks failed and are started again where they were, from a checkpoint at this progress."""
+        self._exporter.gone()
         if self._ranks:
             self._ranks.lose(self._fault, progress)
 
@@ -108,6 +109,7 @@ class StageMonitor:
         """
         if self._ranks:
             self._ranks.close(self._fault if left or failed else NO_FAULT, failed, self._until)
+        self._exporter.gone()
         self._ranks, self._until = None, 0.0
 
     def waiting(self, waited: float, text: str) -> None:

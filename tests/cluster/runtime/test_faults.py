@@ -77,6 +77,13 @@ def test_a_watch_reads_steps_ranks_and_driver_from_the_endpoint_of_a_run(tmp_pat
         assert seen[1:] == (3, 1, "diffusion", 8, 40, {0: (HERE.name, os.getpid()), 1: (HERE.name, os.getpid())})
         assert watch.driver() == (HERE, os.getpid()) and watch.process(1) == (HERE, os.getpid())
         assert [watch.look(), watch.look()] and len(watch.history) == 1, "what tells nothing new is not kept"
+        exporter.at("diffusion")
+        exporter.gone()
+        exporter.restarts("lost")
+        seen = watch.look()
+        assert seen is not None and seen[1:] == (3, 2, "diffusion", 8, 40, {}), "a restart is seen before ranks have told where they are"
+        exporter.at("evaluation")
+        assert watch.look() is None and watch.driver() == (HERE, os.getpid()), "nothing trains, and the driver answers"
     assert watch.look() is None
 
 

@@ -170,6 +170,31 @@ def test_restarts_of_the_receipt_are_those_that_prometheus_is_told_and_neither_t
     assert [fault["class"] for fault in made["faults"]] == ["lost", *["hang"] * 4]
 
 
+def test_ranks_that_are_gone_are_told_of_no_more_and_no_counter_falls(driver: Driver) -> None:
+    driver.place(0)
+    driver.start(10)
+    for meter in driver.meters:
+        meter.gauges.update(peak_flops=1e12, power_watts=400.0, temperature_celsius=60.0)
+    driver.step(5)
+    of_ranks = {"reactdiff_rank_info", "reactdiff_ranks", "reactdiff_peak_flops", "reactdiff_power_watts", "reactdiff_temperature_celsius"}
+    before = scraped(driver.exporter)
+    assert of_ranks <= {name for name, _ in before}
+    late = driver.meters[1].snapshot()
+    driver.end(1)
+    driver.monitor.take(late)
+    after = scraped(driver.exporter)
+    assert not of_ranks & {name for name, _ in after}
+    counters = [key for key in before if key[0].endswith(("_total", "_bucket", "_count", "_sum"))]
+    assert counters and [key for key in counters if after[key] < before[key]] == []
+    assert after["reactdiff_items_processed_total", (STAGE,)] == after["reactdiff_progress_items", (STAGE,)] == 10
+
+
+def scraped(exporter: Exporter) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Name, and labels beside run, life and trial -> value."""
+    found = [sample for metric in exporter.collect() for sample in metric.samples]
+    return {(one.name, tuple(one.labels.values())[3:]): one.value for one in found}
+
+
 def test_what_a_stage_leaves_open_when_it_is_told_to_end_is_closed(driver: Driver) -> None:
     driver.place(0)
     driver.start(10)
