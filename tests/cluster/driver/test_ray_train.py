@@ -87,7 +87,9 @@ def test_who_leaves_while_ranks_train_ends_them_and_waits_for_ray_train_no_more(
     fit = Fit(job, Gang(1, 1, {"CPU": 1.0}), [here], asked[1], str(tmp_path))
     fit.start()
     eventually(lambda: trains.exists() and trains.read_text() != "")
-    (controller,) = (one for one in psutil.process_iter() if one.name().startswith("ray::TrainController"))
+    raylet = psutil.Process(int(trains.read_text())).parent()  # on this machine may be others, of other tests
+    assert raylet is not None
+    (controller,) = (one for one in raylet.children() if one.name().startswith("ray::TrainController"))
     if not answers:
         controller.suspend()
     fit.end()
