@@ -62,10 +62,11 @@ TABLE = (
     Failure(
         "device",
         False,
-        "install a driver and a torch that fit the GPU; CUDA_LAUNCH_BLOCKING=1 shows where a device-side assert is; then the same command",
+        "install a driver and a torch that fit the GPU, and give each rank a whole one; CUDA_LAUNCH_BLOCKING=1 shows where a device-side "
+        "assert is; then the same command",
         says=(
             *("no kernel image is available", "driver version is insufficient", "driver on your system is too old"),
-            "device-side assert",
+            *("device-side assert", "doesn't have NCCL built in", "no GPUs found", "Duplicate GPU detected"),
         ),
     ),
     Failure("refused", False, "correct the URL, or the credentials and their rights; then the same command", (Permanent,)),
@@ -181,12 +182,16 @@ class Budget:
 def classify(errors: Iterable[BaseException]) -> tuple[Failure, BaseException]:
     """The class of a worker group's failure and the error that shows it: the first of the table that any rank shows.
 
+    Of several that show it, the cause is the first that tells of no peer, and of what Ray and the ranks say rather what a rank says: NCCL's
+    errors show a class of their own, and peers of whoever failed raise them, too.
+
     Args:
         errors: what the ranks raised, at least one.
     """
     found = [inner(error) for error in errors]
-    shown = [(failure, error) for failure in TABLE for error in found if _shows(error, failure)]
-    return shown[0] if shown else (LOST, next((error for error in found if not of_a_peer(error)), found[0]))
+    failure = next((row for row in TABLE if any(_shows(error, row) for error in found)), LOST)
+    able = found if failure is LOST else [error for error in found if _shows(error, failure)]
+    return failure, min(able, key=lambda error: (of_a_peer(error), not _shows(error, failure), _of_ray(error)))
 
 
 def failure_of(error: BaseException) -> Failure | None:

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.train import ControllerError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 
 from cluster.runtime import failures
-from cluster.runtime.failures import Budget, StageFailed, classify, exit_code, failure_of
+from cluster.runtime.failures import Budget, StageFailed, classify, exit_code, failure_of, of_a_peer
 from cluster.storage import StorageError, Store, open_store, s3
 from tests.cluster.support.faulty import faulty_proxy
 
@@ -87,8 +89,8 @@ def test_a_budget_is_of_each_class_refilled_by_progress_and_not_spent_by_notices
 
 
 def test_ray_s_own_errors_stand_in_the_table() -> None:
-    from ray.exceptions import ActorDiedError, OutOfMemoryError
-    from ray.train import ControllerError, PreemptionError
+    from ray.exceptions import OutOfMemoryError
+    from ray.train import PreemptionError
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
     assert classify([ControllerError(WorkerGroupStartupTimeoutError(3))])[0].name == "no_place"
@@ -127,7 +129,8 @@ PARAGRAPHS = {
         "all of them may change in a run"
     ),
     "device": (
-        "install a driver and a torch that fit the GPU; CUDA_LAUNCH_BLOCKING=1 shows where a device-side assert is; then the same command"
+        "install a driver and a torch that fit the GPU, and give each rank a whole one; CUDA_LAUNCH_BLOCKING=1 shows where a device-side "
+        "assert is; then the same command"
     ),
     "refused": "correct the URL, or the credentials and their rights; then the same command",
     "storage": "see to the store; the same command goes on",
@@ -233,6 +236,11 @@ ON_A_CARD = {
         torch.AcceleratorError("CUDA error: CUDA driver version is insufficient for CUDA runtime version"),
         RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver"),
         torch.AcceleratorError(f"CUDA error: device-side assert triggered{MORE}"),
+        RuntimeError("Distributed package doesn't have NCCL built in"),
+        ValueError("ProcessGroupNCCL is only supported with GPUs, no GPUs found!"),
+        torch.distributed.DistBackendError(
+            "NCCL error in: ProcessGroupNCCL.cpp:77, invalid usage\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000"
+        ),
     ],
     "lost": [
         torch.AcceleratorError(f"CUDA error: uncorrectable ECC error encountered{MORE}"),
@@ -247,9 +255,22 @@ def test_what_a_gpu_says_has_a_class_also_where_its_peers_lost_their_connection(
     peer = torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1.")
     for name, errors in ON_A_CARD.items():
         assert [failure_of(error).name for error in errors] == [name] * len(errors)
-        assert [classify([peer, error])[0].name for error in errors] == [name] * len(errors)
+        for error in errors:
+            failure, cause = classify([peer, error])
+            assert failure.name == name and (cause is error or of_a_peer(error)), "who only heard of it has nothing to tell"
+            if name != "lost":  # of a group that does not even start Ray Train's controller tells
+                wrapped = ControllerError(RayTaskError("on_start", f"Traceback\n{error}", error).as_instanceof_cause())
+                assert classify([wrapped])[0].name == name
     said = StageFailed("diffusion", *classify([ON_A_CARD["lost"][0]])).what
     assert said == "stage diffusion failed (lost): AcceleratorError: CUDA error: uncorrectable ECC error encountered"
+
+
+def test_the_cause_is_what_a_rank_says_itself_rather_than_what_its_peers_or_ray_say_of_it() -> None:
+    peer, gone = torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1."), ActorDiedError()
+    ecc, mistake = ON_A_CARD["lost"][0], RuntimeError("a shape")
+    for cause, *errors in ((ecc, peer, gone, ecc), (gone, peer, gone), (mistake, peer, mistake), (gone, mistake, gone), (peer, peer)):
+        found = classify(errors)
+        assert found[0] is failures.LOST and found[1] is cause
 
 
 def test_a_full_or_broken_disk_of_one_machine_is_tried_again() -> None:
