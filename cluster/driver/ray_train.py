@@ -47,8 +47,10 @@ SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Its controller asks blocking questions, as all of its callbacks do.
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+    # Ranks that end leave their group first, and NCCL waits there for what waits for a rank that is gone.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",
 }
-"""Settings that Ray Train takes from the driver's environment to its controller; who has set one keeps it."""
+"""Settings of Ray Train's controller, from the driver's environment; who has set one keeps it."""
 
 ATTEMPT = "REACTDIFF_ATTEMPT"
 """Variable of a rank's environment: the number of its attempt."""
@@ -171,9 +173,10 @@ class _Trainer(TorchTrainer):
         self._controller: Any = None
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
-        """As Ray Train's own does it, which tells nobody its handle of the controller."""
+        """As Ray Train's own does it, which tells nobody its handle of the controller, and passes on only some of SETTINGS."""
         here = {NODE_ID: ray.get_runtime_context().get_node_id()}
-        actor = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": get_env_vars_to_propagate()})(TrainController)
+        settings = get_env_vars_to_propagate() | {name: os.environ[name] for name in SETTINGS}
+        actor = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": settings})(TrainController)
         self._controller = actor.remote(**given | {"failure_policy": self._policy})
         try:
             ray.get(self._controller.run.remote())
@@ -225,8 +228,13 @@ def gang_of(workers: Workers) -> Gang:
 
 
 def rank_environment(workers: Workers) -> dict[str, str]:
-    """What a rank's process needs: `worker_environment`, and silence about what DeepSpeed does at every collective."""
-    return {**worker_environment(workers), "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger"}
+    """What a rank's process needs: `worker_environment`, and silence about what DeepSpeed does at every collective.
+
+    On a GPU, too, that NCCL's watchdog ends no process whose CUDA has failed: the rank itself says why, as a broken communicator does at
+    the next collective.
+    """
+    quiet = {"PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger"}
+    return worker_environment(workers) | quiet | ({"TORCH_NCCL_RETHROW_CUDA_ERRORS": "0"} if workers.gpu else {})
 
 
 def set_defaults() -> None:

@@ -66,6 +66,11 @@ def test_peers_are_waited_for_longer_than_the_watchdog_waits_for_any_of_them(mon
     assert given["torch_config"].timeout_s > max(START, *PHASE_LIMITS.values())
 
 
+def test_a_rank_on_a_gpu_says_itself_how_cuda_failed_before_nccl_s_watchdog_ends_it() -> None:
+    told = "TORCH_NCCL_RETHROW_CUDA_ERRORS"
+    assert ray_train.rank_environment(Workers(gpu=True))[told] == "0" and told not in ray_train.rank_environment(Workers())
+
+
 def eventually(what: Callable[[], bool]) -> None:
     """Wait for something that takes seconds, a minute at most."""
     assert any(what() or time.sleep(0.1) for _ in range(600))
@@ -87,9 +92,8 @@ def test_who_leaves_while_ranks_train_ends_them_and_waits_for_ray_train_no_more(
     fit = Fit(job, Gang(1, 1, {"CPU": 1.0}), [here], asked[1], str(tmp_path))
     fit.start()
     eventually(lambda: trains.exists() and trains.read_text() != "")
-    raylet = psutil.Process(int(trains.read_text())).parent()  # on this machine may be others, of other tests
-    assert raylet is not None
-    (controller,) = (one for one in raylet.children() if one.name().startswith("ray::TrainController"))
+    (controller,) = (one for one in psutil.Process().children(recursive=True) if one.name().startswith("ray::TrainController"))
+    assert ray_train.SETTINGS.items() <= controller.environ().items()
     if not answers:
         controller.suspend()
     fit.end()
