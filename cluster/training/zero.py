@@ -52,6 +52,7 @@ def wrap(stage: nn.Module, settings: EngineSettings, device: torch.device) -> de
             set_accelerator(CPU_Accelerator())
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would compile for a minute
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    groups._WORLD_GROUP = torch.distributed.group.WORLD  # or it makes another one: a second communicator, with a timeout that is not ours
     _import_muon()
     config = deepspeed_config(settings, [p.numel() for p in stage.parameters()], device)
     if settings.recompute:

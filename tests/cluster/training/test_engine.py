@@ -198,6 +198,22 @@ def test_an_engine_on_the_cpu_leaves_a_card_alone_that_deepspeed_has_chosen() ->
     assert math.isfinite(loss) and device == "cpu"
 
 
+def groups_used(rank: int, ranks: int) -> list[tuple[bool, int]]:
+    """Of each ZeRO stage, whether gradients travel in the group that is there, and how many groups there are after a step."""
+    found = []
+    for zero in range(4):
+        engine = toy_engine(zero, "fp32", 2, 0.5)
+        advance(engine, nine_items(), uneven(rank, ranks))
+        found.append((engine._engine.seq_data_parallel_group is dist.group.WORLD, len(dist.distributed_c10d._world.pg_map)))
+        engine.end()
+    return found
+
+
+@pytest.mark.starts
+def test_gradients_travel_in_the_group_that_is_there_whose_timeout_is_ours() -> None:
+    assert on_ranks(2, groups_used) == [[(True, 1)] * 4] * 2
+
+
 @pytest.mark.parametrize("mig", ["MIG-11111111-2222-3333-4444-555555555555", "0"])
 def test_memory_of_a_part_of_a_card_is_asked_by_its_uuid(mig: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mig)
