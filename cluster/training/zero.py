@@ -51,6 +51,9 @@ def wrap(stage: nn.Module, settings: EngineSettings, device: torch.device) -> de
         if get_accelerator().device_name() != "cpu":  # outside workers it takes a GPU wherever there is one
             set_accelerator(CPU_Accelerator())
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would compile for a minute
+        os.environ.setdefault("LOCAL_SIZE", "1")  # or ZeRO-3 asks numactl, a process, at each of its reductions
+    else:
+        os.environ["LOCAL_RANK"] = str(device.index or 0)  # where DeepSpeed computes; among more than ten GPUs Ray counts otherwise
     deepspeed.utils.logger.setLevel(logging.WARNING)
     groups._WORLD_GROUP = torch.distributed.group.WORLD  # or it makes another one: a second communicator, with a timeout that is not ours
     _import_muon()

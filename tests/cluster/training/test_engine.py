@@ -1,6 +1,8 @@
 """The engine without a dataset: every kind of stage under ZeRO-3, and a step that is applied as a whole or not at all."""
 
 import math
+import os
+import subprocess
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,39 @@ def where_a_card_is_seen(rank: int, ranks: int) -> tuple[float, str]:
 def test_an_engine_on_the_cpu_leaves_a_card_alone_that_deepspeed_has_chosen() -> None:
     ((loss, device),) = on_ranks(1, where_a_card_is_seen)
     assert math.isfinite(loss) and device == "cpu"
+
+
+class Placed(Exception):
+    """What an engine is made on is known."""
+
+
+@pytest.mark.parametrize(("device", "chosen"), [("cuda:8", "8"), ("cuda", "0")])
+def test_deepspeed_computes_on_the_card_that_ray_gave_whatever_rank_it_is_on_its_machine(
+    device: str, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def give(*_: object) -> None:
+        raise Placed(os.environ["LOCAL_RANK"])
+
+    monkeypatch.setattr(zero_module, "_give_memory", give)
+    settings = EngineSettings(1, "fp32", 1, (0.9, 0.999), 5e-4, 0.0, 0.99, False, 0, "none", ())
+    with zero_module.last_of(2), pytest.raises(Placed, match=chosen):
+        monkeypatch.setenv("LOCAL_RANK", "2")
+        zero_module.wrap(Toy(), settings, torch.device(device))
+
+
+def numactl_asked(rank: int, ranks: int) -> int:
+    """How often a step of ZeRO-3 runs `numactl`."""
+    asked = list[object]()
+    os.environ.pop("LOCAL_SIZE", None)
+    engine = toy_engine(3, "fp32", 3, 0.5)
+    subprocess.check_output = lambda *given, **_: asked.append(given) or b""
+    advance(engine, nine_items(), uneven(rank, ranks))
+    return len(asked)
+
+
+@pytest.mark.starts
+def test_a_step_on_cpus_starts_no_process() -> None:
+    assert on_ranks(2, numactl_asked) == [0, 0]
 
 
 def groups_used(rank: int, ranks: int) -> list[tuple[bool, int]]:
