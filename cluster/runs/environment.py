@@ -13,7 +13,7 @@ from typing import Any
 from cluster.config.identity import placement
 from cluster.config.schema import Experiment
 
-ARITHMETIC = 2
+ARITHMETIC = 3
 """Version of how a step is computed: with another one the same step has other last bits. Lives that name none had 1."""
 
 CREDENTIALS = re.compile(r"(?<=://)([^\s,'\"/?#]*|[^\s,'\"/?#:]+:[^\s,'\"]*)@")

@@ -86,8 +86,8 @@ class Engine:
             self._cached = True
 
     def backward(self, part: torch.Tensor) -> None:
-        """Backward of what `forward` returned; DeepSpeed averages over ranks and micro-batches, so undo that."""
-        self._engine.backward(part * (self._ranks * self.settings.micro_batches))
+        """Backward of what `forward` returned; DeepSpeed averages over micro-batches, and may over ranks, so undo that."""
+        self._engine.backward(part * (self.settings.micro_batches * (self._ranks if self.settings.averages else 1)))
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 

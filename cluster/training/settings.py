@@ -39,6 +39,11 @@ class EngineSettings:
         """What is kept of each parameter."""
         return *KINDS, *map(average_kind, self.lengths)
 
+    @property
+    def averages(self) -> bool:
+        """Whether DeepSpeed divides gradients by the number of ranks: ZeRO-2 would do so in bf16, before they are summed in fp32."""
+        return self.precision != "bf16" or self.zero == 3
+
     def decays(self, step: int) -> dict[str, float]:
         """What each average keeps of itself when step `step` (from 1) enters it."""
         return {"average": self.ema, **{average_kind(length): decay(length, step) for length in self.lengths}}

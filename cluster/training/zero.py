@@ -138,6 +138,7 @@ def deepspeed_config(settings: EngineSettings, sizes: Sequence[int], device: tor
         "gradient_accumulation_steps": settings.micro_batches,
         "gradient_clipping": 0.0,  # the update itself clips, by a norm that is known
         "communication_data_type": "fp32",
+        "gradient_allreduce_op": "mean" if settings.averages else "sum",
         "zero_optimization": {
             "stage": settings.zero,
             "reduce_bucket_size": bucket,
