@@ -142,6 +142,7 @@ def train(arguments: argparse.Namespace) -> int:
     from cluster.bench.scrape import scrape_seconds
     from cluster.bench.tables import training_table
     from cluster.bench.training import alone, bench_training
+    from cluster.training.settings import engine_settings
 
     experiment = load(arguments.config, arguments.overrides)
     source = _source(experiment)
@@ -154,7 +155,7 @@ def train(arguments: argparse.Namespace) -> int:
     alone(device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {experiment.workers.threads} threads"
     speeds = {name: bench_training(experiment, name, source, arguments.steps) for name in stages}
-    title = f"training on {where}, ZeRO-{experiment.workers.zero}, {experiment.optim.precision}"
+    title = f"training on {where}, ZeRO-{engine_settings(experiment, stages[0], ranks=1).zero}, {experiment.optim.precision}"
     Console().print(training_table(title, speeds))
     print(f"a scrape with {RANKS} ranks: {1000 * scrape_seconds(RANKS):.0f} ms of CPU (100 at most)")
     return 0

@@ -123,10 +123,12 @@ def _stage(experiment: Experiment, manifest: Manifest | None, name: str, kinds: 
     rises = f"rises until item {optim.warmup[name]:,} to " if optim.warmup[name] else ""
     table.add_row("learning rate", f"{rises}{optim.lr[name]:g}{falls}")
     table.add_row("items / rank and step", f"{batch} / {workers.most} ranks = {share}, in {parts} micro-batch{'es' if parts > 1 else ''}")
-    most, least = (memory_per_rank(parameters, engine_settings(experiment, name, ranks), ranks) for ranks in (workers.most, workers.least))
+    of_most, of_least = (engine_settings(experiment, name, ranks) for ranks in (workers.most, workers.least))
+    most, least = memory_per_rank(parameters, of_most, workers.most), memory_per_rank(parameters, of_least, workers.least)
+    few = f"{workers.least} ranks" if workers.least > 1 else f"1 rank, ZeRO-{of_least.zero}"
     for what in most:
-        fewer = f" ({least[what] / 1e6:,.1f} MB with {workers.least} ranks)" if least[what] != most[what] else ""
-        table.add_row(f"{what} / rank (ZeRO-{workers.zero}, {optim.precision})", f"{most[what] / 1e6:,.1f} MB{fewer}")
+        fewer = f" ({least[what] / 1e6:,.1f} MB with {few})" if least[what] != most[what] else ""
+        table.add_row(f"{what} / rank (ZeRO-{of_most.zero}, {optim.precision})", f"{most[what] / 1e6:,.1f} MB{fewer}")
     for ranks in sorted({workers.least, workers.most}, reverse=True):
         for what, said in _most_memory(experiment, name, kinds, ranks):
             table.add_row(f"{what}{f', {ranks} ranks' if workers.least < workers.most else ''}", said)

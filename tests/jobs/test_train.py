@@ -221,6 +221,8 @@ def test_a_dry_run_without_the_data_prints_all_that_does_not_depend_on_them(tmp_
         assert said in printed, said
     monkeypatch.setattr(sys, "argv", ["train.py", "--dry-run"])
     assert train.main() == 0 and "without --dry-run this command simulates it (va 8, au 64," in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["train.py", "--dry-run", "workers.count=1"])
+    assert train.main() == 0 and "ZeRO-1" not in (printed := capsys.readouterr().out) and "fp32 masters / rank (ZeRO-0, fp32)" in printed
     assert list(tmp_path.iterdir()) == []
 
 
