@@ -47,8 +47,8 @@ MODULES = {
     ),
     "evaluation": "evaluate gate ground_truth html picture plan report rows rung validation",
     "training": (
-        "agreement ahead compile engine examine gradient job late_compiler looks loop memory rehearsal reporting requests resume settings "
-        "spread stacks warm_start zero"
+        "agreement ahead beside_steps compile engine examine gradient job late_compiler looks loop memory rehearsal reporting requests "
+        "resume settings spread stacks warm_start zero"
     ),
     "driver": "berths board board_client group interruption launch pin plan pretrained ray_metrics ray_train run suspects watchdog",
     "studies": (

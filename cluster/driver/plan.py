@@ -13,8 +13,9 @@ from cluster.data.manifest import Manifest
 from cluster.driver.pin import Pinned, stage_end
 from cluster.driver.ray_train import gang_of
 from cluster.runtime.placement import Gang
+from cluster.training.beside_steps import beside_steps, beside_steps_on_gpu
 from cluster.training.memory import memory_per_rank, offloaded_per_rank
-from cluster.training.rehearsal import beside_steps, beside_steps_on_gpu, rehearse
+from cluster.training.rehearsal import rehearse
 from cluster.training.settings import engine_settings, micro_batches
 from reactdiff.clip import windows_of
 from reactdiff.learning_rate import FLOOR

@@ -1,10 +1,7 @@
-"""A step of a rank on tensors without memory, under the real engine: what it would hold, activations and DeepSpeed's buffers included.
-
-And what its process holds beside.
-"""
+"""A step of a rank on tensors without memory, under the real engine: what it would hold, activations and DeepSpeed's buffers included."""
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from cluster.data.stream import WINDOWS, steps_ahead
 from cluster.training.engine import Engine
 from cluster.training.settings import EngineSettings
-from cluster.training.zero import bucket_elements, last_of
+from cluster.training.zero import last_of
 from reactdiff.stage import Stage, build_without_memory, stored_batch
 
 MAPPED = 32 << 20
@@ -28,9 +24,6 @@ HOLES = 0.3
 
 COPIED = ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_")
 """Collectives for which gloo makes a copy of the larger tensor."""
-
-BASE = 550_000_000
-"""Bytes that the process of a rank holds before there is a model: Python, torch, DeepSpeed, Ray, gloo; measured on Linux."""
 
 
 @dataclass(frozen=True)
@@ -78,41 +71,6 @@ def _without_dropout_of_attention(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.MultiheadAttention):
             layer.dropout = 0.0
-
-
-def beside_steps(parameters: int, kinds: int, ranks: int, arrays: Sequence[int], read_ahead: int, pinned: bool = False) -> dict[str, int]:
-    """Bytes of a rank's host memory that hold no tensor of a step.
-
-    Args:
-        parameters: of the stage.
-        kinds: values that a checkpoint keeps of each.
-        ranks: number of ranks.
-        arrays: bytes of each array of a rank's share of a step, as it is read.
-        read_ahead: bytes that may be read before they are asked for.
-        pinned: whether they are read into pinned memory, of which torch takes powers of two.
-    """
-    windows = [steps_ahead(sum(arrays), read_ahead) * array for array in arrays]
-    return {
-        "libraries": BASE,
-        "read ahead": WINDOWS * sum(1 << (window - 1).bit_length() if pinned else window for window in windows),
-        "copy for checkpoints": 4 * kinds * -(-parameters // ranks),
-    }
-
-
-def beside_steps_on_gpu(settings: EngineSettings, sizes: Sequence[int], ranks: int, batch_bytes: int, scored: int) -> dict[str, int]:
-    """Bytes of a rank's GPU that a step without memory, on a CPU, knows nothing of.
-
-    Args:
-        settings: of the engine.
-        sizes: elements of each parameter of the stage.
-        ranks: number of ranks.
-        batch_bytes: of a rank's share of a step.
-        scored: parameters of a copy of the model that is scored while it is trained.
-    """
-    more, width = 0, 2 if settings.precision == "bf16" and settings.zero == 2 else 4
-    if settings.zero and ranks > 1:  # ZeRO-1 and 2 fill one bucket while another is reduced
-        more = width * ((1 if settings.zero == 3 else 2) * bucket_elements(sizes, True) - bucket_elements(sizes, False))
-    return {"buckets": more, "two batches": 2 * batch_bytes, "copy that is scored": 4 * scored}
 
 
 def _step(engine: Engine, batch: dict[str, torch.Tensor], items: int) -> None:

@@ -12,8 +12,9 @@ from cluster.bench.noise_dataset import make_noise
 from cluster.bench.training import engine_step
 from cluster.config.schema import Experiment
 from cluster.training import loop
+from cluster.training.beside_steps import BASE, beside_steps, beside_steps_on_gpu
 from cluster.training.engine import Engine
-from cluster.training.rehearsal import BASE, beside_steps, beside_steps_on_gpu, rehearse
+from cluster.training.rehearsal import rehearse
 from cluster.training.settings import EngineSettings, engine_settings
 from reactdiff.clip import WINDOW
 from reactdiff.config import Diffusion, Model
