@@ -233,6 +233,13 @@ def test_a_command_that_needs_a_cloud_names_a_verb_of_ray_and_a_cluster_file(com
     assert [word for word in options if word.startswith("--") and word not in known] == []
 
 
+@pytest.mark.parametrize(("page", "of"), [("architecture", "*Identical* means"), ("running", "Any number of ranks at any ZeRO stage")])
+def test_what_is_placement_and_changes_the_last_bits_is_named_where_runs_are_called_identical(page: str, of: str) -> None:
+    (paragraph,) = (one for one in (ROOT / f"docs/{page}.md").read_text().split("\n\n") if one.startswith(of))
+    said = " ".join(paragraph.split())
+    assert all(what in said for what in ("`workers.compile`", "`workers.offload`", "kind of card", "release of torch"))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target, anchor in LINK.findall(page.read_text()):

@@ -239,7 +239,7 @@ ON_A_CARD = {
         RuntimeError("Distributed package doesn't have NCCL built in"),
         ValueError("ProcessGroupNCCL is only supported with GPUs, no GPUs found!"),
         torch.distributed.DistBackendError(
-            "NCCL error in: ProcessGroupNCCL.cpp:77, invalid usage\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000"
+            "NCCL error in: ProcessGroupNCCL.cpp:77, invalid usage\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000"
         ),
     ],
     "lost": [
