@@ -23,6 +23,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -191,7 +192,7 @@ def _against_the_published(rivalry: Any, rounds: int) -> None:
 
 def gpu(arguments: argparse.Namespace) -> int:
     """What only a GPU shows."""
-    from cluster.bench.card import PARTS, Card, measure_card, page
+    from cluster.bench.card import PARTS, Card, measure_card, page, plan_engines
     from cluster.bench.training import alone
 
     parts = arguments.only.split(",") if arguments.only else list(PARTS)
@@ -200,9 +201,11 @@ def gpu(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first product on a GPU
     experiment = load(arguments.config, arguments.overrides)
     device = best_device()
+    card = Card(experiment, _source(experiment), device, arguments.steps)
+    if "engines" in parts:
+        card = replace(card, planned=plan_engines(card))
     alone(device)
     with Display() as display:
-        card = Card(experiment, _source(experiment), device, arguments.steps)
         found = measure_card(card, parts, arguments.out, display.counter("gpu", "parts"))
     Console(markup=False, soft_wrap=True).print(page(found))
     print(f"{arguments.out}/card.json and card.md have all of it")

@@ -10,8 +10,8 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from operator import itemgetter
 from pathlib import Path
@@ -31,10 +31,12 @@ from cluster.runs.checkpoint_writer import CheckpointWriter
 from cluster.runs.retention import Retention
 from cluster.runtime.device import peak_flops, peak_memory
 from cluster.runtime.failures import failure_of
+from cluster.runtime.nvml import driver_version
 from cluster.storage import open_store
 from cluster.training.ahead import Ahead
 from cluster.training.engine import Engine
-from cluster.training.memory import OFFLOADED, memory_per_rank
+from cluster.training.memory import OFFLOADED
+from cluster.training.rehearsal import rehearse
 from cluster.training.settings import EngineSettings, engine_settings
 from reactdiff.clip import FRAME_RATE
 from reactdiff.data.keyed import normal
@@ -43,9 +45,9 @@ from reactdiff.generate import Reactor
 from reactdiff.model.codec import Codec
 from reactdiff.model.init import initial_weights
 from reactdiff.model.latent_diffusion import LatentDiffusion
-from reactdiff.stage import Source, Stage, build, build_without_memory, flops_per_item, stages_over
+from reactdiff.stage import Source, Stage, build, build_without_memory, flops_per_item, stages_over, stored_batch
 
-PACKAGES = ("torch", "deepspeed", "numpy", "pydantic", "pyyaml", "rich", "safetensors")
+PACKAGES = ("torch", "triton", "deepspeed", "numpy", "pydantic", "pyyaml", "rich", "safetensors")
 
 LARGEST = 256
 """Items of the largest batch that is tried."""
@@ -73,12 +75,14 @@ class Card:
         source: what a dataset of clips would hold.
         device: where.
         steps: measured steps of each kind.
+        planned: bytes of each (stage, precision, ZeRO stage) of `plan_engines`.
     """
 
     experiment: Experiment
     source: Source
     device: torch.device
     steps: int
+    planned: Mapping[tuple[str, str, int], int] = field(default_factory=dict)
 
     @property
     def kinds(self) -> Mapping[str, Stage]:
@@ -89,12 +93,22 @@ class Card:
         """Items of one step of one rank, as configured."""
         return self.experiment.workers.micro_batch or -(-self.experiment.optim.batch[stage] // self.experiment.workers.most)
 
-    def engine(self, stage: str, **changes: Any) -> Engine:
-        """An engine of one rank, as configured but for changes of its settings."""
-        settings: EngineSettings = replace(engine_settings(self.experiment, stage, ranks=1), micro_batches=1, **changes)
+    def settings(self, stage: str, **changes: Any) -> EngineSettings:
+        """Of an engine of one rank, as configured but for changes."""
+        return replace(engine_settings(self.experiment, stage, ranks=1), micro_batches=1, **changes)
+
+    @contextmanager
+    def engine(self, stage: str, **changes: Any) -> Iterator[Engine]:
+        """An engine with these settings, which is ended; memory is counted anew from here on."""
+        self.forget()
+        settings = self.settings(stage, **changes)
         make_deterministic(self.experiment.workers.threads, tf32=settings.precision == "tf32")
         module = build_without_memory(self.kinds[stage])
-        return Engine(module, initial_weights(module, self.experiment.seed), settings, self.device)
+        engine = Engine(module, initial_weights(module, self.experiment.seed), settings, self.device)
+        try:
+            yield engine
+        finally:
+            engine.end()
 
     def step(self, engine: Engine, stage: str, items: int) -> Callable[[], None]:
         """A step on a batch that is on the device already."""
@@ -156,49 +170,65 @@ def parity(card: Card) -> CardFigures:
         yield f"{stage}, relative error of the loss", abs(losses[torch.float32] - exact) / abs(exact)
 
 
+ENGINES = [(precision, zero) for precision in ("fp32", "tf32", "bf16") for zero in (0, 1, 2, 3)[precision == "bf16" :]]
+"""Precisions and ZeRO stages that are measured."""
+
+
+def plan_engines(card: Card) -> dict[tuple[str, str, int], int]:
+    """Bytes that `engines` is to hold at most by the plan of `--dry-run`, of each (stage, precision, ZeRO stage).
+
+    It takes half a minute of a CPU, in a process that is in no group of torch.distributed yet.
+    """
+    found: dict[tuple[str, str, int], int] = {}
+    for stage, kind in card.kinds.items():
+        items = card.items(stage)
+        batch = sum(tensor.nbytes for tensor in stored_batch(kind, items, "meta").values())
+        for precision, zero in ENGINES:
+            settings = card.settings(stage, precision=precision, zero=zero)
+            alike = found.get((stage, "fp32", zero)) if precision == "tf32" else None
+            found[stage, precision, zero] = alike or batch + rehearse(kind, settings, 1, items, card.device.type == "cuda").living
+    return found
+
+
 def engines(card: Card) -> CardFigures:
     """Speed and memory of a step at each ZeRO stage and precision, beside the plan's memory."""
     for stage, kind in card.kinds.items():
-        flops, items = flops_per_item(kind), card.items(stage)
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in kind.module().parameters())
-        for precision in ("fp32", "tf32", "bf16"):
-            for zero in (0, 1, 2, 3)[precision == "bf16" :]:
-                card.forget()
-                engine = card.engine(stage, zero=zero, precision=precision)
-                seconds = card.seconds(card.step(engine, stage, items))
-                peak = peak_flops(card.device, precision)
-                yield (
-                    f"{stage}, batch {items}, {precision}, ZeRO-{zero}",
-                    {
-                        "items/s": items / seconds,
-                        "ms a step": 1e3 * seconds,
-                        "MFU": flops * items / seconds / peak if peak else None,
-                        "peak memory, GB": peak_memory(card.device) / 1e9,
-                        "planned without activations, GB": sum(memory_per_rank(parameters, engine.settings, 1).values()) / 1e9,
-                    },
-                )
-                engine.end()
-                del engine
+        flops = flops_per_item(kind)
+        for precision, zero in ENGINES:
+            name = f"{stage}, batch {card.items(stage)}, {precision}, ZeRO-{zero}"
+            yield _figure(name, _engine_figures, card, stage, precision, zero, flops)
+
+
+def _engine_figures(card: Card, stage: str, precision: str, zero: int, flops: float) -> Found:
+    items, planned, cuda = card.items(stage), card.planned[stage, precision, zero], card.device.type == "cuda"
+    with card.engine(stage, zero=zero, precision=precision) as engine:
+        seconds = card.seconds(card.step(engine, stage, items))
+    held, peak = peak_memory(card.device), peak_flops(card.device, precision)
+    return {
+        "items/s": items / seconds,
+        "ms a step": 1e3 * seconds,
+        "MFU": flops * items / seconds / peak if peak else None,
+        "peak memory, GB": held / 1e9,
+        "planned, GB": planned / 1e9,
+        "held / planned": held / planned if cuda else None,  # a CPU's is that of the process, ever since
+    }
 
 
 def batches(card: Card) -> CardFigures:
     """Speed with the largest batch that fits, with and without activations that are computed again; bf16, ZeRO-1."""
     for stage, kind in card.kinds.items():
-        flops = flops_per_item(kind)
         for again in (False, True):
-            card.forget()
-            engine, items = card.engine(stage, zero=1, precision="bf16", recompute=again), 1
+            yield from _larger_batches(card, stage, again, flops_per_item(kind))
+
+
+def _larger_batches(card: Card, stage: str, again: bool, flops: float) -> CardFigures:
+    name, items = f"{stage}{', recompute' * again}", 1
+    try:
+        with card.engine(stage, zero=1, precision="bf16", recompute=again) as engine:
             while items <= LARGEST:
-                try:
-                    seconds = card.seconds(card.step(engine, stage, items), repeats=2)
-                except Exception as error:
-                    if (failure := failure_of(error)) is None or failure.name != "out_of_memory":
-                        raise
-                    break
-                peak = peak_flops(card.device, "bf16")
+                seconds, peak = card.seconds(card.step(engine, stage, items), repeats=2), peak_flops(card.device, "bf16")
                 yield (
-                    f"{stage}{', recompute' * again}",
+                    name,
                     {
                         "items": items,
                         "items/s": items / seconds,
@@ -209,26 +239,29 @@ def batches(card: Card) -> CardFigures:
                 if card.device.type != "cuda":  # a CPU would swap before it refuses
                     break
                 items *= 2
-            engine.end()
-            del engine
+    except Exception as error:
+        if items == 1 or (failure := failure_of(error)) is None or failure.name != "out_of_memory":
+            yield f"{name}, batch {items}", _why(error)
 
 
 def twice(card: Card) -> CardFigures:
     """Whether the same steps end in the same bits, in each precision."""
     for stage in card.kinds:
         for precision in ("fp32", "bf16"):
-            ends = []
-            for _ in range(2):
-                card.forget()
-                engine = card.engine(stage, zero=1, precision=precision)
-                step = card.step(engine, stage, card.items(stage))
-                for number in range(3):
-                    torch.manual_seed(number)
-                    step()
-                ends.append([view.detach().cpu() for one in engine.fragments() for view in one.tensors.values()])
-                engine.end()
-                del engine, step
-            yield f"{stage}, {precision}", all(map(torch.equal, *ends))
+            yield _figure(f"{stage}, {precision}", _same_twice, card, stage, precision)
+
+
+def _same_twice(card: Card, stage: str, precision: str) -> bool:
+    ends = []
+    for _ in range(2):
+        with card.engine(stage, zero=1, precision=precision) as engine:
+            step = card.step(engine, stage, card.items(stage))
+            for number in range(3):
+                torch.manual_seed(number)
+                step()
+            ends.append([view.detach().cpu() for one in engine.fragments() for view in one.tensors.values()])
+        del engine, step
+    return all(map(torch.equal, *ends))
 
 
 def compiled(card: Card) -> CardFigures:
@@ -237,48 +270,67 @@ def compiled(card: Card) -> CardFigures:
         items = card.items(stage)
         ways = [("eager", 0, False), ("compiled", items, False), ("compiled, CUDA graphs", items, True)]
         for name, compile_for, graphs in ways if card.device.type == "cuda" else ways[:2]:  # a CPU has no such graphs
-            torch._dynamo.reset()
-            card.forget()
-            with torch._inductor.config.patch({"triton.cudagraphs": graphs}):
-                engine = card.engine(stage, zero=1, precision="bf16", compile_for=compile_for)
-                step, begin = card.step(engine, stage, items), time.perf_counter()
-                step()
-                card.wait()
-                first, seconds = time.perf_counter() - begin, card.seconds(step)
-                memory = peak_memory(card.device) / 1e9
-                yield f"{stage}, {name}", {"ms a step": 1e3 * seconds, "first step, s": first, "peak memory, GB": memory}
-                engine.end()
-                del engine, step
+            yield _figure(f"{stage}, {name}", _compiled_step, card, stage, compile_for, graphs)
+
+
+def _compiled_step(card: Card, stage: str, compile_for: int, graphs: bool) -> Found:
+    torch._dynamo.reset()
+    with (
+        torch._inductor.config.patch({"triton.cudagraphs": graphs}),
+        card.engine(stage, zero=1, precision="bf16", compile_for=compile_for) as engine,
+    ):
+        step, begin = card.step(engine, stage, card.items(stage)), time.perf_counter()
+        step()
+        card.wait()
+        first, seconds = time.perf_counter() - begin, card.seconds(step)
+    return {"ms a step": 1e3 * seconds, "first step, s": first, "peak memory, GB": peak_memory(card.device) / 1e9}
 
 
 def offloaded(card: Card) -> CardFigures:
     """A step with nothing, the optimiser and all in host memory (`workers.offload`); bf16, ZeRO-3."""
     for stage in card.kinds:
         for offload in OFFLOADED:
-            card.forget()
-            engine = card.engine(stage, zero=3, precision="bf16", offload=offload)
-            seconds = card.seconds(card.step(engine, stage, card.items(stage)))
-            yield f"{stage}, {offload}", {"ms a step": 1e3 * seconds, "peak memory, GB": peak_memory(card.device) / 1e9}
-            engine.end()
-            del engine
+            yield _figure(f"{stage}, {offload}", _offloaded_step, card, stage, offload)
+
+
+def _offloaded_step(card: Card, stage: str, offload: str) -> Found:
+    with card.engine(stage, zero=3, precision="bf16", offload=offload) as engine:
+        seconds = card.seconds(card.step(engine, stage, card.items(stage)))
+    return {"ms a step": 1e3 * seconds, "peak memory, GB": peak_memory(card.device) / 1e9}
+
+
+def _figure(name: str, measure: Callable[..., Any], *arguments: Any) -> tuple[str, Any]:
+    """What one configuration gives, or why it gives nothing: another one may fit where it does not."""
+    try:
+        return name, measure(*arguments)
+    except Exception as error:
+        return name, _why(error)
+
+
+def _why(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def copies(card: Card) -> CardFigures:
     """What a step pays for batches that come from host memory, copied a step ahead."""
     for stage in card.kinds:
-        card.forget()
-        items, engine = card.items(stage), card.engine(stage)
-        resident, fed = (card.seconds(step(engine, stage, items)) for step in (card.step, card.fed_step))
-        yield stage, {"ms a step, resident": 1e3 * resident, "ms a step, from the host": 1e3 * fed, "waiting": 1 - resident / fed}
-        engine.end()
-        del engine
+        yield _figure(stage, _fed_and_resident, card, stage)
+
+
+def _fed_and_resident(card: Card, stage: str) -> Found:
+    with card.engine(stage) as engine:
+        resident, fed = (card.seconds(step(engine, stage, card.items(stage))) for step in (card.step, card.fed_step))
+    return {"ms a step, resident": 1e3 * resident, "ms a step, from the host": 1e3 * fed, "waiting": 1 - resident / fed}
 
 
 def checkpoint(card: Card) -> CardFigures:
     """How long a checkpoint holds up a step, against a plain copy, and how slow steps are while it is written."""
     stage = list(card.kinds)[-1]
-    card.forget()
-    engine = card.engine(stage)
+    with card.engine(stage) as engine:
+        yield from _checkpoint_of(card, stage, engine)
+
+
+def _checkpoint_of(card: Card, stage: str, engine: Engine) -> CardFigures:
     step = card.step(engine, stage, card.items(stage))
     usual = card.seconds(step)
     with tempfile.TemporaryDirectory() as folder:
@@ -302,7 +354,6 @@ def checkpoint(card: Card) -> CardFigures:
     state = [view for one in engine.fragments() for view in one.tensors.values()]
     targets = [torch.empty(view.shape).fill_(0) for view in state]
     plain = card.seconds(lambda: [target.copy_(view) for target, view in zip(targets, state, strict=True)], repeats=3)
-    engine.end()
     yield "GB", sum(view.nbytes for view in state) / 1e9
     yield "held up, ms", 1e3 * median(held)
     yield "plain copy, ms", 1e3 * plain
@@ -334,22 +385,23 @@ def reactions(card: Card) -> CardFigures:
 
 def profiled(card: Card) -> CardFigures:
     """What a step of each stage spends its time on, and how often the host waits for the device in it."""
-    cuda = card.device.type == "cuda"
     for stage in card.kinds:
-        card.forget()
-        engine = card.engine(stage)
+        yield from _profile(card, stage)
+
+
+def _profile(card: Card, stage: str) -> CardFigures:
+    cuda = card.device.type == "cuda"
+    with card.engine(stage) as engine:
         step = card.fed_step(engine, stage, card.items(stage))
         card.seconds(step, repeats=1)
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as seen:
             for _ in range(PROFILED):
                 step()
-        events = seen.key_averages()
-        waits = sum(event.count for event in events if "Synchronize" in event.key) - 1  # the profiler's own, at its end
-        yield f"{stage}, times that the host waits in a step", waits / PROFILED if cuda else None
-        for name, share, calls in longest(events, cuda):
-            yield f"{stage}, {name}", {"share": share, "calls a step": calls / PROFILED}
-        engine.end()
-        del engine, step
+    events = seen.key_averages()
+    waits = sum(event.count for event in events if "Synchronize" in event.key) - 1  # the profiler's own, at its end
+    yield f"{stage}, times that the host waits in a step", waits / PROFILED if cuda else None
+    for name, share, calls in longest(events, cuda):
+        yield f"{stage}, {name}", {"share": share, "calls a step": calls / PROFILED}
 
 
 def longest(events: Iterable[Any], cuda: bool) -> list[tuple[str, float, int]]:
@@ -442,14 +494,20 @@ def _moved(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _machine(card: Card) -> Found:
-    versions = {}
+    versions: Found = {}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
-    device = platform.processor() or "CPU"
     if card.device.type == "cuda":
         properties = torch.cuda.get_device_properties(card.device)
         device = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
+        versions |= {
+            "driver": driver_version(),
+            "cudnn": torch.backends.cudnn.version(),
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        }
+    else:
+        device = platform.processor() or "CPU"
     return {"device": device, "python": platform.python_version(), **versions}
 
 

@@ -29,6 +29,17 @@ def card_gauges(device: torch.device) -> Callable[[], dict[str, float]]:
     return _Card(nvml, card).told
 
 
+def driver_version() -> str:
+    """The version of NVIDIA's driver; empty where its library does not tell."""
+    import pynvml as nvml
+
+    try:
+        nvml.nvmlInit()
+        return str(nvml.nvmlSystemGetDriverVersion())
+    except nvml.NVMLError:
+        return ""
+
+
 class _Card:
     def __init__(self, nvml: Any, card: Any):
         self._nvml, self._card, self._xid, self._errors = nvml, card, 0, None

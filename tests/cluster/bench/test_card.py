@@ -3,6 +3,8 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from torch.autograd import DeviceType
 
 from cluster.bench import card
-from cluster.bench.card import PARTS, Card, batches, longest, measure_card
+from cluster.bench.card import ENGINES, PARTS, Card, batches, engines, longest, measure_card
 from tests.tiny import OVERRIDES, ROOT, job
 
 PATH = f"{ROOT / 'tests/cluster/support/bare'}:{ROOT}"
@@ -26,11 +28,12 @@ def test_all_parts_are_measured_where_hardly_anything_is_installed_and_each_is_k
     done = job("bench", "gpu", *config, *tiny, env=os.environ | {"PYTHONPATH": PATH})
     found = json.loads((tmp_path / "card.json").read_text())
     assert list(found) == ["machine", *PARTS] and found["machine"]["torch"]
-    assert not [part for part, figures in found.items() if "failed" in figures], found
+    assert "failed" not in json.dumps(found), found
     assert all(figures and "seconds of this part" in figures for part, figures in found.items() if part != "machine")
     assert all(error < 1e-5 for name, error in found["parity"].items() if "error" in name)
     kinds = [name.split(", ")[2] for name in found["engines"] if "ZeRO" in name]
     assert (kinds.count("fp32"), kinds.count("bf16")) == (8, 6)
+    assert all(figure["planned, GB"] > 0 for name, figure in found["engines"].items() if "ZeRO" in name)
     assert all(same for name, same in found["twice"].items() if name.endswith(("fp32", "bf16")))
     assert (tmp_path / "card.md").read_text().strip() in done.stdout
     refused = job("bench", "gpu", *config, "--only", "parity,speed", check=False)
@@ -57,6 +60,16 @@ def test_each_figure_is_written_when_it_is_known_also_of_a_part_that_fails(tmp_p
     assert (found["failing"]["first"], found["failing"]["failed"], found["next"]["third"]) == (2.0, "RuntimeError: no more", {"ms": 3.0})
 
 
+def test_a_card_is_told_with_all_that_decides_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="a card", total_memory=80e9))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
+    monkeypatch.setattr(card, "driver_version", lambda: "570.1")
+    found = card._machine(PRETENDED)
+    assert found.items() >= {"driver": "570.1", "cudnn": 91002, "nccl": "2.27.5", "torch": version("torch")}.items()
+    assert found["device"].startswith("a card, 80 GB, CUDA ") and "triton" in card.PACKAGES
+
+
 def test_after_ten_minutes_no_other_figure_is_begun_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
 
@@ -73,28 +86,49 @@ def test_after_ten_minutes_no_other_figure_is_begun_and_that_is_said(tmp_path: P
     assert list(found["next"]) == ["not measured", "seconds of this part"]
 
 
-def test_the_largest_batch_is_found_whatever_says_that_memory_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Small:
-        device = SimpleNamespace(type="cuda")
-        kinds = {"autoencoder": None}  # noqa: RUF012
+class Small:
+    """A card with room for four items, and for weights of two bytes."""
 
-        def forget(self) -> None: ...
+    device = SimpleNamespace(type="cuda")
+    kinds = {"autoencoder": None}  # noqa: RUF012
+    planned = {("autoencoder", *one): 2 for one in ENGINES}  # noqa: RUF012
 
-        def engine(self, *_: object, **__: object) -> Any:
-            return SimpleNamespace(end=lambda: None)
+    def items(self, _: str) -> int:
+        return 1
 
-        def step(self, _: object, stage: str, items: int) -> int:
-            if items > 4:
-                raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-            return items
+    @contextmanager
+    def engine(self, stage: str, zero: int, precision: str, **_: object) -> Iterator[None]:
+        if precision != "bf16":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nof many")
+        yield
 
-        def seconds(self, work: int, repeats: int) -> float:
-            return 1.0
+    def step(self, _: object, stage: str, items: int) -> int:
+        if items > 4:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return items
 
+    def seconds(self, work: int, repeats: int = 0) -> float:
+        return 1.0
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in ("flops_per_item", "peak_flops", "peak_memory"):
         monkeypatch.setattr(card, name, lambda *_: 1.0)
-    some: Any = Small()
-    assert {name: figure["items"] for name, figure in batches(some)} == {"autoencoder": 4, "autoencoder, recompute": 4}
+    return Small()
+
+
+def test_the_largest_batch_is_found_whatever_says_that_memory_is_full(small: Any) -> None:
+    assert {name: figure["items"] for name, figure in batches(small)} == {"autoencoder": 4, "autoencoder, recompute": 4}
+
+
+def test_a_configuration_that_does_not_fit_is_told_and_the_next_one_is_measured_beside_its_plan(small: Any) -> None:
+    found = dict(engines(small))
+    failed = [
+        name for name, figure in found.items() if figure == "failed: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
+    ]
+    assert len(failed) == 8 and all("32, ZeRO-" in name for name in failed)
+    assert [figure["held / planned"] for name, figure in found.items() if name not in failed] == [0.5] * 3
 
 
 def event(key: str, where: DeviceType, device: float, host: float = 1.0, named: bool = False) -> SimpleNamespace:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.runtime.nvml import card_gauges
+from cluster.runtime.nvml import card_gauges, driver_version
 
 CUDA = torch.device("cuda", 0)
 
@@ -31,6 +31,9 @@ class Library(SimpleNamespace):
 
     def nvmlInit(self) -> None:
         self._has("library")
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "570.1"
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
         return uuid
@@ -90,6 +93,13 @@ def test_without_the_library_or_a_card_there_is_nothing_to_tell(monkeypatch: pyt
     assert card_gauges(CUDA)() == {}
     monkeypatch.setitem(sys.modules, "pynvml", None)  # to import it would fail
     assert card_gauges(torch.device("cpu"))() == {}
+
+
+def test_the_driver_tells_its_version_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_library(monkeypatch)
+    assert driver_version() == "570.1"
+    with_library(monkeypatch, library=True)
+    assert driver_version() == ""
 
 
 def test_the_real_library_knows_no_such_card() -> None:
