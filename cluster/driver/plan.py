@@ -14,7 +14,7 @@ from cluster.driver.pin import Pinned, stage_end
 from cluster.driver.ray_train import gang_of
 from cluster.runtime.placement import Gang
 from cluster.training.beside_steps import beside_steps, beside_steps_on_gpu
-from cluster.training.memory import memory_per_rank, offloaded_per_rank
+from cluster.training.memory import host_memory_per_rank, memory_per_rank, offloaded_per_rank
 from cluster.training.rehearsal import rehearse
 from cluster.training.settings import engine_settings, micro_batches
 from reactdiff.clip import windows_of
@@ -29,13 +29,13 @@ def gang_with_memory(experiment: Experiment, stage: str, kind: Stage) -> Gang:
     if workers.gpu and workers.offload == "none":
         return gang
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in kind.module().parameters())
+        sizes = [p.numel() for p in kind.module().parameters()]
 
     def memory(ranks: int) -> int:
         settings = engine_settings(experiment, stage, ranks)
         if workers.gpu:
-            return offloaded_per_rank(parameters, settings, ranks)
-        return sum(memory_per_rank(parameters, settings, ranks).values())
+            return host_memory_per_rank(sizes, settings, ranks)
+        return sum(memory_per_rank(sum(sizes), settings, ranks).values())
 
     return replace(gang, memory=memory)
 
@@ -147,16 +147,15 @@ def _most_memory(experiment: Experiment, name: str, kinds: Mapping[str, Stage], 
         sizes = {stage: [p.numel() for p in kind.module().parameters()] for stage, kind in kinds.items()}
     parameters = sum(sizes[name])
     arrays = [share * tensor.nbytes for tensor in stored_batch(kinds[name], 1, "meta").values()]
-    beside = beside_steps(parameters, len(settings.kinds), ranks, arrays, int(1e6 * experiment.data.read_ahead), pinned=gpu)
-    offloaded = offloaded_per_rank(parameters, settings, ranks)
-    if gpu and offloaded:
-        beside["offloaded"] = offloaded
+    beside = beside_steps(parameters, len(settings.kinds), ranks, arrays, int(1e6 * experiment.data.read_ahead), gpu)
+    if gpu:
+        beside["offloaded"] = host_memory_per_rank(sizes[name], settings, ranks)
     zero = f"ZeRO-{settings.zero}"
     if gpu:
         watched = name == list(kinds)[-1] and (experiment.evaluation.watch or experiment.evaluation.rungs)
         scored = sum(map(sum, sizes.values())) if watched else 0
         on_gpu = beside_steps_on_gpu(settings, sizes[name], ranks, sum(arrays), scored)
-        yield f"most GPU memory / rank ({zero})", _sum({"tensors": held.living - offloaded, **on_gpu})
+        yield f"most GPU memory / rank ({zero})", _sum({"tensors": held.living - offloaded_per_rank(parameters, settings, ranks), **on_gpu})
         yield "most host memory / rank", _sum(beside)
     else:
         yield f"most memory / rank ({zero})", _sum({"tensors": held.resident, **beside})

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from cluster.data.stream import WINDOWS, steps_ahead
+from cluster.training.memory import pinned
 from cluster.training.settings import EngineSettings
 from cluster.training.zero import bucket_elements
 
@@ -10,7 +11,7 @@ BASE = 550_000_000
 """Bytes that the process of a rank holds before there is a model: Python, torch, DeepSpeed, Ray, gloo; measured on Linux."""
 
 
-def beside_steps(parameters: int, kinds: int, ranks: int, arrays: Sequence[int], read_ahead: int, pinned: bool = False) -> dict[str, int]:
+def beside_steps(parameters: int, kinds: int, ranks: int, arrays: Sequence[int], read_ahead: int, gpu: bool = False) -> dict[str, int]:
     """Bytes of a rank's host memory that hold no tensor of a step.
 
     Args:
@@ -19,12 +20,12 @@ def beside_steps(parameters: int, kinds: int, ranks: int, arrays: Sequence[int],
         ranks: number of ranks.
         arrays: bytes of each array of a rank's share of a step, as it is read.
         read_ahead: bytes that may be read before they are asked for.
-        pinned: whether they are read into pinned memory, of which torch takes powers of two.
+        gpu: whether it computes on one, for which they are read into pinned memory.
     """
     windows = [steps_ahead(sum(arrays), read_ahead) * array for array in arrays]
     return {
         "libraries": BASE,
-        "read ahead": WINDOWS * sum(1 << (window - 1).bit_length() if pinned else window for window in windows),
+        "read ahead": WINDOWS * sum(map(pinned, windows) if gpu else windows),
         "copy for checkpoints": 4 * kinds * -(-parameters // ranks),
     }
 

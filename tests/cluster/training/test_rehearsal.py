@@ -14,6 +14,7 @@ from cluster.config.schema import Experiment
 from cluster.training import loop
 from cluster.training.beside_steps import BASE, beside_steps, beside_steps_on_gpu
 from cluster.training.engine import Engine
+from cluster.training.memory import host_memory_per_rank, offloaded_per_rank
 from cluster.training.rehearsal import rehearse
 from cluster.training.settings import EngineSettings, engine_settings
 from reactdiff.clip import WINDOW
@@ -57,8 +58,17 @@ def test_a_gpu_holds_two_batches_a_second_bucket_and_a_copy_that_is_scored_and_t
     assert beside_steps_on_gpu(replace(settings, zero=1), sizes, 4, 0, 0)["buckets"] == 4 * 8 * 1024
     assert beside_steps_on_gpu(settings, [10, 80 << 20], 4, 0, 0)["buckets"] == 2 * (2 * 80 - 50) * 1024**2
     assert beside_steps_on_gpu(settings, sizes, 1, 0, 0)["buckets"] == 0
-    read = [beside_steps(1, 1, 1, [300, 1025], 1, pinned)["read ahead"] for pinned in (False, True)]
+    read = [beside_steps(1, 1, 1, [300, 1025], 1, gpu)["read ahead"] for gpu in (False, True)]
     assert read == [3 * (300 + 1025), 3 * (512 + 2048)]
+
+
+def test_of_what_is_offloaded_gradients_and_weights_are_pinned_each_in_a_power_of_two_and_weights_twice() -> None:
+    settings, sizes = replace(SETTINGS, zero=3, offload="optimizer"), [1600, 450]  # 1025 elements a rank of two
+    unpinned = 4 * (1 + 2 + 1) * 1025  # fp32 masters, moments, averages
+    assert offloaded_per_rank(sum(sizes), settings, 2) == unpinned + 2 * 4100
+    assert host_memory_per_rank(sizes, settings, 2) == unpinned + 2 * 8192
+    assert host_memory_per_rank(sizes, replace(settings, offload="all"), 2) == unpinned + 2 * 8192 + 8192 + 4096 + 1024
+    assert host_memory_per_rank(sizes, replace(settings, offload="none"), 2) == 0
 
 
 FACES = {"facial": ("au", "fer", "va"), "acoustic": ("w2v", "mfcc")}
