@@ -269,7 +269,13 @@ _loaded: list[float] = [time.monotonic()]
 """When this process began to load what its first call needs; empty after that call."""
 
 
+_first: dict[str, list[Any]] = {}
+"""The GPUs that the first call of this process was given."""
+
+
 def _call(pickled: bytes, box: list[ray.ObjectRef], call: tuple[Any, ...], stuck: float) -> tuple[TaskProcess, tuple[float, float], Any]:
+    if (given := ray.get_gpu_ids()) != _first.setdefault("gpus", given):
+        os._exit(1)  # CUDA stays where it began, beside whoever is there: Ray makes the call again, in another process
     with ended_if_stuck(stuck):
         function = cloudpickle.loads(pickled)
         began = time.monotonic()

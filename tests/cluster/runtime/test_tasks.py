@@ -249,6 +249,18 @@ def test_a_call_that_always_fails_is_given_up_and_named_however_many_others_succ
     assert (tmp_path / "tries").read_text() == "x" * tasks.CALL_TRIES and found
 
 
+def move(_: None, number: int) -> int:
+    """The next call of this process is for another GPU."""
+    ray.get_gpu_ids = lambda: [number]
+    return os.getpid()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_process_answers_no_call_that_is_for_another_gpu_than_its_first() -> None:
+    answered = [process for number in range(3) for _, process in map_tasks(move, [(number,)], Workers())]
+    assert len(set(answered)) == 3
+
+
 class StuckImport:
     """What stops when it is unpickled first, as an import may."""
 
