@@ -1,5 +1,6 @@
 """Several Ray nodes on this machine, one CPU each, that come and go; and a run on them, as its user sees it."""
 
+import fcntl
 import json
 import os
 import shlex
@@ -179,6 +180,18 @@ started: list["Running"] = []
 """Runs of the test that runs now."""
 
 
+def _abandoned(folder: Path, since: float) -> bool:
+    """Whether a scratch folder is as new as that, and its process is gone."""
+    with suppress(OSError):  # the folder is gone, too, or locked
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return folder.stat().st_mtime > since
+        finally:
+            os.close(lock)
+    return False
+
+
 class Running:
     """`jobs/train.py --stage autoencoder` in a process of its own, with what it says."""
 
@@ -280,8 +293,9 @@ class Running:
         below = psutil.Process().children(recursive=True)
         yield from (one.name() for one in below if one.is_running() and one.name().startswith(("ray::RayTrain", "ray::TrainController")))
         yield from (path.name for path in Path("/dev/shm").iterdir() if path.stat().st_mtime > self._began)
-        yield from (path.name for path in Path(gettempdir()).glob(f"{PREFIX}*") if path.stat().st_mtime > self._began)
         if self.process.returncode >= 0:  # a driver that was killed leaves them to the next one
+            scratch = [path for path in Path(gettempdir()).glob(f"{PREFIX}*") if _abandoned(path, self._began)]
+            yield from (path.name for path in scratch)  # those of tests beside this one are locked
             yield from map(str, self.folder.rglob(f"{STAGED}*"))
 
     def kill(self) -> None:
