@@ -55,7 +55,6 @@ OF_A_TRIAL = 0.1
 RESTARTS = 3
 """How often a trial is started again whose driver ended by what may pass, without having got further."""
 
-
 ROOM = 10.0
 """Seconds between two looks for how many trials there is room: machines come while a sweep goes on."""
 
