@@ -192,7 +192,9 @@ def _against_the_published(rivalry: Any, rounds: int) -> None:
 
 def gpu(arguments: argparse.Namespace) -> int:
     """What only a GPU shows."""
-    from cluster.bench.card import PARTS, Card, measure_card, page, plan_engines
+    from cluster.bench.card import Card
+    from cluster.bench.card_page import measure_card, page
+    from cluster.bench.card_parts import PARTS, plan_engines
     from cluster.bench.training import alone
 
     parts = arguments.only.split(",") if arguments.only else list(PARTS)

@@ -57,8 +57,8 @@ MODULES = {
     ),
     "proof": "comparison disturbed_run experiment page prove script site",
     "bench": (
-        "card challenge checkpoint empty_loop loading metrics noise_dataset oracles overhead recovery rival scrape startup sweeping tables "
-        "training"
+        "card card_page card_parts challenge checkpoint empty_loop loading metrics noise_dataset oracles overhead recovery rival scrape "
+        "startup sweeping tables training"
     ),
 }
 """Package -> its modules."""

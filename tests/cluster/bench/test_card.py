@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from cluster.bench import card
-from cluster.bench.card import ENGINES, PARTS, Card, batches, engines, longest, measure_card
+from cluster.bench import card_page, card_parts
+from cluster.bench.card import Card
+from cluster.bench.card_page import measure_card
+from cluster.bench.card_parts import ENGINES, PARTS, batches, engines, longest
 from tests.tiny import OVERRIDES, ROOT, job
 
 PATH = f"{ROOT / 'tests/cluster/support/bare'}:{ROOT}"
@@ -53,8 +55,8 @@ def test_each_figure_is_written_when_it_is_known_also_of_a_part_that_fails(tmp_p
         yield "first", 2.0
         raise RuntimeError("no more")
 
-    monkeypatch.setattr(card, "_machine", lambda _: {})
-    monkeypatch.setattr(card, "PARTS", {"failing": failing, "next": lambda _: iter([("third", {"ms": 3.0})])})
+    monkeypatch.setattr(card_page, "_machine", lambda _: {})
+    monkeypatch.setattr(card_page, "PARTS", {"failing": failing, "next": lambda _: iter([("third", {"ms": 3.0})])})
     found = measure_card(PRETENDED, ["failing", "next"], tmp_path, lambda *_: None)
     assert written == [{"first": 1.0}] and found == json.loads((tmp_path / "card.json").read_text())
     assert (found["failing"]["first"], found["failing"]["failed"], found["next"]["third"]) == (2.0, "RuntimeError: no more", {"ms": 3.0})
@@ -64,10 +66,10 @@ def test_a_card_is_told_with_all_that_decides_its_figures(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="a card", total_memory=80e9))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
-    monkeypatch.setattr(card, "driver_version", lambda: "570.1")
-    found = card._machine(PRETENDED)
+    monkeypatch.setattr(card_page, "driver_version", lambda: "570.1")
+    found = card_page._machine(PRETENDED)
     assert found.items() >= {"driver": "570.1", "cudnn": 91002, "nccl": "2.27.5", "torch": version("torch")}.items()
-    assert found["device"].startswith("a card, 80 GB, CUDA ") and "triton" in card.PACKAGES
+    assert found["device"].startswith("a card, 80 GB, CUDA ") and "triton" in card_page.PACKAGES
 
 
 def test_after_ten_minutes_no_other_figure_is_begun_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,9 +80,9 @@ def test_after_ten_minutes_no_other_figure_is_begun_and_that_is_said(tmp_path: P
             now[0] += 250.0
             yield f"{number}", number
 
-    monkeypatch.setattr(card.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(card, "_machine", lambda _: {})
-    monkeypatch.setattr(card, "PARTS", {"slow": slow, "next": slow})
+    monkeypatch.setattr(card_page.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(card_page, "_machine", lambda _: {})
+    monkeypatch.setattr(card_page, "PARTS", {"slow": slow, "next": slow})
     found = measure_card(PRETENDED, ["slow", "next"], tmp_path, lambda *_: None)
     assert list(found["slow"])[:3] == ["0", "1", "2"] and "`--only slow` measures the rest" in found["slow"]["not measured"]
     assert list(found["next"]) == ["not measured", "seconds of this part"]
@@ -114,7 +116,7 @@ class Small:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in ("flops_per_item", "peak_flops", "peak_memory"):
-        monkeypatch.setattr(card, name, lambda *_: 1.0)
+        monkeypatch.setattr(card_parts, name, lambda *_: 1.0)
     return Small()
 
 
