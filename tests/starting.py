@@ -24,7 +24,8 @@ STARTING = {"object_store", "local_ray", "shards", "finished", "every_split"}
 HOSTS = (
     "tests/cluster/multihost/",
     "tests/cluster/driver/test_books_close.py",
-    "tests/cluster/driver/test_launch.py",
+    "tests/cluster/driver/test_machines_come_and_go.py",
+    "tests/cluster/driver/test_told_to_end.py",
     "tests/cluster/chaos/test_prove.py",
 )
 """Where the tests are that start a Ray of several nodes."""

@@ -67,6 +67,8 @@ ACROSS = {
     "driver/test_hangs.py",
     "driver/test_books_close.py",
     "driver/test_card.py",
+    "driver/test_machines_come_and_go.py",
+    "driver/test_told_to_end.py",
     "data/test_stream_faults.py",
     "storage/test_storage.py",
     "telemetry/test_alerts.py",

@@ -134,9 +134,7 @@ def test_a_prometheus_on_the_head_finds_drivers_by_their_node_s_agent_and_hears_
 
         def driver(life: int) -> subprocess.Popen[str]:
             command = [sys.executable, "-c", DRIVER, address, str(life)]
-            started = subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | OPEN, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
+            started = subprocess.Popen(command, cwd=ROOT, env=os.environ | OPEN, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             assert started.stdout and started.stdout.readline() == "told\n"
             server.sees(f"reactdiff_budget_dollars{{run='demo', life='{life}'}}", {"9"})
             server.sees(f"max by (run, stage) (reactdiff_at{{life='{life}'}})", {"1"})

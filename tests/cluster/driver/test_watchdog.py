@@ -24,9 +24,7 @@ class Group:
         stuck = self.watchdog.look()
         return f"{list(stuck.ranks)} {stuck.text}" if stuck else ""
 
-    def seconds(
-        self, count: int, where: Mapping[int, tuple[int, str]], slowest: float = 0.2, waiting: Sequence[int] = ()
-    ) -> list[str]:
+    def seconds(self, count: int, where: Mapping[int, tuple[int, str]], slowest: float = 0.2, waiting: Sequence[int] = ()) -> list[str]:
         return [found for _ in range(count) if (found := self.second(where, slowest, waiting))]
 
 

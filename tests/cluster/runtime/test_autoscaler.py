@@ -1,4 +1,4 @@
-"""What an autoscaler may start, as its configuration says. Ray's own is read, and asked, in tests/cluster/driver/test_launch.py."""
+"""What an autoscaler may start, as its configuration says. Ray's own is asked in tests/cluster/driver/test_machines_come_and_go.py."""
 
 from cluster.runtime.autoscaler import Autoscaler, MachineType, parsed
 
