@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 
@@ -139,11 +140,11 @@ def cluster(folder: Path, shards: Path, workers: int) -> Iterator[Hosts]:
 
 
 @cache
-def one_host_weights(shards: Path, ranks: int) -> dict[str, str]:
+def one_host_weights(shards: Path, ranks: int, *overrides: str) -> dict[str, str]:
     """The weights of the same run with all ranks on this machine, in a store of files, without disturbance."""
-    store = shards.parent / f"undisturbed-{ranks}"
+    store = Path(mkdtemp(prefix="undisturbed-", dir=shards.parent))
     here = (f"data.url={shards}", f"run.store={store}", f"telemetry.targets={store}/targets")
-    job("train", *CONFIG, "run.name=undisturbed", f"workers.count={ranks}", *LONG, *here)
+    job("train", *CONFIG, "run.name=undisturbed", f"workers.count={ranks}", *LONG, *overrides, *here)
     exports = (store / "runs/undisturbed/exports").rglob("*.json")
     return {export["stage"]: export["hash"] for export in (json.loads(path.read_text()) for path in exports)}
 
