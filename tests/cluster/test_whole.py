@@ -54,6 +54,9 @@ def test_a_real_prometheus_sees_items_phases_bytes_and_loss_of_a_run(shards: Pat
         prometheus.sees(f"max_over_time(reactdiff_progress_items{run})", {"320"})
         forward = '{run="watched",phase="forward"}[10m]'
         prometheus.sees(f"max_over_time(reactdiff_step_seconds_count{forward})", {str(2 * 54)})  # 54 steps of 6 items on 2 ranks
-        for name in ("read_bytes_total", "loss", "flops_total", "goodput_seconds_total"):
+        for name in ("read_bytes_total", "loss", "flops_total"):
             assert min(map(float, prometheus.values(f"max_over_time(reactdiff_{name}{run})"))) > 0, name
+        for state in ("starting", "compute", "checkpoint"):  # others, as recovery, are told as well, and are zero
+            spent = f'{{run="watched",stage="autoencoder",state="{state}"}}[10m]'
+            assert min(map(float, prometheus.values(f"max_over_time(reactdiff_goodput_seconds_total{spent})"))) > 0, state
         assert min(map(float, prometheus.values(f"max_over_time(reactdiff_read_bytes_total{run})"))) > 1e6
