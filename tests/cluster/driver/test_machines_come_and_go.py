@@ -11,7 +11,7 @@ import psutil
 import pytest
 from ray._raylet import GcsClient
 
-from tests.cluster.support.machines import NODE_TYPE, STAGE, Machines, Running, machines
+from tests.cluster.support.machines import NODE_TYPE, STAGE, Machines, Running, machines, stop_board
 
 SIZE = re.compile(r"ranks: |\d+ of at most ")
 """What is said when ranks were placed."""
@@ -61,11 +61,7 @@ def test_a_board_that_is_stopped_is_said_killed_after_a_minute_and_the_run_goes_
     two: Machines, shards: Path, tmp_path: Path
 ) -> None:
     run = Running(shards, tmp_path, "silent", "workers.count=2", "optim.epochs=5000", address=two.address)
-    run.until(lambda: run.progress >= 240)
-    board = two.process("ray::Board")
-    board.suspend()
-    run.until_said("the process through which driver and ranks speak has not answered since")
-    assert board.status() == psutil.STATUS_STOPPED
+    stop_board(run, two)
     run.until_said("has not answered for 60 s: killing it")
     run.until_said("failed (lost)")
     reached = run.progress

@@ -5,11 +5,16 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from cluster.driver.interruption import SAME
-from tests.cluster.support.machines import Machines, Running, machines
+from tests.cluster.support.machines import Machines, Running, machines, stop_board
+
+
+def assert_each_step_was_done_once(run: Running) -> None:
+    """Its attempts together have a row for each of its 160 steps, and no second one."""
+    rows = [json.loads(line) for entry in run.store.list("metrics/") for line in run.store.read(entry.key).decode().splitlines()]
+    assert len(rows) == len({row["progress"] for row in rows}) == 160, "no step was done twice"
 
 
 @pytest.mark.slow
@@ -25,8 +30,7 @@ def test_a_notice_costs_no_step_on_whichever_node_it_comes(undisturbed: Running,
             there.drain(run.node_of(rank), 600)
             run.until_said("will be taken away", times=rank + 1)
         assert run.end() == 0, run.said
-    rows = [json.loads(line) for entry in run.store.list("metrics/") for line in run.store.read(entry.key).decode().splitlines()]
-    assert len(rows) == len({row["progress"] for row in rows}) == 160, "no step was done twice"
+    assert_each_step_was_done_once(run)
     assert run.attempts == 3 and run.weights == undisturbed.weights
 
 
@@ -44,8 +48,7 @@ def test_told_to_end_a_run_leaves_a_checkpoint_of_the_step_it_was_in(
     assert run.status == "STOPPED" and run.progress > 0 and f"checkpoint at {run.progress} items" in run.said
     again = Running(*command)
     assert again.end() == 0, again.said
-    rows = [json.loads(line) for entry in run.store.list("metrics/") for line in run.store.read(entry.key).decode().splitlines()]
-    assert len(rows) == len({row["progress"] for row in rows}) == 160, "no step was done twice"
+    assert_each_step_was_done_once(run)
     assert again.weights == undisturbed.weights
 
 
@@ -72,10 +75,6 @@ def test_told_twice_a_run_ends_at_once_whatever_a_rank_is_at(shards: Path, tmp_p
 @pytest.mark.timeout(1800)
 def test_told_twice_a_run_ends_at_once_also_where_its_board_is_stopped(two: Machines, shards: Path, tmp_path: Path) -> None:
     run = Running(shards, tmp_path, "deaf-twice", "workers.count=2", "optim.epochs=5000", address=two.address)
-    run.until(lambda: run.progress >= 240)
-    board = two.process("ray::Board")
-    board.suspend()
-    run.until_said("the process through which driver and ranks speak has not answered since")
-    assert board.status() == psutil.STATUS_STOPPED
+    stop_board(run, two)
     tell_twice(run)
     assert run.status == "STOPPED" and "killing it" not in run.said, "nobody waited until it was given up"

@@ -320,3 +320,12 @@ class Running:
     def ledger(self) -> list[float]:
         """Of every step, in order."""
         return [row["ledger"] for row in read_rows(self.store, STAGE)]
+
+
+def stop_board(run: Running, there: Machines) -> None:
+    """Stop the process through which driver and ranks of a run speak, once it trains, and wait until its driver says so."""
+    run.until(lambda: run.progress >= 240)
+    board = there.process("ray::Board")
+    board.suspend()
+    run.until_said("the process through which driver and ranks speak has not answered since")
+    assert board.status() == psutil.STATUS_STOPPED

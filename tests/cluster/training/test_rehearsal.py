@@ -117,13 +117,15 @@ def most_held(rank: int, ranks: int, name: str, batch: int, zero: int, again: bo
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "batch", "ranks", "zero", "again"), CASES)
-def test_a_rank_holds_what_the_plan_says_within_a_tenth(name: str, batch: int, ranks: int, zero: int, again: bool) -> None:
+def test_a_rank_holds_what_the_plan_says_within_a_tenth_and_more_where_activations_are_computed_again(
+    name: str, batch: int, ranks: int, zero: int, again: bool
+) -> None:
     kind, settings = faithful(name, batch, ranks, zero, again)
     planned = rehearse(kind, settings, ranks, -(-batch // ranks)).resident
     found = on_ranks(ranks, most_held, name, batch, zero, again)
     print(f"\n{name}, {ranks} ranks, ZeRO-{zero}, {again=}: {planned / 1e9:.2f} GB planned, kB before and at most: {found}")
-    for before, most in found:  # tensors that are computed again leave more holes: 16 to 26 % were seen
-        assert 1024 * most == pytest.approx(1024 * before + planned, rel=0.4 if again else 0.1)
+    for before, most in found:  # tensors that are computed again leave more holes: 16 to 25 % were seen
+        assert 0.9 <= 1024 * most / (1024 * before + planned) <= (1.4 if again else 1.1)
 
 
 def trained(rank: int, ranks: int, experiment: Experiment, folder: str) -> tuple[int, int]:
